@@ -1,0 +1,30 @@
+# make quickstart: sets everything up and prunes a ResNet-50 on this machine.  make test: the same set-up, then the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install quickstart test exhaustive lint clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: install
+	$(BIN)/python jobs/prune_resnet50.py
+
+test: install lint
+	$(BIN)/python -m pytest -m 'not exhaustive and not job and not gpu'
+
+exhaustive: install
+	$(BIN)/python -m pytest -m 'exhaustive or job or gpu'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

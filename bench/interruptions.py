@@ -1,0 +1,198 @@
+"""Kills a run at seeded random moments, starts it again each time, and compares its end with a run left in peace.
+
+    python bench/interruptions.py [--kills 20] [--seed 0] [--no-ray]
+
+Each moment is a delay after some event of the journal; every kind of event is met at least once, and at least one
+moment lies in the middle of a spell. Three of four kills are SIGKILL to the driver, whose Ray session goes with it;
+every fourth is SIGKILL to one trainer while the driver lives. Decisions, plan and weights must come out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "model.input_shape": [3, 16, 16],
+    "data.path": None,
+    "data.format": "digits",
+    "data.train_transform": "random_resized_crop",
+    "data.image_size": 16,
+    "data.eval_resize": 16,
+    "data.scale": [0.8, 1.0],
+    "data.flip": 0.0,
+    "data.threads": 1,
+    "prune.flops_reduction": 0.15,
+    "prune.step": 0.03,
+    "prune.recover_every": 0.05,
+    "prune.recover_epochs": 2,
+    "search.images": 100,
+    "search.batch_size": 50,
+    "train.epochs": 4,
+    "train.prune_epoch": 2,
+    "train.batch_size": 128,
+    "train.drop_epochs": [2],
+    "train.learning_rate": 0.05,
+    "cluster.workers": 2,
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`delay_s` seconds after the journal's event number `event` (counted from 0) was written."""
+
+    event: int
+    kind: str
+    delay_s: float
+    target: str
+
+
+def command(storage: Path, name: str, ray: bool) -> list[str]:
+    arguments = [
+        sys.executable,
+        str(ROOT / "jobs" / "prune.py"),
+        "resnet20_cifar10",
+        "--storage",
+        str(storage),
+        "--name",
+        name,
+    ]
+    for key, value in SETTINGS.items():
+        arguments += ["--set", f"{key}={json.dumps(value)}"]
+    return arguments if ray else [*arguments, "--no-ray"]
+
+
+def journal(storage: Path, name: str) -> list[Path]:
+    return sorted((storage / name / "journal").glob("[0-9]*.json"))
+
+
+def kind_of(path: Path) -> str:
+    return path.stem.split("-", 1)[1]
+
+
+def outcome(storage: Path, name: str) -> dict[str, str]:
+    """Digests of what must come out the same: decisions, plan, weights."""
+    folder = storage / name
+    decisions = [
+        json.loads(path.read_text())["data"]["decision"] for path in journal(storage, name) if kind_of(path) == "turn"
+    ]
+    files = {"plan": folder / "pruned" / "plan.json", "weights": folder / "pruned" / "model.safetensors"}
+    found = {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for key, path in files.items()}
+    return {
+        "decisions": f"{len(decisions)}: " + hashlib.sha256(json.dumps(decisions).encode()).hexdigest()[:16],
+        **found,
+    }
+
+
+def draw_moments(events: list[str], gaps: list[float], kills: int, seed: int, ray: bool) -> list[Moment]:
+    """Every kind of event once, and the rest at random; none after the last event: there is nothing left to kill."""
+    draw = random.Random(seed)
+    usable = range(len(events) - 1)
+    first = {
+        kind: draw.choice([i for i in usable if events[i] == kind]) for kind in sorted({events[i] for i in usable})
+    }
+    chosen = sorted([*first.values(), *(draw.choice(usable) for _ in range(max(0, kills - len(first))))])[:kills]
+    moments = []
+    for number, event in enumerate(chosen):
+        target = "trainer" if ray and number % 4 == 3 and events[event + 1] in ("epoch", "spell") else "driver"
+        moments.append(Moment(event, events[event], draw.uniform(0, gaps[event]), target))
+    return moments
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
+    """False if the process ended before the condition held."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    raise SystemExit("the run made no progress for five minutes")
+
+
+def kill_trainer() -> bool:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if "RayTrainWorker" in title:
+                os.kill(int(entry.name), signal.SIGKILL)
+                return True
+    return False
+
+
+def start(storage: Path, name: str, ray: bool, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(command(storage, name, ray), stdout=file, stderr=file, start_new_session=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-ray", action="store_true", help="in one process: quicker, and only the driver to kill")
+    options = parser.parse_args()
+    ray = not options.no_ray
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, Ray: {ray}")
+    with tempfile.TemporaryDirectory() as folder:
+        storage, log = Path(folder), Path(folder) / "log"
+        begun = time.monotonic()
+        process = start(storage, "peace", ray, log)
+        if process.wait() != 0:
+            raise SystemExit(log.read_text()[-4000:])
+        print(f"left in peace: {time.monotonic() - begun:.0f} s")
+        paths = journal(storage, "peace")
+        events, times = [kind_of(path) for path in paths], [json.loads(path.read_text())["time"] for path in paths]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        moments = draw_moments(events, gaps, options.kills, options.seed, ray)
+        disturbed_s = disturb(storage, moments, ray, log)
+        expected, found = outcome(storage, "peace"), outcome(storage, "disturbed")
+        for key in expected:
+            print(f"{key:10} {expected[key]}  {found[key]}  {'same' if expected[key] == found[key] else 'DIFFERENT'}")
+        print(f"{len(moments)} kills, {disturbed_s:.0f} s")
+        if expected != found:
+            raise SystemExit("the disturbed run came out differently")
+
+
+def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path) -> float:
+    begun = time.monotonic()
+    process = start(storage, "disturbed", ray, log)
+    for number, moment in enumerate(moments, 1):
+        alive = wait_for(lambda m=moment: len(journal(storage, "disturbed")) > m.event, process)
+        if not alive:
+            raise SystemExit("the run ended before its time:\n" + log.read_text()[-4000:])
+        time.sleep(moment.delay_s)
+        lost = len(journal(storage, "disturbed")) - 1
+        if moment.target == "trainer" and kill_trainer():
+            print(f"{number:3}  {moment.delay_s:5.2f} s after {moment.kind} ({moment.event}): a trainer killed")
+            continue
+        process.kill()
+        process.wait()
+        print(
+            f"{number:3}  {moment.delay_s:5.2f} s after {moment.kind} ({moment.event}): driver killed at event {lost}",
+            flush=True,
+        )
+        process = start(storage, "disturbed", ray, log)
+    if process.wait() != 0:
+        raise SystemExit(log.read_text()[-4000:])
+    return time.monotonic() - begun
+
+
+if __name__ == "__main__":
+    main()

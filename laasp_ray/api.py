@@ -1,0 +1,207 @@
+"""What `from laasp_ray import prune` gives: a whole run, from preflight to the pruned network."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.controller import Controller, Parts
+from laasp_ray.data.loader import normalise
+from laasp_ray.data.sampling import derive_seed
+from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.errors import DataError
+from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
+from laasp_ray.progression import fold
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.report.progress import Progress, make_progress
+from laasp_ray.report.tensorboard import EventFiles
+from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.executor import Executor, InProcessExecutor
+from laasp_ray.store.artifact import load_pruned
+from laasp_ray.store.checkpoint import save_checkpoint
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+from laasp_ray.train.trainer import InProcessTrainer, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """`model` is the pruned network on the CPU, in eval mode; `folder` the run's; `summary` what `finish` recorded."""
+
+    model: nn.Module
+    folder: str
+    summary: dict[str, Any]
+
+
+def prune(
+    model: nn.Module | None,
+    config: RunConfig,
+    *,
+    distributed: bool = True,
+    ray_address: str | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
+
+    `model` is the unpruned network (any `nn.Module` that the dependency graph can trace), or None to have
+    `config.model` built. `distributed` False keeps everything in this process, without Ray. `ray_address` None joins
+    the cluster of RAY_ADDRESS, or else starts one on this machine for the length of the run.
+
+    Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
+    with everything up to the last epoch or turn in the store.
+    """
+    storage = open_run(config)
+    journal = Journal(storage)
+    finish = journal.last("finish")
+    if finish is not None:
+        logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
+        return PruneResult(load_pruned(_folder(storage), model), storage.uri, dict(finish.data))
+    prepared = prepare(config, model)
+    progress = progress or make_progress(config.prune.flops_reduction, sys.stderr)
+    try:
+        if distributed:
+            run = _run_on_ray(prepared, storage, journal, progress, ray_address)
+        else:
+            run = _run_here(prepared, storage, journal, progress)
+        finish = journal.last("finish")
+        assert finish is not None
+        return PruneResult(run, storage.uri, dict(finish.data))
+    finally:
+        progress.close()
+
+
+def _run_here(prepared: Prepared, storage: Storage, journal: Journal, progress: Progress) -> nn.Module:
+    config = prepared.config
+    check_workers(config, len(prepared.train), 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def executor(subset: Subset) -> Executor:
+        images = LossSubset(
+            subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
+        )
+        return InProcessExecutor(prepared.unpruned, images, device)
+
+    return _control(
+        prepared, storage, journal, progress, lambda: InProcessTrainer(prepared.unpruned, config, device), executor
+    )
+
+
+def _run_on_ray(
+    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, address: str | None
+) -> nn.Module:
+    from laasp_ray.distributed import cluster  # Ray takes seconds to import; whoever runs without it need not wait
+    from laasp_ray.distributed.executor import RayExecutor
+    from laasp_ray.distributed.trainer import RayTrainer, put_network
+
+    config = prepared.config
+    with cluster.connected(address) as resources, tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch:
+        share = cluster.share_of(resources, config.cluster)
+        check_workers(config, len(prepared.train), share.workers)
+        network = put_network(prepared.unpruned)
+        return _control(
+            prepared,
+            storage,
+            journal,
+            progress,
+            lambda: RayTrainer(network, config, share, scratch),
+            lambda subset: RayExecutor(network, subset, config.data, config.search, share),
+        )
+
+
+def _control(
+    prepared: Prepared,
+    storage: Storage,
+    journal: Journal,
+    progress: Progress,
+    make_trainer: Callable[[], Trainer],
+    make_executor: Callable[[Subset], Executor],
+) -> nn.Module:
+    """Starts the journal if there is none, folds it, and lets the controller go on from there."""
+    config = prepared.config
+    if not journal.events():
+        _start(prepared, storage, journal)
+    made: dict[str, Any] = {}
+
+    def trainer() -> Trainer:
+        if "trainer" not in made:
+            made["trainer"] = make_trainer()
+        return made["trainer"]
+
+    def executor(excluded: tuple[str, ...], on_unreadable: Callable[[str], None]) -> Executor:
+        if "executor" not in made:
+            made["executor"] = make_executor(_subset(prepared, journal, excluded, on_unreadable))
+        return made["executor"]
+
+    with EventFiles(storage) as events:
+        parts = Parts(trainer, executor, storage, journal, progress, events)
+        state = fold(((event.name, event.data) for event in journal.events()), config)
+        controller = Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts)
+        try:
+            return controller.run()
+        finally:
+            for part in made.values():
+                part.close()
+
+
+def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:
+    """The initial weights are kept, so that a resumed run does not depend on the file they came from."""
+    config, baseline = prepared.config, prepared.baseline
+    storage.write("config.json", json.dumps(config.to_dict(), indent=2).encode())
+    save_checkpoint(storage, "initial", model=capture(prepared.unpruned, Plan.empty()).tensors)
+    journal.append(
+        "start",
+        {
+            "config": config.to_dict(),
+            "macs": baseline.macs.total,
+            "macs_convention": baseline.macs.convention,
+            "filters": baseline.filters,
+            "parameters": sum(parameter.numel() for parameter in prepared.unpruned.parameters()),
+            "step_sizes": baseline.step_sizes,
+            "layers": len(baseline.step_sizes),
+            "skipped_layers": baseline.skipped,
+            "train_images": len(prepared.train),
+            "test_images": len(prepared.test),
+            "checkpoint": "initial",
+        },
+    )
+
+
+def _subset(
+    prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
+) -> Subset:
+    """Drawn anew on a resume, from the same seed and with the same images left out, and checked to be the same."""
+    config = prepared.config
+    known = journal.last("subset")
+    subset = draw_subset(
+        prepared.train,
+        config.data,
+        images=config.search.images,
+        seed=derive_seed(config.seed, "loss subset"),
+        excluded=excluded if known is None else known.data["excluded"],
+        on_unreadable=on_unreadable,
+    )
+    if known is None:
+        journal.append("subset", {"images": len(subset.labels), "digest": subset.digest, "excluded": list(excluded)})
+        logger.info("losses are measured on %d training images", len(subset.labels))
+    elif known.data["digest"] != subset.digest:
+        raise DataError(
+            f"the loss subset drawn now has digest {subset.digest[:12]}, the run's {known.data['digest'][:12]}: the "
+            "training images or the decoder have changed; restore them, or start a new run with another --name"
+        )
+    return subset
+
+
+def _folder(storage: Storage) -> str:
+    return str(storage.local_path) if storage.local_path is not None else storage.uri

@@ -1,0 +1,165 @@
+"""Flags to config to api: what the scripts in jobs/ are thin mains of. Exit status 0: done; 2: refused; 1: failed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from laasp_ray import api, evaluation
+from laasp_ray.config import RunConfig
+from laasp_ray.errors import ConfigError, LaaspError
+from laasp_ray.recipes import RECIPES, recipe, resnet50_digits, resnet50_imagenet
+from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+
+FLAGS = {
+    # flag: (dotted config key, type, help)
+    "--data": ("data.path", str, "the data set's folder"),
+    "--storage": ("storage", str, "where runs are kept: a folder, or an s3:// or gs:// address"),
+    "--name": ("name", str, "the run's name; the same name goes on with the run"),
+    "--flops-reduction": ("prune.flops_reduction", float, "target share of multiply-accumulates to remove, 0 to 1"),
+    "--pretrained": ("train.pretrained", str, "weights (safetensors) of the network as it stands at the prune epoch"),
+    "--prune-epoch": ("train.prune_epoch", int, "the epoch of the schedule at which pruning begins"),
+    "--epochs": ("train.epochs", int, "epochs of the whole schedule"),
+    "--batch-size": ("train.batch_size", int, "global batch, over all workers"),
+    "--loss-images": ("search.images", int, "training images that a candidate's loss is measured on"),
+    "--criteria": ("prune.criteria", str, "pool of criteria, comma-separated: names or package.module:function"),
+    "--workers": ("cluster.workers", int, "Ray Train workers (default: one per GPU, or two on CPUs)"),
+    "--seed": ("seed", int, "the one source of randomness"),
+}
+
+
+def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/prune_resnet50.py`: ImageNet's recipe with --data, the embedded digits' without."""
+
+    def base(options: argparse.Namespace) -> RunConfig:
+        if options.data is not None:
+            return resnet50_imagenet()
+        print(
+            "No --data given: pruning ResNet-50 on the handwritten digits that scikit-learn carries (1,797 real\n"
+            "images), at a size for two CPU cores, through the same path as ImageNet. With --data /path/to/imagenet\n"
+            "it is the full recipe, on the GPUs that the cluster has.",
+            file=sys.stderr,
+        )
+        return resnet50_digits()
+
+    parser = _parser("prune_resnet50.py", "Prunes torchvision's ResNet-50 while it trains.")
+    return _guarded(lambda: _prune(parser.parse_args(arguments), base))
+
+
+def prune(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/prune.py RECIPE`."""
+    parser = _parser("prune.py", "Prunes a network while it trains, by a recipe.")
+    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    return _guarded(lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe)))
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/evaluate.py FOLDER`."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a run's pruned and unpruned network.")
+    parser.add_argument("folder", type=Path, help="the run's folder")
+    parser.add_argument("--data", help="the data set's folder (default: the run's)")
+    parser.add_argument("--batch-size", type=int, default=100, help="images a batch, for accuracy (default 100)")
+    parser.add_argument("--latency-batch", type=int, default=1, help="images a batch, for latency (default 1)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        measured = evaluation.evaluate_run(
+            options.folder,
+            data=_absolute(options.data),
+            batch_size=options.batch_size,
+            latency_batch=options.latency_batch,
+        )
+        print(evaluation.table(measured))
+        if options.json is not None:
+            options.json.write_text(json.dumps(evaluation.to_dict(measured), indent=2) + "\n")
+
+    return _guarded(run)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    for flag, (key, kind, text) in FLAGS.items():
+        parser.add_argument(flag, type=kind, default=None, help=f"{text} [{key}]")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting, dotted, the value as JSON: --set prune.step=0.02 (may be repeated)",
+    )
+    parser.add_argument(
+        "--ray-address", default=None, help="a cluster to join (default: RAY_ADDRESS, or start one here)"
+    )
+    parser.add_argument("--no-ray", action="store_true", help="one process, no Ray: for small networks")
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    return parser
+
+
+def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], RunConfig]) -> None:
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("laasp_ray").setLevel(logging.INFO)
+    config = overridden(base(options), options)
+    result = api.prune(None, config, distributed=not options.no_ray, ray_address=options.ray_address)
+    journal = Journal(Storage.open(config.storage).child(config.name))
+    print(format_summary(summarise(journal.events())))
+    print(f"pruned network: {result.folder}/pruned")
+
+
+def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit."""
+    settings = config.to_dict()
+    for flag, (key, _, _) in FLAGS.items():
+        value = getattr(options, flag[2:].replace("-", "_"))
+        if value is not None:
+            _assign(settings, key, value.split(",") if key == "prune.criteria" else value)
+    for assignment in options.set:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment!r} has no '=': write --set KEY=VALUE, such as --set prune.step=0.02")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # a bare word is a string
+        _assign(settings, key, value)
+    # Ray workers and jobs change their working directory: what was meant relative to here must say so.
+    settings["data"]["path"] = _absolute(settings["data"]["path"])
+    settings["train"]["pretrained"] = _absolute(settings["train"]["pretrained"])
+    return RunConfig.from_dict(settings)
+
+
+def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(settings.get(parent), dict):
+            raise ConfigError(
+                f"unknown config key {key}: {parent!r} is no section; sections: "
+                + ", ".join(sorted(name for name, item in settings.items() if isinstance(item, dict)))
+            )
+        settings = settings[parent]
+    settings[last] = value
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).expanduser().absolute()) if path is not None and "://" not in path else path
+
+
+def _guarded(run: Callable[[], None]) -> int:
+    try:
+        run()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LaaspError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,325 @@
+"""A run, as frozen dataclasses. Shapes and ranges are checked here; an unknown key is an error.
+
+`RunConfig.to_dict` and `from_dict` are inverse to each other; the dictionary is what a run's `config.json` holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from laasp_ray.errors import ConfigError
+
+DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches"]
+TrainTransform = Literal["random_resized_crop", "pad_crop"]
+LoaderName = Literal["auto", "dali", "torchvision"]
+StepRule = Literal["flops_share", "layer_share"]
+DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The unpruned network: a builder's name (see models/) with its arguments, and the shape of one input (C, H, W)."""
+
+    builder: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    input_shape: tuple[int, int, int] = (3, 224, 224)
+
+    def __post_init__(self) -> None:
+        _check(
+            len(self.input_shape) == 3 and min(self.input_shape) >= 1,
+            "model.input_shape",
+            self.input_shape,
+            "three positive numbers: channels, height, width",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and what is done to them. `path` None is the embedded set of handwritten digits.
+
+    Training images: `random_resized_crop` takes a window of `scale` of the area at an aspect `ratio` and resizes it to
+    `image_size`; `pad_crop` pads by `pad` pixels of zeros and takes a window of `image_size`. Either flips with
+    probability `flip`. Evaluation: the shorter side is resized to `eval_resize` (0: not resized) and the centre of
+    `image_size` cropped. `mean` and `std` are for pixels in 0..1.
+    """
+
+    path: str | None = None
+    format: DataFormat = "auto"
+    train_transform: TrainTransform = "random_resized_crop"
+    image_size: int = 224
+    eval_resize: int = 256
+    pad: int = 4
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    loader: LoaderName = "auto"
+    threads: int = 2
+    max_unreadable: int = 20
+
+    def __post_init__(self) -> None:
+        _check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        _check(
+            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            "data.eval_resize",
+            self.eval_resize,
+            f"0 or at least data.image_size ({self.image_size})",
+        )
+        _check(self.pad >= 0, "data.pad", self.pad, "at least 0")
+        _check(0 < self.scale[0] <= self.scale[1] <= 1, "data.scale", self.scale, "0 < low <= high <= 1")
+        _check(0 < self.ratio[0] <= self.ratio[1], "data.ratio", self.ratio, "0 < low <= high")
+        _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        _check(min(self.std) > 0, "data.std", self.std, "positive numbers")
+        _check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        _check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """What is removed. `flops_reduction` is the target share of the unpruned network's multiply-accumulates.
+
+    `step` is the share of FLOPs that one prune is worth (`step_rule` flops_share), or the share of a layer's current
+    filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
+    `ignored` names modules (or prefixes of them, ending in a dot) that are left alone. `extra_layers` names linear
+    layers that are candidates too. After each `recover_every` of FLOPs (0: after every prune) `recover_epochs` follow.
+    """
+
+    flops_reduction: float
+    step: float = 0.01
+    step_rule: StepRule = "flops_share"
+    max_pruned: float = 0.75
+    ignored: tuple[str, ...] = ()
+    extra_layers: tuple[str, ...] = ()
+    criteria: tuple[str, ...] = DEFAULT_CRITERIA
+    recover_every: float = 0.02
+    recover_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _check(0 < self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
+        _check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
+        _check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
+        _check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
+        _check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
+        _check(0 <= self.recover_every < 1, "prune.recover_every", self.recover_every, "a share from 0 to below 1")
+        _check(self.recover_epochs >= 0, "prune.recover_epochs", self.recover_epochs, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How the candidates' losses are measured: on `images` training images (all there are if fewer), drawn once."""
+
+    images: int = 5000
+    batch_size: int = 250
+    candidates_per_task: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.images >= 1, "search.images", self.images, "at least 1")
+        _check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        _check(self.candidates_per_task >= 1, "search.candidates_per_task", self.candidates_per_task, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """SGD's schedule. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
+
+    The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
+    reached. `batch_size` is the global batch, over all workers. `pretrained` names a safetensors file of the network
+    as it stands at `prune_epoch`; training up to there is then left out.
+    """
+
+    epochs: int
+    prune_epoch: int
+    learning_rate: float = 0.1
+    drop_epochs: tuple[int, ...] = ()
+    drop_factor: float = 0.1
+    batch_size: int = 256
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        _check(
+            0 <= self.prune_epoch <= self.epochs,
+            "train.prune_epoch",
+            self.prune_epoch,
+            f"from 0 to train.epochs ({self.epochs})",
+        )
+        _check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive")
+        _check(
+            tuple(sorted(self.drop_epochs)) == tuple(self.drop_epochs),
+            "train.drop_epochs",
+            self.drop_epochs,
+            "rising epochs",
+        )
+        _check(self.drop_factor > 0, "train.drop_factor", self.drop_factor, "positive")
+        _check(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
+        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
+        _check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
+        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The schedule's learning rate in `epoch` (0-based)."""
+        return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How much of the cluster a run uses. It may change between a run's start and its resumption.
+
+    `workers` trainers (0: one per GPU, or on a cluster without GPUs two, if it has two CPUs). A trainer and an
+    evaluation task share each GPU: `trainer_gpu_share` + `task_gpu_share` must be at most 1, and the trainer's share
+    above one half, so that no two trainers meet on one GPU.
+    """
+
+    workers: int = 0
+    trainer_gpu_share: float = 0.6
+    task_gpu_share: float = 0.4
+    worker_failures: int = 8
+
+    def __post_init__(self) -> None:
+        _check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
+        _check(
+            0.5 < self.trainer_gpu_share < 1,
+            "cluster.trainer_gpu_share",
+            self.trainer_gpu_share,
+            "above one half and below 1",
+        )
+        _check(
+            0 < self.task_gpu_share <= 1 - self.trainer_gpu_share + 1e-9,
+            "cluster.task_gpu_share",
+            self.task_gpu_share,
+            "positive and at most 1 - cluster.trainer_gpu_share",
+        )
+        _check(self.worker_failures >= 0, "cluster.worker_failures", self.worker_failures, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run. `storage` and `cluster` may differ when it is resumed, nothing else may."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    prune: PruneConfig
+    train: TrainConfig
+    search: SearchConfig = field(default_factory=SearchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    storage: str = "runs"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "")
+        _check(plain.isalnum() and self.name[0].isalnum(), "name", self.name, "letters, digits, '-', '_' and '.'")
+        _check(
+            self.data.image_size == self.model.input_shape[1] == self.model.input_shape[2],
+            "data.image_size",
+            self.data.image_size,
+            f"the height and width of model.input_shape {self.model.input_shape}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return _plain(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> RunConfig:
+        """Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it."""
+        return _build(RunConfig, data, "")
+
+
+RESUMABLE_KEYS = ("storage", "cluster", "data.path", "data.threads")
+"""Settings that may differ between a run's start and its resumption: where things lie and how much is used."""
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out."""
+    mine, other = _flatten(ours), _flatten(theirs)
+    missing = object()
+    return sorted(
+        key
+        for key in mine.keys() | other.keys()
+        if mine.get(key, missing) != other.get(key, missing)
+        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
+    )
+
+
+def value_at(data: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key of a `to_dict` form, or None."""
+    return _flatten(data).get(key)
+
+
+def _check(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}, must be {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _build(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown config key {where}{key}{hint}")
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in data:
+            raise ConfigError(f"config key {where}{f.name} is missing")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        _check(value in arguments, where, value, f"one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        _check(isinstance(value, (list, tuple)), where, value, "a list")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        _check(len(value) == len(arguments), where, value, f"a list of {len(arguments)}")
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_convert(argument, item, f"{where}[{i}]") for i, (argument, item) in pairs)
+    if origin is not None:  # Mapping[str, Any]
+        _check(isinstance(value, Mapping), where, value, "a mapping")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    wanted = "a finite number" if hint is float else f"of type {hint.__name__}"
+    _check(fits and not (isinstance(value, float) and not math.isfinite(value)), where, value, wanted)
+    return value

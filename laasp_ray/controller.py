@@ -1,0 +1,259 @@
+"""The loop, in the driver: what the state asks for is done, written down, and gives the next state.
+
+Everything it needs is handed to it: who trains, who measures, where it is stored, who shows it. A turn, an epoch and a
+spell are each one event of the journal, written last; a run that is cut off goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.errors import TrainingError
+from laasp_ray.methods.laasp import take_turn
+from laasp_ray.progression import advance, next_spell
+from laasp_ray.pruning.network import NetworkState, capture, rebuild
+from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
+from laasp_ray.records import RunState, to_json
+from laasp_ray.report.progress import Progress
+from laasp_ray.report.tensorboard import EventFiles
+from laasp_ray.search.candidates import Baseline
+from laasp_ray.search.executor import Executor
+from laasp_ray.store.artifact import save_pruned
+from laasp_ray.store.checkpoint import delete_checkpoints, load_checkpoint, save_checkpoint
+from laasp_ray.store.journal import Journal, write_candidates
+from laasp_ray.store.storage import Storage
+from laasp_ray.train.loop import EpochDone, Spell, SpellDone
+from laasp_ray.train.trainer import Trainer
+
+UNPRUNED = "unpruned"
+"""The checkpoint of the network just before its first prune; kept, to compare the pruned one with."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the controller is handed. `trainer` and `executor` are made when first asked for, and then live on.
+
+    The executor needs the loss subset drawn: it is told which images to leave out, and tells which it could not read.
+    """
+
+    trainer: Callable[[], Trainer]
+    executor: Callable[[tuple[str, ...], Callable[[str], None]], Executor]
+    storage: Storage
+    journal: Journal
+    progress: Progress
+    events: EventFiles
+
+
+class Controller:
+    """One run. `unpruned` has the initial weights; `state` is the fold of the journal so far."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        unpruned: nn.Module,
+        example_input: torch.Tensor,
+        baseline: Baseline,
+        state: RunState,
+        parts: Parts,
+    ) -> None:
+        self._config, self._unpruned, self._example, self._baseline = config, unpruned, example_input, baseline
+        self._parts = parts
+        self.state = state
+        self._network, self._momentum = self._restore()
+
+    def run(self) -> nn.Module:
+        """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
+        started = time.perf_counter()
+        last: SpellDone | None = None
+        if (
+            self.state.turn == 0
+            and self.state.phase == "prune"
+            and not self._has("baseline")
+            and not self._has("spell")
+        ):
+            last = self._measure_given_weights()
+        while self.state.phase != "done":
+            if self.state.phase == "prune":
+                self._turn()
+            else:
+                last = self._train()
+        return self._finish(last, time.perf_counter() - started)
+
+    def _has(self, name: str) -> bool:
+        return self._parts.journal.last(name) is not None
+
+    def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
+        """The network as the state has it; the optimizer's momentum only in the middle of a spell."""
+        state = self.state
+        checkpoint = load_checkpoint(self._parts.storage, state.checkpoint)
+        network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
+        momentum = checkpoint.optimizer if state.spell_epochs_done else {}
+        for step in state.steps:
+            network = self._after(network, Plan.from_json(step))
+        return network, momentum
+
+    def _after(self, network: NetworkState, step: Plan) -> NetworkState:
+        model = rebuild(self._unpruned, network)
+        apply_plan(model, step)
+        return capture(model, network.plan.then(step))
+
+    def _record(self, name: str, data: Mapping[str, Any]) -> None:
+        """Writes the event, then moves on; a run killed between the two finds the event when it is resumed."""
+        self._parts.journal.append(name, data)
+        self.state = advance(self.state, name, data, self._config)
+
+    def _measure_given_weights(self) -> SpellDone:
+        """What the network can do before the first prune, where training up to there is left out."""
+        self._parts.progress.phase("evaluate", "the weights given")
+        spell = Spell(number=self.state.spells_done, phase="baseline", excluded=self.state.excluded)
+        done = self._parts.trainer().run(self._network, {}, spell, self._epoch_done)
+        self._note_unreadable(done.unreadable)
+        self._record("baseline", {"metrics": to_json(done.metrics), "seconds": done.seconds})
+        self._show_metrics("baseline", done)
+        return done
+
+    def _turn(self) -> None:
+        started = time.perf_counter()
+        parts, number = self._parts, self.state.turn + 1
+        parts.progress.phase("prune", f"turn {number}")
+        if number == 1:
+            save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
+        model = rebuild(self._unpruned, self._network).eval()
+        executor = parts.executor(self.state.excluded, lambda name: self._note_unreadable((name,)))
+        prepared = time.perf_counter() - started
+        turn = take_turn(
+            model,
+            self._network,
+            self._example,
+            self._baseline,
+            self._config.prune,
+            executor,
+            turn=number,
+            on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
+        )
+        applied = time.perf_counter()
+        self._network, self._momentum = self._after(self._network, turn.step), {}
+        write_candidates(parts.storage, number, turn.ranking)
+        now = time.perf_counter()
+        seconds = {"prepare": prepared, **turn.seconds, "apply": now - applied, "total": now - started}
+        self._record(
+            "turn",
+            {
+                "decision": to_json(turn.decision),
+                "step": turn.step.to_json(),
+                "plan": self._network.plan.to_json(),
+                "candidates": len(turn.ranking),
+                "seconds": seconds,
+            },
+        )
+        parts.progress.decision(turn.decision, self._config.prune.flops_reduction, now - started)
+        parts.events.scalar("prune/loss", turn.decision.loss, number)
+        parts.events.scalar("prune/flops_reduction", turn.decision.flops_reduction, number)
+
+    def _train(self) -> SpellDone:
+        started = time.perf_counter()
+        spell, parts = next_spell(self.state, self._config), self._parts
+        parts.progress.phase(spell.phase, f"{len(spell.epochs) - spell.done} epochs")
+        try:
+            done = parts.trainer().run(self._network, self._momentum, spell, self._epoch_done)
+        except TrainingError as error:
+            good = f"checkpoints/{self.state.checkpoint}.safetensors"
+            raise TrainingError(f"{error}; last good checkpoint: {parts.storage.uri}/{good}") from error
+        self._note_unreadable(done.unreadable)
+        self._momentum = {}
+        self._record(
+            "spell",
+            {
+                "phase": spell.phase,
+                "spell": spell.number,
+                "metrics": to_json(done.metrics),
+                "seconds": time.perf_counter() - started,
+                "evaluation_seconds": done.seconds,
+            },
+        )
+        self._show_metrics(spell.phase, done)
+        parts.events.sync()
+        return done
+
+    def _epoch_done(self, done: EpochDone) -> None:
+        state, plan, parts = self.state, done.plan, self._parts
+        self._network = NetworkState(self._network.plan, done.tensors)
+        self._momentum = done.momentum
+        name = f"{state.epochs_trained:06d}"
+        save_checkpoint(parts.storage, name, model=done.tensors, optimizer=done.momentum)
+        self._note_unreadable(done.unreadable)
+        self._record(
+            "epoch",
+            {
+                "phase": state.phase,
+                "spell": state.spells_done,
+                "epoch": plan.epoch,
+                "epochs_trained": state.epochs_trained + 1,
+                "learning_rate": plan.learning_rate,
+                "loss": done.loss,
+                "top1": done.top1,
+                "images": done.images,
+                "seconds": done.seconds,
+                "checkpoint": name,
+            },
+        )
+        delete_checkpoints(parts.storage, keep=[name, UNPRUNED])
+        epochs = len(next_spell(state, self._config).epochs)
+        metrics = {"loss": done.loss, "top1": done.top1}
+        parts.progress.epoch(state.phase, done.position + 1, epochs, metrics, plan.learning_rate)
+        for key, value in metrics.items():
+            parts.events.scalar(f"train/{key}", value, state.epochs_trained + 1)
+        parts.events.scalar("learning_rate", plan.learning_rate, state.epochs_trained + 1)
+
+    def _note_unreadable(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if name not in self.state.excluded:
+                self._record("excluded", {"image": name, "reason": "cannot be decoded"})
+                self._parts.progress.note(f"left out from now on, cannot be decoded: {name}")
+
+    def _show_metrics(self, phase: str, done: SpellDone) -> None:
+        metrics = done.metrics
+        self._parts.progress.note(
+            f"after {phase}: test top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} "
+            f"on {metrics.images} images"
+        )
+        for key in ("loss", "top1", "top5"):
+            self._parts.events.scalar(f"test/{key}", getattr(metrics, key), self.state.epochs_trained)
+
+    def _finish(self, last: SpellDone | None, seconds: float) -> nn.Module:
+        parts = self._parts
+        model = rebuild(self._unpruned, self._network).eval()
+        # A run killed between its last spell and here has that spell's metrics in the journal only.
+        metrics = to_json(last.metrics) if last is not None else parts.journal.last("spell").data["metrics"]  # type: ignore[union-attr]
+        macs = macs_after(self._baseline.macs, self._network.plan)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        summary = {
+            "macs": macs,
+            "macs_unpruned": self._baseline.macs.total,
+            "macs_convention": self._baseline.macs.convention,
+            "flops_reduction": 1 - macs / self._baseline.macs.total,
+            "parameters": parameters,
+            "parameters_unpruned": sum(parameter.numel() for parameter in self._unpruned.parameters()),
+            "metrics": metrics,
+        }
+        save_pruned(
+            parts.storage.child("pruned"),
+            model=model,
+            model_config=self._config.model,
+            plan=self._network.plan,
+            metrics=summary,
+        )
+        parts.events.sync()
+        self._record("finish", {**summary, "seconds": seconds})
+        return model
+
+
+def _plan(data: Mapping[str, Any] | None) -> Plan:
+    return Plan.empty() if data is None else Plan.from_json(data)

@@ -1,0 +1,88 @@
+"""How long a forward pass takes, measured, with the circumstances that the number belongs to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for one forward pass of a batch: the median, and the 10th and 90th percentile as `spread`.
+
+    `device` is its name, `threads` those that torch computes with on the CPU, `repeats` the passes measured.
+    """
+
+    median_ms: float
+    spread: tuple[float, float]
+    batch_size: int
+    device: str
+    threads: int
+    repeats: int
+
+
+def measure_latency(model: nn.Module, input_shape: Sequence[int], *, batch_size: int = 1, device: str | torch.device,
+                    repeats: int = 20, warmup: int = 3) -> Latency:
+    """Times `model` in eval mode on `device` with random inputs (batch_size, *input_shape).
+
+    The model is moved there and back, and keeps its mode. Raises ValueError unless repeats >= 2 and warmup >= 0.
+    """
+    return _measure([model], input_shape, batch_size, torch.device(device), repeats, warmup)[0]
+
+
+def measure_pair(first: nn.Module, second: nn.Module, input_shape: Sequence[int], *, batch_size: int = 1,
+                 device: str | torch.device, repeats: int = 20, warmup: int = 3) -> tuple[Latency, Latency]:
+    """`measure_latency` of two networks by turns, so that a drift of the machine does not favour either."""
+    first_latency, second_latency = _measure([first, second], input_shape, batch_size, torch.device(device), repeats,
+                                             warmup)
+    return first_latency, second_latency
+
+
+def _measure(models: list[nn.Module], input_shape: Sequence[int], batch_size: int, device: torch.device, repeats: int,
+             warmup: int) -> list[Latency]:
+    if repeats < 2 or warmup < 0 or batch_size < 1:
+        raise ValueError(f"repeats={repeats}, warmup={warmup}, batch_size={batch_size}: must be at least 2, 0 and 1")
+    homes = [next((parameter.device for parameter in model.parameters()), device) for model in models]
+    modes = [{module: module.training for module in model.modules()} for model in models]
+    inputs = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    times: list[list[float]] = [[] for _ in models]
+    try:
+        for model in models:
+            model.to(device).eval()
+        with torch.inference_mode():
+            for turn in range(warmup + repeats):
+                for model, taken in zip(models, times, strict=True):
+                    elapsed = _time_once(model, inputs, device)
+                    if turn >= warmup:
+                        taken.append(elapsed)
+    finally:
+        for model, home, mode in zip(models, homes, modes, strict=True):
+            model.to(home)
+            for module, training in mode.items():
+                module.training = training
+    return [_summary(taken, batch_size, device) for taken in times]
+
+
+def _time_once(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    model(inputs)
+    _wait(device)
+    return (time.perf_counter() - start) * 1000
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(taken: list[float], batch_size: int, device: torch.device) -> Latency:
+    deciles = statistics.quantiles(taken, n=10, method="inclusive")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return Latency(statistics.median(taken), (deciles[0], deciles[-1]), batch_size, name, torch.get_num_threads(),
+                   len(taken))

@@ -1,0 +1,52 @@
+"""Multiply-accumulates of convolutions and linear layers, counted by fvcore."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+CONVENTION = "multiply-accumulates of convolutions and linear layers, one input"
+_COUNTED_OPERATORS = ("conv", "linear", "addmm", "matmul")
+
+
+@dataclass(frozen=True)
+class Macs:
+    """A count with its convention.
+
+    `per_layer`: convolution or linear layer -> multiply-accumulates, over all its calls in one forward pass.
+    `weight_shapes`: the same layers -> shape of their weight. `uncounted`: operators met on the way that the
+    convention leaves out, sorted.
+    """
+
+    total: int
+    per_layer: Mapping[str, int]
+    weight_shapes: Mapping[str, tuple[int, ...]]
+    uncounted: tuple[str, ...]
+    convention: str = CONVENTION
+
+
+def count_macs(model: nn.Module, example_input: torch.Tensor) -> Macs:
+    """Counts one forward pass of one input: `example_input` of shape (B, ...), of which the first is used.
+
+    Works on a copy in eval mode; `model` is left alone. The input must be on the model's device.
+    """
+    probe = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        analysis = FlopCountAnalysis(probe, example_input[:1]).unsupported_ops_warnings(False)
+        analysis = analysis.uncalled_modules_warnings(False).tracer_warnings("none")
+        by_module = analysis.by_module_and_operator()
+        unsupported = set(analysis.unsupported_ops())
+    per_layer: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in probe.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            per_layer[name] = round(sum(by_module[name][operator] for operator in _COUNTED_OPERATORS))
+            shapes[name] = tuple(module.weight.shape)
+    uncounted = unsupported | (set(by_module[""]) - set(_COUNTED_OPERATORS))
+    return Macs(total=sum(per_layer.values()), per_layer=per_layer, weight_shapes=shapes,
+                uncounted=tuple(sorted(uncounted)))

@@ -1,0 +1,88 @@
+"""Which filters of a layer matter least: pure functions from weights to a score per filter, by name.
+
+A criterion takes weights of shape (N, K), one row a filter, and gives scores of shape (N,), on the same device; the
+filters of lowest score go first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+import torch
+from torch import nn
+
+from laasp_ray.criteria import magnitude as _magnitude
+from laasp_ray.criteria import similarity as _similarity
+from laasp_ray.criteria.registry import CRITERIA, Criterion, register
+from laasp_ray.errors import ConfigError, SearchError
+
+__all__ = ["Criterion", "filters_of", "get", "known", "lowest", "register", "scores"]
+_BUILT_IN = (_magnitude, _similarity)
+"""Modules whose import fills the registry."""
+
+
+def known() -> tuple[str, ...]:
+    """The registered names, in the order of registration."""
+    return tuple(CRITERIA)
+
+
+def get(name: str) -> Criterion:
+    """A criterion by its registered name, or by import path `package.module:function`. Raises ConfigError."""
+    if name in CRITERIA:
+        return CRITERIA[name]
+    if ":" not in name:
+        close = difflib.get_close_matches(name, CRITERIA, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"unknown criterion {name!r}; {hint}known: {', '.join(CRITERIA)}, "
+                          f"or an import path package.module:function")
+    module, _, function = name.partition(":")
+    try:
+        criterion = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"criterion {name!r} cannot be imported: {error}") from error
+    if not callable(criterion):
+        raise ConfigError(f"criterion {name!r} is a {type(criterion).__name__}, must be a function")
+    return criterion
+
+
+def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
+    """Scores (N,) by the criterion `name` of a layer's N filters, or of a weight whose first axis counts filters.
+
+    Give the layer itself where it may be a transposed convolution. Raises ConfigError for an unknown criterion or
+    one that does not give one score per filter, SearchError naming the criterion where a score is NaN.
+    """
+    rows = filters_of(weight) if isinstance(weight, nn.Module) else weight.detach().flatten(1)
+    result = get(name)(rows)
+    if not isinstance(result, torch.Tensor) or tuple(result.shape) != (rows.shape[0],):
+        given = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ConfigError(f"criterion {name!r} must give a tensor of shape ({rows.shape[0]},) for weights of shape "
+                          f"{tuple(rows.shape)}, gave {given}")
+    if bool(torch.isnan(result).any()):
+        raise SearchError(f"criterion {name!r} gives NaN for filters {torch.isnan(result).nonzero().flatten().tolist()}"
+                          f" of weights of shape {tuple(rows.shape)}: are the weights finite?")
+    return result
+
+
+def filters_of(layer: nn.Module) -> torch.Tensor:
+    """A layer's weight as (N, K), one row a filter: convolutions, transposed ones too, and linear layers."""
+    weight = layer.get_parameter("weight").detach()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        # (inputs, filters of a group, ...), the inputs falling in as many blocks as there are groups
+        blocks = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+        return blocks.flatten(0, 1).flatten(1)
+    return weight.flatten(1)
+
+
+def lowest(scores: torch.Tensor, count: int, blocks: int = 1) -> tuple[int, ...]:
+    """Indices, rising, of the `count` lowest of scores (N,): the same number from each of `blocks` equal contiguous
+    blocks. Of equal scores the lower index goes first. Raises SearchError for NaN, ValueError for counts that do not
+    divide."""
+    if scores.dim() != 1 or scores.shape[0] % blocks or count % blocks or not 0 <= count <= scores.shape[0]:
+        raise ValueError(f"{count} lowest of scores of shape {tuple(scores.shape)} in {blocks} equal blocks")
+    if bool(torch.isnan(scores).any()):
+        raise SearchError(f"scores of filters {torch.isnan(scores).nonzero().flatten().tolist()} are NaN")
+    width = scores.shape[0] // blocks
+    order = scores.reshape(blocks, width).argsort(dim=1, stable=True)[:, :count // blocks]
+    offsets = torch.arange(blocks, device=scores.device).unsqueeze(1) * width
+    return tuple((order + offsets).flatten().sort().values.tolist())

@@ -1,0 +1,59 @@
+"""Opens a data set, whatever it is stored in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from laasp_ray.config import DataConfig
+from laasp_ray.data.digits import ensure_digits
+from laasp_ray.data.source import ImageSource, Split
+from laasp_ray.data.sources_cifar import BATCHES_FOLDER, CifarBatchesSource, batches_folder
+from laasp_ray.data.sources_folder import FolderSource, class_names
+from laasp_ray.data.sources_parquet import ParquetSource, parquet_files
+from laasp_ray.errors import ConfigError, DataError
+
+__all__ = ["ImageSource", "Split", "open_source"]
+
+
+def open_source(config: DataConfig, split: Split) -> ImageSource:
+    """The images of `split`, checked: not empty, labels in range, in training at least one image a class.
+
+    `data.path` None is the embedded set of digits, written into a cache folder when it is first needed. Raises
+    ConfigError when `data.path` and `data.format` do not fit each other, DataError when the data set is not there or
+    not laid out as expected; both say what was looked for.
+    """
+    if config.path is None or config.format == "digits":
+        return FolderSource(_digits(config), split)
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
+    found = _detect(root) if config.format == "auto" else config.format
+    if found == "parquet":
+        return ParquetSource(root, split)
+    if found == "cifar_batches":
+        return CifarBatchesSource(root, split)
+    return FolderSource(root, split)
+
+
+def _digits(config: DataConfig) -> Path:
+    if config.path is not None:
+        raise ConfigError(f"data.format is 'digits' and data.path {config.path!r}: the embedded digits have no path, "
+                          "leave one of the two out")
+    if config.format not in ("auto", "digits"):
+        raise ConfigError(f"data.format is {config.format!r} without data.path: name the data set's folder")
+    return ensure_digits()
+
+
+def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches"]:
+    if batches_folder(root) is not None:
+        return "cifar_batches"
+    if parquet_files(root, "train"):
+        return "parquet"
+    train = root / "train"
+    if train.is_dir() and class_names(train):
+        return "folder"
+    raise DataError(
+        f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
+        f"(train.parquet or train-*.parquet) and CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1)"
+    )

@@ -1,0 +1,83 @@
+"""A data set as class folders, the layout of the unpacked ILSVRC2012 archives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from laasp_ray.data.source import Split, check_labels
+from laasp_ray.errors import DataError
+
+SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp")
+TEST_FOLDERS = ("val", "test")
+
+
+class FolderSource:
+    """`<root>/train/<class>/*.JPEG`, and `<root>/val` or `<root>/test` likewise: the test split.
+
+    Classes are the sorted names of the training folders, images sorted by class, then name. Opening lists the folders
+    and looks at no file.
+    """
+
+    def __init__(self, root: Path, split: Split) -> None:
+        train = _split_folder(root, "train")
+        self.classes = tuple(class_names(train))
+        if not self.classes:
+            raise DataError(f"no class folders in {train}; looked for {train}/<class>/*.JPEG")
+        folder = train if split == "train" else _split_folder(root, "test")
+        if split == "test":
+            _check_test_classes(folder, self.classes)
+        self._folder = folder
+        counts, names = [], []
+        for name in self.classes:
+            files = _image_files(folder / name)
+            counts.append(len(files))
+            names.extend(files)
+        # An array of bytes takes a quarter of the memory of Python strings, and every worker opens the data set.
+        self._names = np.array(names, dtype=np.bytes_)
+        self.labels = np.repeat(np.arange(len(self.classes), dtype=np.int64), counts)
+        check_labels(self.labels, self.classes, split=split, where=str(folder))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes:
+        return (self._folder / self._relative(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        return f"{self._folder.name}/{self._relative(index)}"
+
+    def _relative(self, index: int) -> str:
+        return f"{self.classes[self.labels[index]]}/{os.fsdecode(self._names[index])}"
+
+
+def class_names(folder: Path) -> list[str]:
+    """The sorted names of the folders in `folder`, hidden ones left out."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _split_folder(root: Path, split: Split) -> Path:
+    candidates = [root / name for name in (("train",) if split == "train" else TEST_FOLDERS)]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    looked = " or ".join(f"{folder}/<class>" for folder in candidates)
+    raise DataError(f"no {split} images in {root}; looked for {looked}")
+
+
+def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
+    unknown = sorted(set(class_names(folder)) - set(classes))
+    if unknown:
+        raise DataError(f"{folder} has {len(unknown)} class folders that the training images do not have "
+                        f"({', '.join(unknown[:5])}); both must use the same class names")
+
+
+def _image_files(folder: Path) -> list[bytes]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(os.fsencode(folder)) as entries:
+        return sorted(entry.name for entry in entries
+                      if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(b"."))

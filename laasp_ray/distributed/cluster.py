@@ -1,0 +1,81 @@
+"""How a run shares a cluster: what trainers and evaluation tasks hold, so that neither ever waits for the other.
+
+On every GPU one trainer (0.6 by default) and one evaluation task (0.4) find room; two trainers never meet on one, which
+NCCL would refuse. On CPUs trainers hold a token share, since they sleep while the search runs, and the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from laasp_ray.config import ClusterConfig
+from laasp_ray.errors import ConfigError
+
+TRAINER_CPUS = 0.05
+TASK_CPUS = 0.9
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run takes of a cluster; resources are Ray's, per worker or task."""
+
+    workers: int
+    gpus: int
+    trainer_resources: Mapping[str, float]
+    task_options: Mapping[str, Any]
+
+
+def share_of(resources: Mapping[str, float], config: ClusterConfig) -> Share:
+    """`resources` are the cluster's totals ('CPU', 'GPU'). Raises ConfigError for more workers than it can hold."""
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    room = gpus or cpus
+    if room == 0:
+        raise ConfigError(
+            "the Ray cluster has no CPU and no GPU: start it with some, e.g. ray start --head --num-cpus=2"
+        )
+    if config.workers > room:
+        kind = "GPUs, one for each worker" if gpus else "CPUs and no GPU, one for each worker"
+        raise ConfigError(
+            f"cluster.workers is {config.workers}, but the cluster has {room} {kind}: ask for at most {room}"
+        )
+    if gpus:
+        return Share(
+            workers=config.workers or gpus,
+            gpus=gpus,
+            trainer_resources={"CPU": TRAINER_CPUS, "GPU": config.trainer_gpu_share},
+            task_options={"num_cpus": TRAINER_CPUS, "num_gpus": config.task_gpu_share},
+        )
+    return Share(
+        workers=config.workers or min(2, cpus),
+        gpus=0,
+        trainer_resources={"CPU": TRAINER_CPUS},
+        task_options={"num_cpus": TASK_CPUS},
+    )
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
+    """Joins a cluster, or starts one on this machine for as long as this lasts; gives its resources.
+
+    In a submitted job Ray sets RAY_ADDRESS, and we join; a cluster that merely runs on this machine is joined only when
+    `address` is 'auto' or its address. A session that the caller has opened is used, and left open.
+    """
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        # The number of CPUs is left to Ray: it may not be given when a cluster is joined.
+        ray.init(address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {}))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster could be reached at {address!r}: {error}") from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,124 @@
+"""The search on a cluster: candidates' losses as Ray tasks, one worker process each, streamed back as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from laasp_ray.config import DataConfig, SearchConfig
+from laasp_ray.data.loader import normalise
+from laasp_ray.data.subset import Subset
+from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.errors import SearchError
+from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all
+from laasp_ray.search.executor import OnResult
+
+TASK_RETRIES = 5
+"""How often a task whose worker or node was lost is run again."""
+
+
+class RayExecutor:
+    """The Executor (search/executor.py) on Ray tasks. Gives the serial executor's losses: batches are cut the same way.
+
+    The network of a turn is put into the object store once; tasks carry indices, and every worker process rebuilds it
+    once per turn. The subset stays with the worker processes between turns.
+    """
+
+    def __init__(self, unpruned: Any, subset: Subset, data: DataConfig, search: SearchConfig, share: Share) -> None:
+        """`unpruned` is the object reference of the unpruned network."""
+        self._unpruned, self._search, self._share = unpruned, search, share
+        self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), data, search.batch_size))
+        self._task = ray.remote(measure_losses).options(
+            max_retries=TASK_RETRIES, scheduling_strategy="SPREAD", **share.task_options
+        )
+
+    def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
+        turn = ray.put((network.plan, pack(network.tensors)))
+        size = self._search.candidates_per_task
+        starts = {}
+        for start in range(0, len(tasks), size):
+            # References inside a list are not fetched by Ray for every task anew; the worker process keeps them.
+            inputs = [self._unpruned, turn, self._subset]
+            starts[self._task.remote(inputs, list(tasks[start : start + size]))] = start
+        results: list[MeasuredLoss | None] = [None] * len(tasks)
+        pending = list(starts)
+        try:
+            while pending:
+                ready, pending = ray.wait(pending, num_returns=1)
+                for position, result in enumerate(self._get(ready[0]), starts[ready[0]]):
+                    results[position] = result
+                    on_result(position, result)
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+        return [result for result in results if result is not None]
+
+    def _get(self, reference: Any) -> list[MeasuredLoss]:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+        except ray.exceptions.RayError as error:
+            raise SearchError(
+                f"an evaluation task was lost {TASK_RETRIES + 1} times: {error}; "
+                "its worker may have run out of memory: lower search.batch_size or search.images"
+            ) from error
+
+    def close(self) -> None:
+        return None
+
+
+def measure_losses(inputs: list[Any], tasks: list[LossTask]) -> list[MeasuredLoss]:
+    """The task itself: the losses of some prunes of the turn's network."""
+    model, subset = _PROCESS.load(*inputs)
+    return measure_all(model, tasks, subset)
+
+
+class _Process:
+    """What a worker process keeps from one task to the next: the unpruned network, the turn's network, the subset."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, Any]] = {}
+
+    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[nn.Module, LossSubset]:
+        torch.set_num_threads(_threads())
+        base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
+        model = self._once("turn", turn, lambda: _turn_network(base, *ray.get(turn)))
+        return model, self._once("subset", subset, lambda: _subset(*ray.get(subset)))
+
+    def _once(self, name: str, reference: Any, make: Any) -> Any:
+        known = self._kept.get(name)
+        if known is None or known[0] != reference.hex():
+            self._kept.pop(name, None)  # let go of the last one before the next is made
+            self._kept[name] = (reference.hex(), make())
+        return self._kept[name][1]
+
+
+_PROCESS = _Process()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+
+
+def _threads() -> int:
+    """One thread on a CPU task, whatever the machine: the tasks fill the cores, and the sums stay in one order."""
+    return 1 if _device().type == "cpu" else max(1, (os.cpu_count() or 1) // 4)
+
+
+def _turn_network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:
+    return rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))).to(_device()).eval()
+
+
+def _subset(images: Any, labels: Any, data: DataConfig, batch_size: int) -> LossSubset:
+    tensors = unpack({"images": images, "labels": labels}, copy=False)
+    subset = LossSubset(tensors["images"], tensors["labels"], batch_size, lambda batch: normalise(batch, data))
+    return subset.to(_device())

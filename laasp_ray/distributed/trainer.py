@@ -1,0 +1,159 @@
+"""Training on a cluster: one Ray Train worker group that lives as long as the run and takes its spells as commands.
+
+A `fit()` costs 15 to 20 s, a further command a fraction of a second. The group is restarted by Ray Train when a rank is
+lost, and by us when more than that is; either way the spell goes on from its last finished epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.mailbox import Mailbox
+from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.distributed.worker import SpellCommand, train_worker
+from laasp_ray.errors import LaaspError, TrainingError
+from laasp_ray.pruning.network import NetworkState
+from laasp_ray.train.loop import EpochDone, Spell, SpellDone
+from laasp_ray.train.trainer import OnEpoch
+
+logger = logging.getLogger(__name__)
+
+GROUP_ATTEMPTS = 3
+"""How often a whole worker group, its mailbox included, is started anew for one spell."""
+
+TRAIN_ENVIRONMENT = {
+    # Without these a start and a stop of the group take half as long again (see README, "What Ray costs").
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+class _GroupLostError(Exception):
+    """The worker group or its mailbox is gone for good; a new one may do better."""
+
+
+@dataclass
+class _Group:
+    mailbox: Any
+    thread: threading.Thread
+    failure: list[BaseException]
+
+
+class RayTrainer:
+    """The Trainer (train/trainer.py) on Ray Train workers, `share.workers` of them, DDP over all."""
+
+    def __init__(self, unpruned: Any, config: RunConfig, share: Share, storage_path: str) -> None:
+        """`unpruned` is the object reference of the unpruned network; Ray Train's own files go to `storage_path`."""
+        self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
+        self._group: _Group | None = None
+        self._commands = 0
+
+    def run(
+        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+    ) -> SpellDone:
+        for attempt in range(1, GROUP_ATTEMPTS + 1):
+            try:
+                return self._run(network, momentum, spell, on_epoch)
+            except _GroupLostError as lost:
+                self._group = None
+                if attempt == GROUP_ATTEMPTS:
+                    raise TrainingError(
+                        f"spell {spell.number} ({spell.phase}): the worker group was lost {attempt} times, last: {lost}"
+                    ) from lost
+                logger.warning("the worker group was lost (%s); starting another", lost)
+            if self._last is not None:
+                network = NetworkState(network.plan, self._last.tensors)
+                momentum, spell = self._last.momentum, replace(spell, done=self._last.position + 1)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _run(
+        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+    ) -> SpellDone:
+        self._last: EpochDone | None = None
+        group = self._group = self._group or self._start()
+        self._commands += 1
+        # The arrays travel as one reference, so that they cross the network once per node, not once per rank.
+        payload = SpellCommand(spell, network.plan, [ray.put((pack(network.tensors), pack(momentum)))])
+        self._ask(group, group.mailbox.submit.remote(self._commands, payload))
+        while True:
+            kind, value = self._ask(group, group.mailbox.take.remote())
+            if kind == "failed":
+                raise value if isinstance(value, LaaspError) else TrainingError(str(value))
+            if kind == "done":
+                return value
+            arrays, momentum_arrays, done = value
+            done = replace(done, tensors=unpack(arrays, copy=True), momentum=unpack(momentum_arrays, copy=True))
+            self._last = done
+            on_epoch(done)
+
+    def _ask(self, group: _Group, reference: Any) -> Any:
+        """The answer, unless the group dies first: then nobody would ever give it."""
+        while True:
+            ready, _ = ray.wait([reference], timeout=0.5)
+            if ready:
+                try:
+                    return ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    raise _GroupLostError(f"its mailbox died: {error}") from error
+            if not group.thread.is_alive():
+                raise _GroupLostError(str(group.failure[0]) if group.failure else "it ended by itself")
+
+    def _start(self) -> _Group:
+        os.environ.update({key: os.environ.get(key, value) for key, value in TRAIN_ENVIRONMENT.items()})
+        mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=10_000).remote()
+        config, share = self._config, self._share
+        trainer = ray.train.torch.TorchTrainer(
+            train_worker,
+            train_loop_config={"mailbox": mailbox, "unpruned": [self._unpruned], "config": config},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=share.workers, use_gpu=share.gpus > 0, resources_per_worker=share.trainer_resources
+            ),
+            run_config=ray.train.RunConfig(
+                # Ray Train resumes by itself under a name that it knows; only our own store decides where to go on.
+                name=f"{config.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=self._storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=config.cluster.worker_failures),
+            ),
+        )
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # handed on to whoever waits for the group
+                failure.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        thread.start()
+        return _Group(mailbox, thread, failure)
+
+    def close(self) -> None:
+        """Lets the workers go; those that hang in a collective are left to the end of the Ray session."""
+        if self._group is None:
+            return
+        try:
+            ray.get(self._group.mailbox.stop.remote(), timeout=10)
+        except ray.exceptions.RayError as error:
+            logger.warning("the trainers' mailbox did not answer while closing: %s", error)
+        self._group.thread.join(timeout=30)
+        self._group = None
+
+
+def put_network(unpruned: nn.Module) -> Any:
+    """The object reference of the unpruned network, for trainers and executors alike."""
+    return ray.put(unpruned)

@@ -1,0 +1,127 @@
+"""What a Ray Train worker does: wait for a spell, train it, post what came of it, until there is no more."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from laasp_ray.config import RunConfig
+from laasp_ray.distributed.mailbox import Command
+from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.errors import LaaspError, TrainingError
+from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.train.data import SpellData
+from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+
+
+@dataclass(frozen=True)
+class SpellCommand:
+    """`arrays` holds one object reference: (state dict, momentum) as numpy arrays."""
+
+    spell: Spell
+    plan: Plan
+    arrays: list[Any]
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The loop of one rank; `settings` are its mailbox, the unpruned network's reference and the run's config."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    mailbox, config = settings["mailbox"], settings["config"]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    unpruned = ray.get(settings["unpruned"][0])
+    data: SpellData | None = None
+    finished = -1
+    while (command := ray.get(mailbox.next.remote(finished))) is not None:
+        _check_agreement(command)
+        try:
+            data = data or _open_data(config, command.payload.spell)
+            for kind, value in _carry_out(command, unpruned, config, data):
+                if rank == 0:
+                    ray.get(mailbox.post.remote(command.number, kind, value))
+        except LaaspError as error:
+            # The same would happen again: the driver is told, instead of the group restarting over it.
+            ray.get(mailbox.post.remote(command.number, "failed", error))
+        finished = command.number
+    if data is not None:
+        data.close()
+
+
+def _check_agreement(command: Command) -> None:
+    """Ranks of a restarted group must have been given the same command at the same point."""
+    done = command.resume[-1].position if command.resume is not None else -1
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, (command.number, done))
+    if len(set(theirs)) != 1:
+        raise RuntimeError(f"the ranks were given different commands: {theirs}")
+
+
+def _open_data(config: RunConfig, spell: Spell) -> SpellData:
+    return SpellData(
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        device=ray.train.torch.get_device(),
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        excluded=spell.excluded,
+    )
+
+
+def _carry_out(command: Command, unpruned: nn.Module, config: RunConfig, data: SpellData) -> Any:
+    """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy."""
+    payload: SpellCommand = command.payload
+    spell = payload.spell
+    if command.resume is None:
+        arrays, momentum_arrays = ray.get(payload.arrays[0])
+    else:
+        arrays, momentum_arrays, done = command.resume
+        spell = replace(spell, done=done.position + 1)
+    model = rebuild(unpruned, NetworkState(payload.plan, unpack(arrays, copy=False))).to(data.device)
+    if data.device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    momentum = unpack(momentum_arrays, copy=False)
+    for event in run_spell(model, momentum, spell, data=data, config=config.train, seed=config.seed, wrap=_distributed):
+        event = replace(event, unreadable=_gather_names(event.unreadable))
+        if isinstance(event, SpellDone):
+            yield "done", event
+        else:
+            yield "epoch", _packed(event)
+    del model
+    if data.device.type == "cuda":
+        torch.cuda.empty_cache()  # the search's tasks share this GPU
+
+
+def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
+    return pack(event.tensors), pack(event.momentum), replace(event, tensors={}, momentum={})
+
+
+def _gather_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    return tuple(sorted({name for part in everyone for name in part}))
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    if dist.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    if any(not parameter.requires_grad for parameter in model.parameters()) and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    ):
+        raise TrainingError(
+            "no parameter of the network requires a gradient: set requires_grad on what is to be trained"
+        )
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )

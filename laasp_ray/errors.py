@@ -1,0 +1,36 @@
+"""The exceptions of laasp_ray. Every message names the value, the place and what the user can do about it.
+
+All of them carry a single message argument, so they survive pickling between Ray processes.
+"""
+
+
+class LaaspError(Exception):
+    """Base of everything that laasp_ray raises on purpose."""
+
+
+class ConfigError(LaaspError):
+    """A setting is unknown, out of range, or does not fit another; raised before anything expensive starts."""
+
+
+class DataError(LaaspError):
+    """The data set is missing, has an unexpected layout, or has too many unreadable images."""
+
+
+class PruningError(LaaspError):
+    """A layer cannot be pruned, or a plan does not fit the network it is applied to."""
+
+
+class SearchError(LaaspError):
+    """A candidate's loss could not be measured, or no candidate is left to choose."""
+
+
+class TrainingError(LaaspError):
+    """Training could not go on; the message names the epoch and the last good checkpoint."""
+
+
+class StoreError(LaaspError):
+    """A run's folder cannot be read or written, or holds something else than expected."""
+
+
+class ArtifactError(LaaspError):
+    """A saved network cannot be rebuilt from its folder."""

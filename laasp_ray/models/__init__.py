@@ -1,0 +1,119 @@
+"""Networks by name: `build` makes one, `load_weights` fills it from a file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from laasp_ray.config import ModelConfig
+from laasp_ray.errors import ConfigError
+from laasp_ray.models.cifar import DEPTHS, CifarResNet
+
+_SHOWN = 4
+"""How many keys an error about a file of weights names."""
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """A new network in training mode, its weights drawn from torch's global generator (seed it first).
+
+    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), or the import
+    path `package.module:function` of a function that returns an nn.Module; `config.arguments` are passed on. Raises
+    ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
+    """
+    builder, arguments = _builder(config.builder), dict(config.arguments)
+    try:
+        model = builder(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.builder {config.builder!r} does not take model.arguments {arguments}: {error}") \
+            from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.builder {config.builder!r} gave a {type(model).__name__}, must give an nn.Module")
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights into `model`, strictly.
+
+    `.safetensors`, or `.pt`, `.pth`, `.bin` as torch.save wrote it (read without unpickling code): a state dict,
+    possibly under "state_dict" or "model", its keys possibly starting with "module.". Raises ConfigError if the file
+    is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
+    """
+    state, wanted = _read_state(Path(path)), model.state_dict()
+    if all(key.startswith("module.") for key in state) and not all(key.startswith("module.") for key in wanted):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    missing = sorted(wanted.keys() - state.keys())
+    unexpected = sorted(state.keys() - wanted.keys())
+    misshaped = [f"{key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
+                 for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    problems = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in
+                (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)) if keys]
+    if problems:
+        raise ConfigError(f"the weights in {path} do not fit the network: {'; '.join(problems)}. "
+                          f"Check model.builder and model.arguments")
+    model.load_state_dict(state)
+
+
+def known_builders() -> list[str]:
+    """The names that `build` knows, import paths aside."""
+    names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+    return sorted([*names, *(f"cifar.{name}" for name in DEPTHS)])
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    if ":" in name:
+        return _imported(name)
+    if name not in known_builders():
+        close = difflib.get_close_matches(name, known_builders(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known_builders())}"
+        raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
+    family, _, architecture = name.partition(".")
+    if family == "cifar":
+        return lambda **arguments: CifarResNet(DEPTHS[architecture], **arguments)
+    return lambda **arguments: torchvision.models.get_model(architecture, **{"weights": None, **arguments})
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.builder {path!r} cannot be imported ({error}); it must read "
+                          f"package.module:function") from error
+    if not callable(found):
+        raise ConfigError(f"model.builder {path!r} is a {type(found).__name__}, must be a function")
+    return found
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ConfigError(f"no file of weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} cannot be read as weights: {reason}. It must be a .safetensors file or a state dict "
+                          f"saved by torch.save") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ConfigError(f"{path} holds no state dict; expected names mapped to tensors, possibly under 'state_dict' "
+                          f"or 'model'")
+    return dict(content)
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

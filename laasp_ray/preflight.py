@@ -1,0 +1,128 @@
+"""Everything that can be known to be wrong before anything expensive starts: config, data, network, store.
+
+What this finds is raised as a ConfigError, DataError or StoreError that names the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from laasp_ray import criteria, models
+from laasp_ray.config import RunConfig, differing_keys, value_at
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.sampling import derive_seed
+from laasp_ray.data.sources import ImageSource, open_source
+from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.pruning.groups import PruningGraph, reachable
+from laasp_ray.search.candidates import Baseline, measure_baseline
+from laasp_ray.store.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the checks had to make anyway, for the run to use. `unpruned` has its initial weights, on the CPU."""
+
+    config: RunConfig
+    unpruned: nn.Module
+    example_input: torch.Tensor
+    baseline: Baseline
+    train: ImageSource
+    test: ImageSource
+
+
+def open_run(config: RunConfig) -> Storage:
+    """The run's folder. Refuses a name that belongs to a run of another config, naming the keys that differ."""
+    storage = Storage.open(config.storage).child(config.name)
+    storage.check_writable()
+    if storage.exists("config.json"):
+        try:
+            theirs = json.loads(storage.read("config.json"))
+        except ValueError as error:
+            raise StoreError(f"{storage.uri}/config.json is not JSON ({error}): give another --name") from error
+        ours = config.to_dict()
+        keys = differing_keys(ours, theirs)
+        if keys:
+            listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+            raise ConfigError(
+                f"the run {config.name!r} in {storage.uri} was started with another config ({listed}): "
+                "give the same settings to go on with it, or another --name"
+            )
+    return storage
+
+
+def prepare(config: RunConfig, model: nn.Module | None = None) -> Prepared:
+    """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`."""
+    for name in config.prune.criteria:
+        criteria.get(name)
+    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    unpruned = model if model is not None else _build(config)
+    example_input = torch.zeros(1, *config.model.input_shape)
+    _check_classes(unpruned, example_input, len(train.classes))
+    graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
+    for layer, reason in graph.skipped.items():
+        logger.info("layer %s is not pruned: %s", layer, reason)
+    macs = count_macs(unpruned, example_input)
+    baseline = measure_baseline(graph, macs, config.prune)
+    _check_target(config, graph, baseline)
+    if config.search.images > len(train):
+        logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
+    return Prepared(config, unpruned, example_input, baseline, train, test)
+
+
+def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
+    """BatchNorm needs at least two images of every batch on every worker."""
+    steps = math.ceil(train_images / config.train.batch_size)
+    smallest = train_images // steps // workers
+    if smallest < 2:
+        raise ConfigError(
+            f"with {train_images} training images, train.batch_size {config.train.batch_size} and {workers} workers a "
+            f"worker would get batches of {smallest}: raise train.batch_size or lower cluster.workers"
+        )
+
+
+def _build(config: RunConfig) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        model = models.build(config.model)
+    if config.train.pretrained is not None:
+        models.load_weights(model, config.train.pretrained)
+    return model
+
+
+def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            output = model(example_input)
+    except Exception as error:
+        raise ConfigError(
+            f"the network does not take an input of model.input_shape {tuple(example_input.shape[1:])}: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        raise ConfigError("the network must give one tensor of shape (images, classes)")
+    if output.shape[1] != classes:
+        raise ConfigError(
+            f"the network has {output.shape[1]} outputs, the training data {classes} classes: "
+            "set model.arguments.num_classes to match, or point --data at the set that belongs to the network"
+        )
+
+
+def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline) -> None:
+    prune = config.prune
+    most = reachable(graph, baseline.macs, max_pruned=prune.max_pruned)
+    if prune.flops_reduction > most:
+        raise ConfigError(
+            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.max_pruned {prune.max_pruned:g} and "
+            f"{len(graph.layers)} prunable layers at most {most:.4f} can be reached: lower the one or raise the other"
+        )

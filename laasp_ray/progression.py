@@ -1,0 +1,102 @@
+"""The state of a run as a fold of its journal: pure functions, used alike while a run lives and when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from laasp_ray.config import RunConfig, TrainConfig
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.records import Phase, RunState, decision_from_json
+from laasp_ray.train.loop import EpochPlan, Spell
+
+
+def initial_state(config: RunConfig) -> RunState:
+    """A run that is given weights at the prune epoch, or prunes at epoch 0, begins with pruning."""
+    trained_already = config.train.pretrained is not None or config.train.prune_epoch == 0
+    return RunState(phase="prune" if trained_already else "train")
+
+
+def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConfig) -> RunState:
+    """The state after an event of the journal. Events that change nothing here are passed over."""
+    if name == "start":
+        return replace(state, checkpoint=data["checkpoint"])
+    if name == "epoch":
+        return replace(
+            state,
+            checkpoint=data["checkpoint"],
+            checkpoint_plan=state.plan,
+            steps=(),
+            spell_epochs_done=state.spell_epochs_done + 1,
+            epochs_trained=state.epochs_trained + 1,
+        )
+    if name == "spell":
+        following: Phase = "done" if state.phase == "final" else _after_training(state, config)
+        return replace(
+            state,
+            phase=following,
+            spells_done=state.spells_done + 1,
+            spell_epochs_done=0,
+            recovered_at=state.flops_reduction,
+        )
+    if name == "turn":
+        return _after_turn(state, data, config)
+    if name == "excluded" and data["image"] not in state.excluded:
+        return replace(state, excluded=(*state.excluded, data["image"]))
+    return state
+
+
+def fold(events: Iterable[tuple[str, Mapping[str, Any]]], config: RunConfig) -> RunState:
+    state = initial_state(config)
+    for name, data in events:
+        state = advance(state, name, data, config)
+    return state
+
+
+def _after_training(state: RunState, config: RunConfig) -> Phase:
+    return "final" if state.flops_reduction >= config.prune.flops_reduction else "prune"
+
+
+def _after_turn(state: RunState, data: Mapping[str, Any], config: RunConfig) -> RunState:
+    step = Plan.from_json(data["step"])
+    before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
+    reduction = decision_from_json(data["decision"]).flops_reduction
+    state = replace(
+        state,
+        turn=state.turn + 1,
+        flops_reduction=reduction,
+        plan=before.then(step).to_json(),
+        steps=(*state.steps, data["step"]),
+    )
+    due = reduction - state.recovered_at >= config.prune.recover_every
+    if config.prune.recover_epochs > 0 and due:
+        return replace(state, phase="recover")
+    return replace(state, phase=_after_training(state, config))
+
+
+def next_spell(state: RunState, config: RunConfig) -> Spell:
+    """The spell of training that the state's phase (train, recover or final) asks for, less what is done of it.
+
+    Recoveries train at the learning rate of the prune epoch. Every epoch has a number of its own (`data_epoch`), so
+    that no two epochs of a run see the same augmentation.
+    """
+    train = config.train
+    epochs = {
+        "train": range(train.prune_epoch),
+        "recover": [train.prune_epoch] * config.prune.recover_epochs,
+        "final": range(train.prune_epoch, train.epochs),
+    }[state.phase]
+    first = state.epochs_trained - state.spell_epochs_done
+    plans = tuple(
+        EpochPlan(epoch=epoch, data_epoch=first + position, learning_rate=_learning_rate(train, epoch))
+        for position, epoch in enumerate(epochs)
+    )
+    return Spell(
+        number=state.spells_done, phase=state.phase, epochs=plans, done=state.spell_epochs_done, excluded=state.excluded
+    )
+
+
+def _learning_rate(train: TrainConfig, epoch: int) -> float:
+    # t_p may be the schedule's end, when nothing is left to train after pruning; recoveries then use its last rate.
+    return train.learning_rate_at(min(epoch, train.epochs - 1))

@@ -1,0 +1,154 @@
+"""What losing channels means for a module: which axes of which tensors, and which attributes, change.
+
+Methods: a module has an output side (its own filters or channels) and, for convolutions and linear layers, an input
+side. A prune is a set of channels removed at each of several sides; `plan_of` turns it into a Plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from laasp_ray.errors import PruningError
+from laasp_ray.pruning.plan import AttributeValue, Kept, Plan
+
+Role = Literal["filters", "inputs", "channels"]
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """One axis of a tensor along which channels lie; `per_block` if each block has its own (grouped convolutions)."""
+
+    tensor: str
+    axis: int
+    per_block: bool = False
+
+
+@dataclass(frozen=True)
+class Side:
+    """The channels on one side of a module (or of a raw parameter).
+
+    `size` channels in `blocks` equal contiguous blocks, which must lose the same count each. `role`: a layer's own
+    filters, a layer's inputs, or the channels of something else. `normalises` says that the module computes statistics
+    over its channels, so that removing one changes the others' values.
+    """
+
+    module: str
+    role: Role
+    size: int
+    blocks: int
+    axes: tuple[TensorAxis, ...]
+    attributes: tuple[str, ...]
+    normalises: bool = False
+
+
+Removal = Mapping[Side, Collection[int]]
+"""Channels to remove, at every side that a prune changes."""
+
+
+def plan_of(removal: Removal) -> Plan:
+    """The plan that removes these channels. Raises PruningError if a side would lose everything, or unequal shares."""
+    tensors: dict[str, dict[int, Kept]] = {}
+    attributes: dict[str, dict[str, AttributeValue]] = {}
+    layers: dict[str, tuple[int, ...]] = {}
+    for side, removed in removal.items():
+        if not removed:
+            continue
+        kept = tuple(index for index in range(side.size) if index not in removed)
+        parts = _parts(side, kept)
+        for axis in side.axes:
+            tensors.setdefault(axis.tensor, {})[axis.axis] = parts if axis.per_block else (kept,)
+        for name in side.attributes:
+            value = (len(kept),) if name == "normalized_shape" else len(kept)
+            attributes.setdefault(side.module, {})[name] = value
+        if side.role == "filters":
+            layers[side.module] = kept
+    return Plan(tensors=tensors, attributes=attributes, layers=layers)
+
+
+def _parts(side: Side, kept: tuple[int, ...]) -> Kept:
+    width = side.size // side.blocks
+    parts = tuple(tuple(index % width for index in kept if index // width == block) for block in range(side.blocks))
+    counts = {len(part) for part in parts}
+    if not kept or counts == {0}:
+        raise PruningError(f"all {side.size} {side.role} of {side.module} would go; at least one must stay")
+    if len(counts) > 1:
+        raise PruningError(f"the {side.role} of {side.module} fall in {side.blocks} blocks that must lose the same "
+                           f"count each, but {sorted(counts)} would be left")
+    return parts
+
+
+def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None:
+    """A module's input side, if `inputs`, or else its output side.
+
+    A string says why the channels of such a module cannot be removed; None that the module has no channels that
+    would have to be.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _convolution(name, module, inputs)
+    if isinstance(module, nn.Linear):
+        axis, attribute, size = (1, "in_features", module.in_features) if inputs else (0, "out_features",
+                                                                                       module.out_features)
+        return _checked(module, Side(name, "inputs" if inputs else "filters", size, 1,
+                                     _axes(name, module, axis, bias=not inputs), (attribute,)))
+    return _normalisation(name, module)
+
+
+def parameter_side(name: str, axis: int, size: int) -> Side:
+    """The channels of a parameter that belongs to no known layer, such as a learned scale, along `axis`."""
+    return Side(name.rpartition(".")[0], "channels", size, 1, (TensorAxis(name, axis),), ())
+
+
+def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side | str:
+    if is_depthwise(conv):
+        return _checked(conv, Side(name, "filters", conv.out_channels, 1, _axes(name, conv, 0, bias=True),
+                                   ("out_channels", "in_channels", "groups")))
+    axis = int(inputs) if not conv.transposed else int(not inputs)
+    axes = _axes(name, conv, axis, bias=not inputs, per_block=conv.groups > 1 and axis == 1)
+    if inputs:
+        return _checked(conv, Side(name, "inputs", conv.in_channels, conv.groups, axes, ("in_channels",)))
+    return _checked(conv, Side(name, "filters", conv.out_channels, conv.groups, axes, ("out_channels",)))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution applies one filter to each channel, so that its inputs and outputs go together."""
+    return (isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+            and module.groups == module.in_channels == module.out_channels)
+
+
+def _normalisation(name: str, module: nn.Module) -> Side | str | None:
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return _simple(name, module, "num_features", module.num_features)
+    if isinstance(module, nn.GroupNorm):
+        return _simple(name, module, "num_channels", module.num_channels, blocks=module.num_groups, normalises=True)
+    if isinstance(module, nn.LayerNorm):
+        if len(module.normalized_shape) != 1:
+            return f"{name} normalises over {len(module.normalized_shape)} dimensions at once"
+        return _simple(name, module, "normalized_shape", module.normalized_shape[0], normalises=True)
+    if isinstance(module, nn.PReLU):
+        return _simple(name, module, "num_parameters", module.num_parameters) if module.num_parameters > 1 else None
+    return f"{name} is a {type(module).__name__}, whose channels cannot be removed"
+
+
+def _simple(name: str, module: nn.Module, attribute: str, size: int, *, blocks: int = 1,
+            normalises: bool = False) -> Side | str:
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    axes = tuple(TensorAxis(f"{name}.{leaf}", 0) for leaf in leaves if getattr(module, leaf, None) is not None)
+    return _checked(module, Side(name, "channels", size, blocks, axes, (attribute,), normalises))
+
+
+def _axes(name: str, module: nn.Module, axis: int, *, bias: bool, per_block: bool = False) -> tuple[TensorAxis, ...]:
+    weight = TensorAxis(f"{name}.weight", axis, per_block)
+    return (weight, TensorAxis(f"{name}.bias", 0)) if bias and module.bias is not None else (weight,)
+
+
+def _checked(module: nn.Module, side: Side) -> Side | str:
+    """The side, or why not: tensors that a parametrisation computes anew cannot be cut."""
+    for axis in side.axes:
+        leaf = axis.tensor.rpartition(".")[2]
+        if leaf not in module._parameters and leaf not in module._buffers:
+            return f"{axis.tensor} is computed by a parametrisation; remove that first"
+    return side

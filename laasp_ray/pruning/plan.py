@@ -1,0 +1,271 @@
+"""What is kept of every tensor of a pruned network: our own replayable record of a prune.
+
+A plan holds, for every axis of every parameter and buffer that changed, the indices that are kept, and the module
+attributes that go with them. Applied to the network it was made for, it removes everything else. Plans compose:
+`first.then(second)` does in one application what the two do one after the other, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.cost.macs import Macs
+from laasp_ray.errors import PruningError
+
+PLAN_VERSION = 1
+
+Kept = tuple[tuple[int, ...], ...]
+"""Kept indices of one axis: one tuple for all rows, or one for each group of a grouped convolution."""
+
+AttributeValue = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prune of a network.
+
+    `tensors`: state-dict name -> axis -> kept indices, rising. Axis 0 is selected first. Axis 1 may hold one tuple for
+    each group of a grouped convolution: the rows that are left fall into as many equal contiguous blocks, and each
+    block keeps its own columns. `attributes`: module -> attribute -> value afterwards. `layers`: convolution or linear
+    layer -> the filters it keeps. All indices number the network that the plan is made for.
+    """
+
+    tensors: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, AttributeValue]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def empty() -> Plan:
+        """The plan that keeps everything."""
+        return Plan()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.tensors and not self.attributes
+
+    def then(self, step: Plan) -> Plan:
+        """This plan followed by `step`, whose indices number the network as this plan leaves it.
+
+        Raises PruningError if `step` keeps an index that this plan does not leave.
+        """
+        tensors = {name: dict(axes) for name, axes in self.tensors.items()}
+        for name, axes in step.tensors.items():
+            tensors[name] = _compose_axes(name, self.tensors.get(name, {}), axes, _changes_groups(step, name))
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in step.attributes.items():
+            attributes[name] = {**attributes.get(name, {}), **values}
+        layers = dict(self.layers)
+        for name, kept in step.layers.items():
+            layers[name] = _compose(layers[name], kept, f"layer {name}") if name in layers else kept
+        return Plan(tensors=tensors, attributes=attributes, layers=layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `json.dumps` takes; `from_json` gives the plan back."""
+        return {
+            "version": PLAN_VERSION,
+            "tensors": {name: {str(axis): [list(part) for part in kept] for axis, kept in axes.items()}
+                        for name, axes in self.tensors.items()},
+            "attributes": {name: {key: list(value) if isinstance(value, tuple) else value
+                                  for key, value in values.items()}
+                           for name, values in self.attributes.items()},
+            "layers": {name: list(kept) for name, kept in self.layers.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """Raises PruningError for another version, an unknown or missing key, or values that are no indices."""
+        if not isinstance(data, Mapping) or set(data) != {"version", "tensors", "attributes", "layers"}:
+            keys = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise PruningError(f"not a plan: has {keys}, wanted the keys attributes, layers, tensors, version")
+        if data["version"] != PLAN_VERSION:
+            raise PruningError(f"plan version {data['version']!r} cannot be read; this version of laasp_ray reads "
+                               f"{PLAN_VERSION}")
+        for key in ("tensors", "attributes", "layers"):
+            _want_mapping(data[key], f"plan.{key}")
+        tensors = {name: _axes_from_json(axes, f"plan.tensors[{name!r}]") for name, axes in data["tensors"].items()}
+        attributes = {name: _attributes_from_json(values, f"plan.attributes[{name!r}]")
+                      for name, values in data["attributes"].items()}
+        layers = {name: _indices(kept, f"plan.layers[{name!r}]") for name, kept in data["layers"].items()}
+        return Plan(tensors=tensors, attributes=attributes, layers=layers)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Prunes `model` in place. Parameters are new objects (same `requires_grad`, no `.grad`): make a new optimizer.
+
+    Everything is checked before anything is changed, and the shapes again afterwards. Raises PruningError naming the
+    tensor and axis that do not fit, or the module whose attributes contradict its tensors.
+    """
+    selected = {name: _select(name, _tensor(model, name), axes) for name, axes in plan.tensors.items()}
+    modules = dict(model.named_modules())
+    for name, values in plan.attributes.items():
+        for key in values:
+            if name not in modules or not hasattr(modules[name], key):
+                raise PruningError(f"the plan sets {name}.{key}, which this network does not have")
+    for name, tensor in selected.items():
+        _replace(model, name, tensor)
+    for name, values in plan.attributes.items():
+        for key, value in values.items():
+            setattr(modules[name], key, value)
+    touched = {name.rpartition(".")[0] for name in plan.tensors} | set(plan.attributes)
+    for name in sorted(touched):
+        _check_module(name, modules[name])
+
+
+def macs_after(macs: Macs, plan: Plan) -> int:
+    """Multiply-accumulates of the network that `plan` leaves of the unpruned one, which `macs` was counted on.
+
+    A layer's multiply-accumulates are its number of weights times the positions it is applied at, and those do not
+    change, so the shapes suffice.
+    """
+    total = 0
+    for layer, count in macs.per_layer.items():
+        shape = macs.weight_shapes[layer]
+        numerator, denominator = count, 1
+        for axis, kept in plan.tensors.get(f"{layer}.weight", {}).items():
+            numerator, denominator = numerator * len(kept[0]), denominator * shape[axis]
+        total += numerator // denominator
+    return total
+
+
+def _changes_groups(step: Plan, tensor: str) -> bool:
+    return "groups" in step.attributes.get(tensor.rpartition(".")[0], {})
+
+
+def _compose_axes(name: str, first: Mapping[int, Kept], second: Mapping[int, Kept], regrouped: bool) -> dict[int, Kept]:
+    composed = dict(first)
+    if regrouped and len(first.get(1, ())) > 1:
+        # A depthwise step drops whole groups, one row each: their column lists go with them.
+        composed[1] = tuple(first[1][row] for row in second[0][0])
+    for axis, after in second.items():
+        before = composed.get(axis)
+        if before is None:
+            composed[axis] = after
+            continue
+        count = max(len(before), len(after))
+        if any(len(parts) not in (1, count) for parts in (before, after)):
+            raise PruningError(f"{name}, axis {axis}: {len(before)} groups cannot be followed by {len(after)}")
+        composed[axis] = tuple(_compose(before[part % len(before)], after[part % len(after)], f"{name}, axis {axis}")
+                               for part in range(count))
+    return composed
+
+
+def _compose(first: tuple[int, ...], second: tuple[int, ...], where: str) -> tuple[int, ...]:
+    if second and second[-1] >= len(first):
+        raise PruningError(f"{where}: the step keeps index {second[-1]}, but only {len(first)} are left before it")
+    return tuple(first[index] for index in second)
+
+
+def _select(name: str, tensor: torch.Tensor, axes: Mapping[int, Kept]) -> torch.Tensor:
+    result = tensor.detach()
+    for axis in sorted(axes):
+        kept = axes[axis]
+        if axis >= tensor.dim():
+            raise PruningError(f"{name} has no axis {axis}, its shape is {tuple(tensor.shape)}")
+        for part in kept:
+            if not part or part[-1] >= tensor.shape[axis]:
+                raise PruningError(f"{name}, axis {axis}: the plan keeps index {part[-1] if part else 'none'}, but the "
+                                   f"tensor's shape is {tuple(tensor.shape)}")
+        if len(kept) == 1:
+            result = result.index_select(axis, torch.tensor(kept[0], device=result.device))
+            continue
+        if axis != 1 or result.shape[0] % len(kept):
+            raise PruningError(f"{name}, axis {axis}: {len(kept)} groups do not divide {result.shape[0]} rows")
+        blocks = result.chunk(len(kept), dim=0)
+        result = torch.cat([block.index_select(1, torch.tensor(part, device=result.device))
+                            for block, part in zip(blocks, kept, strict=True)])
+    return result
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError as error:
+        raise PruningError(f"the plan changes {name}, but this network has no module {path!r}") from error
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    module, leaf = _owner(model, name)
+    parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
+    tensor = buffer if parameter is None else parameter
+    if tensor is None:
+        raise PruningError(f"the plan changes {name}, but this network has no such parameter or buffer")
+    return tensor
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module, leaf = _owner(model, name)
+    old = module._parameters.get(leaf)
+    if old is None:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Raises PruningError if the tensors of a module do not have the shapes that its attributes promise."""
+    wanted = expected_shapes(module)
+    for leaf, shape in wanted.items():
+        tensor = getattr(module, leaf, None)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise PruningError(f"after the plan {name}.{leaf} has shape {tuple(tensor.shape)}, but its module needs "
+                               f"{shape}: {module}")
+
+
+def expected_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's tensors by its attributes; empty for a module type without channels of its own."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        pair = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels,
+                                                                                   module.in_channels)
+        return {"weight": (pair[0], pair[1] // module.groups, *module.kernel_size), "bias": (module.out_channels,)}
+    if isinstance(module, nn.Linear):
+        return {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (module.num_features,))
+    if isinstance(module, nn.LayerNorm):
+        return dict.fromkeys(("weight", "bias"), tuple(module.normalized_shape))
+    if isinstance(module, nn.GroupNorm):
+        return dict.fromkeys(("weight", "bias"), (module.num_channels,))
+    if isinstance(module, nn.PReLU):
+        return {"weight": (module.num_parameters,)}
+    return {}
+
+
+def _want_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise PruningError(f"{where} is {value!r:.80}, must be a mapping of names")
+
+
+def _axes_from_json(value: Any, where: str) -> dict[int, Kept]:
+    _want_mapping(value, where)
+    axes: dict[int, Kept] = {}
+    for axis, parts in value.items():
+        if not axis.isdecimal() or not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
+            raise PruningError(f"{where} has {axis!r}: {parts!r:.80}, must be an axis with lists of kept indices")
+        axes[int(axis)] = tuple(_indices(part, f"{where}[{axis}]") for part in parts)
+    return axes
+
+
+def _attributes_from_json(value: Any, where: str) -> dict[str, AttributeValue]:
+    _want_mapping(value, where)
+    attributes: dict[str, AttributeValue] = {}
+    for key, item in value.items():
+        numbers = item if isinstance(item, list | tuple) else [item]
+        if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
+            raise PruningError(f"{where}[{key!r}] is {item!r:.80}, must be a positive integer or a list of them")
+        attributes[key] = tuple(numbers) if isinstance(item, list | tuple) else item
+    return attributes
+
+
+def _indices(value: Any, where: str) -> tuple[int, ...]:
+    indices = tuple(value) if isinstance(value, list | tuple) else ()
+    whole = all(type(index) is int and index >= 0 for index in indices)
+    if not indices or not whole or any(later <= earlier for earlier, later in itertools.pairwise(indices)):
+        raise PruningError(f"{where} is {value!r:.80}, must be a list of rising indices, at least one")
+    return indices

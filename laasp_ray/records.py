@@ -1,0 +1,179 @@
+"""The plain values that travel between the rooms, each with a JSON form.
+
+Nothing here knows torch, Ray, a clock or a disk. Indices of filters are in the coordinates of the network as it stands
+before the prune they describe, unless a name says `original`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from laasp_ray.errors import StoreError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One prune that could be made: these filters of this layer, with all that is coupled to them.
+
+    `also` names the other (layer, criterion) pairs that proposed the same filters of the same layer: they are the same
+    candidate, evaluated once.
+    """
+
+    layer: str
+    criterion: str
+    filters: tuple[int, ...]
+    flops_reduction: float
+    also: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer} by {self.criterion} ({len(self.filters)} filters)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateLoss:
+    """A candidate and the mean cross-entropy of the network without its filters; NaN or inf is never chosen."""
+
+    candidate: Candidate
+    loss: float
+    images: int
+    seconds: float = 0.0
+
+    @property
+    def layer(self) -> str:
+        return self.candidate.layer
+
+    @property
+    def criterion(self) -> str:
+        return self.candidate.criterion
+
+    @property
+    def filters(self) -> tuple[int, ...]:
+        return self.candidate.filters
+
+    @property
+    def flops_reduction(self) -> float:
+        """Share of the unpruned network's multiply-accumulates that is gone after this prune."""
+        return self.candidate.flops_reduction
+
+
+class Ranking(Sequence[CandidateLoss]):
+    """Candidates with their losses, least loss first; ties keep the order in which they were proposed."""
+
+    def __init__(self, entries: Sequence[CandidateLoss]) -> None:
+        """`entries` in the order of proposal: layers in network order, criteria in the pool's order."""
+
+        def key(position: int) -> tuple[bool, float, int]:
+            loss = entries[position].loss
+            finite = math.isfinite(loss)
+            return (not finite, loss if finite else 0.0, position)
+
+        self._entries = tuple(entries[position] for position in sorted(range(len(entries)), key=key))
+
+    @overload
+    def __getitem__(self, index: int) -> CandidateLoss: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CandidateLoss]: ...
+    def __getitem__(self, index: int | slice) -> CandidateLoss | Sequence[CandidateLoss]:
+        return self._entries[index]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[CandidateLoss]:
+        return iter(self._entries)
+
+    def rank_of(self, layer: str, criterion: str) -> int:
+        """1-based rank of the candidate that this layer and criterion proposed, shared proposals included.
+
+        Raises KeyError if there is none.
+        """
+        for rank, entry in enumerate(self._entries, 1):
+            if (layer, criterion) in ((entry.layer, entry.criterion), *entry.candidate.also):
+                return rank
+        raise KeyError(f"no candidate of layer {layer!r} by {criterion!r} in this ranking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The prune that a turn chose."""
+
+    turn: int
+    layer: str
+    criterion: str
+    filters: tuple[int, ...]
+    loss: float
+    loss_before: float
+    flops_reduction: float
+    also: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What an evaluation over a data set gave; `images` counts each image once."""
+
+    loss: float
+    top1: float
+    top5: float
+    images: int
+
+
+Phase = Literal["train", "prune", "recover", "final", "done"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands: the fold of its journal (see controller.py).
+
+    `plan` is the JSON form of the composed plan (pruning/plan.py) against the unpruned network. `checkpoint` names the
+    weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
+    since, to be replayed onto them. `spell_epochs_done` counts the finished epochs of the
+    spell of training that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
+    augmentation of the next one.
+    """
+
+    phase: Phase = "train"
+    turn: int = 0
+    spells_done: int = 0
+    spell_epochs_done: int = 0
+    epochs_trained: int = 0
+    flops_reduction: float = 0.0
+    recovered_at: float = 0.0
+    plan: Mapping[str, Any] | None = None
+    checkpoint: str = "initial"
+    checkpoint_plan: Mapping[str, Any] | None = None
+    steps: tuple[Mapping[str, Any], ...] = ()
+    excluded: tuple[str, ...] = ()
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as what `json.dumps` takes; non-finite floats as strings ('nan', 'inf')."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no JSON form here")
+
+
+def decision_from_json(data: Mapping[str, Any]) -> Decision:
+    """The inverse of `to_json` for a Decision; raises StoreError when a key is missing or unknown."""
+    try:
+        values = dict(data)
+        values["filters"] = tuple(int(index) for index in values["filters"])
+        values["also"] = tuple((str(layer), str(criterion)) for layer, criterion in values.get("also", ()))
+        values["loss"], values["loss_before"] = float(values["loss"]), float(values["loss_before"])
+        return Decision(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"not a decision that this version can read: {data!r} ({error})") from error

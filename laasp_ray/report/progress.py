@@ -1,0 +1,249 @@
+"""What a person follows in the driver: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from laasp_ray.records import CandidateLoss, Decision
+from laasp_ray.report.pace import Pace, format_duration
+
+Clock = Callable[[], float]
+_SHARES = ("top1", "top5")
+_BAR_WIDTH = 32
+_REFRESHES_PER_S = 4
+
+
+class Progress(Protocol):
+    """What the controller tells as it goes. Shares (top1, flops_reduction, target) are from 0 to 1."""
+
+    def banner(self, text: str) -> None: ...
+
+    def phase(self, name: str, detail: str) -> None:
+        """A spell of training, a turn, or something else begins."""
+
+    def epoch(
+        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
+    ) -> None:
+        """`epoch` of the `epochs` of this spell are finished."""
+
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
+        """`done` of a turn's `total` candidates have their loss, of which `measured` is the latest or the best."""
+
+    def decision(self, decision: Decision, target: float, seconds: float) -> None:
+        """A turn is over; it took `seconds`."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, such as an image that was left out."""
+
+    def finished(self, text: str) -> None: ...
+
+    def close(self) -> None:
+        """Gives the terminal back; may be called twice."""
+
+
+def make_progress(target: float, stream: TextIO | None = None, clock: Clock = time.monotonic) -> Progress:
+    """A live display if `stream` (stderr) is a terminal, else lines. `target`: the FLOPs reduction aimed at.
+
+    `clock` gives seconds, for the remaining time.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        return LiveProgress(target, Console(file=stream), clock)
+    return LineProgress(target, stream, clock)
+
+
+class _Standing:
+    """Where the run stands, and when it will have come to the end of what it is doing."""
+
+    def __init__(self, target: float, clock: Clock) -> None:
+        self.target = target
+        self.phase, self.detail = "starting", ""
+        self.turn = 0
+        self.flops_reduction = 0.0
+        self.epoch, self.epochs = 0, 0
+        self.done, self.total = 0, 0
+        self.least: CandidateLoss | None = None
+        self.losses: dict[str, float] = {}
+        self._clock = clock
+        self._flops_pace, self._epoch_pace = Pace(clock), Pace(clock)
+
+    def begin(self, phase: str, detail: str) -> None:
+        self.phase, self.detail = phase, detail
+        self.epoch = self.epochs = self.done = self.total = 0
+        self.losses = {}
+        self._epoch_pace = Pace(self._clock)
+
+    def note_epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        self.phase, self.epoch, self.epochs, self.losses = phase, epoch, epochs, dict(metrics)
+        self._epoch_pace.update(epoch)
+
+    def note_candidate(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
+        if turn != self.turn:
+            self.turn, self.least = turn, None
+        self.done, self.total = done, total
+        if measured is not None and math.isfinite(measured.loss) and (
+            self.least is None or measured.loss < self.least.loss
+        ):
+            self.least = measured
+
+    def note_decision(self, decision: Decision, target: float) -> None:
+        self.turn, self.target, self.flops_reduction = decision.turn, target, decision.flops_reduction
+        self.losses = {"loss": decision.loss}
+        self._flops_pace.update(decision.flops_reduction)
+
+    def remaining(self) -> str:
+        """For example `target in 3 min 05 s`; empty as long as there is no pace to tell it from."""
+        if self.phase == "prune":
+            what, seconds = "target in", self._flops_pace.seconds_until(self.target)
+        else:
+            what, seconds = f"{self.phase} done in", self._epoch_pace.seconds_until(self.epochs)
+        return "" if seconds is None else f"{what} {format_duration(seconds)}"
+
+
+class LineProgress:
+    """A line per epoch, turn and decision; for logs and pipes."""
+
+    def __init__(self, target: float, stream: TextIO, clock: Clock) -> None:
+        self._standing, self._stream = _Standing(target, clock), stream
+
+    def banner(self, text: str) -> None:
+        for line in text.splitlines():
+            self._print(f"* {line}")
+
+    def phase(self, name: str, detail: str) -> None:
+        if name != self._standing.phase or name != "prune":
+            self._print(f"{name}: {detail}")
+        self._standing.begin(name, detail)
+
+    def epoch(
+        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
+    ) -> None:
+        self._standing.note_epoch(phase, epoch, epochs, metrics)
+        self._print(_joined(epoch_line(phase, epoch, epochs, metrics, learning_rate), self._standing.remaining()))
+
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
+        self._standing.note_candidate(done, total, measured, turn)
+        if done == total:
+            self._print(f"turn {turn}: {total} candidates measured{_least(self._standing)}")
+
+    def decision(self, decision: Decision, target: float, seconds: float) -> None:
+        self._standing.note_decision(decision, target)
+        self._print(_joined(decision_line(decision, target, seconds), self._standing.remaining()))
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def finished(self, text: str) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
+
+    def __init__(self, target: float, console: Console, clock: Clock) -> None:
+        self._standing, self._console = _Standing(target, clock), console
+        self._live = Live(
+            get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
+        )
+
+    def render(self) -> RenderableType:
+        """What the display shows now."""
+        standing = self._standing
+        bars = Table.grid(padding=(0, 2))
+        reduced = f"{standing.flops_reduction:.2%} of {standing.target:.2%}"
+        bars.add_row("FLOPs reduction", _bar(standing.flops_reduction, standing.target), reduced)
+        if standing.epochs:
+            bars.add_row("epochs", _bar(standing.epoch, standing.epochs), f"{standing.epoch} of {standing.epochs}")
+        elif standing.total:
+            bars.add_row("candidates", _bar(standing.done, standing.total), f"{standing.done} of {standing.total}")
+        title = Text.assemble((standing.phase, "bold cyan"), f"  {standing.detail}" if standing.detail else "")
+        facts = _joined(_metrics(standing.losses), _least(standing).removeprefix(", "), standing.remaining())
+        return Group(title, bars, Text(facts, style="dim"))
+
+    def banner(self, text: str) -> None:
+        self._print(f"[bold yellow]{escape(text)}[/]")
+
+    def phase(self, name: str, detail: str) -> None:
+        self._standing.begin(name, detail)
+        self._show()
+
+    def epoch(
+        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
+    ) -> None:
+        self._standing.note_epoch(phase, epoch, epochs, metrics)
+        self._print(f"[dim]{escape(epoch_line(phase, epoch, epochs, metrics, learning_rate))}[/]")
+
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
+        self._standing.note_candidate(done, total, measured, turn)
+        self._show()
+
+    def decision(self, decision: Decision, target: float, seconds: float) -> None:
+        self._standing.note_decision(decision, target)
+        self._print(escape(decision_line(decision, target, seconds)))
+
+    def note(self, text: str) -> None:
+        self._print(f"[yellow]note:[/] {escape(text)}")
+
+    def finished(self, text: str) -> None:
+        self._print(f"[bold green]{escape(text)}[/]")
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _show(self) -> None:
+        if not self._live.is_started:
+            self._live.start()
+
+    def _print(self, markup: str) -> None:
+        self._show()
+        self._console.print(markup, highlight=False, soft_wrap=True)
+        self._live.refresh()
+
+
+def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> str:
+    return _joined(f"{phase}: epoch {epoch} of {epochs}", _metrics(metrics), f"learning rate {learning_rate:g}")
+
+
+def decision_line(decision: Decision, target: float, seconds: float) -> str:
+    """The line that tells a turn: layer, criterion, filters, losses, FLOPs, seconds."""
+    filters = f"{len(decision.filters)} filter" + ("s" if len(decision.filters) != 1 else "")
+    return (
+        f"turn {decision.turn}: {decision.layer} by {decision.criterion}, {filters}, "
+        f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, "
+        f"FLOPs -{decision.flops_reduction:.2%} of {target:.2%}, {format_duration(seconds)}"
+    )
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2%}" if name in _SHARES else f"{name} {value:.4f}"
+                     for name, value in metrics.items())
+
+
+def _least(standing: _Standing) -> str:
+    least = standing.least
+    return "" if least is None or not standing.total else f", least loss {least.loss:.4f} ({least.candidate.name})"
+
+
+def _bar(value: float, goal: float) -> ProgressBar:
+    return ProgressBar(total=goal, completed=min(value, goal), width=_BAR_WIDTH)
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)

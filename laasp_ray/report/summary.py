@@ -1,0 +1,148 @@
+"""What came of a run, from its journal alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from laasp_ray.errors import StoreError
+from laasp_ray.records import Decision, Metrics, decision_from_json
+from laasp_ray.report.pace import format_duration
+from laasp_ray.store.journal import Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A run so far. What has not happened yet is None or empty.
+
+    `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
+    test metrics before the first prune and at the end. `turn_seconds` has the mean seconds of a turn by where they
+    went, `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer.
+    """
+
+    name: str
+    target: float
+    macs: int
+    parameters: int
+    macs_after: int | None = None
+    parameters_after: int | None = None
+    flops_reduction: float = 0.0
+    before: Metrics | None = None
+    after: Metrics | None = None
+    decisions: tuple[Decision, ...] = ()
+    candidates: int = 0
+    turn_seconds: Mapping[str, float] = field(default_factory=dict)
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    epochs: int = 0
+    kept_filters: Mapping[str, int] = field(default_factory=dict)
+    excluded_images: tuple[str, ...] = ()
+    finished: bool = False
+
+
+def summarise(events: Sequence[Event]) -> Summary:
+    """Raises StoreError if the journal does not begin with a `start` event, or an event lacks what it should hold."""
+    if not events or events[0].name != "start":
+        raise StoreError("the journal has no start event: is this the folder of a run?")
+    by_name: dict[str, list[Event]] = {}
+    for event in events:
+        by_name.setdefault(event.name, []).append(event)
+    try:
+        return _summary(events[0].data, by_name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"the journal of this run lacks something ({error!r}); was it written by another version of "
+                         "laasp_ray?") from error
+
+
+def format_summary(summary: Summary) -> str:
+    """Text tables: the network before and after, the turns and their seconds, the layers."""
+    state = "finished" if summary.finished else "not finished"
+    lines = [f"Run {summary.name}: {state}, FLOPs reduction {summary.flops_reduction:.2%} of {summary.target:.2%}", ""]
+    lines += _table(_network_rows(summary))
+    lines += ["", *_turn_lines(summary)]
+    if summary.phase_seconds:
+        spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
+        lines += [f"Training: {summary.epochs} epochs; {spent}"]
+    if summary.excluded_images:
+        lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
+    if summary.kept_filters:
+        layers = [("layer", "filters kept"), *((name, str(kept)) for name, kept in summary.kept_filters.items())]
+        lines += ["", *_table(layers)]
+    return "\n".join(lines)
+
+
+def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -> Summary:
+    turns = [event.data for event in by_name.get("turn", ())]
+    decisions = tuple(decision_from_json(turn["decision"]) for turn in turns)
+    finish = by_name["finish"][-1].data if "finish" in by_name else None
+    reached = finish["flops_reduction"] if finish else decisions[-1].flops_reduction if decisions else 0.0
+    spells = [event.data for event in by_name.get("spell", ())]
+    phases: dict[str, float] = {}
+    for spell in spells:
+        phases[spell["phase"]] = phases.get(spell["phase"], 0.0) + float(spell["seconds"])
+    return Summary(
+        name=start["config"]["name"], target=start["config"]["prune"]["flops_reduction"], macs=start["macs"],
+        parameters=start["parameters"], macs_after=finish["macs"] if finish else None,
+        parameters_after=finish["parameters"] if finish else None, flops_reduction=reached,
+        before=_metrics_before(spells, by_name), after=_metrics(finish["metrics"]) if finish else None,
+        decisions=decisions, candidates=sum(turn["candidates"] for turn in turns), turn_seconds=_mean_seconds(turns),
+        phase_seconds=phases, epochs=len(by_name.get("epoch", ())),
+        kept_filters={name: len(kept) for name, kept in turns[-1]["plan"]["layers"].items()} if turns else {},
+        excluded_images=tuple(event.data["image"] for event in by_name.get("excluded", ())),
+        finished=finish is not None,
+    )
+
+
+def _metrics_before(spells: Sequence[Mapping[str, Any]], by_name: Mapping[str, Sequence[Event]]) -> Metrics | None:
+    """Those after the first training, or of the weights that the run was given in its place."""
+    trained = [spell for spell in spells if spell["phase"] == "train"]
+    if trained:
+        return _metrics(trained[-1]["metrics"])
+    return _metrics(by_name["baseline"][-1].data["metrics"]) if "baseline" in by_name else None
+
+
+def _metrics(data: Mapping[str, Any]) -> Metrics:
+    return Metrics(loss=float(data["loss"]), top1=float(data["top1"]), top5=float(data["top5"]), images=data["images"])
+
+
+def _mean_seconds(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for turn in turns:
+        for part, seconds in turn["seconds"].items():
+            sums[part] = sums.get(part, 0.0) + float(seconds)
+    return {part: seconds / len(turns) for part, seconds in sums.items()}
+
+
+def _network_rows(summary: Summary) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
+    rows.append(("MACs", f"{summary.macs:,}", _count(summary.macs_after)))
+    rows.append(("parameters", f"{summary.parameters:,}", _count(summary.parameters_after)))
+    for label, name in (("top-1", "top1"), ("top-5", "top5")):
+        rows.append((label, *(f"{getattr(m, name):.2%}" if m else "-" for m in (summary.before, summary.after))))
+    rows.append(("loss", *(f"{m.loss:.4f}" if m else "-" for m in (summary.before, summary.after))))
+    rows.append(("test images", *(f"{m.images:,}" if m else "-" for m in (summary.before, summary.after))))
+    return rows
+
+
+def _turn_lines(summary: Summary) -> list[str]:
+    count = len(summary.decisions)
+    if not count:
+        return ["Turns: none yet"]
+    parts = {part: seconds for part, seconds in summary.turn_seconds.items() if part != "total"}
+    total = summary.turn_seconds.get("total", sum(parts.values()))
+    split = ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items())
+    return [f"Turns: {count}, {summary.candidates / count:.0f} candidates each, {total:.2f} s each ({split})"]
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first to the left, the others to the right; a rule under the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]

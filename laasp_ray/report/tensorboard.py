@@ -1,0 +1,65 @@
+"""Scalars for TensorBoard, written locally and copied into the run's folder, `tensorboard/`."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from laasp_ray.store.storage import Storage
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_FOLDER = "tensorboard"
+
+
+class EventFiles:
+    """The scalars of a run. Each `sync` adds files to the run's folder and changes none, on resuming too.
+
+    Scalars that were not synced when the process ends are lost; the journal has them.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage.child(_FOLDER)
+        self._scratch = tempfile.TemporaryDirectory(prefix="laasp_ray-tensorboard-")
+        self._writer: SummaryWriter | None = None
+
+    def __enter__(self) -> EventFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """`tag` as in `train/loss`; `step` is an epoch's or a turn's number."""
+        if self._writer is None:
+            self._writer = self._next_writer()
+        self._writer.add_scalar(tag, value, step)
+
+    def sync(self) -> None:
+        """Copies what is new into the run's folder. Raises StoreError when that does not work."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        for file in sorted(Path(self._scratch.name).iterdir()):
+            self._storage.write_new(file.name, file.read_bytes())
+            file.unlink()
+
+    def close(self) -> None:
+        """Syncs, then removes the local files."""
+        try:
+            self.sync()
+        finally:
+            self._scratch.cleanup()
+
+    def _next_writer(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second; runs that only read do without
+
+        # The writer's own names hold second, host and process, which containers started over may share.
+        return SummaryWriter(self._scratch.name, filename_suffix=f".{uuid.uuid4().hex}")

@@ -1,0 +1,96 @@
+"""Which prunes there are to choose from: every criterion's pick of filters in every layer that can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from laasp_ray import criteria
+from laasp_ray.config import PruneConfig
+from laasp_ray.cost.macs import Macs
+from laasp_ray.errors import SearchError
+from laasp_ray.pruning.groups import PruningGraph, filters_to_remove, step_sizes
+from laasp_ray.pruning.plan import Plan, macs_after
+from laasp_ray.records import Candidate
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What is measured once, on the unpruned network, and holds for the whole run.
+
+    `step_sizes` is how many filters of a layer one prune takes, before limits; `filters` how many the layer has.
+    """
+
+    macs: Macs
+    step_sizes: Mapping[str, int]
+    filters: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate with the prune that carries it out on the network it was proposed for."""
+
+    candidate: Candidate
+    step: Plan
+
+
+def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Baseline:
+    """`graph` and `macs` are those of the unpruned network."""
+    return Baseline(
+        macs=macs,
+        step_sizes=step_sizes(graph, macs, step=config.step, step_rule=config.step_rule),
+        filters={name: group.filters for name, group in graph.layers.items()},
+        skipped=dict(graph.skipped),
+    )
+
+
+def propose(
+    model: nn.Module, graph: PruningGraph, macs: Macs, baseline: Baseline, config: PruneConfig
+) -> list[Proposal]:
+    """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.
+
+    Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
+    candidate, credited to the first of them. Raises SearchError when no layer has a filter left to give.
+    """
+    proposals: list[Proposal] = []
+    for layer, group in graph.layers.items():
+        count = filters_to_remove(
+            group,
+            step_size=baseline.step_sizes.get(layer, 1),
+            original=baseline.filters.get(layer, group.filters),
+            step_rule=config.step_rule,
+            step=config.step,
+            max_pruned=config.max_pruned,
+        )
+        if count == 0:
+            continue
+        weight = cast(torch.Tensor, model.get_submodule(layer).weight)
+        for filters, proposers in _picks(weight, config.criteria, count, group.blocks).items():
+            step = graph.step(layer, filters)
+            candidate = Candidate(
+                layer=layer,
+                criterion=proposers[0],
+                filters=filters,
+                flops_reduction=1 - macs_after(macs, step) / baseline.macs.total,
+                also=tuple((layer, name) for name in proposers[1:]),
+            )
+            proposals.append(Proposal(candidate, step))
+    if not proposals:
+        raise SearchError(
+            f"no layer has a filter left to give within prune.max_pruned={config.max_pruned}: "
+            "raise it, lower prune.flops_reduction, or ignore fewer layers"
+        )
+    return proposals
+
+
+def _picks(weight: torch.Tensor, names: Sequence[str], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
+    """Sets of filters with the criteria that picked them, in the pool's order."""
+    picks: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        picks.setdefault(criteria.lowest(criteria.scores(name, weight.detach()), count, blocks), []).append(name)
+    return picks

@@ -1,0 +1,108 @@
+"""What a prune costs the network: its mean cross-entropy on the loss subset, measured on a physically pruned copy.
+
+This is the plain exhaustive procedure that every faster one is tested against. Batches are cut from the subset in order
+and in one size, whatever is evaluated and wherever, so that the same prune gives the same loss everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray.errors import SearchError
+from laasp_ray.pruning.plan import Plan, apply_plan
+
+Prepare = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LossSubset:
+    """The images that losses are measured on: (n, C, H, W), any dtype, and labels (n,) int64.
+
+    `prepare` turns a batch of them into what the network takes (uint8 pixels into normalised floats, say).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    batch_size: int
+    prepare: Prepare | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels) or len(self.images) == 0:
+            raise SearchError(
+                f"the loss subset has {len(self.images)} images and {len(self.labels)} labels: "
+                "give as many of one as of the other, and at least one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> LossSubset:
+        return LossSubset(self.images.to(device), self.labels.to(device), self.batch_size, self.prepare)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(self), self.batch_size):
+            images = self.images[start : start + self.batch_size]
+            yield images if self.prepare is None else self.prepare(images), self.labels[start : start + self.batch_size]
+
+
+@dataclass(frozen=True)
+class LossTask:
+    """A prune whose loss is wanted; `name` is what an error says. An empty step asks for the network as it stands."""
+
+    name: str
+    step: Plan
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    loss: float
+    images: int
+    seconds: float
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, subset: LossSubset) -> float:
+    """Mean cross-entropy of `model` in eval mode; model and subset on one device. The model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=subset.labels.device)
+    try:
+        for images, labels in subset.batches():
+            total += functional.cross_entropy(model(images).float(), labels, reduction="none").double().sum()
+    finally:
+        model.train(was_training)
+    return float(total) / len(subset)
+
+
+def measure(model: nn.Module, task: LossTask, subset: LossSubset) -> MeasuredLoss:
+    """The loss of a physically pruned copy of `model`. Raises SearchError naming the candidate that failed."""
+    started = time.perf_counter()
+    try:
+        pruned = copy.deepcopy(model)
+        apply_plan(pruned, task.step)
+        loss = mean_loss(pruned, subset)
+    except Exception as error:
+        raise SearchError(f"the loss of {task.name} could not be measured: {type(error).__name__}: {error}") from error
+    return MeasuredLoss(loss, len(subset), time.perf_counter() - started)
+
+
+def measure_all(
+    model: nn.Module,
+    tasks: Sequence[LossTask],
+    subset: LossSubset,
+    on_result: Callable[[int, MeasuredLoss], None] | None = None,
+) -> list[MeasuredLoss]:
+    """The losses of `tasks`, one after the other, in their order; `on_result` hears of each with its position."""
+    results = []
+    for position, task in enumerate(tasks):
+        results.append(measure(model, task, subset))
+        if on_result is not None:
+            on_result(position, results[-1])
+    return results

@@ -1,0 +1,34 @@
+"""The choice: least loss wins; ties go to the earlier layer, then to the pool's order. A loss that is not finite never
+wins."""
+
+from __future__ import annotations
+
+import math
+
+from laasp_ray.errors import SearchError
+from laasp_ray.records import CandidateLoss, Decision, Ranking
+
+
+def choose(ranking: Ranking) -> CandidateLoss:
+    """Raises SearchError if not one loss is finite."""
+    if not ranking or not math.isfinite(ranking[0].loss):
+        raise SearchError(
+            f"none of the {len(ranking)} candidates has a finite loss: the network's weights have probably diverged; "
+            "lower train.learning_rate or start from an earlier checkpoint"
+        )
+    return ranking[0]
+
+
+def decide(ranking: Ranking, *, turn: int, loss_before: float) -> Decision:
+    """`turn` counts from 1; `loss_before` is the network's loss on the subset before the prune."""
+    best = choose(ranking)
+    return Decision(
+        turn=turn,
+        layer=best.layer,
+        criterion=best.criterion,
+        filters=best.filters,
+        loss=best.loss,
+        loss_before=loss_before,
+        flops_reduction=best.flops_reduction,
+        also=best.candidate.also,
+    )

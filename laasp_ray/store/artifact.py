@@ -1,0 +1,215 @@
+"""A pruned network on disk, and back: `model.safetensors`, `arch.json`, `plan.json`, `metrics.json` in one folder.
+
+Reading it needs torch, safetensors and the network's builder. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray import models
+from laasp_ray.config import ModelConfig
+from laasp_ray.errors import ArtifactError, LaaspError, StoreError
+from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.records import SCHEMA_VERSION, to_json
+from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
+from laasp_ray.store.storage import Storage
+
+_WEIGHTS, _ARCH, _PLAN, _METRICS = "model.safetensors", "arch.json", "plan.json", "metrics.json"
+_FOLDER = "pruned"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Arch:
+    """How a pruned network came about. `shapes`: every parameter's and buffer's shape, by state-dict name.
+
+    `models.build(model_config)` is the unpruned network, and `apply_plan` with `plan` makes the pruned one of it.
+    """
+
+    model_config: ModelConfig
+    plan: Plan
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def save_pruned(
+    storage: Storage, *, model: nn.Module, model_config: ModelConfig, plan: Plan, metrics: Mapping[str, Any]
+) -> None:
+    """Writes the pruned `model` to `storage`, the folder `pruned/` of a run; `plan` is against the unpruned network.
+
+    `arch.json` is written last and says that the rest is there. Tied tensors are written under each of their names.
+    Raises StoreError when it cannot be written, ArtifactError for a state dict that holds something else than tensors.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArtifactError(f"{name} of the network's state dict is a {type(value).__name__}; only tensors can be "
+                                "saved without pickling: leave the module's extra state out of its state dict")
+    if storage.exists(_ARCH):
+        storage.delete(_ARCH)
+    storage.write(_WEIGHTS, pack_tensors(state, {"format": "pt"}))
+    storage.write(_PLAN, _json_bytes(plan.to_json()))
+    storage.write(_METRICS, _json_bytes(metrics))
+    storage.write(_ARCH, _json_bytes({
+        "schema_version": SCHEMA_VERSION,
+        "laasp_ray": _own_version(),
+        "builder": model_config.builder,
+        "arguments": model_config.arguments,
+        "input_shape": model_config.input_shape,
+        "tensors": {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+                    for name, tensor in state.items()},
+        "layers": {name: {"type": f"{type(module).__module__}.{type(module).__qualname__}",
+                          "attributes": _plain_attributes(module)} for name, module in model.named_modules()},
+    }))
+
+
+def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The pruned network of a run, on the CPU and in evaluation mode.
+
+    `folder` is a run's or its `pruned/`, local or on object storage. `model` is the unpruned network, for those that
+    are not in the zoo; it is pruned in place, its weights are replaced, and it is returned. Raises ArtifactError when
+    files are missing, of another schema version, or do not fit the network.
+    """
+    storage = _find(folder)
+    arch = _read_arch(storage)
+    network = _build(storage, arch.model_config) if model is None else model
+    try:
+        apply_plan(network, arch.plan)
+    except LaaspError as error:
+        given = f"the builder {arch.model_config.builder!r}" if model is None else "the model that was given"
+        raise ArtifactError(f"the plan in {storage.uri} does not fit {given}: {error}; it must be the unpruned network "
+                            "that the run began with") from error
+    try:
+        tensors, _ = unpack_tensors(storage.read(_WEIGHTS), f"{_WEIGHTS} in {storage.uri}")
+    except StoreError as error:
+        raise ArtifactError(str(error)) from error
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if saved != arch.shapes:
+        raise ArtifactError(f"{_WEIGHTS} and {_ARCH} in {storage.uri} are not of one save: "
+                            f"{_differences(arch.shapes, saved)}; save the network again or restore the folder")
+    _load_strictly(network, tensors, storage)
+    return network.eval()
+
+
+def read_arch(folder: str | Path) -> Arch:
+    """How the pruned network of a run came about, without its weights. Errors as for `load_pruned`."""
+    return _read_arch(_find(folder))
+
+
+def _find(folder: str | Path) -> Storage:
+    """The folder that holds `arch.json`: the one given or `pruned` in it."""
+    try:
+        given = Storage.open(str(folder))
+        for storage in (given, given.child(_FOLDER)):
+            if storage.exists(_ARCH):
+                return storage
+    except StoreError as error:
+        raise ArtifactError(str(error)) from error
+    raise ArtifactError(f"no {_ARCH} in {given.uri} nor in its folder {_FOLDER}; name a finished run's folder "
+                        "(an unfinished run goes on when it is started again with the same name)")
+
+
+def _read_arch(storage: Storage) -> Arch:
+    content = _read_json(storage, _ARCH)
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"{_ARCH} in {storage.uri} has schema version {version!r}, this laasp_ray reads "
+                            f"{SCHEMA_VERSION}; it was written by laasp_ray {content.get('laasp_ray')}: use that one")
+    try:
+        config = ModelConfig(builder=content["builder"], arguments=content["arguments"],
+                             input_shape=tuple(content["input_shape"]))
+        shapes = {name: tuple(entry["shape"]) for name, entry in content["tensors"].items()}
+        return Arch(config, Plan.from_json(_read_json(storage, _PLAN)), shapes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{_ARCH} in {storage.uri} is damaged ({error!r}); restore it from a copy") from error
+    except ArtifactError:
+        raise
+    except LaaspError as error:
+        raise ArtifactError(f"the description in {storage.uri} cannot be used: {error}") from error
+
+
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(storage.read(name))
+    except StoreError as error:
+        raise ArtifactError(str(error)) from error
+    except ValueError as error:
+        raise ArtifactError(f"{name} in {storage.uri} is not JSON ({error}); restore it from a copy") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{name} in {storage.uri} holds a {type(content).__name__}, not an object; restore it from "
+                            "a copy")
+    return content
+
+
+def _build(storage: Storage, config: ModelConfig) -> nn.Module:
+    """The zoo's network. A function named by its import path is not called: a file must not choose what is run."""
+    if ":" in config.builder:
+        raise ArtifactError(f"the network in {storage.uri} was built by {config.builder!r}, not one of the zoo; "
+                            "call it yourself and hand the network over: load_pruned(folder, model=...)")
+    try:
+        return models.build(config)
+    except (LaaspError, TypeError) as error:
+        raise ArtifactError(f"the builder {config.builder!r} of {storage.uri} cannot make the network: {error}; "
+                            "make it yourself and hand it over: load_pruned(folder, model=...)") from error
+
+
+def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], storage: Storage) -> None:
+    """Copies `tensors` into `network`, which takes over their element types; ties between tensors stay."""
+    own = network.state_dict(keep_vars=True)
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        raise ArtifactError(f"the weights in {storage.uri} do not fit the network: {_differences(wanted, found)}; "
+                            "is it the network that the run began with, in the same version?")
+    for name, tensor in own.items():
+        if tensor.dtype != tensors[name].dtype:
+            tensor.data = tensor.data.to(tensors[name].dtype)
+    network.load_state_dict(tensors, strict=True)
+
+
+def _differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """The first few names that are missing, too many, or of another shape."""
+    kinds = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "other shape": [f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items()
+                        if found.get(name, shape) != shape],
+    }
+    return "; ".join(f"{kind}: {_first_few(names)}" for kind, names in kinds.items() if names)
+
+
+def _first_few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's public attributes that are numbers, strings, or tuples of them."""
+    return {name: value for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training" and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(to_json(value), indent=1, allow_nan=False).encode()
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("laasp_ray")
+    except metadata.PackageNotFoundError:  # a working directory that was shipped to a cluster, not installed
+        return "not installed"

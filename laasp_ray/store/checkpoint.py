@@ -1,0 +1,104 @@
+"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer/...`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from laasp_ray.errors import StoreError
+from laasp_ray.store.storage import Storage
+
+_FOLDER = "checkpoints"
+_SUFFIX = ".safetensors"
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, on the CPU."""
+
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def save_checkpoint(
+    storage: Storage,
+    name: str,
+    *,
+    model: Mapping[str, torch.Tensor | np.ndarray],
+    optimizer: Mapping[str, torch.Tensor | np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a checkpoint, whole or not at all. Tensors may be on any device, views of each other, or 0-dimensional.
+
+    Raises StoreError when it cannot be written, TypeError for a value that is no tensor or array.
+    """
+    tensors = {_MODEL + key: value for key, value in model.items()}
+    tensors.update({_OPTIMIZER + key: value for key, value in (optimizer or {}).items()})
+    storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
+
+
+def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
+    """Raises StoreError if there is no such checkpoint or its file is damaged, naming it."""
+    file = _file_name(name)
+    tensors, metadata = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
+    parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER: {}}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition("/")
+        if part + "/" not in parts:
+            raise StoreError(f"{file} in {storage.uri} is no checkpoint of laasp_ray: its key {key!r} starts with "
+                             f"neither {_MODEL!r} nor {_OPTIMIZER!r}; name another")
+        parts[part + "/"][rest] = tensor
+    return Checkpoint(parts[_MODEL], parts[_OPTIMIZER], metadata)
+
+
+def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:
+    """Removes every checkpoint whose name is not in `keep`, and what killed processes left half written."""
+    kept = {_file_name(name) for name in keep}
+    for file in storage.list(f"{_FOLDER}/"):
+        if file.endswith(_SUFFIX) and file not in kept:
+            storage.delete(file)
+    storage.delete_leftovers(_FOLDER)
+
+
+def pack_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file. Every tensor gets memory of its own there; values, dtypes and shapes are kept."""
+    seen: set[int] = set()
+    packed = {}
+    for key, value in tensors.items():
+        tensor = _as_tensor(key, value)
+        memory = tensor.untyped_storage().data_ptr()
+        packed[key] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return safetensors.torch.save(packed, metadata)
+
+
+def unpack_tensors(raw: bytes, place: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file. Raises StoreError naming `place` if it is damaged."""
+    try:
+        tensors = safetensors.torch.load(raw)
+        (length,) = struct.unpack("<Q", raw[:8])
+        metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, struct.error) as error:
+        raise StoreError(f"{place} is no whole safetensors file ({error}); restore it from a copy") from error
+    return tensors, metadata
+
+
+def _as_tensor(key: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu").contiguous()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.array(value, order="C"))
+    raise TypeError(f"{key} is a {type(value).__name__}; a checkpoint holds tensors and arrays only")
+
+
+def _file_name(name: str) -> str:
+    return f"{_FOLDER}/{name}{_SUFFIX}"

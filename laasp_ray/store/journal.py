@@ -1,0 +1,180 @@
+"""A run's journal: one immutable JSON object per event. What is not in it has not happened.
+
+The driver alone writes it. `append` notices when another driver writes the same run. Beside it, a turn's candidates
+with their losses, as one Parquet file a turn: `candidates/NNNNNN.parquet`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from laasp_ray.errors import StoreError
+from laasp_ray.records import SCHEMA_VERSION, Candidate, CandidateLoss, Ranking, to_json
+from laasp_ray.store.storage import Storage
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_FOLDER = "journal/"
+_FILE = re.compile(r"^journal/(\d{6,})-([a-z][a-z0-9_]*)\.json$")
+_NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Event:
+    """`sequence` counts from 1; `time` is seconds since 1970 on the driver's clock.
+
+    Non-finite floats in `data` are strings ('nan', 'inf', '-inf'), as `records.to_json` writes them.
+    """
+
+    sequence: int
+    name: str
+    data: Mapping[str, Any]
+    time: float
+
+
+class Journal:
+    """The events of the run in `storage`, as `journal/NNNNNN-EVENT.json`.
+
+    The first call that looks at the folder fixes what this journal takes to be the last event. From then on every
+    event must come from this object, or `append` raises.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._written: int | None = None
+
+    def append(self, name: str, data: Mapping[str, Any]) -> Event:
+        """Writes the next event and gives it back as a reader would see it.
+
+        Raises StoreError when another driver has written to the run since this one began, or has just now.
+        """
+        if not _NAME.match(name):
+            raise StoreError(f"{name!r} is no name of an event; use small letters, digits and '_'")
+        found = len(self._files())
+        if found != self._written:
+            raise self._other_driver(f"{found} events where this one left {self._written}")
+        sequence, now, values = found + 1, time.time(), to_json(data)
+        content = {"schema_version": SCHEMA_VERSION, "sequence": sequence, "name": name, "time": now, "data": values}
+        file = _file_name(sequence, name)
+        self._storage.write_new(file, json.dumps(content, indent=1, allow_nan=False).encode())
+        rivals = [other for other in self._storage.list(f"{_FOLDER}{sequence:06d}-") if other != file]
+        if rivals:
+            self._storage.delete(file)
+            raise self._other_driver(f"{rivals[0]} appeared while this one wrote {file}, which was taken back")
+        self._written = sequence
+        return Event(sequence, name, values, now)
+
+    def events(self) -> list[Event]:
+        """All events in order. Raises StoreError for a gap, a duplicate or an unreadable file, naming it."""
+        files = self._files()
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self._read, files))
+
+    def last(self, name: str) -> Event | None:
+        """The latest event of that name, or None; reads one file only."""
+        files = [file for file in self._files() if file.endswith(f"-{name}.json")]
+        return self._read(files[-1]) if files else None
+
+    def _files(self) -> list[str]:
+        files = sorted(self._storage.list(_FOLDER), key=_sequence_of)
+        for expected, file in enumerate(files, 1):
+            if _sequence_of(file) != expected:
+                trouble = "a number twice" if _sequence_of(file) < expected else "the one before is missing"
+                raise StoreError(f"the journal of {self._storage.uri} is broken at {file}: {trouble} ({expected} "
+                                 "was due); restore the folder from a copy or start the run under another name")
+        if self._written is None:
+            self._written = len(files)
+        return files
+
+    def _read(self, file: str) -> Event:
+        raw = self._storage.read(file)
+        try:
+            content = json.loads(raw)
+            version = content["schema_version"]
+            event = Event(content["sequence"], content["name"], content["data"], float(content["time"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{file} in {self._storage.uri} is no event of a journal ({error!r}); "
+                             "restore it from a copy or start the run under another name") from error
+        if version != SCHEMA_VERSION:
+            raise StoreError(f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "
+                             f"{SCHEMA_VERSION}; use the version that wrote the run")
+        if _file_name(event.sequence, event.name) != file:
+            raise StoreError(f"{file} in {self._storage.uri} holds event {event.sequence} {event.name!r}; "
+                             "it was renamed or copied there: restore the folder from a copy")
+        return event
+
+    def _other_driver(self, seen: str) -> StoreError:
+        return StoreError(f"another driver writes the run in {self._storage.uri}: {seen}; stop one of them, "
+                          "or give this run another --name")
+
+
+def _file_name(sequence: int, name: str) -> str:
+    return f"{_FOLDER}{sequence:06d}-{name}.json"
+
+
+def _sequence_of(file: str) -> int:
+    match = _FILE.match(file)
+    if match is None:
+        raise StoreError(f"{file} is no file of a journal (NNNNNN-event.json); remove it from the run's folder")
+    return int(match.group(1))
+
+
+def write_candidates(storage: Storage, turn: int, ranking: Ranking) -> None:
+    """Writes the ranking of `turn`, a row a candidate, least loss first; a turn measured anew replaces its file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {"rank": rank, "layer": entry.layer, "criterion": entry.criterion, "filters": list(entry.filters),
+         "loss": entry.loss, "images": entry.images, "seconds": entry.seconds, "flops_reduction": entry.flops_reduction,
+         "also": [{"layer": layer, "criterion": criterion} for layer, criterion in entry.candidate.also]}
+        for rank, entry in enumerate(ranking, 1)
+    ]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_candidates_schema()), buffer)
+    storage.write(_candidates_file(turn), buffer.getvalue())
+
+
+def read_candidates(storage: Storage, turn: int) -> Ranking:
+    """The ranking that `write_candidates` wrote. Raises StoreError if the file is missing or not such a table."""
+    import pyarrow
+    from pyarrow import parquet
+
+    raw = storage.read(_candidates_file(turn))
+    try:
+        table = parquet.read_table(io.BytesIO(raw)).cast(_candidates_schema())
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise StoreError(f"{_candidates_file(turn)} in {storage.uri} is no table of candidates ({error}); "
+                         "restore it from a copy") from error
+    return Ranking([_candidate_loss(row) for row in table.to_pylist()])
+
+
+def _candidate_loss(row: dict[str, Any]) -> CandidateLoss:
+    also = tuple((pair["layer"], pair["criterion"]) for pair in row["also"])
+    candidate = Candidate(layer=row["layer"], criterion=row["criterion"], filters=tuple(row["filters"]),
+                          flops_reduction=row["flops_reduction"], also=also)
+    return CandidateLoss(candidate=candidate, loss=row["loss"], images=row["images"], seconds=row["seconds"])
+
+
+def _candidates_schema() -> pyarrow.Schema:
+    import pyarrow
+
+    pair = pyarrow.struct([("layer", pyarrow.string()), ("criterion", pyarrow.string())])
+    return pyarrow.schema([
+        ("rank", pyarrow.int64()), ("layer", pyarrow.string()), ("criterion", pyarrow.string()),
+        ("filters", pyarrow.list_(pyarrow.int64())), ("loss", pyarrow.float64()), ("images", pyarrow.int64()),
+        ("seconds", pyarrow.float64()), ("flops_reduction", pyarrow.float64()), ("also", pyarrow.list_(pair)),
+    ])
+
+
+def _candidates_file(turn: int) -> str:
+    return f"candidates/{turn:06d}.parquet"

@@ -1,0 +1,318 @@
+"""A folder of named byte strings, on the local disk or on any filesystem of pyarrow's (s3://, gs://, ...).
+
+Every write is whole or absent: a process that is killed leaves the old content or the new, never a part. pyarrow is
+imported for non-local folders only, so that a saved network can be read where it is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from laasp_ray.errors import StoreError
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_WITHOUT_FOLDERS = frozenset({"s3", "gcs"})
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+_ONE_PUT = "allow_delayed_open"
+_PROBE = "write-probe"
+_STALE_AFTER_S = 600.0
+
+
+class _Folder(Protocol):
+    """What a kind of filesystem must be able to do. Names are relative and already checked; errors are OSError."""
+
+    def write(self, name: str, data: bytes) -> None: ...
+    def write_new(self, name: str, data: bytes) -> None: ...
+    def read(self, name: str) -> bytes: ...
+    def exists(self, name: str) -> bool: ...
+    def list(self, folder: str) -> list[str]: ...
+    def delete(self, name: str) -> None: ...
+    def delete_leftovers(self, folder: str, older_than_s: float) -> None: ...
+    def child(self, name: str) -> _Folder: ...
+
+
+class Storage:
+    """A folder, local or on object storage. Names use '/', are relative to it and stay inside it.
+
+    Every method raises StoreError, saying where, when the folder cannot be reached, read or written. It pickles, so
+    that a worker can be handed the driver's.
+    """
+
+    def __init__(self, uri: str, folder: _Folder) -> None:
+        self.uri = uri
+        self._folder = folder
+
+    @staticmethod
+    def open(uri: str) -> Storage:
+        """The folder at `uri`: a local path, relative or absolute, file:///path, s3://bucket/path, gs://bucket/path.
+
+        It need not exist; the first write makes it. Nothing is written here: see `check_writable`. Raises StoreError
+        for a scheme that pyarrow does not know, a bucket that cannot be reached, or a path that is a file.
+        """
+        scheme = _SCHEME.match(uri)
+        if scheme is not None and scheme.group(1).lower() != "file":
+            return Storage(uri, _open_remote(uri))
+        path = _local_path(uri, is_uri=scheme is not None)
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file, a folder is needed; name another folder")
+        return Storage(str(path), _LocalFolder(path))
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder's absolute path, or None if it is not on a local filesystem."""
+        return self._folder.path if isinstance(self._folder, _LocalFolder) else None
+
+    def child(self, name: str) -> Storage:
+        """The folder `name` inside this one."""
+        base, mark, query = self.uri.partition("?") if self.local_path is None else (self.uri, "", "")
+        return Storage(f"{base.rstrip('/')}/{_checked(name)}{mark}{query}", self._folder.child(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Makes `name` hold `data`, in place of what it held; folders on the way are made."""
+        with self._explained("write", name):
+            self._folder.write(_checked(name), data)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        """As `write`, but raises StoreError if `name` exists.
+
+        On a local filesystem with hard links one of two concurrent writers wins; elsewhere the check comes just
+        before the write, and the journal looks again afterwards.
+        """
+        with self._explained("write", name):
+            self._folder.write_new(_checked(name), data)
+
+    def read(self, name: str) -> bytes:
+        """Raises StoreError if there is no such name."""
+        with self._explained("read", name):
+            return self._folder.read(_checked(name))
+
+    def exists(self, name: str) -> bool:
+        with self._explained("look for", name):
+            return self._folder.exists(_checked(name))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """All names in the folder and the folders below that start with `prefix`, sorted; unfinished writes hidden."""
+        inside = prefix.rpartition("/")[0]
+        with self._explained("list", prefix or "."):
+            names = self._folder.list(_checked(inside) if inside else "")
+        return sorted(name for name in names if name.startswith(prefix) and not _is_aside(name))
+
+    def delete(self, name: str) -> None:
+        """Raises StoreError if there is no such name."""
+        with self._explained("delete", name):
+            self._folder.delete(_checked(name))
+
+    def delete_leftovers(self, folder: str, older_than_s: float = _STALE_AFTER_S) -> None:
+        """Removes from `folder` what killed processes had half written (local filesystems only).
+
+        Younger ones than `older_than_s` seconds are left: another process may be writing them.
+        """
+        with self._explained("clean", folder):
+            self._folder.delete_leftovers(_checked(folder), older_than_s)
+
+    def check_writable(self) -> None:
+        """Writes, reads and removes a small object. Raises StoreError if that does not work."""
+        probe = f"{_PROBE}-{uuid.uuid4().hex}"
+        self.write(probe, probe.encode())
+        if self.read(probe) != probe.encode():
+            raise StoreError(f"{self.uri} does not give back what was written; name another folder")
+        self.delete(probe)
+
+    @contextlib.contextmanager
+    def _explained(self, action: str, name: str) -> Iterator[None]:
+        place = f"{name} in {self.uri}"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StoreError(f"cannot {action} {place}: it does not exist; is this a run's folder?") from error
+        except FileExistsError as error:
+            raise StoreError(f"cannot {action} {place}: it exists already; does another driver run?") from error
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise StoreError(
+                f"cannot {action} {place}: {error}; check that the folder can be written, has room, "
+                "and that the credentials allow it, or name another folder"
+            ) from error
+
+
+class _LocalFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def child(self, name: str) -> _LocalFolder:
+        return _LocalFolder(self.path / name)
+
+    def write(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        with _written_aside(target, data) as aside:
+            os.replace(aside, target)
+        _sync_folder(target.parent)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        with _written_aside(target, data) as aside:
+            try:
+                os.link(aside, target)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if target.exists():
+                    raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
+                os.replace(aside, target)
+        _sync_folder(target.parent)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def list(self, folder: str) -> list[str]:
+        found: list[str] = []
+        top = self.path / folder
+        for where, _, files in os.walk(top, onerror=_raise) if top.is_dir() else ():
+            below = Path(where).relative_to(self.path)
+            found += [(below / file).as_posix() for file in files]
+        return found
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink()
+
+    def delete_leftovers(self, folder: str, older_than_s: float) -> None:
+        for name in self.list(folder):
+            path = self.path / name
+            if _is_aside(name) and path.exists() and time.time() - path.stat().st_mtime > older_than_s:
+                path.unlink(missing_ok=True)
+
+
+class _ArrowFolder:
+    def __init__(self, filesystem: Any, root: str) -> None:
+        self._filesystem = filesystem
+        self._root = root.rstrip("/")
+
+    def child(self, name: str) -> _ArrowFolder:
+        return _ArrowFolder(self._filesystem, self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if self._root and name else self._root or name
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        parent = path.rpartition("/")[0]
+        if parent and self._filesystem.type_name not in _WITHOUT_FOLDERS:
+            self._filesystem.create_dir(parent, recursive=True)
+        with self._filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        if self.exists(name):
+            raise FileExistsError(errno.EEXIST, "exists", name)
+        self.write(name, data)
+
+    def read(self, name: str) -> bytes:
+        with self._filesystem.open_input_stream(self._path(name), compression=None) as stream:
+            return stream.read()
+
+    def exists(self, name: str) -> bool:
+        return bool(self._filesystem.get_file_info(self._path(name)).is_file)
+
+    def list(self, folder: str) -> list[str]:
+        from pyarrow.fs import FileSelector
+
+        selector = FileSelector(self._path(folder), allow_not_found=True, recursive=True)
+        start = len(self._root) + 1 if self._root else 0
+        return [info.path[start:] for info in self._filesystem.get_file_info(selector) if info.is_file]
+
+    def delete(self, name: str) -> None:
+        self._filesystem.delete_file(self._path(name))
+
+    def delete_leftovers(self, folder: str, older_than_s: float) -> None:
+        """A put on object storage leaves nothing behind that could be listed."""
+
+
+def _open_remote(uri: str) -> _Folder:
+    import pyarrow
+    from pyarrow.fs import FileSystem
+
+    remedy = "use a local path, file:///path, s3://bucket/path or gs://bucket/path, and check the credentials"
+    try:
+        filesystem, root = _from_uri(FileSystem, uri)
+    except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
+        raise StoreError(f"cannot open the storage {uri}: {str(error).splitlines()[0]}; {remedy}") from error
+    if not root.strip("/"):
+        raise StoreError(f"the storage {uri} names no bucket or folder; {remedy}")
+    return _ArrowFolder(filesystem, root)
+
+
+def _from_uri(kind: Any, uri: str) -> tuple[Any, str]:
+    """S3 gets small objects in one request instead of three, where this pyarrow knows how."""
+    if uri.lower().startswith("s3://") and _ONE_PUT not in uri:
+        try:
+            return kind.from_uri(f"{uri}{'&' if '?' in uri else '?'}{_ONE_PUT}=true")
+        except ValueError as error:
+            if _ONE_PUT not in str(error):
+                raise
+    return kind.from_uri(uri)
+
+
+def _local_path(uri: str, *, is_uri: bool) -> Path:
+    if not uri:
+        raise StoreError("the storage is an empty path; name a folder or a URI such as s3://bucket/path")
+    if is_uri:
+        parts = urllib.parse.urlsplit(uri)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise StoreError(f"{uri} names no local folder; write it with three slashes, file:///absolute/path")
+        uri = urllib.parse.unquote(parts.path)
+    return Path(os.path.abspath(Path(uri).expanduser()))
+
+
+def _checked(name: str) -> str:
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name:
+        raise StoreError(f"{name!r} is no name inside a run's folder; use a relative one, as journal/a.json")
+    return name
+
+
+def _is_aside(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return base.startswith(".") and base.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def _written_aside(target: Path, data: bytes) -> Iterator[Path]:
+    """A synced file with `data` beside `target`; if it is still there at the end, it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the folder's new entry outlast a power cut; Windows cannot open a folder for that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

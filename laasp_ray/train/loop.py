@@ -1,0 +1,205 @@
+"""A spell of training in plain PyTorch: some epochs of SGD, each yielded with its weights, then an evaluation.
+
+Runs alone or under torch.distributed; knows no Ray, no store. The order and augmentation of an epoch are functions of
+the seed and the epoch's number, so a spell that goes on after `done` epochs is the spell that was never cut off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray.config import TrainConfig
+from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
+from laasp_ray.errors import TrainingError
+from laasp_ray.records import Metrics
+from laasp_ray.train.data import SpellData
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """`epoch` is the schedule's, for people; `data_epoch` numbers the order and augmentation of the images."""
+
+    epoch: int
+    data_epoch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Spell:
+    """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
+
+    `excluded` names images that were found unreadable before.
+    """
+
+    number: int
+    phase: str
+    epochs: tuple[EpochPlan, ...] = ()
+    done: int = 0
+    excluded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """`tensors` and `momentum` (by parameter name) are on the CPU; `position` counts the spell's epochs from 0.
+
+    `loss` and `top1` are those of the training images as they were seen, reduced over all ranks.
+    """
+
+    position: int
+    plan: EpochPlan
+    loss: float
+    top1: float
+    images: int
+    seconds: float
+    tensors: Mapping[str, torch.Tensor]
+    momentum: Mapping[str, torch.Tensor]
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SpellDone:
+    """The evaluation on the test images at the end of a spell."""
+
+    metrics: Metrics
+    seconds: float
+    unreadable: tuple[str, ...]
+
+
+def run_spell(
+    model: nn.Module,
+    momentum: Mapping[str, torch.Tensor],
+    spell: Spell,
+    *,
+    data: SpellData,
+    config: TrainConfig,
+    seed: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Iterator[EpochDone | SpellDone]:
+    """Trains `model`, which is on `data.device`, in place. `momentum` belongs to the epoch before (empty: fresh).
+
+    `wrap` makes the network distributed. Raises TrainingError, naming the epoch, when loss or weights are not finite.
+    """
+    remaining = spell.epochs[spell.done :]
+    if remaining:
+        # Wrapped and given an optimizer only for training: both would be built on parameters that are not there later.
+        wrapped = wrap(model)
+        optimizer = _optimizer(model, config, momentum)
+        for position, plan in enumerate(remaining, spell.done):
+            yield _train_epoch(model, wrapped, optimizer, position, plan, data=data, config=config, seed=seed)
+    started = time.perf_counter()
+    metrics = evaluate(model, data, batch_size=config.batch_size)
+    yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable())
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, torch.Tensor]) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    for name, parameter in model.named_parameters():
+        if name in momentum:
+            optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter.device, copy=True)
+    return optimizer
+
+
+def _train_epoch(
+    model: nn.Module,
+    wrapped: nn.Module,
+    optimizer: torch.optim.SGD,
+    position: int,
+    plan: EpochPlan,
+    *,
+    data: SpellData,
+    config: TrainConfig,
+    seed: int,
+) -> EpochDone:
+    started = time.perf_counter()
+    torch.manual_seed(derive_seed(seed, f"dropout, epoch {plan.data_epoch}, rank {data.rank}"))
+    for group in optimizer.param_groups:
+        group["lr"] = plan.learning_rate
+    model.train()
+    batches = epoch_batches(data.train_images, batch_size=config.batch_size, seed=seed, epoch=plan.data_epoch)
+    sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, correct, images
+    shares = [rank_share(batch, data.rank, data.world) for batch in batches]
+    loaded = data.train_loader.epoch(shares, plan.data_epoch)
+    for batch, share, images in zip(loaded, shares, map(len, batches), strict=True):
+        if not set(batch.indices.tolist()) <= set(share.tolist()):
+            raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
+        with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
+            output = wrapped(data.in_format(batch.images))
+        losses = functional.cross_entropy(output.float(), batch.labels, reduction="sum")
+        optimizer.zero_grad(set_to_none=True)
+        # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
+        (losses * (data.world / images)).backward()
+        optimizer.step()
+        correct = (output.detach().argmax(1) == batch.labels).sum()
+        seen = torch.tensor(len(batch.labels), device=data.device)
+        sums += torch.stack([losses.detach().double(), correct.double(), seen.double()])
+    _reduce(sums)
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    _check_finite(sums, tensors, plan)
+    return EpochDone(
+        position=position,
+        plan=plan,
+        loss=float(sums[0] / sums[2]),
+        top1=float(sums[1] / sums[2]),
+        images=int(sums[2]),
+        seconds=time.perf_counter() - started,
+        tensors=tensors,
+        momentum={
+            name: optimizer.state[parameter]["momentum_buffer"].detach().to("cpu", copy=True).contiguous()
+            for name, parameter in model.named_parameters()
+            if "momentum_buffer" in optimizer.state[parameter]
+        },
+        unreadable=data.take_unreadable(),
+    )
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: SpellData, *, batch_size: int) -> Metrics:
+    """Loss, top-1 and top-5 on the test images, in float32, each counted once over all ranks; shares in 0..1."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
+    shares = eval_batches(data.test_images, batch_size=batch_size, rank=data.rank, world=data.world)
+    for batch in data.test_loader.epoch(shares):
+        output = model(data.in_format(batch.images)).float()
+        best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
+        summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
+        counts = torch.stack([best[:, :1].sum(), best.sum(), torch.tensor(len(output), device=data.device)])
+        sums += torch.cat([summed[None], counts.double()])
+    _reduce(sums)
+    images = int(sums[3])
+    if images == 0:
+        raise TrainingError("not one test image could be read")
+    loss, top1, top5 = (float(value) / images for value in sums[:3])
+    return Metrics(loss=loss, top1=top1, top5=top5, images=images)
+
+
+def _reduce(sums: torch.Tensor) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+
+
+def _check_finite(sums: torch.Tensor, tensors: Mapping[str, torch.Tensor], plan: EpochPlan) -> None:
+    if not torch.isfinite(sums).all():
+        raise TrainingError(
+            f"the training loss of epoch {plan.epoch} (learning rate {plan.learning_rate:g}) is not finite"
+        )
+    broken: Sequence[str] = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise TrainingError(
+            f"after epoch {plan.epoch} (learning rate {plan.learning_rate:g}) {len(broken)} tensors are not finite: "
+            + ", ".join(broken[:3])
+        )

@@ -1,0 +1,67 @@
+"""What several tests need: a small run on the embedded digits, and networks whose BatchNorms do something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.recipes import recipe
+
+SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+def shared_data(name: str) -> Path:
+    """A folder or file of the development data beside the checkout; the test skips, saying so, without it."""
+    path = (SHARED_DATA / name).resolve()
+    if not path.exists():
+        pytest.skip(f"needs shared/data/{name} beside the checkout")
+    return path
+
+
+def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random affine values and statistics: on a freshly made network many prunes would change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+            ):
+                if tensor is not None:
+                    tensor.data.uniform_(low, high, generator=generator)
+    return model
+
+
+def small_run(storage: Path, **changes: Any) -> RunConfig:
+    """ResNet-20 on the digits at 16 x 16: a whole run of a few turns in seconds. `changes`: section__key=value."""
+    settings = recipe("resnet20_cifar10").to_dict()
+    settings |= {"name": "small", "storage": str(storage)}
+    settings["model"]["input_shape"] = [3, 16, 16]
+    settings["data"] |= {
+        "path": None,
+        "format": "digits",
+        "train_transform": "random_resized_crop",
+        "image_size": 16,
+        "eval_resize": 16,
+        "scale": [0.8, 1.0],
+        "flip": 0.0,
+        "threads": 1,
+    }
+    settings["prune"] |= {"flops_reduction": 0.12, "step": 0.03, "recover_every": 0.05, "criteria": ["l1", "cosine"]}
+    settings["search"] |= {"images": 40, "batch_size": 20}
+    settings["train"] |= {"epochs": 3, "prune_epoch": 2, "batch_size": 128, "drop_epochs": [2], "learning_rate": 0.05}
+    settings["cluster"]["workers"] = 2
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            settings[section][name] = value
+        else:
+            settings[section] = value
+    return RunConfig.from_dict(settings)

@@ -1,0 +1,208 @@
+"""The Ray executor and trainer against the in-process ones."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+
+import pytest
+import ray
+import torch
+from helpers import randomise_batchnorm, small_run
+
+from laasp_ray import models
+from laasp_ray.config import ClusterConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.loader import normalise
+from laasp_ray.data.sources import open_source
+from laasp_ray.data.subset import draw_subset
+from laasp_ray.distributed.cluster import share_of
+from laasp_ray.distributed.executor import RayExecutor
+from laasp_ray.distributed.trainer import RayTrainer, put_network
+from laasp_ray.errors import ConfigError, SearchError, TrainingError
+from laasp_ray.methods.laasp import take_turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.search.candidates import measure_baseline
+from laasp_ray.search.evaluate import LossSubset, LossTask
+from laasp_ray.search.executor import InProcessExecutor
+from laasp_ray.train.loop import EpochPlan, Spell
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("runs"), prune__criteria=["l1", "l2", "euclidean", "cosine"])
+
+
+@pytest.fixture(scope="module")
+def network(config):
+    torch.manual_seed(0)
+    return randomise_batchnorm(models.build(config.model)).eval()
+
+
+@pytest.fixture(scope="module")
+def share(session, config):
+    return share_of(ray.cluster_resources(), config.cluster)
+
+
+@pytest.fixture(scope="module")
+def executor(config, network, share):
+    subset = draw_subset(open_source(config.data, "train"), config.data, images=40, seed=0)
+    return RayExecutor(put_network(network), subset, config.data, config.search, share), subset
+
+
+def test_the_spread_search_gives_the_serial_losses_and_choice(config, network, executor):
+    spread, subset = executor
+    serial = InProcessExecutor(
+        network,
+        LossSubset(subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)),
+        torch.device("cpu"),
+    )
+    example = torch.zeros(1, *config.model.input_shape)
+    baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), config.prune)
+    state = capture(network, Plan.empty())
+    heard = []
+    turns = [
+        take_turn(
+            network,
+            state,
+            example,
+            baseline,
+            config.prune,
+            who,
+            turn=1,
+            on_candidate=lambda done, total, entry: heard.append((done, total, entry.layer)),
+        )
+        for who in (serial, spread)
+    ]
+    assert turns[0].decision.layer == turns[1].decision.layer
+    assert turns[0].decision.filters == turns[1].decision.filters
+    assert len(turns[0].ranking) == len(turns[1].ranking) > 30
+    losses = [{(e.layer, e.filters): e.loss for e in turn.ranking} for turn in turns]
+    assert losses[0].keys() == losses[1].keys()
+    for key, loss in losses[0].items():
+        assert math.isclose(loss, losses[1][key], rel_tol=0, abs_tol=1e-6), key
+    # Every candidate was heard of once by each, counted up to the total.
+    total = len(turns[0].ranking)
+    assert [done for done, _, _ in heard] == [*range(1, total + 1)] * 2
+
+
+def test_a_candidate_that_fails_names_itself(network, executor):
+    broken = Plan(tensors={"conv1.weight": {0: ((0, 99),)}})
+    with pytest.raises(SearchError, match="the loss of the broken one could not be measured"):
+        executor[0].measure(capture(network, Plan.empty()), [LossTask("the broken one", broken)], lambda *_: None)
+
+
+def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(network, executor):
+    tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(60)]
+    killed = []
+
+    def kill_one_worker(position, result):
+        if len(killed) < 2:
+            killed.append(_kill_a_task_worker())
+
+    results = executor[0].measure(capture(network, Plan.empty()), tasks, kill_one_worker)
+    assert len(killed) == 2
+    assert len(results) == 60
+    assert len({result.loss for result in results}) == 1
+
+
+def _kill_a_task_worker():
+    """SIGKILL to one process that is running `measure_losses`."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for process in os.listdir("/proc"):
+            if process.isdigit() and "ray::measure_losses" in _title(process):
+                os.kill(int(process), signal.SIGKILL)
+                return int(process)
+        time.sleep(0.002)
+    raise AssertionError("no process is running measure_losses")
+
+
+def _title(process):
+    try:
+        with open(f"/proc/{process}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def spell(number, epochs, **more):
+    plans = tuple(EpochPlan(epoch=epoch, data_epoch=epoch, learning_rate=0.05) for epoch in range(epochs))
+    return Spell(number=number, phase="train", epochs=plans, **more)
+
+
+def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(config, network, share, tmp_path):
+    trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
+    state = capture(network, Plan.empty())
+    try:
+        undisturbed, done = [], []
+        before = trainer.run(state, {}, spell(0, 3), undisturbed.append)
+
+        def kill_after_the_first(epoch):
+            done.append(epoch)
+            if len(done) == 1:
+                _kill_a_trainer()
+
+        after = trainer.run(state, {}, spell(1, 3), kill_after_the_first)
+        assert [epoch.position for epoch in done] == [epoch.position for epoch in undisturbed] == [0, 1, 2]
+        assert after.metrics == before.metrics
+        for name, tensor in undisturbed[-1].tensors.items():
+            assert torch.equal(tensor, done[-1].tensors[name]), name
+        assert before.metrics.images == len(open_source(config.data, "test"))
+        # Every training image was seen once an epoch, whatever the ranks.
+        assert {epoch.images for epoch in undisturbed} == {len(open_source(config.data, "train"))}
+        # Going on in the middle of a spell is the same spell.
+        resumed = []
+        middle = undisturbed[0]
+        trainer.run(
+            dataclasses.replace(state, tensors=middle.tensors), middle.momentum, spell(2, 3, done=1), resumed.append
+        )
+        assert [epoch.position for epoch in resumed] == [1, 2]
+        for name, tensor in undisturbed[-1].tensors.items():
+            assert torch.equal(tensor, resumed[-1].tensors[name]), name
+    finally:
+        trainer.close()
+
+
+def _kill_a_trainer():
+    for process in os.listdir("/proc"):
+        if process.isdigit() and "RayTrainWorker" in _title(process):
+            os.kill(int(process), signal.SIGKILL)
+            return
+    raise AssertionError("no trainer is running")
+
+
+def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, share, tmp_path):
+    broken = randomise_batchnorm(models.build(config.model))
+    with torch.no_grad():
+        broken.conv1.weight[0, 0, 0, 0] = math.nan
+    trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
+    try:
+        with pytest.raises(TrainingError, match=r"epoch 0 .*not finite"):
+            trainer.run(capture(broken, Plan.empty()), {}, spell(0, 1), lambda epoch: None)
+    finally:
+        trainer.close()
+
+
+def test_more_workers_than_the_cluster_can_hold_are_refused():
+    with pytest.raises(ConfigError, match=r"cluster\.workers is 3, but the cluster has 2 CPUs"):
+        share_of({"CPU": 2.0}, ClusterConfig(workers=3))
+    with pytest.raises(ConfigError, match=r"cluster\.workers is 9, but the cluster has 8 GPUs"):
+        share_of({"CPU": 64.0, "GPU": 8.0}, ClusterConfig(workers=9))
+
+
+@pytest.mark.parametrize(
+    ("resources", "trainers", "tasks"), [({"CPU": 2.0}, 2, 2), ({"CPU": 1.0}, 1, 1), ({"CPU": 16.0, "GPU": 4.0}, 4, 4)]
+)
+def test_trainers_and_tasks_find_room_beside_each_other(resources, trainers, tasks):
+    share = share_of(resources, ClusterConfig())
+    assert share.workers == trainers
+    cpus = trainers * share.trainer_resources["CPU"] + tasks * share.task_options["num_cpus"]
+    gpus = trainers * share.trainer_resources.get("GPU", 0) + tasks * share.task_options.get("num_gpus", 0)
+    assert cpus <= resources["CPU"]
+    assert gpus <= resources.get("GPU", 0) + 1e-9

@@ -1,0 +1,54 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray.cost.latency import measure_latency, measure_pair
+
+
+class Sleeper(nn.Module):
+    """Sleeps, notes what it was given, and insists on eval mode."""
+
+    def __init__(self, seconds, log=None):
+        super().__init__()
+        self.seconds, self.log = seconds, [] if log is None else log
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        assert not self.training
+        self.log.append((self.seconds, tuple(x.shape)))
+        time.sleep(self.seconds)
+        return x
+
+
+def test_number_and_circumstances():
+    model = Sleeper(0.004)
+    model.dropout.eval()
+    latency = measure_latency(model, (3, 2, 2), batch_size=5, device="cpu", repeats=7, warmup=2)
+    assert [shape for _, shape in model.log] == [(5, 3, 2, 2)] * 9
+    assert 4 <= latency.spread[0] <= latency.median_ms <= latency.spread[1]
+    assert latency.median_ms < 100
+    assert (latency.batch_size, latency.device, latency.threads, latency.repeats) == (5, "cpu", torch.get_num_threads(), 7)
+    assert model.training
+    assert not model.dropout.training
+
+
+def test_a_pair_is_measured_by_turns():
+    log = []
+    slow, quick = measure_pair(Sleeper(0.006, log), Sleeper(0.001, log), (1,), device="cpu", repeats=4, warmup=1)
+    assert [seconds for seconds, _ in log] == [0.006, 0.001] * 5
+    assert slow.median_ms >= 6 > quick.spread[0]
+
+
+def test_mode_comes_back_when_the_network_fails():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+    with pytest.raises(RuntimeError):
+        measure_latency(model, (4,), device="cpu")
+    assert model.training
+    assert model[1].training
+
+
+def test_too_few_repeats():
+    with pytest.raises(ValueError, match="repeats=1"):
+        measure_latency(nn.Identity(), (1,), device="cpu", repeats=1)

@@ -1,0 +1,145 @@
+import math
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from laasp_ray.config import ModelConfig
+from laasp_ray.errors import ConfigError
+from laasp_ray.models import build, load_weights
+
+CHECKPOINTS = Path(__file__).parents[3] / ".." / "shared" / "data" / "checkpoints"
+
+
+def tiny(width=2):
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
+
+
+def no_module():
+    return 3
+
+
+def make(builder, **arguments):
+    return build(ModelConfig(builder=builder, arguments=arguments))
+
+
+@pytest.mark.parametrize(("name", "network"), [
+    ("resnet20_epoch100", "cifar.resnet20"), ("resnet20_epoch130", "cifar.resnet20"),
+    ("resnet32_epoch50", "cifar.resnet32"), ("resnet56_epoch60", "cifar.resnet56"),
+])
+def test_the_authors_checkpoints_load_strictly(name, network):
+    path = CHECKPOINTS / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"the shared checkpoint {path.name} is not here")
+    model = make(network)
+    load_weights(model, path)
+    stored = safetensors.torch.load_file(path)
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
+
+
+def test_cifar_networks_by_depth():
+    for depth in (20, 32, 56, 110):
+        model = make(f"cifar.resnet{depth}")
+        layers = [m for n, m in model.named_modules()
+                  if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
+        assert len(layers) == depth
+    assert sum(p.numel() for p in make("cifar.resnet20", num_classes=7).parameters()) == 272474 - 3 * 65
+    assert make("cifar.resnet20")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_arguments_reach_torchvision_without_downloading():
+    model = make("torchvision.mobilenet_v2", num_classes=11, width_mult=0.25)
+    assert model.classifier[1].out_features == 11
+
+
+def test_building_follows_the_seed():
+    torch.manual_seed(5)
+    first = make("cifar.resnet20")
+    torch.manual_seed(5)
+    second = make("cifar.resnet20")
+    torch.manual_seed(6)
+    third = make("cifar.resnet20")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.conv1.weight, third.conv1.weight)
+
+
+def test_import_path():
+    assert make(f"{__name__}:tiny", width=5)[0].out_features == 5
+
+
+@pytest.mark.parametrize(("builder", "message"), [
+    ("torchvision.resnet51", "did you mean torchvision.resnet50"),
+    ("cifar.resnet21", "did you mean .*cifar.resnet20"),
+    ("zzz", "known: cifar.resnet110, .*torchvision.vgg16"),
+    ("nowhere:f", "cannot be imported"),
+    (f"{__name__}:nothing", "cannot be imported"),
+    (f"{__name__}:CHECKPOINTS", "must be a function"),
+    (f"{__name__}:no_module", "gave a int"),
+])
+def test_bad_builders(builder, message):
+    with pytest.raises(ConfigError, match=message):
+        make(builder)
+
+
+@pytest.mark.parametrize("builder", ["cifar.resnet20", "torchvision.resnet18"])
+def test_bad_arguments(builder):
+    with pytest.raises(ConfigError, match="does not take model.arguments.*'colour'"):
+        make(builder, colour=1)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: state,
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+])
+def test_torch_files(tmp_path, wrap):
+    source, target = tiny(), tiny()
+    torch.save(wrap(source.state_dict()), tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_prefix_in_safetensors(tmp_path):
+    source, target = tiny(), tiny()
+    safetensors.torch.save_file({f"module.{k}": v for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
+    load_weights(target, tmp_path / "w.safetensors")
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+def test_keys_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path):
+    model = tiny()
+    before = model[1].bias.clone()
+    state = {key: torch.full_like(value, math.pi) for key, value in model.state_dict().items()}
+    state["0.weight"] = torch.zeros(4, 3)
+    state["extra"] = state.pop("0.bias")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(model, tmp_path / "w.pt")
+    message = str(caught.value)
+    assert "1 missing (0.bias)" in message
+    assert "1 unexpected (extra)" in message
+    assert "0.weight: (4, 3) in the file, (2, 3) in the network" in message
+    assert torch.equal(model[1].bias, before)
+
+
+class Sneaky:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_unreadable_files(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="no file of weights"):
+        load_weights(tiny(), tmp_path / "none.pt")
+    for name in ("junk.pt", "junk.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ConfigError, match="cannot be read as weights"):
+            load_weights(tiny(), tmp_path / name)
+    torch.save({"a": Sneaky()}, tmp_path / "code.pt")
+    with pytest.raises(ConfigError, match="cannot be read as weights"):
+        load_weights(tiny(), tmp_path / "code.pt")
+    assert "run" not in capsys.readouterr().out
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="holds no state dict"):
+        load_weights(tiny(), tmp_path / "other.pt")

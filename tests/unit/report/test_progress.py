@@ -1,0 +1,139 @@
+"""What is shown, word for word, on a terminal and elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from laasp_ray.records import Candidate, CandidateLoss, Decision
+from laasp_ray.report.progress import LineProgress, LiveProgress, make_progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def decision(turn, reduction, filters=(1, 4)):
+    return Decision(turn=turn, layer="layer3.0.conv1", criterion="cosine", filters=filters, loss=0.25,
+                    loss_before=0.125, flops_reduction=reduction)
+
+
+def loss(value, layer="a"):
+    candidate = Candidate(layer=layer, criterion="l1", filters=(0, 1), flops_reduction=0.1)
+    return CandidateLoss(candidate=candidate, loss=value, images=10)
+
+
+def tell(progress, clock):
+    """A short run: two epochs, a turn, a recovery, a turn."""
+    progress.banner("embedded digits")
+    progress.phase("train", "2 epochs")
+    clock.now = 10
+    progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5}, 0.1)
+    clock.now = 30
+    progress.epoch("train", 2, 2, {"loss": 1.5, "top1": 0.755}, 0.01)
+    progress.phase("prune", "turn 1")
+    for done, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, 4.0)):
+        progress.candidates(done, 4, loss(value, layer="abcd"[done - 1]), 1)
+    clock.now = 40
+    progress.decision(decision(1, 0.05), 0.25, 10.0)
+    progress.phase("recover", "1 epochs")
+    progress.note("left out: x.jpg")
+    progress.phase("prune", "turn 2")
+    progress.candidates(1, 2, loss(5.0), 2)
+    progress.candidates(2, 2, None, 2)
+    clock.now = 100
+    progress.decision(decision(2, 0.1, (7,)), 0.25, 65.0)
+
+
+def test_lines_where_there_is_no_terminal(clock):
+    stream = io.StringIO()
+    progress = make_progress(0.25, stream, clock)
+    assert isinstance(progress, LineProgress)
+    tell(progress, clock)
+    progress.finished("done")
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "* embedded digits",
+        "train: 2 epochs",
+        "train: epoch 1 of 2, loss 2.0000, top1 50.00%, learning rate 0.1",
+        "train: epoch 2 of 2, loss 1.5000, top1 75.50%, learning rate 0.01, train done in 0 s",
+        "prune: turn 1",
+        "turn 1: 4 candidates measured, least loss 2.0000 (c by l1 (2 filters))",
+        "turn 1: layer3.0.conv1 by cosine, 2 filters, loss 0.1250 -> 0.2500, FLOPs -5.00% of 25.00%, 10 s",
+        "recover: 1 epochs",
+        "note: left out: x.jpg",
+        "prune: turn 2",
+        "turn 2: 2 candidates measured, least loss 5.0000 (a by l1 (2 filters))",
+        # 5% took 60 s, so the 15% that are left take 180 s
+        "turn 2: layer3.0.conv1 by cosine, 1 filter, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 1 min 05 s, "
+        "target in 3 min 00 s",
+        "done",
+    ]
+
+
+def test_turns_that_follow_each_other_are_announced_once(clock):
+    stream = io.StringIO()
+    progress = LineProgress(0.25, stream, clock)
+    for turn in (1, 2, 3):
+        progress.phase("prune", f"turn {turn}")
+    assert stream.getvalue() == "prune: turn 1\n"
+
+
+def test_remaining_time_of_a_spell_is_by_epochs_and_starts_anew_with_each_spell(clock):
+    stream = io.StringIO()
+    progress = LineProgress(0.25, stream, clock)
+    progress.phase("final", "4 epochs")
+    for epoch in (1, 2):
+        clock.now += 60
+        progress.epoch("final", epoch, 4, {"loss": 1.0}, 0.1)
+    progress.phase("recover", "2 epochs")
+    progress.epoch("recover", 1, 2, {"loss": 1.0}, 0.1)
+    lines = stream.getvalue().splitlines()
+    assert lines[2].endswith("final done in 2 min 00 s") and lines[4].endswith("learning rate 0.1")
+
+
+def test_a_terminal_gets_a_live_display_with_lines_above(clock):
+    stream = Terminal()
+    progress = make_progress(0.25, stream, clock)
+    assert isinstance(progress, LiveProgress)
+    tell(progress, clock)
+    progress.finished("done [sic]")
+    progress.close()
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.index("epoch 1 of 2") < shown.index("turn 1: layer3.0.conv1") < shown.index("done [sic]")
+    assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor comes back
+
+
+def test_what_the_display_holds(clock):
+    console = Console(file=io.StringIO(), width=100)
+    progress = LiveProgress(0.25, console, clock)
+    try:
+        tell(progress, clock)
+        console.file.truncate(0)
+        progress.phase("prune", "turn 3")
+        progress.candidates(30, 40, loss(0.5, "x"), 3)
+        with console.capture() as capture:
+            console.print(progress.render())
+    finally:
+        progress.close()
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert lines[0] == "prune  turn 3"
+    assert lines[1].startswith("FLOPs reduction") and lines[1].endswith("10.00% of 25.00%")
+    assert lines[2].startswith("candidates") and lines[2].endswith("30 of 40")
+    assert lines[1].count("━") > 0
+    assert lines[3] == "least loss 0.5000 (x by l1 (2 filters)), target in 3 min 00 s"

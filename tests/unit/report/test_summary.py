@@ -1,0 +1,111 @@
+"""The summary of a journal written by hand."""
+
+import pytest
+
+from laasp_ray.errors import StoreError
+from laasp_ray.records import Metrics
+from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+
+
+def metrics(top1, loss=0.5):
+    return {"loss": loss, "top1": top1, "top5": 1.0, "images": 360}
+
+
+def turn(number, reduction, kept, seconds):
+    decision = {"turn": number, "layer": "layer1.0.conv1", "criterion": "l1", "filters": [0], "loss": 0.25,
+                "loss_before": 0.125, "flops_reduction": reduction, "also": []}
+    plan = {"version": 1, "tensors": {}, "attributes": {}, "layers": kept}
+    return "turn", {"decision": decision, "plan": plan, "candidates": 10 * number,
+                    "seconds": {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds}}
+
+
+START = "start", {"config": {"name": "digits", "prune": {"flops_reduction": 0.25}}, "macs": 1000000,
+                  "parameters": 2000, "layers": 53}
+FIRST = [
+    START,
+    ("epoch", {"phase": "train"}),
+    ("spell", {"phase": "train", "metrics": metrics(0.5), "seconds": 4.0}),
+    ("epoch", {"phase": "train"}),
+    ("spell", {"phase": "train", "metrics": metrics(0.9625), "seconds": 6.0}),
+    turn(1, 0.1, {"layer1.0.conv1": [0, 2]}, 1.0),
+    ("excluded", {"image": "x.jpg", "reason": "cannot be decoded"}),
+    ("spell", {"phase": "recover", "metrics": metrics(0.75), "seconds": 2.0}),
+    turn(2, 0.26, {"layer1.0.conv1": [2], "layer2.0.conv1": [0, 1, 5]}, 2.0),
+]
+LAST = [
+    ("spell", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
+    ("finish", {"macs": 740000, "parameters": 1500, "flops_reduction": 0.26, "metrics": metrics(0.975, 0.0625)}),
+]
+
+
+def journal(tmp_path, events):
+    written = Journal(Storage.open(str(tmp_path)))
+    for name, data in events:
+        written.append(name, data)
+    return Journal(Storage.open(str(tmp_path))).events()
+
+
+def test_a_finished_run(tmp_path):
+    summary = summarise(journal(tmp_path, FIRST + LAST))
+    assert summary.finished and summary.name == "digits" and (summary.macs, summary.macs_after) == (1000000, 740000)
+    assert (summary.parameters, summary.parameters_after, summary.flops_reduction) == (2000, 1500, 0.26)
+    assert summary.before == Metrics(loss=0.5, top1=0.9625, top5=1.0, images=360)
+    assert summary.after == Metrics(loss=0.0625, top1=0.975, top5=1.0, images=360)
+    assert [decision.turn for decision in summary.decisions] == [1, 2] and summary.candidates == 30
+    assert summary.turn_seconds == {"graph": 1.5, "evaluate": 4.5, "total": 7.5}
+    assert summary.phase_seconds == {"train": 10.0, "recover": 2.0, "final": 90.0} and summary.epochs == 2
+    assert summary.kept_filters == {"layer1.0.conv1": 1, "layer2.0.conv1": 3}
+    assert summary.excluded_images == ("x.jpg",)
+    assert format_summary(summary).splitlines() == [
+        "Run digits: finished, FLOPs reduction 26.00% of 25.00%",
+        "",
+        "                before    after",
+        "-------------------------------",
+        "MACs         1,000,000  740,000",
+        "parameters       2,000    1,500",
+        "top-1           96.25%   97.50%",
+        "top-5          100.00%  100.00%",
+        "loss            0.5000   0.0625",
+        "test images        360      360",
+        "",
+        "Turns: 2, 15 candidates each, 7.50 s each (graph 1.50, evaluate 4.50)",
+        "Training: 2 epochs; train 10 s, recover 2 s, final 1 min 30 s",
+        "Images left out: x.jpg",
+        "",
+        "layer           filters kept",
+        "----------------------------",
+        "layer1.0.conv1             1",
+        "layer2.0.conv1             3",
+    ]
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    summary = summarise(journal(tmp_path, FIRST))
+    assert not summary.finished and summary.after is None and summary.flops_reduction == 0.26
+    text = format_summary(summary)
+    assert "not finished" in text and "MACs         1,000,000      -" in text
+
+
+def test_a_run_that_has_only_started(tmp_path):
+    text = format_summary(summarise(journal(tmp_path, [START])))
+    assert "Turns: none yet" in text and "FLOPs reduction 0.00% of 25.00%" in text
+
+
+def test_weights_that_were_given_are_the_baseline(tmp_path):
+    events = [START, ("baseline", {"metrics": metrics(0.875)}),
+              ("spell", {"phase": "recover", "metrics": metrics(0.5), "seconds": 1.0})]
+    assert summarise(journal(tmp_path, events)).before.top1 == 0.875
+
+
+def test_losses_that_are_not_finite_are_shown(tmp_path):
+    events = [START, ("baseline", {"metrics": metrics(0.1, float("nan"))})]
+    assert "nan" in format_summary(summarise(journal(tmp_path, events)))
+
+
+def test_a_journal_that_lacks_something_is_refused(tmp_path):
+    with pytest.raises(StoreError, match=r"no start event"):
+        summarise([])
+    with pytest.raises(StoreError, match=r"lacks something \(KeyError\('macs'\)\)"):
+        summarise(journal(tmp_path, [("start", {"config": START[1]["config"]})]))

@@ -1,0 +1,171 @@
+"""The search without a cluster: what is proposed, what it costs, what is chosen."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import randomise_batchnorm
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray import models
+from laasp_ray.config import ModelConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.search import rank
+from laasp_ray.search.evaluate import LossSubset, LossTask, mean_loss, measure, measure_all
+
+
+class TwoLayers(nn.Module):
+    """conv (4 filters) -> relu -> conv (3 filters) -> mean -> linear: small enough to prune by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 3, 1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, images):
+        features = functional.relu(self.first(images))
+        return self.head(functional.relu(self.second(features)).mean((2, 3)))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return TwoLayers()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(12) % 2
+
+
+def without_filters(network, images, layer, filters):
+    """The logits of TwoLayers when `filters` of `layer` are gone, with the tensors cut by hand."""
+    first_kept = [i for i in range(4) if layer != "first" or i not in filters]
+    second_kept = [i for i in range(3) if layer != "second" or i not in filters]
+    first, second, head = network.first, network.second, network.head
+    features = functional.relu(functional.conv2d(images, first.weight[first_kept], first.bias[first_kept], padding=1))
+    weight = second.weight[second_kept][:, first_kept]
+    features = functional.relu(functional.conv2d(features, weight, second.bias[second_kept]))
+    return functional.linear(features.mean((2, 3)), head.weight[:, second_kept], head.bias)
+
+
+def test_losses_are_those_of_the_network_cut_by_hand(network, images, labels):
+    ranking = rank(network, images, labels, criteria=("l1", "l2"), step=0.3, batch_size=5)
+    assert {entry.layer for entry in ranking} == {"first", "second"}
+    for entry in ranking:
+        expected = functional.cross_entropy(without_filters(network, images, entry.layer, entry.filters), labels)
+        assert entry.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert [entry.loss for entry in ranking] == sorted(entry.loss for entry in ranking)
+
+
+def test_step_sizes_and_reductions_are_shares_of_the_multiply_accumulates(network, images, labels):
+    # Per image 36 positions: first 36*4*9 = 1296, second 36*3*4 = 432, head 6: 1734 in all.
+    # A filter of first takes 36*9 + 36*3 = 432 = 24.9%: one is nearest to 30%.
+    # A filter of second takes 36*4 + 2 = 146 = 8.42%: 30 / 8.42 = 3.56, so 4, but the limit floor(0.75 * 3) leaves 2.
+    ranking = rank(network, images, labels, criteria=("l1",), step=0.3)
+    found = {entry.layer: (len(entry.filters), entry.flops_reduction) for entry in ranking}
+    assert found == {"first": (1, pytest.approx(432 / 1734)), "second": (2, pytest.approx(292 / 1734))}
+
+
+def test_the_criterion_picks_the_filters(network, images, labels):
+    norms = network.first.weight.detach().flatten(1).abs().sum(1)
+    ranking = rank(network, images, labels, criteria=("l1",), step=0.3)
+    entry = next(entry for entry in ranking if entry.layer == "first")
+    assert entry.filters == (int(norms.argmin()),)
+
+
+def test_equal_picks_are_one_candidate_credited_to_the_first_of_the_pool(network, images, labels):
+    with torch.no_grad():  # filter 2 is far the smallest by either norm
+        network.first.weight[2] *= 1e-3
+    ranking = rank(network, images, labels, criteria=("l2", "l1"), step=0.3)
+    entry = next(entry for entry in ranking if entry.layer == "first")
+    assert (entry.filters, entry.criterion, entry.candidate.also) == ((2,), "l2", (("first", "l1"),))
+    assert sum(entry.layer == "first" for entry in ranking) == 1
+
+
+def test_reference_gives_step_sizes_and_limits(network, images, labels):
+    once = next(e for e in rank(network, images, labels, criteria=("l1",), step=0.3) if e.layer == "second")
+    pruned = copy.deepcopy(network)
+    kept = [i for i in range(3) if i not in once.filters]
+    pruned.second = nn.Conv2d(4, 1, 1)
+    pruned.head = nn.Linear(1, 2)
+    with torch.no_grad():
+        pruned.second.weight.copy_(network.second.weight[kept])
+    ranking = rank(pruned, images, labels, criteria=("l1",), step=0.3, reference=network)
+    assert {entry.layer for entry in ranking} == {"first"}
+    # first: 1 filter of 4; second has 1 of 3 left. 36*3*9 + 36*3 + 2 of the reference's 1734 remain.
+    assert ranking[0].flops_reduction == pytest.approx(1 - (36 * 27 + 36 * 3 + 2) / 1734)
+
+
+def test_ignored_layers_make_no_candidates(network, images, labels):
+    ranking = rank(network, images, labels, ignored=("first",), step=0.3)
+    assert {entry.layer for entry in ranking} == {"second"}
+
+
+def test_the_model_is_left_as_it_was(network, images, labels):
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    rank(network, images, labels, step=0.3)
+    assert network.training
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_batches_do_not_change_the_mean(network, images, labels):
+    whole = mean_loss(network, LossSubset(images, labels, 12))
+    parts = mean_loss(network, LossSubset(images, labels, 5))  # 5 + 5 + 2
+    expected = functional.cross_entropy(network(images), labels).item()
+    assert whole == pytest.approx(expected, rel=1e-6)
+    assert parts == pytest.approx(expected, rel=1e-6)
+
+
+def test_prepare_is_applied_to_every_batch(network, labels):
+    pixels = torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8)
+    loss = mean_loss(network, LossSubset(pixels, labels, 5, lambda batch: batch.float() / 255))
+    assert loss == pytest.approx(functional.cross_entropy(network(pixels.float() / 255), labels).item(), rel=1e-6)
+
+
+def test_a_candidate_that_fails_names_itself(network, images, labels):
+    broken = Plan(tensors={"first.weight": {0: ((0, 9),)}})
+    with pytest.raises(SearchError, match=r"the loss of conv 9 could not be measured: PruningError"):
+        measure(network, LossTask("conv 9", broken), LossSubset(images, labels, 12))
+
+
+def test_results_are_told_as_they_come(network, images, labels):
+    heard = []
+    tasks = [LossTask("as it stands", Plan.empty())] * 3
+    results = measure_all(network, tasks, LossSubset(images, labels, 12), lambda i, result: heard.append((i, result)))
+    assert heard == list(enumerate(results))
+
+
+def test_bad_arguments_are_refused(network, images, labels):
+    with pytest.raises(SearchError, match="12 images and 11 labels"):
+        rank(network, images, labels[:-1])
+    with pytest.raises(ConfigError, match="no_such"):
+        rank(network, images, labels, criteria=("no_such",))
+    with pytest.raises(ConfigError, match=r"prune\.step"):
+        rank(network, images, labels, step=2.0)
+    with pytest.raises(SearchError, match="no layer has a filter left"):
+        rank(network, images, labels, max_pruned=0.01)
+
+
+def test_resnet20_proposes_every_convolution_by_every_criterion():
+    torch.manual_seed(0)
+    model = randomise_batchnorm(models.build(ModelConfig(builder="cifar.resnet20", input_shape=(3, 32, 32))))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    ranking = rank(model, images, labels)
+    proposals = sum(1 + len(entry.candidate.also) for entry in ranking)
+    assert proposals == 21 * 4  # 19 convolutions of 3x3 and two shortcuts
+    assert len({entry.layer for entry in ranking}) == 21
+    assert all(math.isfinite(entry.loss) for entry in ranking)
+    total = count_macs(model, images[:1]).total
+    assert total == pytest.approx(40.81e6, rel=1e-3)

@@ -1,0 +1,146 @@
+"""The journal: what is written is what is read, and nothing else is accepted."""
+
+import json
+import math
+
+import pytest
+
+from laasp_ray.errors import StoreError
+from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking
+from laasp_ray.store.journal import Event, Journal, read_candidates, write_candidates
+from laasp_ray.store.storage import Storage
+
+
+@pytest.fixture(params=["local", "arrow"])
+def storage(request, tmp_path):
+    return Storage.open(str(tmp_path) if request.param == "local" else "mock:///bucket/run")
+
+
+def test_events_come_back_in_order(storage):
+    journal = Journal(storage)
+    assert journal.events() == [] and journal.last("epoch") is None
+    written = [journal.append("start", {"macs": 3}), journal.append("epoch", {"loss": 0.5}),
+               journal.append("epoch", {"loss": 0.25})]
+    assert storage.list() == [
+        "journal/000001-start.json", "journal/000002-epoch.json", "journal/000003-epoch.json",
+    ]
+    assert Journal(storage).events() == written == journal.events()
+    assert journal.last("epoch") == written[2] and journal.last("start") == written[0]
+    assert [event.sequence for event in written] == [1, 2, 3]
+
+
+def test_more_than_a_folder_of_names_sorts_right(storage):
+    journal = Journal(storage)
+    for number in range(12):
+        journal.append("epoch", {"number": number})
+    assert [event.data["number"] for event in journal.events()] == list(range(12))
+
+
+def test_time_is_the_wall_clock(storage, monkeypatch):
+    monkeypatch.setattr("laasp_ray.store.journal.time.time", lambda: 1234.5)
+    Journal(storage).append("start", {})
+    assert Journal(storage).events() == [Event(1, "start", {}, 1234.5)]
+
+
+def test_dataclasses_and_non_finite_numbers_have_a_json_form(storage):
+    decision = Decision(turn=1, layer="conv", criterion="l1", filters=(2, 5), loss=math.inf, loss_before=0.5,
+                        flops_reduction=0.125)
+    Journal(storage).append("turn", {"decision": decision, "nan": math.nan})
+    data = Journal(storage).last("turn").data
+    assert data["decision"]["filters"] == [2, 5] and data["decision"]["loss"] == "inf" and data["nan"] == "nan"
+    assert math.isnan(float(data["nan"]))
+
+
+def test_a_resumed_journal_goes_on(storage):
+    Journal(storage).append("start", {})
+    journal = Journal(storage)
+    journal.events()
+    assert journal.append("epoch", {}).sequence == 2
+
+
+def test_a_second_driver_is_noticed_by_the_first(storage):
+    first, second = Journal(storage), Journal(storage)
+    first.append("start", {})
+    second.append("epoch", {})
+    with pytest.raises(StoreError, match=r"another driver writes the run in .*: 2 events where this one left 1"):
+        first.append("epoch", {})
+    assert len(Journal(storage).events()) == 2
+
+
+@pytest.mark.parametrize("name", ["start", "turn"])
+def test_two_drivers_in_the_same_moment(storage, name):
+    """The rival writes its event of the same number between our look and our write."""
+
+    class Raced(Storage):
+        def write_new(self, file, data):
+            rival.append(name, {"who": "rival"})
+            super().write_new(file, data)
+
+    rival = Journal(storage)
+    with pytest.raises(StoreError, match=r"another driver|exists already"):
+        Journal(Raced(storage.uri, storage._folder)).append("start", {"who": "us"})
+    assert [event.data["who"] for event in Journal(storage).events()] == ["rival"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: s.delete("journal/000002-epoch.json"), "broken at journal/000003-turn.json: the one before is missing"),
+    (lambda s: s.write("journal/000002-turn.json", s.read("journal/000002-epoch.json")),
+     "broken at journal/000002-turn.json: a number twice"),
+    (lambda s: s.write("journal/notes.txt", b""), "journal/notes.txt is no file of a journal"),
+    (lambda s: s.write("journal/000002-epoch.json", b"{"), "journal/000002-epoch.json in .* is no event"),
+    (lambda s: s.write("journal/000002-epoch.json", b"[]"), "journal/000002-epoch.json in .* is no event"),
+    (lambda s: s.write("journal/000002-epoch.json", s.read("journal/000003-turn.json")), "renamed or copied"),
+])
+def test_a_broken_journal_is_refused(storage, change, message):
+    journal = Journal(storage)
+    for name in ("start", "epoch", "turn"):
+        journal.append(name, {})
+    change(storage)
+    with pytest.raises(StoreError, match=message):
+        Journal(storage).events()
+
+
+def test_another_schema_version_is_refused(storage):
+    Journal(storage).append("start", {})
+    content = json.loads(storage.read("journal/000001-start.json"))
+    storage.write("journal/000001-start.json", json.dumps({**content, "schema_version": 99}).encode())
+    with pytest.raises(StoreError, match=r"schema version 99"):
+        Journal(storage).events()
+
+
+def test_an_events_name_is_checked(storage):
+    with pytest.raises(StoreError, match=r"'Two words' is no name of an event"):
+        Journal(storage).append("Two words", {})
+
+
+def test_candidates_come_back_with_their_columns(storage):
+    import pyarrow.parquet as parquet
+
+    entries = [
+        CandidateLoss(candidate=Candidate(layer="b", criterion="l2", filters=(0, 7), flops_reduction=0.25), loss=2.5,
+                      images=100, seconds=0.5),
+        CandidateLoss(candidate=Candidate(layer="a", criterion="l1", filters=(3,), flops_reduction=0.125,
+                                          also=(("a", "l2"), ("a", "cosine"))), loss=1.5, images=100),
+        CandidateLoss(candidate=Candidate(layer="c", criterion="l1", filters=(1,), flops_reduction=0.1),
+                      loss=math.inf, images=100),
+    ]
+    ranking = Ranking(entries)
+    write_candidates(storage, 12, ranking)
+    assert storage.list() == ["candidates/000012.parquet"]
+    assert list(read_candidates(storage, 12)) == list(ranking) == [entries[1], entries[0], entries[2]]
+    if storage.local_path is not None:
+        table = parquet.read_table(storage.local_path / "candidates" / "000012.parquet")
+        assert table.column_names == ["rank", "layer", "criterion", "filters", "loss", "images", "seconds",
+                                      "flops_reduction", "also"]
+        assert table["rank"].to_pylist() == [1, 2, 3] and table["loss"].to_pylist() == [1.5, 2.5, math.inf]
+        assert str(table.schema.field("filters").type).startswith("list<") and table["filters"][1].as_py() == [0, 7]
+
+
+def test_an_empty_ranking_and_a_broken_file(storage):
+    write_candidates(storage, 1, Ranking([]))
+    assert len(read_candidates(storage, 1)) == 0
+    storage.write("candidates/000001.parquet", b"PAR1 not")
+    with pytest.raises(StoreError, match=r"candidates/000001.parquet in .* is no table of candidates"):
+        read_candidates(storage, 1)
+    with pytest.raises(StoreError, match=r"candidates/000002.parquet"):
+        read_candidates(storage, 2)

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+from laasp_ray.config import ModelConfig, RunConfig, TrainConfig, differing_keys, value_at
+from laasp_ray.errors import ConfigError
+from laasp_ray.recipes import RECIPES, recipe
+
+
+def settings(**changes):
+    data = recipe("resnet20_cifar10").to_dict()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            data[section][name] = value
+        else:
+            data[section] = value
+    return data
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_survives_json(name):
+    config = recipe(name)
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_key_names_the_place_and_the_nearest_known_one():
+    with pytest.raises(ConfigError, match=r"key prune\.flops_reductoin; did you mean prune\.flops_reduction"):
+        RunConfig.from_dict(settings(prune__flops_reductoin=0.3))
+
+
+def test_missing_key_is_named():
+    data = settings()
+    del data["train"]["epochs"]
+    with pytest.raises(ConfigError, match=r"train\.epochs is missing"):
+        RunConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prune__flops_reduction", 0.0),
+        ("prune__flops_reduction", 1.0),
+        ("prune__flops_reduction", "half"),
+        ("prune__flops_reduction", float("nan")),
+        ("prune__step", 0),
+        ("prune__max_pruned", 1.0),
+        ("prune__criteria", []),
+        ("prune__criteria", ["l1", "l1"]),
+        ("train__batch_size", 1.5),
+        ("train__prune_epoch", 161),
+        ("data__loader", "tensorflow"),
+        ("search__images", True),
+        ("cluster__trainer_gpu_share", 0.5),
+        ("data__mean", [0.5, 0.5]),
+        ("seed", None),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key(key, value):
+    with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
+        RunConfig.from_dict(settings(**{key: value}))
+
+
+def test_a_whole_number_is_taken_where_a_float_is_wanted():
+    assert RunConfig.from_dict(settings(train__learning_rate=1)).train.learning_rate == 1.0
+
+
+def test_image_size_must_be_the_networks():
+    with pytest.raises(ConfigError, match=r"data\.image_size is 28"):
+        RunConfig.from_dict(settings(data__image_size=28))
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "-x"])
+def test_a_name_that_is_no_folder_name_is_refused(name):
+    with pytest.raises(ConfigError, match="name"):
+        RunConfig.from_dict(settings(name=name))
+
+
+def test_learning_rate_follows_the_paper_schedule():
+    # ResNet-20: 0.1, times 0.2 at 40, 80 and 120.
+    train = recipe("resnet20_cifar10").train
+    rates = [train.learning_rate_at(epoch) for epoch in (0, 39, 40, 79, 80, 119, 120, 159)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+
+
+def test_differing_keys_leave_out_what_may_change():
+    ours = settings()
+    theirs = settings(storage="elsewhere", data__path="/moved", cluster__workers=4, prune__step=0.02, seed=7)
+    assert differing_keys(ours, theirs) == ["prune.step", "seed"]
+    assert value_at(theirs, "prune.step") == 0.02
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"did you mean resnet20_cifar10\?.*resnet56_cifar10"):
+        recipe("resnet20_cifar")
+
+
+def test_configs_are_frozen_and_keyword_only():
+    with pytest.raises(TypeError):
+        ModelConfig("torchvision.resnet50")  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        TrainConfig(epochs=1, prune_epoch=0).epochs = 2  # type: ignore[misc]

@@ -1,0 +1,199 @@
+"""Whole runs in this process, without Ray; cut off before and after every single event."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import small_run
+from safetensors.torch import load_file, save_file
+
+from laasp_ray import load_pruned, prune
+from laasp_ray.config import RunConfig
+from laasp_ray.errors import ConfigError, StoreError, TrainingError
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+
+TURNS_AND_SPELLS = ("turn", "spell", "epoch", "baseline")
+
+
+class PowerCutError(Exception):
+    pass
+
+
+class Silent:
+    """A Progress that shows nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def run(config: RunConfig):
+    return prune(None, config, distributed=False, progress=Silent())
+
+
+def events(config: RunConfig):
+    return Journal(Storage.open(config.storage).child(config.name)).events()
+
+
+def decisions(config: RunConfig):
+    return [event.data["decision"] for event in events(config) if event.name == "turn"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    config = small_run(tmp_path_factory.mktemp("undisturbed"))
+    return config, run(config)
+
+
+def test_a_run_meets_its_target_and_writes_down_what_it_did(undisturbed):
+    config, result = undisturbed
+    names = [event.name for event in events(config)]
+    # Two epochs of training and the spell's end come first; the run's end comes last.
+    assert names[:4] == ["start", "epoch", "epoch", "spell"]
+    assert names[-3:] == ["epoch", "spell", "finish"]
+    assert names.count("turn") >= 3
+    reductions = [decision["flops_reduction"] for decision in decisions(config)]
+    assert reductions == sorted(reductions)
+    assert reductions[-2] < 0.12 <= reductions[-1] == pytest.approx(result.summary["flops_reduction"])
+    folder = Path(config.storage) / config.name
+    for name in (
+        "config.json",
+        "pruned/model.safetensors",
+        "pruned/arch.json",
+        "pruned/plan.json",
+        "pruned/metrics.json",
+        "candidates/000001.parquet",
+    ):
+        assert (folder / name).is_file(), name
+    assert list((folder / "tensorboard").iterdir())
+    assert {path.stem for path in (folder / "checkpoints").iterdir()} == {
+        "unpruned",
+        f"{sum(name == 'epoch' for name in names) - 1:06d}",
+    }
+
+
+def test_the_saved_network_is_the_one_that_was_trained(undisturbed):
+    config, result = undisturbed
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_pruned(Path(config.storage) / config.name)(images), result.model(images))
+
+
+def test_a_finished_run_is_left_alone(undisturbed, caplog):
+    config, result = undisturbed
+    before = len(events(config))
+    again = run(config)
+    assert "is finished; nothing to do" in caplog.text
+    assert len(events(config)) == before
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed):
+    config, _ = undisturbed
+    other = small_run(Path(config.storage), prune__step=0.04, seed=1)
+    with pytest.raises(ConfigError, match=r"prune\.step: 0\.03 there, 0\.04 here; seed: 0 there, 1 here"):
+        run(other)
+
+
+def cut_off_at(monkeypatch, position: int, *, written: bool):
+    """The power fails at the `position`-th append to the journal, before or after the event is on disk."""
+    append = Journal.append
+
+    def failing(self, name, data):
+        count = len(self.events())
+        if count == position and not written:
+            raise PowerCutError
+        event = append(self, name, data)
+        if count == position:
+            raise PowerCutError
+        return event
+
+    monkeypatch.setattr(Journal, "append", failing)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_path, monkeypatch, written):
+    reference, result = undisturbed
+    config = small_run(tmp_path)
+    cuts = 0
+    for position in range(len(events(reference))):
+        with monkeypatch.context() as patch:
+            cut_off_at(patch, position, written=written)
+            with pytest.raises(PowerCutError):
+                run(config)
+            cuts += 1
+    again = run(config)
+    assert cuts == len(events(reference))
+    assert decisions(config) == decisions(reference)
+    assert [event.name for event in events(config)] == [event.name for event in events(reference)]
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_given_weights_are_measured_first_and_the_first_training_left_out(undisturbed, tmp_path):
+    reference, _ = undisturbed
+    weights = tmp_path / "weights.safetensors"
+    unpruned = load_file(Path(reference.storage) / reference.name / "checkpoints" / "unpruned.safetensors")
+    save_file({name.removeprefix("model/"): tensor for name, tensor in unpruned.items()}, weights)
+    config = small_run(tmp_path / "runs", train__pretrained=str(weights), prune__flops_reduction=0.02)
+    run(config)
+    names = [event.name for event in events(config)]
+    assert names[:4] == ["start", "baseline", "subset", "turn"]
+    before = next(event for event in events(reference) if event.name == "spell").data["metrics"]
+    assert events(config)[1].data["metrics"]["top1"] == pytest.approx(before["top1"])
+    # The same weights and the same images: the same first decision.
+    assert decisions(config)[0]["layer"] == decisions(reference)[0]["layer"]
+    assert decisions(config)[0]["filters"] == decisions(reference)[0]["filters"]
+
+
+def test_training_that_diverges_names_the_epoch_and_the_last_good_checkpoint(tmp_path):
+    config = small_run(tmp_path, train__learning_rate=1e20)
+    with pytest.raises(TrainingError, match=r"epoch [01] .*not finite.*last good checkpoint: .*checkpoints/"):
+        run(config)
+
+
+def test_a_target_beyond_the_limits_names_what_can_be_reached(tmp_path):
+    with pytest.raises(ConfigError, match=r"prune\.flops_reduction is 0\.99, .* at most 0\.\d+ can be reached"):
+        run(small_run(tmp_path, prune__flops_reduction=0.99))
+
+
+def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="12 outputs, the training data 10 classes"):
+        run(small_run(tmp_path, model__arguments={"num_classes": 12}))
+
+
+def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match="l3"):
+        run(small_run(tmp_path, prune__criteria=["l3"]))
+    assert not (tmp_path / "small" / "journal").exists()
+
+
+def test_a_folder_that_is_no_runs_is_named(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text("{")
+    with pytest.raises(StoreError, match=r"config\.json is not JSON"):
+        run(small_run(tmp_path))
+
+
+def test_the_subset_is_checked_to_be_the_one_the_run_began_with(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    with monkeypatch.context() as patch:
+        cut_off_at(patch, 5, written=True)  # just after the subset or the first turn
+        with pytest.raises(PowerCutError):
+            run(config)
+    path = next((tmp_path / "small" / "journal").glob("*-subset.json"))
+    event = json.loads(path.read_text())
+    event["data"]["digest"] = "0" * 64
+    path.write_text(json.dumps(event))
+    with pytest.raises(Exception, match="loss subset drawn now has digest"):
+        run(config)

@@ -1,0 +1,119 @@
+"""The state machine of a run, event by event, without anything being trained."""
+
+import dataclasses
+
+import pytest
+
+from laasp_ray.progression import advance, fold, initial_state, next_spell
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.recipes import recipe
+
+
+def config(*, target=0.5, recover_every=0.02, recover_epochs=2, epochs=6, prune_epoch=3, pretrained=None):
+    base = recipe("resnet20_cifar10")
+    return dataclasses.replace(
+        base,
+        prune=dataclasses.replace(
+            base.prune, flops_reduction=target, recover_every=recover_every, recover_epochs=recover_epochs
+        ),
+        train=dataclasses.replace(
+            base.train, epochs=epochs, prune_epoch=prune_epoch, drop_epochs=(4,), pretrained=pretrained
+        ),
+    )
+
+
+def epoch(checkpoint):
+    return "epoch", {"checkpoint": checkpoint}
+
+
+def turn(reduction, kept=(0, 1)):
+    step = Plan(
+        tensors={"conv.weight": {0: (kept,)}}, attributes={"conv": {"out_channels": len(kept)}}, layers={"conv": kept}
+    )
+    decision = {
+        "turn": 1,
+        "layer": "conv",
+        "criterion": "l1",
+        "filters": [2],
+        "loss": 1.0,
+        "loss_before": 1.0,
+        "flops_reduction": reduction,
+    }
+    return "turn", {"decision": decision, "step": step.to_json()}
+
+
+SPELL = ("spell", {})
+
+
+def test_a_run_begins_with_training_unless_it_is_given_trained_weights():
+    assert initial_state(config()).phase == "train"
+    assert initial_state(config(prune_epoch=0)).phase == "prune"
+    assert initial_state(config(pretrained="weights.safetensors")).phase == "prune"
+
+
+def test_first_spell_trains_up_to_the_prune_epoch():
+    spell = next_spell(initial_state(config()), config())
+    assert [(plan.epoch, plan.data_epoch) for plan in spell.epochs] == [(0, 0), (1, 1), (2, 2)]
+    assert (spell.phase, spell.number, spell.done) == ("train", 0, 0)
+
+
+def test_a_spell_that_was_cut_off_goes_on_after_its_last_epoch():
+    state = fold([epoch("000000"), epoch("000001")], config())
+    spell = next_spell(state, config())
+    assert (state.checkpoint, state.epochs_trained, spell.done) == ("000001", 2, 2)
+    assert [plan.data_epoch for plan in spell.epochs] == [0, 1, 2]
+
+
+def test_recovery_comes_when_enough_has_gone_and_trains_at_the_prune_epochs_rate():
+    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL], config())
+    assert state.phase == "prune"
+    state = advance(state, *turn(0.01), config())
+    assert state.phase == "prune"
+    state = advance(state, *turn(0.0201), config())
+    assert state.phase == "recover"
+    spell = next_spell(state, config())
+    assert [(plan.epoch, plan.data_epoch) for plan in spell.epochs] == [(3, 3), (3, 4)]
+    assert [plan.learning_rate for plan in spell.epochs] == pytest.approx([0.1, 0.1])  # before the drop at 4
+    state = advance(advance(advance(state, *epoch("d"), config()), *epoch("e"), config()), *SPELL, config())
+    assert (state.phase, state.recovered_at, state.epochs_trained) == ("prune", 0.0201, 5)
+
+
+def test_recover_every_zero_means_after_every_prune():
+    state = advance(initial_state(config(prune_epoch=0)), *turn(0.001), config(recover_every=0.0))
+    assert state.phase == "recover"
+
+
+def test_without_recovery_epochs_pruning_goes_on():
+    state = advance(initial_state(config(prune_epoch=0)), *turn(0.3), config(recover_epochs=0))
+    assert state.phase == "prune"
+
+
+def test_the_target_leads_to_the_final_training_and_that_to_the_end():
+    once = config(target=0.3, recover_every=0.5)
+    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.3)], once)
+    assert state.phase == "final"
+    spell = next_spell(state, once)
+    assert [(plan.epoch, plan.learning_rate) for plan in spell.epochs] == [
+        (3, pytest.approx(0.1)),
+        (4, pytest.approx(0.02)),
+        (5, pytest.approx(0.02)),
+    ]
+    assert advance(state, *SPELL, once).phase == "done"
+
+
+def test_prunes_since_the_checkpoint_are_kept_to_be_replayed_and_plans_compose():
+    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.005, (0, 2, 3)), turn(0.01, (0, 2))], config())
+    assert (state.checkpoint, state.checkpoint_plan, len(state.steps)) == ("c", None, 2)
+    assert Plan.from_json(state.plan).layers == {"conv": (0, 3)}  # the third of (0, 2, 3) is original filter 3
+    state = advance(state, *epoch("d"), config())
+    assert (state.steps, state.checkpoint_plan) == ((), state.plan)
+
+
+def test_an_unreadable_image_is_noted_once():
+    state = fold([("excluded", {"image": "x.jpg"}), ("excluded", {"image": "x.jpg"})], config())
+    assert state.excluded == ("x.jpg",)
+
+
+def test_events_without_consequence_change_nothing():
+    state = initial_state(config())
+    assert advance(state, "subset", {"digest": "0"}, config()) == state

@@ -1,0 +1,59 @@
+import math
+
+import pytest
+
+from laasp_ray.errors import SearchError, StoreError
+from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking, decision_from_json, to_json
+from laasp_ray.search.policy import choose, decide
+
+
+def entry(layer, loss, criterion="l1", also=()):
+    candidate = Candidate(layer=layer, criterion=criterion, filters=(0, 2), flops_reduction=0.1, also=also)
+    return CandidateLoss(candidate=candidate, loss=loss, images=10)
+
+
+def test_ranking_sorts_by_loss_and_ties_keep_the_order_of_proposal():
+    ranking = Ranking([entry("a", 0.5), entry("b", 0.3), entry("c", 0.3), entry("d", 0.4)])
+    assert [item.layer for item in ranking] == ["b", "c", "d", "a"]
+
+
+def test_non_finite_losses_come_last_and_are_never_chosen():
+    ranking = Ranking([entry("a", math.nan), entry("b", -math.inf), entry("c", 9.0), entry("d", math.inf)])
+    assert [item.layer for item in ranking] == ["c", "a", "b", "d"]
+    assert choose(ranking).layer == "c"
+
+
+def test_no_finite_loss_is_an_error():
+    with pytest.raises(SearchError, match="none of the 2 candidates has a finite loss"):
+        choose(Ranking([entry("a", math.nan), entry("b", math.inf)]))
+
+
+def test_rank_of_counts_from_one_and_knows_shared_proposals():
+    ranking = Ranking([entry("a", 0.5), entry("b", 0.3, also=(("b", "cosine"),))])
+    assert (ranking.rank_of("b", "cosine"), ranking.rank_of("a", "l1")) == (1, 2)
+    with pytest.raises(KeyError, match="no candidate of layer 'a' by 'cosine'"):
+        ranking.rank_of("a", "cosine")
+
+
+def test_decision_survives_json():
+    decision = decide(Ranking([entry("b", 0.25, also=(("b", "l2"),))]), turn=3, loss_before=0.2)
+    assert decision == Decision(
+        turn=3,
+        layer="b",
+        criterion="l1",
+        filters=(0, 2),
+        loss=0.25,
+        loss_before=0.2,
+        flops_reduction=0.1,
+        also=(("b", "l2"),),
+    )
+    assert decision_from_json(to_json(decision)) == decision
+
+
+def test_a_decision_that_cannot_be_read_says_so():
+    with pytest.raises(StoreError, match="not a decision"):
+        decision_from_json({"turn": 1})
+
+
+def test_non_finite_floats_have_a_json_form():
+    assert to_json({"loss": math.nan, "best": math.inf}) == {"loss": "nan", "best": "inf"}
