@@ -34,20 +34,32 @@ LOADERS: tuple[LoaderName, ...] = ("dali", "torchvision")
 def main() -> None:
     options = parse()
     with data_set(options.path) as path:
-        config = DataConfig(path=path, image_size=options.image_size, eval_resize=options.eval_resize,
-                            train_transform=options.train_transform, threads=options.threads)
+        config = DataConfig(
+            path=path,
+            image_size=options.image_size,
+            eval_resize=options.eval_resize,
+            train_transform=options.train_transform,
+            threads=options.threads,
+        )
         print(machine())
-        print(f"{options.path or 'the embedded digits'}: {options.train_transform} to {options.image_size}, evaluation "
-              f"at {options.eval_resize}, batches of {options.batch_size}, {options.threads} threads, {options.device}")
+        print(
+            f"{options.path or 'the embedded digits'}: {options.train_transform} to {options.image_size}, evaluation "
+            f"at {options.eval_resize}, batches of {options.batch_size}, {options.threads} threads, {options.device}"
+        )
         print(f"images per second, median of {options.runs} runs (least to most)")
         print(f"{'':12}" + "".join(f"{name:>32}" for name in LOADERS) + f"{'ratio':>10}")
         for training in (True, False):
             rates = measure(config, training, options)
             medians = [statistics.median(rates[name]) for name in LOADERS]
-            cells = [f"{median:.0f} ({min(rates[name]):.0f} to {max(rates[name]):.0f})"
-                     for name, median in zip(LOADERS, medians, strict=True)]
-            print(f"{'training' if training else 'evaluation':12}" + "".join(f"{cell:>32}" for cell in cells)
-                  + f"{medians[0] / medians[1]:>10.2f}")
+            cells = [
+                f"{median:.0f} ({min(rates[name]):.0f} to {max(rates[name]):.0f})"
+                for name, median in zip(LOADERS, medians, strict=True)
+            ]
+            print(
+                f"{'training' if training else 'evaluation':12}"
+                + "".join(f"{cell:>32}" for cell in cells)
+                + f"{medians[0] / medians[1]:>10.2f}"
+            )
 
 
 def measure(config: DataConfig, training: bool, options: argparse.Namespace) -> dict[LoaderName, list[float]]:
@@ -58,8 +70,13 @@ def measure(config: DataConfig, training: bool, options: argparse.Namespace) -> 
     with contextlib.ExitStack() as opened:
         loaders: dict[LoaderName, Loader] = {}
         for name in LOADERS:
-            loaders[name] = make_loader(source, dataclasses.replace(config, loader=name), training=training,
-                                        device=torch.device(options.device), max_batch=options.batch_size)
+            loaders[name] = make_loader(
+                source,
+                dataclasses.replace(config, loader=name),
+                training=training,
+                device=torch.device(options.device),
+                max_batch=options.batch_size,
+            )
             opened.callback(loaders[name].close)
         for run in range(options.runs + 1):
             for name in LOADERS:
@@ -75,7 +92,7 @@ def rounds(count: int, options: argparse.Namespace) -> list[np.ndarray]:
     while sum(map(len, batches)) < options.images:
         batches += epoch_batches(count, batch_size=options.batch_size, seed=0, epoch=len(batches))
     total = np.cumsum([len(batch) for batch in batches])
-    return batches[:int(np.searchsorted(total, options.images)) + 1]
+    return batches[: int(np.searchsorted(total, options.images)) + 1]
 
 
 def images_per_second(loader: Loader, batches: list[np.ndarray], epoch: int) -> float:
@@ -105,8 +122,10 @@ def machine() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return (f"{processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, Python {platform.python_version()}, "
-            f"{', '.join(versions)}")
+    return (
+        f"{processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, Python {platform.python_version()}, "
+        f"{', '.join(versions)}"
+    )
 
 
 def processor() -> str:

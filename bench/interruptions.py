@@ -121,7 +121,7 @@ def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float
         if process.poll() is not None:
             return False
         time.sleep(0.005)
-    raise SystemExit("the run made no progress for five minutes")
+    raise SystemExit(f"the run made no progress for {seconds:g} s")
 
 
 def kill_trainer() -> bool:

@@ -16,7 +16,6 @@ from torch import nn
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import Controller, Parts
 from laasp_ray.data.loader import normalise
-from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.errors import DataError
 from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
@@ -188,7 +187,7 @@ def _subset(
         prepared.train,
         config.data,
         images=config.search.images,
-        seed=derive_seed(config.seed, "loss subset"),
+        seed=config.seed,
         excluded=excluded if known is None else known.data["excluded"],
         on_unreadable=on_unreadable,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import TrainingError
+from laasp_ray.errors import DataError, TrainingError
 from laasp_ray.methods.laasp import take_turn
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
@@ -217,6 +217,12 @@ class Controller:
             if name not in self.state.excluded:
                 self._record("excluded", {"image": name, "reason": "cannot be decoded"})
                 self._parts.progress.note(f"left out from now on, cannot be decoded: {name}")
+        bound = self._config.data.max_unreadable
+        if len(self.state.excluded) > bound:
+            raise DataError(
+                f"{len(self.state.excluded)} images cannot be decoded, the last {self.state.excluded[-1]}; at most "
+                f"{bound} may be left out: repair or remove them, or raise data.max_unreadable"
+            )
 
     def _show_metrics(self, phase: str, done: SpellDone) -> None:
         metrics = done.metrics
@@ -252,6 +258,7 @@ class Controller:
         )
         parts.events.sync()
         self._record("finish", {**summary, "seconds": seconds})
+        parts.progress.finished(f"pruned by {summary['flops_reduction']:.2%} of FLOPs; in {parts.storage.uri}/pruned")
         return model
 
 

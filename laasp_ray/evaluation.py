@@ -49,7 +49,7 @@ def evaluate_run(
     config = RunConfig.from_dict(json.loads(storage.read("config.json")))
     data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pruned = load_pruned(folder).to(device)
+    pruned = load_pruned(folder, models.build(config.model)).to(device)
     unpruned = models.build(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()

@@ -41,10 +41,15 @@ def resnet50_digits() -> RunConfig:
 
     Our own schedule; digits are not mirrored, since a mirrored 2 is not a 2.
     """
-    size = 32
+    size = 24
     return RunConfig(
         name="resnet50_digits",
-        model=ModelConfig(builder="torchvision.resnet50", arguments={"num_classes": 10}, input_shape=(3, size, size)),
+        model=ModelConfig(
+            builder="torchvision.resnet50",
+            # Residual branches that begin as nothing let a network this deep learn from so few images at once.
+            arguments={"num_classes": 10, "zero_init_residual": True},
+            input_shape=(3, size, size),
+        ),
         data=DataConfig(
             format="digits",
             image_size=size,
@@ -59,13 +64,13 @@ def resnet50_digits() -> RunConfig:
         prune=PruneConfig(flops_reduction=0.25, step=0.05, recover_every=0.05, recover_epochs=1),
         search=SearchConfig(images=100, batch_size=100),
         train=TrainConfig(
-            epochs=14,
-            prune_epoch=10,
-            learning_rate=0.05,
-            drop_epochs=(8, 12),
+            epochs=10,
+            prune_epoch=8,
+            learning_rate=0.03,
+            drop_epochs=(6, 9),
             drop_factor=0.2,
             batch_size=64,
-            weight_decay=1e-4,
+            weight_decay=5e-4,
         ),
     )
 

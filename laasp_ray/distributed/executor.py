@@ -18,7 +18,7 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all, ready
 from laasp_ray.search.executor import OnResult
 
 TASK_RETRIES = 5
@@ -115,7 +115,7 @@ def _threads() -> int:
 
 
 def _turn_network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:
-    return rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))).to(_device()).eval()
+    return ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), _device())
 
 
 def _subset(images: Any, labels: Any, data: DataConfig, batch_size: int) -> LossSubset:

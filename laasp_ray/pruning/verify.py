@@ -42,10 +42,10 @@ def scramble(model: nn.Module, example: torch.Tensor) -> None:
     def uniform(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
         return torch.rand(tensor.shape, generator=generator) * (high - low) + low
 
-    def set_statistics(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def set_statistics(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         square = inputs[0].square().mean()
-        norm.running_mean = uniform(norm.running_mean, -0.25, 0.25) * square.sqrt()
-        norm.running_var = uniform(norm.running_var, 0.5, 1.5) * square
+        module.running_mean = uniform(module.get_buffer("running_mean"), -0.25, 0.25) * square.sqrt()
+        module.running_var = uniform(module.get_buffer("running_var"), 0.5, 1.5) * square
 
     hooks = []
     for module in model.modules():

@@ -13,7 +13,7 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.records import CandidateLoss, Ranking
 from laasp_ray.search.candidates import measure_baseline, propose
-from laasp_ray.search.evaluate import LossSubset, LossTask, Prepare, measure_all
+from laasp_ray.search.evaluate import LossSubset, LossTask, Prepare, measure_all, ready
 
 __all__ = ["rank"]
 
@@ -56,7 +56,7 @@ def rank(
     )
     subset = LossSubset(images, labels, batch_size, prepare)
     example = next(subset.batches())[0][:1]
-    model = copy.deepcopy(model).eval()
+    model = ready(copy.deepcopy(model), images.device)
 
     def graph_of(network: nn.Module) -> PruningGraph:
         return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)

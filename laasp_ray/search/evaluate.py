@@ -6,7 +6,6 @@ and in one size, whatever is evaluated and wherever, so that the same prune give
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.verify import twin
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,7 +49,8 @@ class LossSubset:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(self), self.batch_size):
             images = self.images[start : start + self.batch_size]
-            yield images if self.prepare is None else self.prepare(images), self.labels[start : start + self.batch_size]
+            prepared = images if self.prepare is None else self.prepare(images)
+            yield in_fast_format(prepared), self.labels[start : start + self.batch_size]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class MeasuredLoss:
     loss: float
     images: int
     seconds: float
+
+
+def in_fast_format(images: torch.Tensor) -> torch.Tensor:
+    """Channels last where there are any: convolutions are 10 to 30% faster that way, on CPUs too."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+
+
+def ready(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` made ready for `measure`, in place: on `device`, in eval mode, its weights channels last."""
+    return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 @torch.inference_mode()
@@ -85,7 +96,7 @@ def measure(model: nn.Module, task: LossTask, subset: LossSubset) -> MeasuredLos
     """The loss of a physically pruned copy of `model`. Raises SearchError naming the candidate that failed."""
     started = time.perf_counter()
     try:
-        pruned = copy.deepcopy(model)
+        pruned = twin(model)  # tensors that the prune leaves alone are shared: inference does not write to them
         apply_plan(pruned, task.step)
         loss = mean_loss(pruned, subset)
     except Exception as error:

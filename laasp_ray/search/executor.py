@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from laasp_ray.pruning.network import NetworkState, rebuild
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all, ready
 
 OnResult = Callable[[int, MeasuredLoss], None]
 
@@ -28,7 +28,7 @@ class InProcessExecutor:
         self._unpruned, self._subset, self._device = unpruned, subset.to(device), device
 
     def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
-        model = rebuild(self._unpruned, network).to(self._device)
+        model = ready(rebuild(self._unpruned, network), self._device)
         return measure_all(model, tasks, self._subset, on_result)
 
     def close(self) -> None:

@@ -91,6 +91,15 @@ def test_the_spread_search_gives_the_serial_losses_and_choice(config, network, e
     assert [done for done, _, _ in heard] == [*range(1, total + 1)] * 2
 
 
+def test_the_network_is_put_into_the_object_store_once_a_turn(network, executor, monkeypatch):
+    puts = []
+    put = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(type(value)) or put(value))
+    tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(5)]
+    executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None)
+    assert len(puts) == 1
+
+
 def test_a_candidate_that_fails_names_itself(network, executor):
     broken = Plan(tensors={"conv1.weight": {0: ((0, 99),)}})
     with pytest.raises(SearchError, match="the loss of the broken one could not be measured"):

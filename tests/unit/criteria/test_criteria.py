@@ -104,7 +104,7 @@ def test_default_pool_is_known():
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean euclidean.*l1, l2, euclidean, cosine, cosine_dissimilar"):
+    with pytest.raises(ConfigError, match=r"did you mean euclidean.*l1, l2, euclidean, cosine, cosine_dissimilar"):
         criteria.get("euclidian")
 
 

@@ -85,7 +85,7 @@ def test_bad_builders(builder, message):
 
 @pytest.mark.parametrize("builder", ["cifar.resnet20", "torchvision.resnet18"])
 def test_bad_arguments(builder):
-    with pytest.raises(ConfigError, match="does not take model.arguments.*'colour'"):
+    with pytest.raises(ConfigError, match=r"does not take model.arguments.*'colour'"):
         make(builder, colour=1)
 
 

@@ -54,7 +54,7 @@ def pruned_copy(model, plan):
 
 
 def with_zeroed_producers(model, plan):
-    """The network at full width, but whatever makes a removed channel makes zeros: weights' rows, biases, affine values.
+    """The network at full width, but whatever makes a removed channel makes zeros: weights, biases, affine values.
 
     Equals the pruned network where zeros stay zeros up to the consumers, and nothing normalises over channels.
     """

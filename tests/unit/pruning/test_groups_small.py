@@ -128,7 +128,8 @@ def test_prefixes_ignore_all_below():
     for entry in ("0.", "0"):
         graph = PruningGraph(model, INPUT, ignored=[entry])
         assert list(graph.layers) == ["1"]
-        assert graph.skipped == {"0.0": "is ignored", "0.1": "is ignored", "2": "its filters are outputs of the network"}
+        assert graph.skipped == {"0.0": "is ignored", "0.1": "is ignored",
+                                 "2": "its filters are outputs of the network"}
 
 
 class Residual(nn.Module):

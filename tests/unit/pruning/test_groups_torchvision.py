@@ -20,6 +20,15 @@ BLOCKS = {"resnext50_32x4d": {1, 32}, "regnet_y_400mf": {1, 6, 13, 26, 55}}
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small convolutions gain nothing from more, and lose much where other processes compete for the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.lru_cache(maxsize=1)
 def prepared(name):
     torch.manual_seed(0)
@@ -63,11 +72,12 @@ def test_a_spread_of_layers(name, affine_only):
     assert len(graph.layers) == CONVOLUTIONS[name]
     assert {group.blocks for group in graph.layers.values()} == BLOCKS.get(name, {1})
     layers = list(graph.layers)
-    for position in {0, len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1}:
+    for position in {0, len(layers) // 2, len(layers) - 1}:
         check_layer(name, layers[position])
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_every_layer(name, affine_only):
     for layer in prepared(name)[1].layers:
@@ -85,7 +95,7 @@ def test_steps_replayed_on_a_fresh_network(builder, layers):
     torch.manual_seed(0)
     model = randomise(build(ModelConfig(builder=builder)), EXAMPLE)
     fresh, macs = pruned_copy(model, Plan()), count_macs(model, EXAMPLE)
-    plan = prune_by_turns(model, EXAMPLE, layers, 2 * len(layers))
+    plan = prune_by_turns(model, EXAMPLE, layers, len(layers) + 1)
     replayed = pruned_copy(fresh, Plan.from_json(json.loads(json.dumps(plan.to_json()))))
     assert replayed.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in replayed.state_dict().items())

@@ -20,7 +20,8 @@ def keep_first(*kept):
     return Plan(
         tensors={"0.weight": {0: (kept,)}, "0.bias": {0: (kept,)}, "1.weight": {0: (kept,)}, "1.bias": {0: (kept,)},
                  "1.running_mean": {0: (kept,)}, "1.running_var": {0: (kept,)}, "2.weight": {1: (kept,)}},
-        attributes={"0": {"out_channels": len(kept)}, "1": {"num_features": len(kept)}, "2": {"in_channels": len(kept)}},
+        attributes={"0": {"out_channels": len(kept)}, "1": {"num_features": len(kept)},
+                    "2": {"in_channels": len(kept)}},
         layers={"0": kept})
 
 

@@ -1,0 +1,143 @@
+"""Compares the first prune that the search chooses with what the logs of LAASP's authors say, for four checkpoints.
+
+    python bench/conformance.py --data DATA [--only resnet20_epoch100 ...] [--images 4000] [--seed 0] [--threads 2]
+
+DATA is the folder of development data: `checkpoints/*.safetensors` and `cifar10_mini`. The losses are measured on
+`--images` of its training images under the training augmentation, drawn once by `--seed`; the authors drew 10,000 of
+50,000. The FLOPs reduction does not depend on the images: where it is not the logged one, the script ends with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from laasp_ray.config import ModelConfig
+from laasp_ray.data.loader import normalise
+from laasp_ray.data.sources import open_source
+from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.models import build, load_weights
+from laasp_ray.recipes import recipe
+from laasp_ray.search import rank
+
+
+@dataclass(frozen=True)
+class Logged:
+    """The first prune in the authors' log; `flops_reduction` as it is printed there, as a share."""
+
+    builder: str
+    layer: str
+    criterion: str
+    filters: int
+    flops_reduction: str
+
+
+LOGGED = {
+    "resnet20_epoch100": Logged("cifar.resnet20", "layer1.0.conv1", "l1", 1, "0.007226"),
+    "resnet20_epoch130": Logged("cifar.resnet20", "layer1.1.conv1", "l1", 1, "0.007226"),
+    "resnet32_epoch50": Logged("cifar.resnet32", "layer2.0.downsample.0", "l1", 1, "0.010251"),
+    "resnet56_epoch60": Logged("cifar.resnet56", "layer2.7.conv2", "l1", 1, "0.010326"),
+}
+COLUMNS = (
+    "checkpoint",
+    "logged choice",
+    "FLOPs log",
+    "ours",
+    "rank",
+    "our choice",
+    "candidates",
+    "loss",
+    "logged - best",
+    "seconds",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of development data")
+    parser.add_argument("--only", nargs="+", choices=LOGGED, default=list(LOGGED), help="these checkpoints only")
+    parser.add_argument("--images", type=int, default=4000, help="training images in the loss subset (default 4000)")
+    parser.add_argument("--seed", type=int, default=0, help="draws images and augmentation (default 0)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(machine(options.threads))
+    data = dataclasses.replace(recipe("resnet20_cifar10").data, path=str(options.data / "cifar10_mini"))
+    subset = draw_subset(open_source(data, "train"), data, images=options.images, seed=options.seed)
+    print(f"{len(subset.labels)} images of cifar10_mini, seed {options.seed}, digest {subset.digest[:12]}")
+    print(" | ".join(COLUMNS), flush=True)
+    met = True
+    for name in options.only:
+        reduction, cells = compare(name, options.data / "checkpoints" / f"{name}.safetensors", subset)
+        met &= reduction == LOGGED[name].flops_reduction
+        print(" | ".join(cells), flush=True)
+    print(f"FLOPs reductions met to the last printed digit: {'all' if met else 'NOT ALL'}")
+    return 0 if met else 1
+
+
+def compare(name: str, weights: Path, subset: Subset) -> tuple[str, tuple[str, ...]]:
+    """The FLOPs reduction after the logged prune, printed as the log does, and the row of the table."""
+    logged = LOGGED[name]
+    config = recipe("resnet20_cifar10")
+    model = build(ModelConfig(builder=logged.builder, input_shape=config.model.input_shape))
+    load_weights(model, weights)
+    started = time.perf_counter()
+    ranking = rank(
+        model,
+        subset.images,
+        subset.labels,
+        criteria=config.prune.criteria,
+        step=config.prune.step,
+        max_pruned=config.prune.max_pruned,
+        batch_size=config.search.batch_size,
+        prepare=lambda batch: normalise(batch, config.data),
+    )
+    seconds = time.perf_counter() - started
+    place, best = ranking.rank_of(logged.layer, logged.criterion), ranking[0]
+    theirs = ranking[place - 1]
+    if len(theirs.filters) != logged.filters:
+        raise SystemExit(f"{name}: {theirs.candidate.name}, the log removes {logged.filters}")
+    reduction = f"{theirs.flops_reduction:.6f}"
+    cells = (
+        name,
+        f"{logged.layer} {logged.criterion} x{logged.filters}",
+        logged.flops_reduction,
+        reduction,
+        str(place),
+        f"{best.layer} {best.criterion} x{len(best.filters)}",
+        str(len(ranking)),
+        f"{best.loss:.6f}",
+        f"{theirs.loss - best.loss:.6f}",
+        f"{seconds:.0f}",
+    )
+    return reduction, cells
+
+
+def machine(threads: int) -> str:
+    packages = ("torch", "torchvision", "torch-pruning", "fvcore")
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return (
+        f"{processor()}, {os.cpu_count()} CPUs, torch threads: {threads}; {platform.system()}, "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

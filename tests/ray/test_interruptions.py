@@ -1,0 +1,46 @@
+"""A run on Ray that is killed three times ends as one that was left in peace. bench/interruptions.py does it at twenty."""
+
+import time
+
+import interruptions
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def test_three_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path):
+    log = tmp_path / "log"
+    process = interruptions.start(tmp_path, "peace", ray=True, log=log)
+    assert process.wait() == 0, log.read_text()[-4000:]
+    kinds = [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "peace")]
+    turn, recovery = kinds.index("turn"), kinds.index("epoch", kinds.index("turn"))
+    moments = [
+        interruptions.Moment(kinds.index("epoch"), "epoch", 0.3, "driver"),  # in the middle of the first spell
+        interruptions.Moment(turn, "turn", 0.1, "driver"),
+        interruptions.Moment(recovery, "epoch", 0.1, "trainer"),
+    ]
+    interruptions.disturb(tmp_path, moments, ray=True, log=log)
+    assert interruptions.outcome(tmp_path, "disturbed") == interruptions.outcome(tmp_path, "peace")
+    assert [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "disturbed")] == kinds
+
+
+def test_moments_meet_every_kind_of_event_and_are_a_function_of_the_seed():
+    events = ["start", "epoch", "epoch", "spell", "subset", "turn", "turn", "epoch", "spell", "finish"]
+    gaps = [1.0] * 9
+    moments = interruptions.draw_moments(events, gaps, kills=20, seed=3, ray=True)
+    assert len(moments) == 20
+    assert {moment.kind for moment in moments} == {"start", "epoch", "spell", "subset", "turn"}
+    assert [moment.event for moment in moments] == sorted(moment.event for moment in moments)
+    assert moments == interruptions.draw_moments(events, gaps, kills=20, seed=3, ray=True)
+
+
+def test_a_run_that_stands_still_is_noticed(tmp_path):
+    process = interruptions.subprocess.Popen(["sleep", "60"])
+    try:
+        began = time.monotonic()
+        with pytest.raises(SystemExit, match="made no progress"):
+            interruptions.wait_for(lambda: False, process, seconds=0.2)
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,341 @@
+"""Flags and settings, what bad ones get, and a whole run with its evaluation, in one process."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from laasp_ray import cli
+from laasp_ray.config import ModelConfig
+from laasp_ray.errors import ConfigError
+from laasp_ray.models import build
+from laasp_ray.recipes import recipe
+
+CLASSES, TRAIN_IMAGES, TEST_IMAGES = 3, 24, 7
+SETTINGS = {
+    "model.input_shape": [3, 16, 16],
+    "model.arguments.num_classes": CLASSES,
+    "data.format": "folder",
+    "data.image_size": 16,
+    "data.pad": 2,
+    "data.threads": 1,
+    "data.loader": "torchvision",
+    "prune.step": 0.03,
+    "prune.recover_every": 0.04,
+    "search.batch_size": 10,
+}
+FLAGS = ["--flops-reduction", "0.05", "--prune-epoch", "1", "--epochs", "2", "--batch-size", "12",
+         "--loss-images", "20", "--criteria", "l1,cosine", "--seed", "5", "--name", "little"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 16 x 16 pictures of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
+        for number in range(count):
+            pixels = np.random.default_rng([number, split == "val"]).integers(0, 128, (16, 16, 3), np.uint8)
+            pixels[:, :, number % CLASSES] += 100
+            path = root / split / "abc"[number % CLASSES] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+def settings(changes=None):
+    return [argument for key, value in {**SETTINGS, **(changes or {})}.items()
+            for argument in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def arguments(images, storage, *more, **changes):
+    return ["resnet20_cifar10", "--no-ray", "--data", str(images), "--storage", str(storage), *FLAGS,
+            *settings(changes), *more]
+
+
+def config_of(*given):
+    return cli.overridden(recipe("resnet20_cifar10"), cli._parser("prune.py", "").parse_args(list(given)))
+
+
+def test_every_flag_sets_its_key(tmp_path):
+    config = config_of("--data", str(tmp_path), "--storage", "s3://bucket/runs", "--pretrained", "/weights.safetensors",
+                       "--workers", "3", *FLAGS)
+    assert (config.data.path, config.storage, config.name) == (str(tmp_path), "s3://bucket/runs", "little")
+    assert (config.train.pretrained, config.train.prune_epoch, config.train.epochs) == ("/weights.safetensors", 1, 2)
+    assert (config.train.batch_size, config.search.images, config.prune.flops_reduction) == (12, 20, 0.05)
+    assert (config.prune.criteria, config.cluster.workers, config.seed) == (("l1", "cosine"), 3, 5)
+
+
+def test_without_flags_the_recipe_stands_but_for_its_path_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = config_of().to_dict(), recipe("resnet20_cifar10").to_dict()
+    assert ours["data"].pop("path") == str(tmp_path / theirs["data"].pop("path"))
+    assert ours == theirs
+
+
+def test_relative_paths_are_meant_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = config_of("--data", "images", "--pretrained", "~/weights.pt")
+    assert config.data.path == str(tmp_path / "images")
+    assert config.train.pretrained == str(tmp_path / "home" / "weights.pt")
+    assert config_of("--set", "data.path=images").data.path == str(tmp_path / "images")
+    assert config_of("--set", "data.path=null", "--set", "data.format=digits").data.path is None
+
+
+def test_values_are_json_or_else_words():
+    config = config_of("--set", "prune.step=0.02", "--set", "train.drop_epochs=[3, 5]", "--set", "data.format=parquet",
+                       "--set", "train.nesterov=false", "--set", 'prune.ignored=["fc"]', "--set",
+                       "model.arguments.num_classes=7", "--set", "storage=s3://bucket?a=b")
+    assert (config.prune.step, config.train.drop_epochs, config.data.format) == (0.02, (3, 5), "parquet")
+    assert (config.train.nesterov, config.prune.ignored, config.storage) == (False, ("fc",), "s3://bucket?a=b")
+    assert config.model.arguments == {"num_classes": 7}
+
+
+def test_a_later_setting_wins_over_flags_and_earlier_ones():
+    assert config_of("--seed", "1", "--set", "seed=2", "--set", "seed=3").seed == 3
+
+
+def test_one_criterion_or_several_and_an_import_path():
+    assert config_of("--criteria", "l2").prune.criteria == ("l2",)
+    assert config_of("--criteria", "l2,mine.of:weights").prune.criteria == ("l2", "mine.of:weights")
+
+
+@pytest.mark.parametrize(("assignment", "message"), [
+    ("prune.stepp=0.02", r"unknown config key prune\.stepp; did you mean prune\.step\?"),
+    ("sede=1", r"unknown config key sede; did you mean seed\?"),
+    ("prun.step=0.02", r"unknown config key prun\.step: 'prun' is no section; sections: cluster, data, .*, train"),
+    ("seed.x=1", r"unknown config key seed\.x: 'seed' is no section"),
+    ("prune.step", r"--set 'prune\.step' has no '=': write --set KEY=VALUE"),
+    ("prune.step=much", r"prune\.step is 'much'"),
+    ("train.epochs=2.5", r"train\.epochs is 2\.5"),
+    ("prune.step=NaN", r"prune\.step is nan, must be a finite number"),
+    ("train=5", r"train is 5, must be a mapping"),
+    ("data=null", r"data is None, must be a mapping"),
+    ("data.path=5", r"data\.path is 5, must be of type str"),
+    ("train.pretrained=[1]", r"train\.pretrained is \[1\], must be of type str"),
+    ('train={"epochs": 3}', r"config key train\.prune_epoch is missing"),
+])
+def test_a_setting_that_does_not_fit_is_named(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of("--set", assignment)
+
+
+def refused(given, capsys):
+    """The message on stderr of a command that is refused."""
+    assert cli.prune(given) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("error: ") == 1 and "Traceback" not in output.err
+    return output.err
+
+
+def test_no_such_data_path(images, tmp_path, capsys):
+    message = refused(arguments(tmp_path / "nowhere", tmp_path / "runs"), capsys)
+    assert f"no data set at {tmp_path / 'nowhere'}" in message
+
+
+@pytest.mark.parametrize("format", ["auto", "folder"])
+def test_no_class_folders(tmp_path, capsys, format):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    message = refused(arguments(tmp_path / "empty", tmp_path / "runs", **{"data.format": format}), capsys)
+    assert f"looked for class folders ({tmp_path}/empty/train/<class>/*.JPEG)" in message or (
+        f"looked for {tmp_path}/empty/train/<class>/*.JPEG" in message)
+
+
+def test_unknown_recipe(capsys):
+    message = refused(["resnet20_cifar", "--no-ray"], capsys)
+    assert "unknown recipe 'resnet20_cifar': did you mean resnet20_cifar10? known recipes: " in message
+    assert "resnet20_cifar10, resnet50_digits, resnet50_imagenet, resnet56_cifar10" in message
+
+
+def test_unknown_criterion(images, tmp_path, capsys):
+    message = refused(arguments(images, tmp_path, "--criteria", "l1,l3"), capsys)
+    assert "unknown criterion 'l3'" in message
+    assert all(name in message for name in ("l1", "l2", "euclidean", "cosine"))
+
+
+@pytest.mark.parametrize("target", ["0", "1", "-0.1", "1.5", "53.8"])
+def test_target_outside_0_to_1(images, tmp_path, capsys, target):
+    message = refused(arguments(images, tmp_path, f"--flops-reduction={target}"), capsys)
+    assert f"prune.flops_reduction is {float(target)!r}, must be a share between 0 and 1" in message
+
+
+def test_target_beyond_what_the_limits_allow(images, tmp_path, capsys):
+    message = refused(arguments(images, tmp_path, "--flops-reduction", "0.99"), capsys)
+    assert "prune.flops_reduction is 0.99, but with prune.max_pruned 0.75 and 2" in message
+    reachable = float(message.partition("at most ")[2].split()[0])
+    assert 0.75 < reachable < 0.99
+
+
+def test_a_checkpoint_whose_keys_do_not_fit(images, tmp_path, capsys):
+    state = build(ModelConfig(builder="cifar.resnet20", arguments={"num_classes": CLASSES})).state_dict()
+    state["head.weight"] = state.pop("fc.weight")
+    state["conv1.weight"] = state["conv1.weight"][:8].contiguous()
+    weights = tmp_path / "weights.safetensors"
+    save_file(state, weights)
+    message = refused(arguments(images, tmp_path, "--pretrained", str(weights)), capsys)
+    assert f"the weights in {weights} do not fit the network" in message
+    assert "1 missing (fc.weight)" in message and "1 unexpected (head.weight)" in message
+    assert "1 of another shape (conv1.weight: (8, 3, 3, 3) in the file, (16, 3, 3, 3) in the network)" in message
+
+
+def test_a_checkpoint_that_is_not_there(images, tmp_path, capsys):
+    assert f"no file of weights at {tmp_path}/none.pt" in refused(
+        arguments(images, tmp_path, "--pretrained", str(tmp_path / "none.pt")), capsys)
+
+
+@pytest.mark.parametrize("below", ["file", "file/runs"])
+def test_a_store_that_cannot_be_written(images, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refused(arguments(images, tmp_path / below), capsys)
+
+
+def test_unknown_config_key(images, tmp_path, capsys):
+    message = refused(arguments(images, tmp_path, "--set", "search.image=3"), capsys)
+    assert "unknown config key search.image; did you mean search.images?" in message
+
+
+def test_a_network_of_another_number_of_classes(images, tmp_path, capsys):
+    message = refused(arguments(images, tmp_path, **{"model.arguments.num_classes": 5}), capsys)
+    assert "the network has 5 outputs, the training data 3 classes" in message
+
+
+def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
+    train = [f"{name}.png" for name in range(3)]
+    small = tmp_path / "small"
+    for split in ("train", "val"):
+        for number, name in enumerate(train):
+            (small / split / "abc"[number]).mkdir(parents=True)
+            source = images / "train" / "abc"[number] / f"{number:03d}.png"
+            (small / split / "abc"[number] / name).write_bytes(source.read_bytes())
+    assert "with 3 training images, train.batch_size 2 and 1 workers" in refused(
+        arguments(small, tmp_path / "runs", "--batch-size", "2"), capsys)
+
+
+def test_a_flag_that_is_not_a_number_is_argparses_to_refuse(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.prune(["resnet20_cifar10", "--epochs", "many"])
+    assert ended.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """The folder of a run through the command line, with what it printed."""
+    storage, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.prune(arguments(images, storage)) == 0
+    return storage / "little", printed.getvalue()
+
+
+def test_a_run_prints_its_summary_and_where_the_network_is(finished):
+    folder, printed = finished
+    metrics = json.loads((folder / "pruned" / "metrics.json").read_text())
+    assert printed.splitlines()[-1] == f"pruned network: {folder}/pruned"
+    assert metrics["flops_reduction"] >= 0.05
+    for figure in (f"{metrics['macs']:,}", f"{metrics['metrics']['top1']:.2%}"):
+        assert figure in printed
+    events = [path.stem.partition("-")[2] for path in sorted((folder / "journal").glob("[0-9]*.json"))]
+    assert events[0] == "start" and events[-1] == "finish" and events.count("turn") >= 2
+
+
+def test_its_config_is_what_the_flags_said(finished, images):
+    config = json.loads((finished[0] / "config.json").read_text())
+    assert config["data"]["path"] == str(images)
+    assert (config["train"]["epochs"], config["prune"]["criteria"], config["seed"]) == (2, ["l1", "cosine"], 5)
+
+
+def test_the_same_command_again_does_nothing_and_prints_the_same(finished, images, capsys):
+    folder, printed = finished
+    before = sorted((folder / "journal").iterdir())
+    assert cli.prune(arguments(images, folder.parent)) == 0
+    assert capsys.readouterr().out == printed
+    assert sorted((folder / "journal").iterdir()) == before
+
+
+def test_another_config_under_its_name_is_refused(finished, images, capsys):
+    message = refused(arguments(images, finished[0].parent, "--seed", "6"), capsys)
+    assert "was started with another config (seed: 5 there, 6 here)" in message
+
+
+def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_path, capsys):
+    folder, _ = finished
+    out = tmp_path / "figures.json"
+    assert cli.evaluate([str(folder), "--batch-size", "3", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["unpruned", "pruned", "pruned", "/", "unpruned"]
+    labels = ["top-1", "top-5", "loss", "MACs", "parameters", "latency, ms"]
+    assert [line[:len(label)] for line, label in zip(printed[1:], labels, strict=False)] == labels
+    assert printed[-1].startswith(f"{TEST_IMAGES} test images; latency: median of 20, batch 1, cpu")
+    figures, recorded = json.loads(out.read_text()), json.loads((folder / "pruned" / "metrics.json").read_text())
+    assert figures.keys() == {"unpruned", "pruned"}
+    assert figures["pruned"]["macs"] == recorded["macs"]
+    assert figures["unpruned"]["macs"] == recorded["macs_unpruned"]
+    assert figures["pruned"]["parameters"] == recorded["parameters"] < figures["unpruned"]["parameters"]
+    # Measured again, from the files: what the run itself measured at its end.
+    assert figures["pruned"]["metrics"]["top1"] == recorded["metrics"]["top1"]
+    assert figures["pruned"]["metrics"]["loss"] == pytest.approx(recorded["metrics"]["loss"], abs=1e-5)
+    assert figures["pruned"]["metrics"]["images"] == TEST_IMAGES
+    assert figures["pruned"]["metrics"]["top5"] == 1.0  # of three classes
+    assert figures["pruned"]["latency"]["median_ms"] > 0
+    assert f"{figures['pruned']['macs'] / figures['unpruned']['macs']:.3f}" in printed[4]
+
+
+def test_evaluation_on_other_data(finished, images, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train").symlink_to(images / "train")
+    (tmp_path / "other" / "val").symlink_to(images / "train")
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "other")]) == 0
+    assert f"{TRAIN_IMAGES} test images" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_folder_that_is_no_runs(tmp_path, capsys):
+    assert cli.evaluate([str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no config.json: give the folder of a run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert cli.evaluate([str(tmp_path)]) == 2
+    assert f"{tmp_path}/config.json is not JSON" in capsys.readouterr().err
+
+
+def test_evaluation_with_nowhere_to_write_the_figures_is_refused_before_measuring(finished, tmp_path, capsys):
+    assert cli.evaluate([str(finished[0]), "--json", str(tmp_path / "none" / "figures.json")]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and f"there is no folder {tmp_path / 'none'}" in output.err
+
+
+def test_evaluation_of_a_run_that_is_not_finished(finished, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
+    assert cli.evaluate([str(tmp_path)]) != 0
+    error = capsys.readouterr().err
+    assert "error: " in error and str(tmp_path) in error
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--latency-batch"])
+def test_evaluation_in_batches_of_nothing(finished, capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate([str(finished[0]), option, "0"])
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+def test_resnet50_says_what_it_does_without_data(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(cli, "_prune", lambda options, base: chosen.append(base(options).name))
+    assert cli.prune_resnet50([]) == 0
+    assert "No --data given: pruning ResNet-50 on the handwritten digits" in capsys.readouterr().err
+    assert cli.prune_resnet50(["--data", str(Path("somewhere"))]) == 0
+    assert capsys.readouterr().err == ""
+    assert chosen == ["resnet50_digits", "resnet50_imagenet"]

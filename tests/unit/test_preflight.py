@@ -1,0 +1,123 @@
+"""What is found out before anything expensive starts, apart from what test_controller and test_cli meet."""
+
+import json
+
+import pytest
+import torch
+from helpers import small_run
+from torch import nn
+
+from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.preflight import check_workers, open_run, prepare
+
+
+def config_for(tmp_path, batch_size):
+    return small_run(tmp_path, train__batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("images", "batch_size", "workers", "smallest"), [
+    # Batches of an epoch differ by one image at most: 10 in batches of at most 4 are 4, 3 and 3.
+    (10, 4, 1, 3),
+    (10, 4, 2, 1),  # 3 on two workers: 2 and 1
+    (12, 4, 2, 2),
+    (11, 4, 2, 1),  # 4, 4 and 3
+    (8, 8, 4, 2),
+    (9, 8, 2, 2),  # 5 and 4
+    (9, 8, 3, 1),
+    (3, 256, 1, 3),
+    (3, 2, 1, 1),  # 2 and 1
+    (1442, 128, 2, 60),  # the digits: 12 batches of 120 or 121
+    (1, 2, 1, 1),
+])
+def test_every_worker_needs_two_images_of_every_batch(tmp_path, images, batch_size, workers, smallest):
+    config = config_for(tmp_path, batch_size)
+    if smallest >= 2:
+        check_workers(config, images, workers)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_workers(config, images, workers)
+    assert str(error.value) == (
+        f"with {images} training images, train.batch_size {batch_size} and {workers} workers a worker would get "
+        f"batches of {smallest}: raise train.batch_size or lower cluster.workers"
+    )
+
+
+def network(*, classes=10, features=768, width=4):
+    """Takes 3 x 16 x 16 if `features` is 768 / 3 * width."""
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Flatten(), nn.Linear(features // 3 * width, classes))
+
+
+def test_what_the_checks_made_is_handed_on(tmp_path):
+    config = small_run(tmp_path, prune__flops_reduction=0.5)
+    model = network().train()
+    prepared = prepare(config, model)
+    assert prepared.unpruned is model and model.training
+    assert (len(prepared.train), len(prepared.test)) == (1442, 355)
+    assert prepared.example_input.shape == (1, 3, 16, 16)
+    # Convolution: 16 * 16 positions, 4 filters of 3 * 3 * 3 weights. Linear layer: 1024 inputs, 10 outputs.
+    assert prepared.baseline.macs.total == 16 * 16 * 4 * 27 + 1024 * 10
+    assert prepared.baseline.filters == {"0": 4}
+
+
+def test_a_network_that_is_built_has_the_weights_that_the_seed_says(tmp_path):
+    state = torch.get_rng_state()
+    first, again = (prepare(small_run(tmp_path)).unpruned.state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = prepare(small_run(tmp_path, seed=1)).unpruned.state_dict()
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+@pytest.mark.parametrize("classes", [9, 11])
+def test_outputs_must_be_as_many_as_classes(tmp_path, classes):
+    with pytest.raises(ConfigError, match=rf"has {classes} outputs, the training data 10 classes: .*num_classes"):
+        prepare(small_run(tmp_path), network(classes=classes))
+
+
+def test_a_network_that_does_not_take_the_input_shape_is_refused_with_its_reason(tmp_path):
+    model = network(features=768 * 4)  # made for 32 x 32
+    with pytest.raises(ConfigError, match=r"does not take an input of model\.input_shape \(3, 16, 16\): .*shapes"):
+        prepare(small_run(tmp_path), model)
+    assert model.training
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 10, 16), nn.LSTM(16, 10)], ids=["4 dimensions", "a tuple"])
+def test_a_network_must_give_a_tensor_of_images_by_classes(tmp_path, model):
+    class OneRow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x if isinstance(self.inner, nn.Conv2d) else x[:, 0])
+
+    with pytest.raises(ConfigError, match=r"must give one tensor of shape \(images, classes\)"):
+        prepare(small_run(tmp_path), OneRow())
+
+
+def test_the_reachable_maximum_is_what_is_named(tmp_path):
+    # 3 of the 4 filters may go, and with them 3/4 of the convolution's and of the linear layer's accumulates.
+    with pytest.raises(ConfigError, match=r"flops_reduction is 0\.8, .*max_pruned 0\.75 and 1 prunable layers at most "
+                                          r"0\.7500 can be reached"):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.8), network())
+    prepare(small_run(tmp_path, prune__flops_reduction=0.75), network())
+
+
+def test_cluster_and_place_may_differ_when_a_run_is_resumed(tmp_path):
+    config = small_run(tmp_path)
+    storage = open_run(config)
+    storage.write("config.json", json.dumps(config.to_dict()).encode())
+    open_run(small_run(tmp_path, cluster__workers=1, data__threads=2))
+    with pytest.raises(ConfigError, match=r"search\.images: 40 there, 41 here\): give the same settings"):
+        open_run(small_run(tmp_path, search__images=41))
+
+
+def test_nothing_is_left_behind_by_the_check_that_the_store_can_be_written(tmp_path):
+    open_run(small_run(tmp_path))
+    assert list((tmp_path / "small").iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        open_run(small_run(tmp_path / "file" / "runs"))
