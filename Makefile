@@ -17,7 +17,8 @@ quickstart: install
 	$(BIN)/python jobs/prune_resnet50.py
 
 test: install lint
-	$(BIN)/python -m pytest -m 'not exhaustive and not job and not gpu'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ray and not exhaustive and not job and not gpu'
+	$(BIN)/python -m pytest -m 'ray and not exhaustive'
 
 exhaustive: install
 	$(BIN)/python -m pytest -m 'exhaustive or job or gpu'

@@ -1,8 +1,12 @@
-"""Flags to config to api: what the scripts in jobs/ are thin mains of. Exit status 0: done; 2: refused; 1: failed."""
+"""Flags to config to api: what the scripts in jobs/ are thin mains of.
+
+Exit status 0: done; 2: what was given is wrong (settings, data, store); 1: the run failed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -12,7 +16,7 @@ from typing import Any
 
 from laasp_ray import api, evaluation
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import ConfigError, LaaspError
+from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
 from laasp_ray.recipes import RECIPES, recipe, resnet50_digits, resnet50_imagenet
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.journal import Journal
@@ -65,12 +69,14 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a run's pruned and unpruned network.")
     parser.add_argument("folder", type=Path, help="the run's folder")
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
-    parser.add_argument("--batch-size", type=int, default=100, help="images a batch, for accuracy (default 100)")
-    parser.add_argument("--latency-batch", type=int, default=1, help="images a batch, for latency (default 1)")
+    parser.add_argument("--batch-size", type=_at_least_1, default=100, help="images a batch for accuracy (default 100)")
+    parser.add_argument("--latency-batch", type=_at_least_1, default=1, help="images a batch for latency (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
 
     def run() -> None:
+        if options.json is not None and not options.json.parent.is_dir():
+            raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
         measured = evaluation.evaluate_run(
             options.folder,
             data=_absolute(options.data),
@@ -131,10 +137,13 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
         except ValueError:
             value = text  # a bare word is a string
         _assign(settings, key, value)
+    config = RunConfig.from_dict(settings)
     # Ray workers and jobs change their working directory: what was meant relative to here must say so.
-    settings["data"]["path"] = _absolute(settings["data"]["path"])
-    settings["train"]["pretrained"] = _absolute(settings["train"]["pretrained"])
-    return RunConfig.from_dict(settings)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        train=dataclasses.replace(config.train, pretrained=_absolute(config.train.pretrained)),
+    )
 
 
 def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -153,10 +162,17 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute()) if path is not None and "://" not in path else path
 
 
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}, must be at least 1")
+    return number
+
+
 def _guarded(run: Callable[[], None]) -> int:
     try:
         run()
-    except ConfigError as error:
+    except (ConfigError, DataError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LaaspError as error:

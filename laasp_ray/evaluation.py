@@ -46,7 +46,11 @@ def evaluate_run(
     storage = Storage.open(str(folder))
     if not storage.exists("config.json"):
         raise StoreError(f"{folder} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
-    config = RunConfig.from_dict(json.loads(storage.read("config.json")))
+    try:
+        settings = json.loads(storage.read("config.json"))
+    except ValueError as error:
+        raise StoreError(f"{folder}/config.json is not JSON ({error}): give the folder of a run") from error
+    config = RunConfig.from_dict(settings)
     data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pruned = load_pruned(folder, models.build(config.model)).to(device)

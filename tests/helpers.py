@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from laasp_ray.config import RunConfig
@@ -37,6 +39,18 @@ def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
                 if tensor is not None:
                     tensor.data.uniform_(low, high, generator=generator)
     return model
+
+
+def write_pictures(root: Path, *, side: int, train: int, test: int) -> Path:
+    """A folder data set of three classes a, b and c: noise, brighter in the channel of the class."""
+    for split, count in (("train", train), ("val", test)):
+        for number in range(count):
+            pixels = np.random.default_rng([number, split == "val"]).integers(0, 128, (side, side, 3), np.uint8)
+            pixels[:, :, number % 3] += 100
+            path = root / split / "abc"[number % 3] / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
 
 
 def small_run(storage: Path, **changes: Any) -> RunConfig:

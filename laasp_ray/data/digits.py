@@ -25,7 +25,7 @@ _EVERY = 5
 def ensure_digits(cache: Path | None = None) -> Path:
     """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, written if it is not there yet.
 
-    Every fifth image of each class is in `val` (357 of 1,797), always the same. Images are 64 x 64 RGB JPEG files of
+    Every fifth image of each class is in `val` (355 of 1,797), always the same. Images are 64 x 64 RGB JPEG files of
     quality 95, upscaled bicubically from scikit-learn's 8 x 8. `cache` is by default $LAASP_RAY_CACHE, else
     $XDG_CACHE_HOME/laasp_ray, else ~/.cache/laasp_ray. Any number of processes may call this at once. Raises DataError
     when the cache cannot be written.

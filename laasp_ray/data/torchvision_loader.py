@@ -68,7 +68,8 @@ class TorchvisionLoader:
         placement = place(batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed,
                           epoch=epoch)
         side = self._config.image_size
-        pixels = torch.empty((len(batch), 3, side, side), dtype=torch.uint8)
+        with torch.inference_mode(False):  # the threads that write into it do not share the caller's mode
+            pixels = torch.empty((len(batch), 3, side, side), dtype=torch.uint8)
         positions = np.array_split(np.arange(len(batch)), min(self._config.threads, len(batch)))
         return _Decoding(batch, pixels, [self._pool.submit(self._decode, batch, placement, pixels, part)
                                          for part in positions])

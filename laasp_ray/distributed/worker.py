@@ -42,7 +42,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     unpruned = ray.get(settings["unpruned"][0])
     data: SpellData | None = None
     finished = -1
-    while (command := ray.get(mailbox.next.remote(finished))) is not None:
+    while (command := _next(mailbox, finished)) is not None:
         _check_agreement(command)
         try:
             data = data or _open_data(config, command.payload.spell)
@@ -55,6 +55,13 @@ def train_worker(settings: dict[str, Any]) -> None:
         finished = command.number
     if data is not None:
         data.close()
+
+
+def _next(mailbox: Any, finished: int) -> Command | None:
+    try:
+        return ray.get(mailbox.next.remote(finished))
+    except ray.exceptions.RayActorError:
+        return None  # without its mailbox this group has nobody to work for; the driver starts another
 
 
 def _check_agreement(command: Command) -> None:

@@ -132,8 +132,9 @@ def _train_epoch(
     sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, correct, images
     shares = [rank_share(batch, data.rank, data.world) for batch in batches]
     loaded = data.train_loader.epoch(shares, plan.data_epoch)
-    for batch, share, images in zip(loaded, shares, map(len, batches), strict=True):
-        if not set(batch.indices.tolist()) <= set(share.tolist()):
+    for share, images in zip(shares, map(len, batches), strict=True):
+        batch = next(loaded, None)  # a batch of which nothing is left is skipped
+        if batch is None or not set(batch.indices.tolist()) <= set(share.tolist()):
             raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
         with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
             output = wrapped(data.in_format(batch.images))

@@ -155,7 +155,7 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         def kill_after_the_first(epoch):
             done.append(epoch)
             if len(done) == 1:
-                _kill_a_trainer()
+                _kill("RayTrainWorker")
 
         after = trainer.run(state, {}, spell(1, 3), kill_after_the_first)
         assert [epoch.position for epoch in done] == [epoch.position for epoch in undisturbed] == [0, 1, 2]
@@ -165,11 +165,23 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         assert before.metrics.images == len(open_source(config.data, "test"))
         # Every training image was seen once an epoch, whatever the ranks.
         assert {epoch.images for epoch in undisturbed} == {len(open_source(config.data, "train"))}
+        # Nor does the loss of the whole group's mailbox.
+        again = []
+
+        def kill_the_mailbox_after_the_first(epoch):
+            again.append(epoch)
+            if len(again) == 1:
+                _kill("ray::Mailbox")
+
+        trainer.run(state, {}, spell(2, 3), kill_the_mailbox_after_the_first)
+        assert [epoch.position for epoch in again] == [0, 1, 2]
+        for name, tensor in undisturbed[-1].tensors.items():
+            assert torch.equal(tensor, again[-1].tensors[name]), name
         # Going on in the middle of a spell is the same spell.
         resumed = []
         middle = undisturbed[0]
         trainer.run(
-            dataclasses.replace(state, tensors=middle.tensors), middle.momentum, spell(2, 3, done=1), resumed.append
+            dataclasses.replace(state, tensors=middle.tensors), middle.momentum, spell(3, 3, done=1), resumed.append
         )
         assert [epoch.position for epoch in resumed] == [1, 2]
         for name, tensor in undisturbed[-1].tensors.items():
@@ -178,12 +190,12 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         trainer.close()
 
 
-def _kill_a_trainer():
+def _kill(title):
     for process in os.listdir("/proc"):
-        if process.isdigit() and "RayTrainWorker" in _title(process):
+        if process.isdigit() and title in _title(process):
             os.kill(int(process), signal.SIGKILL)
             return
-    raise AssertionError("no trainer is running")
+    raise AssertionError(f"no process called {title} is running")
 
 
 def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, share, tmp_path):

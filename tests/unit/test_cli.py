@@ -5,10 +5,8 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from helpers import write_pictures
 from safetensors.torch import save_file
 
 from laasp_ray import cli
@@ -34,26 +32,10 @@ FLAGS = ["--flops-reduction", "0.05", "--prune-epoch", "1", "--epochs", "2", "--
          "--loss-images", "20", "--criteria", "l1,cosine", "--seed", "5", "--name", "little"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A folder of 16 x 16 pictures of three classes."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
-        for number in range(count):
-            pixels = np.random.default_rng([number, split == "val"]).integers(0, 128, (16, 16, 3), np.uint8)
-            pixels[:, :, number % CLASSES] += 100
-            path = root / split / "abc"[number % CLASSES] / f"{number:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    return root
+    return write_pictures(tmp_path_factory.mktemp("images"), side=16, train=TRAIN_IMAGES, test=TEST_IMAGES)
 
 
 def settings(changes=None):

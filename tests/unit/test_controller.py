@@ -1,4 +1,4 @@
-"""Whole runs in this process, without Ray; cut off before and after every single event."""
+"""Whole runs in this process, without Ray; cut off at every single event."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,6 @@ def events(config: RunConfig):
 
 def decisions(config: RunConfig):
     return [event.data["decision"] for event in events(config) if event.name == "turn"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ import dataclasses
 import math
 from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
+from helpers import write_pictures
 from torch import nn
 from torch.nn import functional
 
@@ -178,16 +177,10 @@ def test_dropout_is_decided_by_the_epoch_and_the_rank_not_by_what_was_drawn_befo
 
 
 def make_folder(root, junk=()):
-    """8 x 8 pictures of three classes: noise, brighter in the channel of the class; those named in `junk` are none."""
-    for split, count in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
-        for number in range(count):
-            pixels = np.random.default_rng([number, split == "val"]).integers(0, 128, (8, 8, 3), np.uint8)
-            pixels[:, :, number % CLASSES] += 100
-            path = root / split / "abc"[number % CLASSES] / f"{number:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-            if f"{split}/{path.parent.name}/{path.name}" in junk:
-                path.write_bytes(path.read_bytes()[:60])
+    """8 x 8 pictures; the files named in `junk` are cut short."""
+    write_pictures(root, side=8, train=TRAIN_IMAGES, test=TEST_IMAGES)
+    for name in junk:
+        (root / name).write_bytes((root / name).read_bytes()[:60])
     return root
 
 
@@ -199,14 +192,6 @@ def opened(config, rank=0, world=1, excluded=(), batch_size=8):
     return SpellData(
         config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_network(*more):
