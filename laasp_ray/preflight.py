@@ -67,8 +67,6 @@ def prepare(config: RunConfig, model: nn.Module | None = None) -> Prepared:
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
-    for layer, reason in graph.skipped.items():
-        logger.info("layer %s is not pruned: %s", layer, reason)
     macs = count_macs(unpruned, example_input)
     baseline = measure_baseline(graph, macs, config.prune)
     _check_target(config, graph, baseline)

@@ -26,8 +26,15 @@ class Latency:
     repeats: int
 
 
-def measure_latency(model: nn.Module, input_shape: Sequence[int], *, batch_size: int = 1, device: str | torch.device,
-                    repeats: int = 20, warmup: int = 3) -> Latency:
+def measure_latency(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    batch_size: int = 1,
+    device: str | torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Latency:
     """Times `model` in eval mode on `device` with random inputs (batch_size, *input_shape).
 
     The model is moved there and back, and keeps its mode. Raises ValueError unless repeats >= 2 and warmup >= 0.
@@ -35,16 +42,31 @@ def measure_latency(model: nn.Module, input_shape: Sequence[int], *, batch_size:
     return _measure([model], input_shape, batch_size, torch.device(device), repeats, warmup)[0]
 
 
-def measure_pair(first: nn.Module, second: nn.Module, input_shape: Sequence[int], *, batch_size: int = 1,
-                 device: str | torch.device, repeats: int = 20, warmup: int = 3) -> tuple[Latency, Latency]:
+def measure_pair(
+    first: nn.Module,
+    second: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    batch_size: int = 1,
+    device: str | torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> tuple[Latency, Latency]:
     """`measure_latency` of two networks by turns, so that a drift of the machine does not favour either."""
-    first_latency, second_latency = _measure([first, second], input_shape, batch_size, torch.device(device), repeats,
-                                             warmup)
+    first_latency, second_latency = _measure(
+        [first, second], input_shape, batch_size, torch.device(device), repeats, warmup
+    )
     return first_latency, second_latency
 
 
-def _measure(models: list[nn.Module], input_shape: Sequence[int], batch_size: int, device: torch.device, repeats: int,
-             warmup: int) -> list[Latency]:
+def _measure(
+    models: list[nn.Module],
+    input_shape: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+) -> list[Latency]:
     if repeats < 2 or warmup < 0 or batch_size < 1:
         raise ValueError(f"repeats={repeats}, warmup={warmup}, batch_size={batch_size}: must be at least 2, 0 and 1")
     homes = [next((parameter.device for parameter in model.parameters()), device) for model in models]
@@ -84,5 +106,6 @@ def _wait(device: torch.device) -> None:
 def _summary(taken: list[float], batch_size: int, device: torch.device) -> Latency:
     deciles = statistics.quantiles(taken, n=10, method="inclusive")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return Latency(statistics.median(taken), (deciles[0], deciles[-1]), batch_size, name, torch.get_num_threads(),
-                   len(taken))
+    return Latency(
+        statistics.median(taken), (deciles[0], deciles[-1]), batch_size, name, torch.get_num_threads(), len(taken)
+    )

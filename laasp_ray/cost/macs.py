@@ -48,5 +48,6 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> Macs:
             per_layer[name] = round(sum(by_module[name][operator] for operator in _COUNTED_OPERATORS))
             shapes[name] = tuple(module.weight.shape)
     uncounted = unsupported | (set(by_module[""]) - set(_COUNTED_OPERATORS))
-    return Macs(total=sum(per_layer.values()), per_layer=per_layer, weight_shapes=shapes,
-                uncounted=tuple(sorted(uncounted)))
+    return Macs(
+        total=sum(per_layer.values()), per_layer=per_layer, weight_shapes=shapes, uncounted=tuple(sorted(uncounted))
+    )

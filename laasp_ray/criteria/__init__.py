@@ -34,8 +34,9 @@ def get(name: str) -> Criterion:
     if ":" not in name:
         close = difflib.get_close_matches(name, CRITERIA, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"unknown criterion {name!r}; {hint}known: {', '.join(CRITERIA)}, "
-                          f"or an import path package.module:function")
+        raise ConfigError(
+            f"unknown criterion {name!r}; {hint}known: {', '.join(CRITERIA)}, or an import path package.module:function"
+        )
     module, _, function = name.partition(":")
     try:
         criterion = getattr(importlib.import_module(module), function)
@@ -56,11 +57,15 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     result = get(name)(rows)
     if not isinstance(result, torch.Tensor) or tuple(result.shape) != (rows.shape[0],):
         given = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ConfigError(f"criterion {name!r} must give a tensor of shape ({rows.shape[0]},) for weights of shape "
-                          f"{tuple(rows.shape)}, gave {given}")
+        raise ConfigError(
+            f"criterion {name!r} must give a tensor of shape ({rows.shape[0]},) for weights of shape "
+            f"{tuple(rows.shape)}, gave {given}"
+        )
     if bool(torch.isnan(result).any()):
-        raise SearchError(f"criterion {name!r} gives NaN for filters {torch.isnan(result).nonzero().flatten().tolist()}"
-                          f" of weights of shape {tuple(rows.shape)}: are the weights finite?")
+        raise SearchError(
+            f"criterion {name!r} gives NaN for filters {torch.isnan(result).nonzero().flatten().tolist()}"
+            f" of weights of shape {tuple(rows.shape)}: are the weights finite?"
+        )
     return result
 
 
@@ -83,6 +88,6 @@ def lowest(scores: torch.Tensor, count: int, blocks: int = 1) -> tuple[int, ...]
     if bool(torch.isnan(scores).any()):
         raise SearchError(f"scores of filters {torch.isnan(scores).nonzero().flatten().tolist()} are NaN")
     width = scores.shape[0] // blocks
-    order = scores.reshape(blocks, width).argsort(dim=1, stable=True)[:, :count // blocks]
+    order = scores.reshape(blocks, width).argsort(dim=1, stable=True)[:, : count // blocks]
     offsets = torch.arange(blocks, device=scores.device).unsqueeze(1) * width
     return tuple((order + offsets).flatten().sort().values.tolist())

@@ -38,8 +38,16 @@ class DaliLoader:
     """
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, unreadable: UnreadableImages, *, training: bool,
-        device: torch.device, max_batch: int, seed: int, uint8: bool,
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        unreadable: UnreadableImages,
+        *,
+        training: bool,
+        device: torch.device,
+        max_batch: int,
+        seed: int,
+        uint8: bool,
     ) -> None:
         self.name = "dali-gpu" if device.type == "cuda" else "dali-cpu"
         self._config = config
@@ -105,12 +113,14 @@ class DaliLoader:
         return self._pipeline
 
     def _new_pipeline(self, max_batch: int) -> _DecodePipeline:
-        return _DecodePipeline(self._config, training=self._training, device=self._device, max_batch=max_batch,
-                               uint8=self._uint8)
+        return _DecodePipeline(
+            self._config, training=self._training, device=self._device, max_batch=max_batch, uint8=self._uint8
+        )
 
     def _place(self, batch: EncodedBatch, epoch: int) -> Placement:
-        return place(batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed,
-                     epoch=epoch)
+        return place(
+            batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed, epoch=epoch
+        )
 
     def _drain(self) -> None:
         """Forgets what a broken-off epoch left in flight."""
@@ -139,8 +149,9 @@ class DaliLoader:
         return [batch for batch in (batch.without(reasons) for batch in batches) if len(batch)]
 
     def _undecodable_by_pillow(self, batches: Sequence[EncodedBatch]) -> dict[int, str]:
-        suspects = [(int(index), data) for batch in batches for index, data in zip(batch.indices, batch.encoded,
-                                                                                   strict=True)]
+        suspects = [
+            (int(index), data) for batch in batches for index, data in zip(batch.indices, batch.encoded, strict=True)
+        ]
         with ThreadPoolExecutor(self._config.threads) as pool:
             errors = pool.map(decode_error, [data for _, data in suspects])
             return {index: reason for (index, _), reason in zip(suspects, errors, strict=True) if reason is not None}
@@ -172,8 +183,13 @@ class _DecodePipeline:
         self._resizes_first = not training and config.eval_resize > 0
         on_gpu = device.type == "cuda"
         device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
-        self._pipeline = Pipeline(batch_size=max_batch, num_threads=config.threads, device_id=device_id,
-                                  prefetch_queue_depth=PREFETCH, exec_dynamic=True)
+        self._pipeline = Pipeline(
+            batch_size=max_batch,
+            num_threads=config.threads,
+            device_id=device_id,
+            prefetch_queue_depth=PREFETCH,
+            exec_dynamic=True,
+        )
         with self._pipeline:
             self._pipeline.set_outputs(self._graph("mixed" if on_gpu else "cpu"))
         self._pipeline.build()
@@ -222,8 +238,12 @@ class _DecodePipeline:
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
         # Fancy upsampling is what libjpeg does on a CPU; without it a GPU's decoder differs at the edges of colours.
-        decoding = {"device": decoder, "output_type": types.RGB, "adjust_orientation": False,
-                    "jpeg_fancy_upsampling": True}
+        decoding = {
+            "device": decoder,
+            "output_type": types.RGB,
+            "adjust_orientation": False,
+            "jpeg_fancy_upsampling": True,
+        }
         if self._crops_first:
             shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
             images = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **decoding)
@@ -232,12 +252,19 @@ class _DecodePipeline:
             images = fn.decoders.image(encoded, **decoding)
             if self._resizes_first:
                 images = _resize(images, fn.external_source(name="resized", dtype=types.FLOAT, ndim=1))
-            images = fn.slice(images, start=start, shape=[side, side], axes=(0, 1), out_of_bounds_policy="pad",
-                              fill_values=0)
+            images = fn.slice(
+                images, start=start, shape=[side, side], axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+            )
         mean = [0.0] * 3 if self._uint8 else [255 * value for value in config.mean]
         std = [1.0] * 3 if self._uint8 else [255 * value for value in config.std]
-        return fn.crop_mirror_normalize(images, dtype=types.UINT8 if self._uint8 else types.FLOAT, mean=mean, std=std,
-                                        mirror=flip, output_layout="CHW")
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.UINT8 if self._uint8 else types.FLOAT,
+            mean=mean,
+            std=std,
+            mirror=flip,
+            output_layout="CHW",
+        )
 
 
 def _resize(images: Any, size: Any) -> Any:

@@ -39,8 +39,9 @@ def ensure_digits(cache: Path | None = None) -> Path:
         _write(aside)
         _move(aside, final)
     except OSError as error:
-        raise DataError(f"the digits cannot be written into {root} ({error}); set LAASP_RAY_CACHE to a folder that "
-                        "can") from error
+        raise DataError(
+            f"the digits cannot be written into {root} ({error}); set LAASP_RAY_CACHE to a folder that can"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final

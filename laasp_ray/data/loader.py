@@ -61,8 +61,9 @@ def make_loader(
     """
     unreadable = UnreadableImages(source, config.max_unreadable, excluded, on_unreadable)
     make: Callable[..., Loader] = _loader_class(config.loader)
-    loader = make(source, config, unreadable, training=training, device=device, max_batch=max_batch, seed=seed,
-                  uint8=uint8)
+    loader = make(
+        source, config, unreadable, training=training, device=device, max_batch=max_batch, seed=seed, uint8=uint8
+    )
     _say_once(loader.name, config.loader)
     return loader
 

@@ -76,7 +76,7 @@ def eval_batches(n: int, *, batch_size: int, rank: int, world: int) -> list[np.n
     _check_batching(n, batch_size)
     _check_rank(rank, world)
     share = np.arange(n, dtype=np.int64)[rank::world]
-    return [share[first:first + batch_size] for first in range(0, len(share), batch_size)]
+    return [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
 
 
 def shuffled(n: int, key: int) -> np.ndarray:

@@ -35,11 +35,14 @@ def check_labels(labels: np.ndarray, classes: tuple[str, ...], *, split: Split, 
     if labels.min() < 0 or labels.max() >= len(classes):
         wrong = labels.min() if labels.min() < 0 else labels.max()
         row = int(np.flatnonzero(labels == wrong)[0])
-        raise DataError(f"{where}: image number {row} has the label {wrong}, of {len(classes)} classes (0 to "
-                        f"{len(classes) - 1})")
+        raise DataError(
+            f"{where}: image number {row} has the label {wrong}, of {len(classes)} classes (0 to {len(classes) - 1})"
+        )
     if split == "train":
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if len(empty):
             named = ", ".join(classes[index] for index in empty[:5])
-            raise DataError(f"{where} has no training image of {len(empty)} of its {len(classes)} classes ({named}); "
-                            "add images or remove the classes")
+            raise DataError(
+                f"{where} has no training image of {len(empty)} of its {len(classes)} classes ({named}); "
+                "add images or remove the classes"
+            )

@@ -38,8 +38,10 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
 
 def _digits(config: DataConfig) -> Path:
     if config.path is not None:
-        raise ConfigError(f"data.format is 'digits' and data.path {config.path!r}: the embedded digits have no path, "
-                          "leave one of the two out")
+        raise ConfigError(
+            f"data.format is 'digits' and data.path {config.path!r}: the embedded digits have no path, "
+            "leave one of the two out"
+        )
     if config.format not in ("auto", "digits"):
         raise ConfigError(f"data.format is {config.format!r} without data.path: name the data set's folder")
     return ensure_digits()

@@ -16,8 +16,11 @@ BATCHES_FOLDER = "cifar-10-batches-py"
 SIDE = 32
 _FILES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
 _ADMITTED = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"), ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
 }
 
 
@@ -59,7 +62,7 @@ def bitmap(pixels: np.ndarray) -> bytes:
     """A BMP file of `pixels` (3, H, W) uint8 RGB: 24 bits a pixel, rows from the bottom, padded to 4 bytes."""
     _, height, width = pixels.shape
     rows = np.zeros((height, (3 * width + 3) // 4 * 4), np.uint8)
-    rows[:, :3 * width] = pixels[::-1, ::-1].transpose(1, 2, 0).reshape(height, 3 * width)
+    rows[:, : 3 * width] = pixels[::-1, ::-1].transpose(1, 2, 0).reshape(height, 3 * width)
     file_header = struct.pack("<2sIHHI", b"BM", 54 + rows.size, 0, 0, 54)
     image_header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, rows.size, 2835, 2835, 0, 0)
     return file_header + image_header + rows.tobytes()
@@ -68,8 +71,12 @@ def bitmap(pixels: np.ndarray) -> bytes:
 def _batch(file: Path) -> tuple[np.ndarray, np.ndarray]:
     content = _load(file)
     pixels, labels = content.get(b"data"), content.get(b"labels")
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 \
-            or pixels.shape[1] != 3 * SIDE * SIDE:
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.ndim != 2
+        or pixels.shape[1] != 3 * SIDE * SIDE
+    ):
         raise DataError(f"{file} has no uint8 array 'data' of {3 * SIDE * SIDE} columns; is it CIFAR-10's own?")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(label) is int for label in labels):
         raise DataError(f"{file} does not have one integer in 'labels' for each of its {len(pixels)} images")

@@ -71,13 +71,16 @@ def _split_folder(root: Path, split: Split) -> Path:
 def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
     unknown = sorted(set(class_names(folder)) - set(classes))
     if unknown:
-        raise DataError(f"{folder} has {len(unknown)} class folders that the training images do not have "
-                        f"({', '.join(unknown[:5])}); both must use the same class names")
+        raise DataError(
+            f"{folder} has {len(unknown)} class folders that the training images do not have "
+            f"({', '.join(unknown[:5])}); both must use the same class names"
+        )
 
 
 def _image_files(folder: Path) -> list[bytes]:
     if not folder.is_dir():
         return []
     with os.scandir(os.fsencode(folder)) as entries:
-        return sorted(entry.name for entry in entries
-                      if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(b"."))
+        return sorted(
+            entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(b".")
+        )

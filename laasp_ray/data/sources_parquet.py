@@ -18,8 +18,12 @@ LABEL_COLUMNS = ("label", "labels")
 MAX_BYTES = 16 << 30
 _PATTERNS = {
     "train": (("train.parquet",), ("train-*.parquet",)),
-    "test": (("test.parquet",), ("test-*.parquet",), ("val.parquet", "validation.parquet"),
-             ("val-*.parquet", "validation-*.parquet")),
+    "test": (
+        ("test.parquet",),
+        ("test-*.parquet",),
+        ("val.parquet", "validation.parquet"),
+        ("val-*.parquet", "validation-*.parquet"),
+    ),
 }
 
 
@@ -38,16 +42,19 @@ class ParquetSource:
             raise DataError(f"no {split} images in {root}; looked for {looked}")
         total = sum(file.stat().st_size for file in files)
         if total > MAX_BYTES:
-            raise DataError(f"the Parquet files of {split} in {root} have {total / 2**30:.1f} GiB: every worker holds "
-                            f"them in memory, so at most {MAX_BYTES >> 30} GiB; unpack them into class folders")
+            raise DataError(
+                f"the Parquet files of {split} in {root} have {total / 2**30:.1f} GiB: every worker holds "
+                f"them in memory, so at most {MAX_BYTES >> 30} GiB; unpack them into class folders"
+            )
         tables = [_read(file) for file in files]
         image_column, label_column = _columns(tables[0].schema, files[0])
         images = [_encoded(table, image_column) for table in tables]
         self._images = pa.chunked_array([chunk for column in images for chunk in column.chunks], type=pa.large_binary())
         self._files = [file.name for file in files]
         self._first_rows = np.cumsum([0] + [len(table) for table in tables])
-        self.labels = np.concatenate([_labels(table, label_column, file)
-                                      for table, file in zip(tables, files, strict=True)])
+        self.labels = np.concatenate(
+            [_labels(table, label_column, file) for table, file in zip(tables, files, strict=True)]
+        )
         self.classes = _class_names(tables[0].schema, label_column, self.labels)
         check_labels(self.labels, self.classes, split=split, where=str(files[0] if len(files) == 1 else root))
 
@@ -86,8 +93,10 @@ def _columns(schema: pa.Schema, file: Path) -> tuple[str, str]:
     found = [next((name for name in names if name in schema.names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)]
     image, label = found
     if image is None or label is None:
-        raise DataError(f"{file} has the columns {', '.join(schema.names)}; looked for images in "
-                        f"{' or '.join(IMAGE_COLUMNS)} and labels in {' or '.join(LABEL_COLUMNS)}")
+        raise DataError(
+            f"{file} has the columns {', '.join(schema.names)}; looked for images in "
+            f"{' or '.join(IMAGE_COLUMNS)} and labels in {' or '.join(LABEL_COLUMNS)}"
+        )
     kind = schema.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         raise DataError(f"column {image} of {file} is {kind}; expected struct<bytes: binary, path: string>")

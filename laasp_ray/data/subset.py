@@ -59,8 +59,17 @@ def draw_subset(
         if on_unreadable is not None:
             on_unreadable(name)
 
-    loader = make_loader(source, config, training=True, device=torch.device("cpu"), max_batch=DECODED_AT_ONCE,
-                         seed=own_seed, uint8=True, excluded=excluded, on_unreadable=leave_out)
+    loader = make_loader(
+        source,
+        config,
+        training=True,
+        device=torch.device("cpu"),
+        max_batch=DECODED_AT_ONCE,
+        seed=own_seed,
+        uint8=True,
+        excluded=excluded,
+        on_unreadable=leave_out,
+    )
     side = config.image_size
     try:
         while True:
@@ -68,7 +77,7 @@ def draw_subset(
             pixels = torch.empty((len(chosen), 3, side, side), dtype=torch.uint8)
             filled = 0
             for batch in loader.epoch(np.array_split(chosen, -(-len(chosen) // DECODED_AT_ONCE))):
-                pixels[filled:filled + len(batch.indices)] = batch.images
+                pixels[filled : filled + len(batch.indices)] = batch.images
                 filled += len(batch.indices)
             if filled == len(chosen):  # otherwise some were unreadable, and the draw is made again without them
                 break
@@ -102,12 +111,14 @@ def class_quotas(counts: np.ndarray, images: int, *, key: int) -> np.ndarray:
     All classes with enough give the same number or one more, which of them being decided by `key`; the others give all.
     """
     wanted = min(images, int(counts.sum()))
-    level = bisect.bisect_right(range(int(counts.max()) + 1), wanted,
-                                key=lambda each: int(np.minimum(counts, each).sum())) - 1
+    level = (
+        bisect.bisect_right(range(int(counts.max()) + 1), wanted, key=lambda each: int(np.minimum(counts, each).sum()))
+        - 1
+    )
     quotas = np.minimum(counts, level).astype(np.int64)
     richer = np.flatnonzero(counts > level)
     order = richer[np.argsort(hash_uint64(derive_seed(key, "classes"), richer), kind="stable")]
-    quotas[order[:wanted - int(quotas.sum())]] += 1
+    quotas[order[: wanted - int(quotas.sum())]] += 1
     return quotas
 
 

@@ -25,8 +25,16 @@ class TorchvisionLoader:
     """Batches through Pillow; see loader.make_loader."""
 
     def __init__(
-        self, source: ImageSource, config: DataConfig, unreadable: UnreadableImages, *, training: bool,
-        device: torch.device, max_batch: int, seed: int, uint8: bool,
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        unreadable: UnreadableImages,
+        *,
+        training: bool,
+        device: torch.device,
+        max_batch: int,
+        seed: int,
+        uint8: bool,
     ) -> None:
         self.name = "torchvision"
         self._config = config
@@ -65,14 +73,16 @@ class TorchvisionLoader:
                 yield finished
 
     def _start(self, batch: EncodedBatch, epoch: int) -> _Decoding:
-        placement = place(batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed,
-                          epoch=epoch)
+        placement = place(
+            batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed, epoch=epoch
+        )
         side = self._config.image_size
         with torch.inference_mode(False):  # the threads that write into it do not share the caller's mode
             pixels = torch.empty((len(batch), 3, side, side), dtype=torch.uint8)
         positions = np.array_split(np.arange(len(batch)), min(self._config.threads, len(batch)))
-        return _Decoding(batch, pixels, [self._pool.submit(self._decode, batch, placement, pixels, part)
-                                         for part in positions])
+        return _Decoding(
+            batch, pixels, [self._pool.submit(self._decode, batch, placement, pixels, part) for part in positions]
+        )
 
     def _decode(
         self, batch: EncodedBatch, placement: Placement, pixels: torch.Tensor, positions: np.ndarray

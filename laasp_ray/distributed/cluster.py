@@ -20,6 +20,11 @@ from laasp_ray.errors import ConfigError
 TRAINER_CPUS = 0.05
 TASK_CPUS = 0.9
 
+LOCAL_ENVIRONMENT = {
+    # Ray ends idle worker processes after a second; those that measure losses would import torch anew every turn.
+    "RAY_idle_worker_killing_time_threshold_ms": "3600000",
+}
+
 
 @dataclass(frozen=True)
 class Share:
@@ -70,6 +75,8 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
         yield ray.cluster_resources()
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.update({key: os.environ.get(key, value) for key, value in LOCAL_ENVIRONMENT.items()})
     try:
         # The number of CPUs is left to Ray: it may not be given when a cluster is joined.
         ray.init(address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {}))

@@ -34,8 +34,9 @@ def build(config: ModelConfig) -> nn.Module:
     try:
         model = builder(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.builder {config.builder!r} does not take model.arguments {arguments}: {error}") \
-            from error
+        raise ConfigError(
+            f"model.builder {config.builder!r} does not take model.arguments {arguments}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.builder {config.builder!r} gave a {type(model).__name__}, must give an nn.Module")
     return model
@@ -53,13 +54,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         state = {key.removeprefix("module."): value for key, value in state.items()}
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
-    misshaped = [f"{key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
-                 for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    problems = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in
-                (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)) if keys]
+    misshaped = [
+        f"{key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {kind} ({_first(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        if keys
+    ]
     if problems:
-        raise ConfigError(f"the weights in {path} do not fit the network: {'; '.join(problems)}. "
-                          f"Check model.builder and model.arguments")
+        raise ConfigError(
+            f"the weights in {path} do not fit the network: {'; '.join(problems)}. "
+            f"Check model.builder and model.arguments"
+        )
     model.load_state_dict(state)
 
 
@@ -87,8 +96,9 @@ def _imported(path: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.builder {path!r} cannot be imported ({error}); it must read "
-                          f"package.module:function") from error
+        raise ConfigError(
+            f"model.builder {path!r} cannot be imported ({error}); it must read package.module:function"
+        ) from error
     if not callable(found):
         raise ConfigError(f"model.builder {path!r} is a {type(found).__name__}, must be a function")
     return found
@@ -103,15 +113,18 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} cannot be read as weights: {reason}. It must be a .safetensors file or a state dict "
-                          f"saved by torch.save") from error
+        raise ConfigError(
+            f"{path} cannot be read as weights: {reason}. It must be a .safetensors file or a state dict "
+            f"saved by torch.save"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConfigError(f"{path} holds no state dict; expected names mapped to tensors, possibly under 'state_dict' "
-                          f"or 'model'")
+        raise ConfigError(
+            f"{path} holds no state dict; expected names mapped to tensors, possibly under 'state_dict' or 'model'"
+        )
     return dict(content)
 
 

@@ -76,8 +76,10 @@ def _parts(side: Side, kept: tuple[int, ...]) -> Kept:
     if not kept or counts == {0}:
         raise PruningError(f"all {side.size} {side.role} of {side.module} would go; at least one must stay")
     if len(counts) > 1:
-        raise PruningError(f"the {side.role} of {side.module} fall in {side.blocks} blocks that must lose the same "
-                           f"count each, but {sorted(counts)} would be left")
+        raise PruningError(
+            f"the {side.role} of {side.module} fall in {side.blocks} blocks that must lose the same "
+            f"count each, but {sorted(counts)} would be left"
+        )
     return parts
 
 
@@ -90,10 +92,20 @@ def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(name, module, inputs)
     if isinstance(module, nn.Linear):
-        axis, attribute, size = (1, "in_features", module.in_features) if inputs else (0, "out_features",
-                                                                                       module.out_features)
-        return _checked(module, Side(name, "inputs" if inputs else "filters", size, 1,
-                                     _axes(name, module, axis, bias=not inputs), (attribute,)))
+        axis, attribute, size = (
+            (1, "in_features", module.in_features) if inputs else (0, "out_features", module.out_features)
+        )
+        return _checked(
+            module,
+            Side(
+                name,
+                "inputs" if inputs else "filters",
+                size,
+                1,
+                _axes(name, module, axis, bias=not inputs),
+                (attribute,),
+            ),
+        )
     return _normalisation(name, module)
 
 
@@ -104,8 +116,17 @@ def parameter_side(name: str, axis: int, size: int) -> Side:
 
 def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side | str:
     if is_depthwise(conv):
-        return _checked(conv, Side(name, "filters", conv.out_channels, 1, _axes(name, conv, 0, bias=True),
-                                   ("out_channels", "in_channels", "groups")))
+        return _checked(
+            conv,
+            Side(
+                name,
+                "filters",
+                conv.out_channels,
+                1,
+                _axes(name, conv, 0, bias=True),
+                ("out_channels", "in_channels", "groups"),
+            ),
+        )
     axis = int(inputs) if not conv.transposed else int(not inputs)
     axes = _axes(name, conv, axis, bias=not inputs, per_block=conv.groups > 1 and axis == 1)
     if inputs:
@@ -115,8 +136,11 @@ def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side
 
 def is_depthwise(module: nn.Module) -> bool:
     """Whether a convolution applies one filter to each channel, so that its inputs and outputs go together."""
-    return (isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
-            and module.groups == module.in_channels == module.out_channels)
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
 
 
 def _normalisation(name: str, module: nn.Module) -> Side | str | None:
@@ -133,8 +157,9 @@ def _normalisation(name: str, module: nn.Module) -> Side | str | None:
     return f"{name} is a {type(module).__name__}, whose channels cannot be removed"
 
 
-def _simple(name: str, module: nn.Module, attribute: str, size: int, *, blocks: int = 1,
-            normalises: bool = False) -> Side | str:
+def _simple(
+    name: str, module: nn.Module, attribute: str, size: int, *, blocks: int = 1, normalises: bool = False
+) -> Side | str:
     leaves = ("weight", "bias", "running_mean", "running_var")
     axes = tuple(TensorAxis(f"{name}.{leaf}", 0) for leaf in leaves if getattr(module, leaf, None) is not None)
     return _checked(module, Side(name, "channels", size, blocks, axes, (attribute,), normalises))

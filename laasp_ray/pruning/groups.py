@@ -51,8 +51,10 @@ class _Coupling:
     blocks: int
 
     def removal(self, filters: Sequence[int]) -> dict[Side, set[int]]:
-        return {side: {channel for index in filters for channel in channels.get(index, ())}
-                for side, channels in self.sides.items()}
+        return {
+            side: {channel for index in filters for channel in channels.get(index, ())}
+            for side, channels in self.sides.items()
+        }
 
 
 class PruningGraph:
@@ -75,8 +77,14 @@ class PruningGraph:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def __init__(self, model: nn.Module, example_input: torch.Tensor, *, ignored: Sequence[str] = (),
-                 extra_layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: torch.Tensor,
+        *,
+        ignored: Sequence[str] = (),
+        extra_layers: Sequence[str] = (),
+    ) -> None:
         probe = twin(model).cpu().float().eval()
         example = example_input[:1].detach().cpu().clone()
         if example.is_floating_point():
@@ -118,13 +126,16 @@ class PruningGraph:
         group = self.layers[layer]
         wrong = [index for index in filters if not 0 <= index < group.filters]
         if wrong or len(set(filters)) != len(filters):
-            raise PruningError(f"filters {wrong or list(filters)} of {layer}: must be different and from 0 to "
-                               f"{group.filters - 1}")
+            raise PruningError(
+                f"filters {wrong or list(filters)} of {layer}: must be different and from 0 to {group.filters - 1}"
+            )
         width = group.filters // group.blocks
         counts = {sum(index // width == block for index in filters) for block in range(group.blocks)}
         if len(counts) > 1:
-            raise PruningError(f"filters {list(filters)} of {layer}: each of its {group.blocks} blocks of {width} must "
-                               f"lose the same count, not {sorted(counts)}")
+            raise PruningError(
+                f"filters {list(filters)} of {layer}: each of its {group.blocks} blocks of {width} must "
+                f"lose the same count, not {sorted(counts)}"
+            )
         if len(filters) == group.filters:
             raise PruningError(f"all {group.filters} filters of {layer} would go; at least one must stay")
         return self._couplings[layer].removal(filters)
@@ -139,11 +150,17 @@ class _Tracer:
         self._modules = dict(probe.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
         self._parameters = {parameter: name for name, parameter in probe.named_parameters()}
-        self._sides = {(name, inputs): describe(name, module, inputs=inputs)
-                       for name, module in self._modules.items() for inputs in (False, True)}
+        self._sides = {
+            (name, inputs): describe(name, module, inputs=inputs)
+            for name, module in self._modules.items()
+            for inputs in (False, True)
+        }
         self._outputs: set[object] = set()
-        grouped = {module: module.groups for module in self._modules.values()
-                   if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not is_depthwise(module)}
+        grouped = {
+            module: module.groups
+            for module in self._modules.values()
+            if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not is_depthwise(module)
+        }
 
         def after_forward(output: object) -> object:
             self._outputs.update(tensor.grad_fn for tensor in tensors_in(output))
@@ -154,11 +171,18 @@ class _Tracer:
         probe.requires_grad_(True)
         self._graph = torch_pruning.DependencyGraph()
         try:
-            self._graph.build_dependency(probe, example, forward_fn=lambda network, inputs: network(inputs),
-                                         output_transform=after_forward, verbose=False)
+            self._graph.build_dependency(
+                probe,
+                example,
+                forward_fn=lambda network, inputs: network(inputs),
+                output_transform=after_forward,
+                verbose=False,
+            )
         except Exception as error:  # tracing runs the network's own code and can fail in any way
-            raise PruningError(f"the network cannot be traced with an input of shape {tuple(example.shape)} "
-                               f"({type(error).__name__}: {error})") from error
+            raise PruningError(
+                f"the network cannot be traced with an input of shape {tuple(example.shape)} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         for convolution, groups in grouped.items():
             convolution.groups = groups
         for parameter in probe.parameters():
@@ -204,8 +228,9 @@ class _Tracer:
         """The side that a dependency of the graph acts on; None where channels only pass through."""
         node, module = dependency.target, dependency.target.module
         name = self._names.get(module)
-        inputs = (isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-                  and not self._graph.is_out_channel_pruning_fn(dependency.handler))
+        inputs = isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not self._graph.is_out_channel_pruning_fn(
+            dependency.handler
+        )
         if node.type == ops.OPTYPE.OUTPUT or (node.grad_fn in self._outputs and not inputs):
             return "its filters are outputs of the network"
         if node.type == ops.OPTYPE.PARAMETER:
@@ -255,16 +280,21 @@ def _faults(probe: nn.Module, example: torch.Tensor, couplings: Mapping[str, _Co
     """
     found: dict[str, str] = {}
     for normalised in (False, True):
-        layers = [name for name, coupling in couplings.items()
-                  if any(side.normalises for side in coupling.sides) == normalised]
+        layers = [
+            name
+            for name, coupling in couplings.items()
+            if any(side.normalises for side in coupling.sides) == normalised
+        ]
         together: dict[Side, set[int]] = {}
         for name in layers:
             coupling = couplings[name]
             if not any(side.module == name and side.role == "filters" for side in together):
                 _unite(together, coupling.removal(_random_half(name, coupling)))
         if together and fault_of(probe, example, together) is not None:
-            singly = ((name, fault_of(probe, example, couplings[name].removal(_random_half(name, couplings[name]))))
-                      for name in layers)
+            singly = (
+                (name, fault_of(probe, example, couplings[name].removal(_random_half(name, couplings[name]))))
+                for name in layers
+            )
             found.update((name, fault) for name, fault in singly if fault is not None)
     return found
 
@@ -272,8 +302,11 @@ def _faults(probe: nn.Module, example: torch.Tensor, couplings: Mapping[str, _Co
 def _random_half(name: str, coupling: _Coupling) -> list[int]:
     own = next(side.size for side in coupling.sides if side.module == name and side.role == "filters")
     width, draw = own // coupling.blocks, random.Random(name)
-    return [block * width + index for block in range(coupling.blocks)
-            for index in sorted(draw.sample(range(width), max(1, width // 2)))]
+    return [
+        block * width + index
+        for block in range(coupling.blocks)
+        for index in sorted(draw.sample(range(width), max(1, width // 2)))
+    ]
 
 
 def _unite(total: dict[Side, set[int]], removal: Removal) -> None:
@@ -287,8 +320,9 @@ def _ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]
         prefix = entry if entry.endswith(".") else entry + "."
         found = {name for name in modules if name.startswith(prefix) or name == entry} if entry else set()
         if not found:
-            raise ConfigError(f"prune.ignored names {entry!r}, which is no module of the network"
-                              f"{_hint(entry.rstrip('.'), modules)}")
+            raise ConfigError(
+                f"prune.ignored names {entry!r}, which is no module of the network{_hint(entry.rstrip('.'), modules)}"
+            )
         frozen |= found
     return frozen
 
@@ -297,10 +331,12 @@ def _candidates(modules: Mapping[str, nn.Module], extra_layers: Sequence[str]) -
     for name in extra_layers:
         if not isinstance(modules.get(name), nn.Linear):
             linear = [other for other, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ConfigError(f"prune.extra_layers names {name!r}, which is no linear layer of the network"
-                              f"{_hint(name, linear)}")
-    return [name for name, module in modules.items()
-            if isinstance(module, nn.modules.conv._ConvNd) or name in extra_layers]
+            raise ConfigError(
+                f"prune.extra_layers names {name!r}, which is no linear layer of the network{_hint(name, linear)}"
+            )
+    return [
+        name for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd) or name in extra_layers
+    ]
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
@@ -326,8 +362,9 @@ def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepR
     return sizes
 
 
-def filters_to_remove(group: ChannelGroup, *, step_size: int, original: int, step_rule: StepRule, step: float,
-                      max_pruned: float) -> int:
+def filters_to_remove(
+    group: ChannelGroup, *, step_size: int, original: int, step_rule: StepRule, step: float, max_pruned: float
+) -> int:
     """How many filters the layer may lose this turn; 0 if none.
 
     `original` is its number of filters in the unpruned network, of which at most the share `max_pruned` is ever

@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import PruningError
+
+if TYPE_CHECKING:  # whoever only replays a plan needs no counter
+    from laasp_ray.cost.macs import Macs
 
 PLAN_VERSION = 1
 
@@ -69,11 +71,14 @@ class Plan:
         """What `json.dumps` takes; `from_json` gives the plan back."""
         return {
             "version": PLAN_VERSION,
-            "tensors": {name: {str(axis): [list(part) for part in kept] for axis, kept in axes.items()}
-                        for name, axes in self.tensors.items()},
-            "attributes": {name: {key: list(value) if isinstance(value, tuple) else value
-                                  for key, value in values.items()}
-                           for name, values in self.attributes.items()},
+            "tensors": {
+                name: {str(axis): [list(part) for part in kept] for axis, kept in axes.items()}
+                for name, axes in self.tensors.items()
+            },
+            "attributes": {
+                name: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+                for name, values in self.attributes.items()
+            },
             "layers": {name: list(kept) for name, kept in self.layers.items()},
         }
 
@@ -84,13 +89,16 @@ class Plan:
             keys = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise PruningError(f"not a plan: has {keys}, wanted the keys attributes, layers, tensors, version")
         if data["version"] != PLAN_VERSION:
-            raise PruningError(f"plan version {data['version']!r} cannot be read; this version of laasp_ray reads "
-                               f"{PLAN_VERSION}")
+            raise PruningError(
+                f"plan version {data['version']!r} cannot be read; this version of laasp_ray reads {PLAN_VERSION}"
+            )
         for key in ("tensors", "attributes", "layers"):
             _want_mapping(data[key], f"plan.{key}")
         tensors = {name: _axes_from_json(axes, f"plan.tensors[{name!r}]") for name, axes in data["tensors"].items()}
-        attributes = {name: _attributes_from_json(values, f"plan.attributes[{name!r}]")
-                      for name, values in data["attributes"].items()}
+        attributes = {
+            name: _attributes_from_json(values, f"plan.attributes[{name!r}]")
+            for name, values in data["attributes"].items()
+        }
         layers = {name: _indices(kept, f"plan.layers[{name!r}]") for name, kept in data["layers"].items()}
         return Plan(tensors=tensors, attributes=attributes, layers=layers)
 
@@ -150,8 +158,10 @@ def _compose_axes(name: str, first: Mapping[int, Kept], second: Mapping[int, Kep
         count = max(len(before), len(after))
         if any(len(parts) not in (1, count) for parts in (before, after)):
             raise PruningError(f"{name}, axis {axis}: {len(before)} groups cannot be followed by {len(after)}")
-        composed[axis] = tuple(_compose(before[part % len(before)], after[part % len(after)], f"{name}, axis {axis}")
-                               for part in range(count))
+        composed[axis] = tuple(
+            _compose(before[part % len(before)], after[part % len(after)], f"{name}, axis {axis}")
+            for part in range(count)
+        )
     return composed
 
 
@@ -169,16 +179,22 @@ def _select(name: str, tensor: torch.Tensor, axes: Mapping[int, Kept]) -> torch.
             raise PruningError(f"{name} has no axis {axis}, its shape is {tuple(tensor.shape)}")
         for part in kept:
             if not part or part[-1] >= tensor.shape[axis]:
-                raise PruningError(f"{name}, axis {axis}: the plan keeps index {part[-1] if part else 'none'}, but the "
-                                   f"tensor's shape is {tuple(tensor.shape)}")
+                raise PruningError(
+                    f"{name}, axis {axis}: the plan keeps index {part[-1] if part else 'none'}, but the "
+                    f"tensor's shape is {tuple(tensor.shape)}"
+                )
         if len(kept) == 1:
             result = result.index_select(axis, torch.tensor(kept[0], device=result.device))
             continue
         if axis != 1 or result.shape[0] % len(kept):
             raise PruningError(f"{name}, axis {axis}: {len(kept)} groups do not divide {result.shape[0]} rows")
         blocks = result.chunk(len(kept), dim=0)
-        result = torch.cat([block.index_select(1, torch.tensor(part, device=result.device))
-                            for block, part in zip(blocks, kept, strict=True)])
+        result = torch.cat(
+            [
+                block.index_select(1, torch.tensor(part, device=result.device))
+                for block, part in zip(blocks, kept, strict=True)
+            ]
+        )
     return result
 
 
@@ -214,15 +230,19 @@ def _check_module(name: str, module: nn.Module) -> None:
     for leaf, shape in wanted.items():
         tensor = getattr(module, leaf, None)
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise PruningError(f"after the plan {name}.{leaf} has shape {tuple(tensor.shape)}, but its module needs "
-                               f"{shape}: {module}")
+            raise PruningError(
+                f"after the plan {name}.{leaf} has shape {tuple(tensor.shape)}, but its module needs {shape}: {module}"
+            )
 
 
 def expected_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of a module's tensors by its attributes; empty for a module type without channels of its own."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        pair = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels,
-                                                                                   module.in_channels)
+        pair = (
+            (module.in_channels, module.out_channels)
+            if module.transposed
+            else (module.out_channels, module.in_channels)
+        )
         return {"weight": (pair[0], pair[1] // module.groups, *module.kernel_size), "bias": (module.out_channels,)}
     if isinstance(module, nn.Linear):
         return {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}

@@ -26,8 +26,9 @@ def twin(model: nn.Module) -> nn.Module:
 
     It may be pruned, moved, and have `requires_grad` set; its parameters must not be written to.
     """
-    memo: dict[int, object] = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
-                               for parameter in model.parameters()}
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()
+    }
     return copy.deepcopy(model, memo)
 
 
@@ -116,8 +117,10 @@ def _difference(wanted: list[torch.Tensor], found: list[torch.Tensor], *, exact:
     for before, after in zip(wanted, found, strict=True):
         scale = float(before.abs().max()) if before.numel() else 0.0
         if exact and not float((before - after).abs().max()) <= _TOLERANCE * scale:
-            return "removing them is not the same as silencing them: the network mixes its channels in a way that " \
-                   "the dependency graph does not see"
+            return (
+                "removing them is not the same as silencing them: the network mixes its channels in a way that "
+                "the dependency graph does not see"
+            )
     return None
 
 

@@ -32,9 +32,7 @@ class Progress(Protocol):
     def phase(self, name: str, detail: str) -> None:
         """A spell of training, a turn, or something else begins."""
 
-    def epoch(
-        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
-    ) -> None:
+    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
         """`epoch` of the `epochs` of this spell are finished."""
 
     def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
@@ -92,8 +90,10 @@ class _Standing:
         if turn != self.turn:
             self.turn, self.least = turn, None
         self.done, self.total = done, total
-        if measured is not None and math.isfinite(measured.loss) and (
-            self.least is None or measured.loss < self.least.loss
+        if (
+            measured is not None
+            and math.isfinite(measured.loss)
+            and (self.least is None or measured.loss < self.least.loss)
         ):
             self.least = measured
 
@@ -126,9 +126,7 @@ class LineProgress:
             self._print(f"{name}: {detail}")
         self._standing.begin(name, detail)
 
-    def epoch(
-        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
-    ) -> None:
+    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
         self._standing.note_epoch(phase, epoch, epochs, metrics)
         self._print(_joined(epoch_line(phase, epoch, epochs, metrics, learning_rate), self._standing.remaining()))
 
@@ -184,9 +182,7 @@ class LiveProgress:
         self._standing.begin(name, detail)
         self._show()
 
-    def epoch(
-        self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float
-    ) -> None:
+    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
         self._standing.note_epoch(phase, epoch, epochs, metrics)
         self._print(f"[dim]{escape(epoch_line(phase, epoch, epochs, metrics, learning_rate))}[/]")
 
@@ -232,8 +228,9 @@ def decision_line(decision: Decision, target: float, seconds: float) -> str:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2%}" if name in _SHARES else f"{name} {value:.4f}"
-                     for name, value in metrics.items())
+    return ", ".join(
+        f"{name} {value:.2%}" if name in _SHARES else f"{name} {value:.4f}" for name, value in metrics.items()
+    )
 
 
 def _least(standing: _Standing) -> str:

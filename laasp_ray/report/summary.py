@@ -50,8 +50,9 @@ def summarise(events: Sequence[Event]) -> Summary:
     try:
         return _summary(events[0].data, by_name)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"the journal of this run lacks something ({error!r}); was it written by another version of "
-                         "laasp_ray?") from error
+        raise StoreError(
+            f"the journal of this run lacks something ({error!r}); was it written by another version of laasp_ray?"
+        ) from error
 
 
 def format_summary(summary: Summary) -> str:
@@ -81,12 +82,20 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
     for spell in spells:
         phases[spell["phase"]] = phases.get(spell["phase"], 0.0) + float(spell["seconds"])
     return Summary(
-        name=start["config"]["name"], target=start["config"]["prune"]["flops_reduction"], macs=start["macs"],
-        parameters=start["parameters"], macs_after=finish["macs"] if finish else None,
-        parameters_after=finish["parameters"] if finish else None, flops_reduction=reached,
-        before=_metrics_before(spells, by_name), after=_metrics(finish["metrics"]) if finish else None,
-        decisions=decisions, candidates=sum(turn["candidates"] for turn in turns), turn_seconds=_mean_seconds(turns),
-        phase_seconds=phases, epochs=len(by_name.get("epoch", ())),
+        name=start["config"]["name"],
+        target=start["config"]["prune"]["flops_reduction"],
+        macs=start["macs"],
+        parameters=start["parameters"],
+        macs_after=finish["macs"] if finish else None,
+        parameters_after=finish["parameters"] if finish else None,
+        flops_reduction=reached,
+        before=_metrics_before(spells, by_name),
+        after=_metrics(finish["metrics"]) if finish else None,
+        decisions=decisions,
+        candidates=sum(turn["candidates"] for turn in turns),
+        turn_seconds=_mean_seconds(turns),
+        phase_seconds=phases,
+        epochs=len(by_name.get("epoch", ())),
         kept_filters={name: len(kept) for name, kept in turns[-1]["plan"]["layers"].items()} if turns else {},
         excluded_images=tuple(event.data["image"] for event in by_name.get("excluded", ())),
         finished=finish is not None,

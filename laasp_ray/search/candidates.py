@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-import torch
 from torch import nn
 
 from laasp_ray import criteria
@@ -69,8 +67,8 @@ def propose(
         )
         if count == 0:
             continue
-        weight = cast(torch.Tensor, model.get_submodule(layer).weight)
-        for filters, proposers in _picks(weight, config.criteria, count, group.blocks).items():
+        module = model.get_submodule(layer)
+        for filters, proposers in _picks(module, config.criteria, count, group.blocks).items():
             step = graph.step(layer, filters)
             candidate = Candidate(
                 layer=layer,
@@ -88,9 +86,9 @@ def propose(
     return proposals
 
 
-def _picks(weight: torch.Tensor, names: Sequence[str], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
+def _picks(module: nn.Module, names: Sequence[str], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
     """Sets of filters with the criteria that picked them, in the pool's order."""
     picks: dict[tuple[int, ...], list[str]] = {}
     for name in names:
-        picks.setdefault(criteria.lowest(criteria.scores(name, weight.detach()), count, blocks), []).append(name)
+        picks.setdefault(criteria.lowest(criteria.scores(name, module), count, blocks), []).append(name)
     return picks

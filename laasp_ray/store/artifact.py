@@ -51,24 +51,38 @@ def save_pruned(
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise ArtifactError(f"{name} of the network's state dict is a {type(value).__name__}; only tensors can be "
-                                "saved without pickling: leave the module's extra state out of its state dict")
+            raise ArtifactError(
+                f"{name} of the network's state dict is a {type(value).__name__}; only tensors can be "
+                "saved without pickling: leave the module's extra state out of its state dict"
+            )
     if storage.exists(_ARCH):
         storage.delete(_ARCH)
     storage.write(_WEIGHTS, pack_tensors(state, {"format": "pt"}))
     storage.write(_PLAN, _json_bytes(plan.to_json()))
     storage.write(_METRICS, _json_bytes(metrics))
-    storage.write(_ARCH, _json_bytes({
-        "schema_version": SCHEMA_VERSION,
-        "laasp_ray": _own_version(),
-        "builder": model_config.builder,
-        "arguments": model_config.arguments,
-        "input_shape": model_config.input_shape,
-        "tensors": {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-                    for name, tensor in state.items()},
-        "layers": {name: {"type": f"{type(module).__module__}.{type(module).__qualname__}",
-                          "attributes": _plain_attributes(module)} for name, module in model.named_modules()},
-    }))
+    storage.write(
+        _ARCH,
+        _json_bytes(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "laasp_ray": _own_version(),
+                "builder": model_config.builder,
+                "arguments": model_config.arguments,
+                "input_shape": model_config.input_shape,
+                "tensors": {
+                    name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+                    for name, tensor in state.items()
+                },
+                "layers": {
+                    name: {
+                        "type": f"{type(module).__module__}.{type(module).__qualname__}",
+                        "attributes": _plain_attributes(module),
+                    }
+                    for name, module in model.named_modules()
+                },
+            }
+        ),
+    )
 
 
 def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -85,16 +99,20 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
         apply_plan(network, arch.plan)
     except LaaspError as error:
         given = f"the builder {arch.model_config.builder!r}" if model is None else "the model that was given"
-        raise ArtifactError(f"the plan in {storage.uri} does not fit {given}: {error}; it must be the unpruned network "
-                            "that the run began with") from error
+        raise ArtifactError(
+            f"the plan in {storage.uri} does not fit {given}: {error}; it must be the unpruned network "
+            "that the run began with"
+        ) from error
     try:
         tensors, _ = unpack_tensors(storage.read(_WEIGHTS), f"{_WEIGHTS} in {storage.uri}")
     except StoreError as error:
         raise ArtifactError(str(error)) from error
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved != arch.shapes:
-        raise ArtifactError(f"{_WEIGHTS} and {_ARCH} in {storage.uri} are not of one save: "
-                            f"{_differences(arch.shapes, saved)}; save the network again or restore the folder")
+        raise ArtifactError(
+            f"{_WEIGHTS} and {_ARCH} in {storage.uri} are not of one save: "
+            f"{_differences(arch.shapes, saved)}; save the network again or restore the folder"
+        )
     _load_strictly(network, tensors, storage)
     return network.eval()
 
@@ -113,19 +131,24 @@ def _find(folder: str | Path) -> Storage:
                 return storage
     except StoreError as error:
         raise ArtifactError(str(error)) from error
-    raise ArtifactError(f"no {_ARCH} in {given.uri} nor in its folder {_FOLDER}; name a finished run's folder "
-                        "(an unfinished run goes on when it is started again with the same name)")
+    raise ArtifactError(
+        f"no {_ARCH} in {given.uri} nor in its folder {_FOLDER}; name a finished run's folder "
+        "(an unfinished run goes on when it is started again with the same name)"
+    )
 
 
 def _read_arch(storage: Storage) -> Arch:
     content = _read_json(storage, _ARCH)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ArtifactError(f"{_ARCH} in {storage.uri} has schema version {version!r}, this laasp_ray reads "
-                            f"{SCHEMA_VERSION}; it was written by laasp_ray {content.get('laasp_ray')}: use that one")
+        raise ArtifactError(
+            f"{_ARCH} in {storage.uri} has schema version {version!r}, this laasp_ray reads "
+            f"{SCHEMA_VERSION}; it was written by laasp_ray {content.get('laasp_ray')}: use that one"
+        )
     try:
-        config = ModelConfig(builder=content["builder"], arguments=content["arguments"],
-                             input_shape=tuple(content["input_shape"]))
+        config = ModelConfig(
+            builder=content["builder"], arguments=content["arguments"], input_shape=tuple(content["input_shape"])
+        )
         shapes = {name: tuple(entry["shape"]) for name, entry in content["tensors"].items()}
         return Arch(config, Plan.from_json(_read_json(storage, _PLAN)), shapes)
     except (KeyError, TypeError, AttributeError) as error:
@@ -144,21 +167,26 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{name} in {storage.uri} is not JSON ({error}); restore it from a copy") from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"{name} in {storage.uri} holds a {type(content).__name__}, not an object; restore it from "
-                            "a copy")
+        raise ArtifactError(
+            f"{name} in {storage.uri} holds a {type(content).__name__}, not an object; restore it from a copy"
+        )
     return content
 
 
 def _build(storage: Storage, config: ModelConfig) -> nn.Module:
     """The zoo's network. A function named by its import path is not called: a file must not choose what is run."""
     if ":" in config.builder:
-        raise ArtifactError(f"the network in {storage.uri} was built by {config.builder!r}, not one of the zoo; "
-                            "call it yourself and hand the network over: load_pruned(folder, model=...)")
+        raise ArtifactError(
+            f"the network in {storage.uri} was built by {config.builder!r}, not one of the zoo; "
+            "call it yourself and hand the network over: load_pruned(folder, model=...)"
+        )
     try:
         return models.build(config)
     except (LaaspError, TypeError) as error:
-        raise ArtifactError(f"the builder {config.builder!r} of {storage.uri} cannot make the network: {error}; "
-                            "make it yourself and hand it over: load_pruned(folder, model=...)") from error
+        raise ArtifactError(
+            f"the builder {config.builder!r} of {storage.uri} cannot make the network: {error}; "
+            "make it yourself and hand it over: load_pruned(folder, model=...)"
+        ) from error
 
 
 def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], storage: Storage) -> None:
@@ -167,8 +195,10 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], stor
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
-        raise ArtifactError(f"the weights in {storage.uri} do not fit the network: {_differences(wanted, found)}; "
-                            "is it the network that the run began with, in the same version?")
+        raise ArtifactError(
+            f"the weights in {storage.uri} do not fit the network: {_differences(wanted, found)}; "
+            "is it the network that the run began with, in the same version?"
+        )
     for name, tensor in own.items():
         if tensor.dtype != tensors[name].dtype:
             tensor.data = tensor.data.to(tensors[name].dtype)
@@ -180,8 +210,11 @@ def _differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
     kinds = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
-        "other shape": [f"{name} {found[name]} instead of {shape}" for name, shape in wanted.items()
-                        if found.get(name, shape) != shape],
+        "other shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
     }
     return "; ".join(f"{kind}: {_first_few(names)}" for kind, names in kinds.items() if names)
 
@@ -194,8 +227,11 @@ def _first_few(names: Iterable[str]) -> str:
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """A module's public attributes that are numbers, strings, or tuples of them."""
-    return {name: value for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training" and _is_plain(value)}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and _is_plain(value)
+    }
 
 
 def _is_plain(value: object) -> bool:

@@ -54,8 +54,10 @@ def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
     for key, tensor in tensors.items():
         part, _, rest = key.partition("/")
         if part + "/" not in parts:
-            raise StoreError(f"{file} in {storage.uri} is no checkpoint of laasp_ray: its key {key!r} starts with "
-                             f"neither {_MODEL!r} nor {_OPTIMIZER!r}; name another")
+            raise StoreError(
+                f"{file} in {storage.uri} is no checkpoint of laasp_ray: its key {key!r} starts with "
+                f"neither {_MODEL!r} nor {_OPTIMIZER!r}; name another"
+            )
         parts[part + "/"][rest] = tensor
     return Checkpoint(parts[_MODEL], parts[_OPTIMIZER], metadata)
 

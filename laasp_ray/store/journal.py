@@ -89,8 +89,10 @@ class Journal:
         for expected, file in enumerate(files, 1):
             if _sequence_of(file) != expected:
                 trouble = "a number twice" if _sequence_of(file) < expected else "the one before is missing"
-                raise StoreError(f"the journal of {self._storage.uri} is broken at {file}: {trouble} ({expected} "
-                                 "was due); restore the folder from a copy or start the run under another name")
+                raise StoreError(
+                    f"the journal of {self._storage.uri} is broken at {file}: {trouble} ({expected} "
+                    "was due); restore the folder from a copy or start the run under another name"
+                )
         if self._written is None:
             self._written = len(files)
         return files
@@ -102,19 +104,27 @@ class Journal:
             version = content["schema_version"]
             event = Event(content["sequence"], content["name"], content["data"], float(content["time"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{file} in {self._storage.uri} is no event of a journal ({error!r}); "
-                             "restore it from a copy or start the run under another name") from error
+            raise StoreError(
+                f"{file} in {self._storage.uri} is no event of a journal ({error!r}); "
+                "restore it from a copy or start the run under another name"
+            ) from error
         if version != SCHEMA_VERSION:
-            raise StoreError(f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "
-                             f"{SCHEMA_VERSION}; use the version that wrote the run")
+            raise StoreError(
+                f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "
+                f"{SCHEMA_VERSION}; use the version that wrote the run"
+            )
         if _file_name(event.sequence, event.name) != file:
-            raise StoreError(f"{file} in {self._storage.uri} holds event {event.sequence} {event.name!r}; "
-                             "it was renamed or copied there: restore the folder from a copy")
+            raise StoreError(
+                f"{file} in {self._storage.uri} holds event {event.sequence} {event.name!r}; "
+                "it was renamed or copied there: restore the folder from a copy"
+            )
         return event
 
     def _other_driver(self, seen: str) -> StoreError:
-        return StoreError(f"another driver writes the run in {self._storage.uri}: {seen}; stop one of them, "
-                          "or give this run another --name")
+        return StoreError(
+            f"another driver writes the run in {self._storage.uri}: {seen}; stop one of them, "
+            "or give this run another --name"
+        )
 
 
 def _file_name(sequence: int, name: str) -> str:
@@ -134,9 +144,17 @@ def write_candidates(storage: Storage, turn: int, ranking: Ranking) -> None:
     from pyarrow import parquet
 
     rows = [
-        {"rank": rank, "layer": entry.layer, "criterion": entry.criterion, "filters": list(entry.filters),
-         "loss": entry.loss, "images": entry.images, "seconds": entry.seconds, "flops_reduction": entry.flops_reduction,
-         "also": [{"layer": layer, "criterion": criterion} for layer, criterion in entry.candidate.also]}
+        {
+            "rank": rank,
+            "layer": entry.layer,
+            "criterion": entry.criterion,
+            "filters": list(entry.filters),
+            "loss": entry.loss,
+            "images": entry.images,
+            "seconds": entry.seconds,
+            "flops_reduction": entry.flops_reduction,
+            "also": [{"layer": layer, "criterion": criterion} for layer, criterion in entry.candidate.also],
+        }
         for rank, entry in enumerate(ranking, 1)
     ]
     buffer = io.BytesIO()
@@ -153,15 +171,21 @@ def read_candidates(storage: Storage, turn: int) -> Ranking:
     try:
         table = parquet.read_table(io.BytesIO(raw)).cast(_candidates_schema())
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{_candidates_file(turn)} in {storage.uri} is no table of candidates ({error}); "
-                         "restore it from a copy") from error
+        raise StoreError(
+            f"{_candidates_file(turn)} in {storage.uri} is no table of candidates ({error}); restore it from a copy"
+        ) from error
     return Ranking([_candidate_loss(row) for row in table.to_pylist()])
 
 
 def _candidate_loss(row: dict[str, Any]) -> CandidateLoss:
     also = tuple((pair["layer"], pair["criterion"]) for pair in row["also"])
-    candidate = Candidate(layer=row["layer"], criterion=row["criterion"], filters=tuple(row["filters"]),
-                          flops_reduction=row["flops_reduction"], also=also)
+    candidate = Candidate(
+        layer=row["layer"],
+        criterion=row["criterion"],
+        filters=tuple(row["filters"]),
+        flops_reduction=row["flops_reduction"],
+        also=also,
+    )
     return CandidateLoss(candidate=candidate, loss=row["loss"], images=row["images"], seconds=row["seconds"])
 
 
@@ -169,11 +193,19 @@ def _candidates_schema() -> pyarrow.Schema:
     import pyarrow
 
     pair = pyarrow.struct([("layer", pyarrow.string()), ("criterion", pyarrow.string())])
-    return pyarrow.schema([
-        ("rank", pyarrow.int64()), ("layer", pyarrow.string()), ("criterion", pyarrow.string()),
-        ("filters", pyarrow.list_(pyarrow.int64())), ("loss", pyarrow.float64()), ("images", pyarrow.int64()),
-        ("seconds", pyarrow.float64()), ("flops_reduction", pyarrow.float64()), ("also", pyarrow.list_(pair)),
-    ])
+    return pyarrow.schema(
+        [
+            ("rank", pyarrow.int64()),
+            ("layer", pyarrow.string()),
+            ("criterion", pyarrow.string()),
+            ("filters", pyarrow.list_(pyarrow.int64())),
+            ("loss", pyarrow.float64()),
+            ("images", pyarrow.int64()),
+            ("seconds", pyarrow.float64()),
+            ("flops_reduction", pyarrow.float64()),
+            ("also", pyarrow.list_(pair)),
+        ]
+    )
 
 
 def _candidates_file(turn: int) -> str:

@@ -1,4 +1,4 @@
-"""A run on Ray that is killed three times ends as one left in peace. bench/interruptions.py does it at twenty moments."""
+"""A run on Ray that is killed three times ends as one left in peace; bench/interruptions.py does it at twenty."""
 
 import time
 

@@ -28,10 +28,22 @@ def cluster(tmp_path):
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=2",
-         "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={DASHBOARD + 1}", "--disable-usage-stats"],
-        env=environment, stdout=(tmp_path / "head.log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            f"--port={PORT}",
+            f"--dashboard-port={DASHBOARD}",
+            "--num-cpus=2",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-agent-listen-port={DASHBOARD + 1}",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        stdout=(tmp_path / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         deadline = time.monotonic() + 90
         while not _answers(f"http://127.0.0.1:{DASHBOARD}/api/version"):
@@ -53,9 +65,18 @@ def _answers(address):
 
 def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
     command = [
-        RAY, "job", "submit", f"--address=http://127.0.0.1:{DASHBOARD}", "--working-dir", str(ROOT), "--",
-        sys.executable, "jobs/prune_resnet50.py", "--storage", str(tmp_path / "runs"),
-    ]  # fmt: skip
+        RAY,
+        "job",
+        "submit",
+        f"--address=http://127.0.0.1:{DASHBOARD}",
+        "--working-dir",
+        str(ROOT),
+        "--",
+        sys.executable,
+        "jobs/prune_resnet50.py",
+        "--storage",
+        str(tmp_path / "runs"),
+    ]
     done = _submit(command, cluster)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     events = Journal(Storage.open(str(tmp_path / "runs")).child("resnet50_digits")).events()

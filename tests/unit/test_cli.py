@@ -28,8 +28,24 @@ SETTINGS = {
     "prune.recover_every": 0.04,
     "search.batch_size": 10,
 }
-FLAGS = ["--flops-reduction", "0.05", "--prune-epoch", "1", "--epochs", "2", "--batch-size", "12",
-         "--loss-images", "20", "--criteria", "l1,cosine", "--seed", "5", "--name", "little"]
+FLAGS = [
+    "--flops-reduction",
+    "0.05",
+    "--prune-epoch",
+    "1",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "12",
+    "--loss-images",
+    "20",
+    "--criteria",
+    "l1,cosine",
+    "--seed",
+    "5",
+    "--name",
+    "little",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +55,25 @@ def images(tmp_path_factory):
 
 
 def settings(changes=None):
-    return [argument for key, value in {**SETTINGS, **(changes or {})}.items()
-            for argument in ("--set", f"{key}={json.dumps(value)}")]
+    return [
+        argument
+        for key, value in {**SETTINGS, **(changes or {})}.items()
+        for argument in ("--set", f"{key}={json.dumps(value)}")
+    ]
 
 
 def arguments(images, storage, *more, **changes):
-    return ["resnet20_cifar10", "--no-ray", "--data", str(images), "--storage", str(storage), *FLAGS,
-            *settings(changes), *more]
+    return [
+        "resnet20_cifar10",
+        "--no-ray",
+        "--data",
+        str(images),
+        "--storage",
+        str(storage),
+        *FLAGS,
+        *settings(changes),
+        *more,
+    ]
 
 
 def config_of(*given):
@@ -53,8 +81,17 @@ def config_of(*given):
 
 
 def test_every_flag_sets_its_key(tmp_path):
-    config = config_of("--data", str(tmp_path), "--storage", "s3://bucket/runs", "--pretrained", "/weights.safetensors",
-                       "--workers", "3", *FLAGS)
+    config = config_of(
+        "--data",
+        str(tmp_path),
+        "--storage",
+        "s3://bucket/runs",
+        "--pretrained",
+        "/weights.safetensors",
+        "--workers",
+        "3",
+        *FLAGS,
+    )
     assert (config.data.path, config.storage, config.name) == (str(tmp_path), "s3://bucket/runs", "little")
     assert (config.train.pretrained, config.train.prune_epoch, config.train.epochs) == ("/weights.safetensors", 1, 2)
     assert (config.train.batch_size, config.search.images, config.prune.flops_reduction) == (12, 20, 0.05)
@@ -79,9 +116,22 @@ def test_relative_paths_are_meant_from_here(tmp_path, monkeypatch):
 
 
 def test_values_are_json_or_else_words():
-    config = config_of("--set", "prune.step=0.02", "--set", "train.drop_epochs=[3, 5]", "--set", "data.format=parquet",
-                       "--set", "train.nesterov=false", "--set", 'prune.ignored=["fc"]', "--set",
-                       "model.arguments.num_classes=7", "--set", "storage=s3://bucket?a=b")
+    config = config_of(
+        "--set",
+        "prune.step=0.02",
+        "--set",
+        "train.drop_epochs=[3, 5]",
+        "--set",
+        "data.format=parquet",
+        "--set",
+        "train.nesterov=false",
+        "--set",
+        'prune.ignored=["fc"]',
+        "--set",
+        "model.arguments.num_classes=7",
+        "--set",
+        "storage=s3://bucket?a=b",
+    )
     assert (config.prune.step, config.train.drop_epochs, config.data.format) == (0.02, (3, 5), "parquet")
     assert (config.train.nesterov, config.prune.ignored, config.storage) == (False, ("fc",), "s3://bucket?a=b")
     assert config.model.arguments == {"num_classes": 7}
@@ -96,21 +146,24 @@ def test_one_criterion_or_several_and_an_import_path():
     assert config_of("--criteria", "l2,mine.of:weights").prune.criteria == ("l2", "mine.of:weights")
 
 
-@pytest.mark.parametrize(("assignment", "message"), [
-    ("prune.stepp=0.02", r"unknown config key prune\.stepp; did you mean prune\.step\?"),
-    ("sede=1", r"unknown config key sede; did you mean seed\?"),
-    ("prun.step=0.02", r"unknown config key prun\.step: 'prun' is no section; sections: cluster, data, .*, train"),
-    ("seed.x=1", r"unknown config key seed\.x: 'seed' is no section"),
-    ("prune.step", r"--set 'prune\.step' has no '=': write --set KEY=VALUE"),
-    ("prune.step=much", r"prune\.step is 'much'"),
-    ("train.epochs=2.5", r"train\.epochs is 2\.5"),
-    ("prune.step=NaN", r"prune\.step is nan, must be a finite number"),
-    ("train=5", r"train is 5, must be a mapping"),
-    ("data=null", r"data is None, must be a mapping"),
-    ("data.path=5", r"data\.path is 5, must be of type str"),
-    ("train.pretrained=[1]", r"train\.pretrained is \[1\], must be of type str"),
-    ('train={"epochs": 3}', r"config key train\.prune_epoch is missing"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("prune.stepp=0.02", r"unknown config key prune\.stepp; did you mean prune\.step\?"),
+        ("sede=1", r"unknown config key sede; did you mean seed\?"),
+        ("prun.step=0.02", r"unknown config key prun\.step: 'prun' is no section; sections: cluster, data, .*, train"),
+        ("seed.x=1", r"unknown config key seed\.x: 'seed' is no section"),
+        ("prune.step", r"--set 'prune\.step' has no '=': write --set KEY=VALUE"),
+        ("prune.step=much", r"prune\.step is 'much'"),
+        ("train.epochs=2.5", r"train\.epochs is 2\.5"),
+        ("prune.step=NaN", r"prune\.step is nan, must be a finite number"),
+        ("train=5", r"train is 5, must be a mapping"),
+        ("data=null", r"data is None, must be a mapping"),
+        ("data.path=5", r"data\.path is 5, must be of type str"),
+        ("train.pretrained=[1]", r"train\.pretrained is \[1\], must be of type str"),
+        ('train={"epochs": 3}', r"config key train\.prune_epoch is missing"),
+    ],
+)
 def test_a_setting_that_does_not_fit_is_named(assignment, message):
     with pytest.raises(ConfigError, match=message):
         config_of("--set", assignment)
@@ -134,7 +187,8 @@ def test_no_class_folders(tmp_path, capsys, format):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     message = refused(arguments(tmp_path / "empty", tmp_path / "runs", **{"data.format": format}), capsys)
     assert f"looked for class folders ({tmp_path}/empty/train/<class>/*.JPEG)" in message or (
-        f"looked for {tmp_path}/empty/train/<class>/*.JPEG" in message)
+        f"looked for {tmp_path}/empty/train/<class>/*.JPEG" in message
+    )
 
 
 def test_unknown_recipe(capsys):
@@ -176,7 +230,8 @@ def test_a_checkpoint_whose_keys_do_not_fit(images, tmp_path, capsys):
 
 def test_a_checkpoint_that_is_not_there(images, tmp_path, capsys):
     assert f"no file of weights at {tmp_path}/none.pt" in refused(
-        arguments(images, tmp_path, "--pretrained", str(tmp_path / "none.pt")), capsys)
+        arguments(images, tmp_path, "--pretrained", str(tmp_path / "none.pt")), capsys
+    )
 
 
 @pytest.mark.parametrize("below", ["file", "file/runs"])
@@ -204,7 +259,8 @@ def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
             source = images / "train" / "abc"[number] / f"{number:03d}.png"
             (small / split / "abc"[number] / name).write_bytes(source.read_bytes())
     assert "with 3 training images, train.batch_size 2 and 1 workers" in refused(
-        arguments(small, tmp_path / "runs", "--batch-size", "2"), capsys)
+        arguments(small, tmp_path / "runs", "--batch-size", "2"), capsys
+    )
 
 
 def test_a_flag_that_is_not_a_number_is_argparses_to_refuse(capsys):
@@ -260,7 +316,7 @@ def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["unpruned", "pruned", "pruned", "/", "unpruned"]
     labels = ["top-1", "top-5", "loss", "MACs", "parameters", "latency, ms"]
-    assert [line[:len(label)] for line, label in zip(printed[1:], labels, strict=False)] == labels
+    assert [line[: len(label)] for line, label in zip(printed[1:], labels, strict=False)] == labels
     assert printed[-1].startswith(f"{TEST_IMAGES} test images; latency: median of 20, batch 1, cpu")
     figures, recorded = json.loads(out.read_text()), json.loads((folder / "pruned" / "metrics.json").read_text())
     assert figures.keys() == {"unpruned", "pruned"}

@@ -15,20 +15,23 @@ def config_for(tmp_path, batch_size):
     return small_run(tmp_path, train__batch_size=batch_size)
 
 
-@pytest.mark.parametrize(("images", "batch_size", "workers", "smallest"), [
-    # Batches of an epoch differ by one image at most: 10 in batches of at most 4 are 4, 3 and 3.
-    (10, 4, 1, 3),
-    (10, 4, 2, 1),  # 3 on two workers: 2 and 1
-    (12, 4, 2, 2),
-    (11, 4, 2, 1),  # 4, 4 and 3
-    (8, 8, 4, 2),
-    (9, 8, 2, 2),  # 5 and 4
-    (9, 8, 3, 1),
-    (3, 256, 1, 3),
-    (3, 2, 1, 1),  # 2 and 1
-    (1442, 128, 2, 60),  # the digits: 12 batches of 120 or 121
-    (1, 2, 1, 1),
-])
+@pytest.mark.parametrize(
+    ("images", "batch_size", "workers", "smallest"),
+    [
+        # Batches of an epoch differ by one image at most: 10 in batches of at most 4 are 4, 3 and 3.
+        (10, 4, 1, 3),
+        (10, 4, 2, 1),  # 3 on two workers: 2 and 1
+        (12, 4, 2, 2),
+        (11, 4, 2, 1),  # 4, 4 and 3
+        (8, 8, 4, 2),
+        (9, 8, 2, 2),  # 5 and 4
+        (9, 8, 3, 1),
+        (3, 256, 1, 3),
+        (3, 2, 1, 1),  # 2 and 1
+        (1442, 128, 2, 60),  # the digits: 12 batches of 120 or 121
+        (1, 2, 1, 1),
+    ],
+)
 def test_every_worker_needs_two_images_of_every_batch(tmp_path, images, batch_size, workers, smallest):
     config = config_for(tmp_path, batch_size)
     if smallest >= 2:
@@ -97,8 +100,11 @@ def test_a_network_must_give_a_tensor_of_images_by_classes(tmp_path, model):
 
 def test_the_reachable_maximum_is_what_is_named(tmp_path):
     # 3 of the 4 filters may go, and with them 3/4 of the convolution's and of the linear layer's accumulates.
-    with pytest.raises(ConfigError, match=r"flops_reduction is 0\.8, .*max_pruned 0\.75 and 1 prunable layers at most "
-                                          r"0\.7500 can be reached"):
+    with pytest.raises(
+        ConfigError,
+        match=r"flops_reduction is 0\.8, .*max_pruned 0\.75 and 1 prunable layers at most "
+        r"0\.7500 can be reached",
+    ):
         prepare(small_run(tmp_path, prune__flops_reduction=0.8), network())
     prepare(small_run(tmp_path, prune__flops_reduction=0.75), network())
 

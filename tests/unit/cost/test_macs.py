@@ -7,11 +7,19 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 
 
-@pytest.mark.parametrize(("builder", "size", "millions"), [
-    ("cifar.resnet20", 32, 40.81), ("cifar.resnet32", 32, 69.12), ("cifar.resnet56", 32, 125.75),
-    ("cifar.resnet110", 32, 253.15), ("torchvision.resnet18", 224, 1814), ("torchvision.resnet34", 224, 3664),
-    ("torchvision.resnet50", 224, 4089), ("torchvision.mobilenet_v2", 224, 300.77),
-])
+@pytest.mark.parametrize(
+    ("builder", "size", "millions"),
+    [
+        ("cifar.resnet20", 32, 40.81),
+        ("cifar.resnet32", 32, 69.12),
+        ("cifar.resnet56", 32, 125.75),
+        ("cifar.resnet110", 32, 253.15),
+        ("torchvision.resnet18", 224, 1814),
+        ("torchvision.resnet34", 224, 3664),
+        ("torchvision.resnet50", 224, 4089),
+        ("torchvision.mobilenet_v2", 224, 300.77),
+    ],
+)
 def test_published_networks(builder, size, millions):
     model = build(ModelConfig(builder=builder))
     digits = 2 if millions != int(millions) else 0
@@ -19,8 +27,13 @@ def test_published_networks(builder, size, millions):
 
 
 def test_by_hand():
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 2, 2, 2),
-                          nn.Flatten(), nn.Linear(2 * 100, 7))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        nn.BatchNorm2d(6),
+        nn.ConvTranspose2d(6, 2, 2, 2),
+        nn.Flatten(),
+        nn.Linear(2 * 100, 7),
+    )
     macs = count_macs(model, torch.zeros(3, 4, 5, 5))
     # 6 filters of 2x3x3 at 25 places; each of 25 inputs of 6 channels makes 2x2x2 outputs; 200 x 7
     assert macs.per_layer == {"0": 6 * 18 * 25, "2": 25 * 6 * 8, "4": 1400}

@@ -24,14 +24,17 @@ def not_a_number(weights):
     return weights.sum(dim=1) / 0 * 0
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("l1", [7.0, 0.0, 4.0, 14.0]),
-    ("l2", [5.0, 0.0, 4.0, 10.0]),
-    ("euclidean", [5 + 3 + 15, 5 + 4 + 10, 3 + 4 + D, 15 + 10 + D]),
-    # similarities: (0,2) 0.8, (0,3) -1, (2,3) -0.8, a row with itself 1, the zero row 0 with all, itself included
-    ("cosine", [4 - (1 + 0.8 - 1), 4.0, 4 - (1 + 0.8 - 0.8), 4 - (1 - 1 - 0.8)]),
-    ("cosine_dissimilar", [-3.2, -4.0, -3.0, -4.8]),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1", [7.0, 0.0, 4.0, 14.0]),
+        ("l2", [5.0, 0.0, 4.0, 10.0]),
+        ("euclidean", [5 + 3 + 15, 5 + 4 + 10, 3 + 4 + D, 15 + 10 + D]),
+        # similarities: (0,2) 0.8, (0,3) -1, (2,3) -0.8, a row with itself 1, the zero row 0 with all, itself included
+        ("cosine", [4 - (1 + 0.8 - 1), 4.0, 4 - (1 + 0.8 - 0.8), 4 - (1 - 1 - 0.8)]),
+        ("cosine_dissimilar", [-3.2, -4.0, -3.0, -4.8]),
+    ],
+)
 def test_scores_by_hand(name, expected):
     assert criteria.scores(name, ROWS).tolist() == pytest.approx(expected)
 
@@ -70,16 +73,19 @@ def test_cosine_and_dissimilar_choose_opposite_filters():
     assert criteria.lowest(criteria.scores("cosine_dissimilar", weights), 1) == (2,)
 
 
-@pytest.mark.parametrize(("scores", "count", "blocks", "expected"), [
-    ([3.0, 1.0, 2.0, 1.0], 1, 1, (1,)),
-    ([3.0, 1.0, 2.0, 1.0], 2, 1, (1, 3)),
-    ([3.0, 1.0, 2.0, 1.0], 3, 1, (1, 2, 3)),
-    ([0.0, 0.0, 0.0, 0.0], 2, 1, (0, 1)),
-    ([0.0, 1.0, 5.0, 4.0], 2, 2, (0, 3)),
-    ([0.0, 1.0, 5.0, 4.0], 2, 1, (0, 1)),
-    ([0.0, math.inf, -math.inf, 4.0], 1, 1, (2,)),
-    ([1.0, 2.0], 0, 1, ()),
-])
+@pytest.mark.parametrize(
+    ("scores", "count", "blocks", "expected"),
+    [
+        ([3.0, 1.0, 2.0, 1.0], 1, 1, (1,)),
+        ([3.0, 1.0, 2.0, 1.0], 2, 1, (1, 3)),
+        ([3.0, 1.0, 2.0, 1.0], 3, 1, (1, 2, 3)),
+        ([0.0, 0.0, 0.0, 0.0], 2, 1, (0, 1)),
+        ([0.0, 1.0, 5.0, 4.0], 2, 2, (0, 3)),
+        ([0.0, 1.0, 5.0, 4.0], 2, 1, (0, 1)),
+        ([0.0, math.inf, -math.inf, 4.0], 1, 1, (2,)),
+        ([1.0, 2.0], 0, 1, ()),
+    ],
+)
 def test_lowest(scores, count, blocks, expected):
     assert criteria.lowest(torch.tensor(scores), count, blocks) == expected
 

@@ -174,7 +174,7 @@ def test_pad_crop_moves_pixels_and_nothing_else(tmp_path, name):
     for number, pixels in enumerate(originals):
         padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
         y, x = drawn.y[number] + 4, drawn.x[number] + 4
-        expected = padded[y:y + 32, x:x + 32]
+        expected = padded[y : y + 32, x : x + 32]
         expected = expected[:, ::-1] if drawn.flip[number] else expected
         assert np.array_equal(found[number].permute(1, 2, 0).numpy(), expected)
 
@@ -267,6 +267,7 @@ def test_cifar_images_are_the_same_from_both_loaders():
 
 # ---- unreadable files
 
+
 def file_of(folder, number, split="train"):
     return folder / split / "ab"[number % 2] / f"{number:03d}.JPEG"
 
@@ -278,8 +279,13 @@ def index_of(source, number):
 def breakages(folder):
     """Five kinds of broken file: by number, what is left of the file."""
     whole = file_of(folder, 6).read_bytes()
-    return {3: b"", 6: whole[:len(whole) // 2], 11: bytes(range(256)) * 20, 12: whole[:-200],
-            17: encoded(picture(17), "PNG")[:-300]}
+    return {
+        3: b"",
+        6: whole[: len(whole) // 2],
+        11: bytes(range(256)) * 20,
+        12: whole[:-200],
+        17: encoded(picture(17), "PNG")[:-300],
+    }
 
 
 @BOTH
@@ -334,7 +340,7 @@ def test_excluded_images_never_come_and_are_not_told_again(folder, name):
 def test_a_batch_of_which_nothing_is_left_is_skipped(folder, name):
     file_of(folder, 0).write_bytes(b"")
     broken = file_of(folder, 2).read_bytes()
-    file_of(folder, 2).write_bytes(broken[:len(broken) // 2])
+    file_of(folder, 2).write_bytes(broken[: len(broken) // 2])
     with Opened(folder, name) as opened:
         first, second = index_of(opened.source, 0), index_of(opened.source, 2)
         batches = [np.array(batch) for batch in ([5, 6], [first], [second], [7], [first, second], [8])]
@@ -385,10 +391,12 @@ def test_an_unreadable_image_is_logged_with_its_reason(folder, caplog):
     with Opened(folder, "dali") as opened, caplog.at_level(logging.WARNING):
         opened.pixels(epoch_of(5))
     assert [record.getMessage() for record in caplog.records] == [
-        "unreadable image train/b/003.JPEG is left out from now on: the file is empty"]
+        "unreadable image train/b/003.JPEG is left out from now on: the file is empty"
+    ]
 
 
 # ---- which loader
+
 
 def test_a_batch_larger_than_promised_is_refused(folder):
     with Opened(folder, "dali", max_batch=4) as opened, pytest.raises(ValueError, match=r"5 images .* max_batch 4"):
@@ -409,7 +417,8 @@ def test_torchvision_takes_over_where_dali_is_missing_and_says_so_once(folder, w
             with Opened(folder, "auto") as opened:
                 assert opened.loader.name == "torchvision"
     assert [record.getMessage() for record in caplog.records] == [
-        "images are decoded by torchvision (DALI cannot be imported: No module named 'nvidia')"]
+        "images are decoded by torchvision (DALI cannot be imported: No module named 'nvidia')"
+    ]
 
 
 def test_dali_asked_for_and_missing_is_an_error_with_the_remedy(folder, without_dali):
@@ -427,8 +436,10 @@ def test_dali_is_the_choice_where_it_is_installed(folder):
 def test_a_gpu_decodes_nearly_the_same_pixels(folder, training):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    with Opened(folder, "dali", training=training, uint8=True) as cpu, \
-            Opened(folder, "dali", training=training, uint8=True, device=torch.device("cuda", 0)) as gpu:
+    with (
+        Opened(folder, "dali", training=training, uint8=True) as cpu,
+        Opened(folder, "dali", training=training, uint8=True, device=torch.device("cuda", 0)) as gpu,
+    ):
         assert gpu.loader.name == "dali-gpu"
         expected, found = cpu.pixels(epoch_of(5)), gpu.pixels(epoch_of(5))
         assert expected.keys() == found.keys()

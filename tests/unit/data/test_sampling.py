@@ -17,9 +17,16 @@ def drawn(count, size, config=CROP, seed=0, epoch=0):
     return windows(np.arange(count), np.tile(size, (count, 1)), config=config, seed=seed, epoch=epoch)
 
 
-@pytest.mark.parametrize(("n", "batch_size", "sizes"), [
-    (10, 4, [4, 3, 3]), (8, 4, [4, 4]), (9, 8, [5, 4]), (3, 10, [3]), (1, 1, [1]),
-])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "sizes"),
+    [
+        (10, 4, [4, 3, 3]),
+        (8, 4, [4, 4]),
+        (9, 8, [5, 4]),
+        (3, 10, [3]),
+        (1, 1, [1]),
+    ],
+)
 def test_an_epoch_is_every_image_once_in_nearly_equal_batches(n, batch_size, sizes):
     batches = epoch_batches(n, batch_size=batch_size, seed=0, epoch=0)
     assert [len(batch) for batch in batches] == sizes
@@ -54,10 +61,15 @@ def test_evaluation_sees_every_image_once_over_all_ranks(n, batch_size, world):
     assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda: epoch_batches(0, batch_size=4, seed=0, epoch=0), lambda: epoch_batches(4, batch_size=0, seed=0, epoch=0),
-    lambda: rank_share(np.arange(3), 2, 2), lambda: eval_batches(3, batch_size=1, rank=-1, world=2),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: epoch_batches(0, batch_size=4, seed=0, epoch=0),
+        lambda: epoch_batches(4, batch_size=0, seed=0, epoch=0),
+        lambda: rank_share(np.arange(3), 2, 2),
+        lambda: eval_batches(3, batch_size=1, rank=-1, world=2),
+    ],
+)
 def test_impossible_shares_are_refused(wrong):
     with pytest.raises(ValueError, match=r"must be"):
         wrong()
@@ -124,10 +136,14 @@ def test_random_resized_crop_is_distributed_as_torchvisions():
         assert np.quantile(mine, (0.1, 0.25, 0.5, 0.75, 0.9)) == pytest.approx(quantiles, abs=4)
 
 
-@pytest.mark.parametrize(("size", "window"), [
-    # The whole area never fits an aspect of 10 or of 1/10 into 3/4..4/3: the centre at the nearest ratio.
-    ((100, 1000), (0, 433, 100, 133)), ((1000, 90), (440, 0, 120, 90)),
-])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        # The whole area never fits an aspect of 10 or of 1/10 into 3/4..4/3: the centre at the nearest ratio.
+        ((100, 1000), (0, 433, 100, 133)),
+        ((1000, 90), (440, 0, 120, 90)),
+    ],
+)
 def test_the_centre_is_taken_when_no_window_fits(size, window):
     config = DataConfig(image_size=32, eval_resize=32, scale=(0.9, 1.0))
     found = drawn(5, size, config)
@@ -154,12 +170,15 @@ def test_an_image_smaller_than_the_padded_window_is_an_error():
         windows(np.array([7]), [(20, 32)], config=config, seed=0, epoch=0)
 
 
-@pytest.mark.parametrize(("size", "resized", "first"), [
-    ((375, 500), (256, 341), (16, 58)),  # int(256 * 500 / 375) = 341; (341 - 224) / 2 = 58.5, to the even 58
-    ((500, 375), (341, 256), (58, 16)),
-    ((256, 256), (256, 256), (16, 16)),
-    ((100, 100), (256, 256), (16, 16)),
-])
+@pytest.mark.parametrize(
+    ("size", "resized", "first"),
+    [
+        ((375, 500), (256, 341), (16, 58)),  # int(256 * 500 / 375) = 341; (341 - 224) / 2 = 58.5, to the even 58
+        ((500, 375), (341, 256), (58, 16)),
+        ((256, 256), (256, 256), (16, 16)),
+        ((100, 100), (256, 256), (16, 16)),
+    ],
+)
 def test_evaluation_takes_the_centre_of_the_resized_image(size, resized, first):
     placement = centre(np.array([size]), CROP)
     assert tuple(placement.resized[0]) == resized

@@ -36,8 +36,9 @@ def put(root, *files):
 
 
 def write_parquet(file, rows, *, names=None, image="img", label="label"):
-    images = pa.array([{"bytes": data, "path": None} for data, _ in rows],
-                      pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    images = pa.array(
+        [{"bytes": data, "path": None} for data, _ in rows], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
     table = pa.table({image: images, label: pa.array([value for _, value in rows], pa.int64())})
     if names is not None:
         features = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
@@ -58,13 +59,27 @@ def write_cifar(folder, rows=20):
 
 # ---- class folders
 
+
 def test_folders_are_sorted_and_only_images_count(tmp_path):
-    put(tmp_path, "train/b/2.JPEG", "train/b/1.png", "train/a/x.webp", "train/a/X.Jpg", "train/a/notes.txt",
-        "train/a/.hidden.jpg", "val/b/9.bmp", "val/a/8.jpeg")
+    put(
+        tmp_path,
+        "train/b/2.JPEG",
+        "train/b/1.png",
+        "train/a/x.webp",
+        "train/a/X.Jpg",
+        "train/a/notes.txt",
+        "train/a/.hidden.jpg",
+        "val/b/9.bmp",
+        "val/a/8.jpeg",
+    )
     train, test = open_source(config(tmp_path), "train"), open_source(config(tmp_path), "test")
     assert train.classes == test.classes == ("a", "b")
     assert [train.name(i) for i in range(len(train))] == [
-        "train/a/X.Jpg", "train/a/x.webp", "train/b/1.png", "train/b/2.JPEG"]
+        "train/a/X.Jpg",
+        "train/a/x.webp",
+        "train/b/1.png",
+        "train/b/2.JPEG",
+    ]
     assert train.labels.tolist() == [0, 0, 1, 1] and train.labels.dtype == np.int64
     assert train.read(2) == b"train/b/1.png"
     assert [test.name(i) for i in range(len(test))] == ["val/a/8.jpeg", "val/b/9.bmp"]
@@ -76,13 +91,16 @@ def test_labels_of_test_images_follow_the_training_classes(tmp_path):
     assert test.labels.tolist() == [2] and test.name(0) == "test/c/1.jpg"
 
 
-@pytest.mark.parametrize(("files", "split", "message"), [
-    (["train/a/1.jpg", "val/zebra/1.jpg"], "test", "1 class folders that the training images do not have .zebra."),
-    (["train/a/1.jpg", "train/b/readme.txt"], "train", "no training image of 1 of its 2 classes .b."),
-    (["train/a/1.jpg"], "test", "no test images in .*looked for .*val/<class> or .*test/<class>"),
-    (["train/a/1.jpg", "val/a/readme.txt"], "test", "val has no images"),
-    (["n01/1.jpg"], "train", "no data set that is known in .*train/<class>/.*train.parquet.*data_batch_1"),
-])
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["train/a/1.jpg", "val/zebra/1.jpg"], "test", "1 class folders that the training images do not have .zebra."),
+        (["train/a/1.jpg", "train/b/readme.txt"], "train", "no training image of 1 of its 2 classes .b."),
+        (["train/a/1.jpg"], "test", "no test images in .*looked for .*val/<class> or .*test/<class>"),
+        (["train/a/1.jpg", "val/a/readme.txt"], "test", "val has no images"),
+        (["n01/1.jpg"], "train", "no data set that is known in .*train/<class>/.*train.parquet.*data_batch_1"),
+    ],
+)
 def test_folders_that_do_not_fit_are_named(tmp_path, files, split, message):
     put(tmp_path, *files)
     with pytest.raises(DataError, match=message):
@@ -109,6 +127,7 @@ def test_digits_and_a_path_exclude_each_other(tmp_path):
 
 # ---- Parquet
 
+
 def test_parquet_in_several_files(tmp_path):
     write_parquet(tmp_path / "train-00001.parquet", [(png(3), 0)], image="image", label="labels")
     write_parquet(tmp_path / "train-00000.parquet", [(png(v), v % 2) for v in range(3)], image="image", label="labels")
@@ -117,7 +136,10 @@ def test_parquet_in_several_files(tmp_path):
     assert train.labels.tolist() == [0, 1, 0, 0] and train.classes == ("0", "1")
     assert [train.read(i) for i in range(4)] == [png(0), png(1), png(2), png(3)]
     assert [train.name(i) for i in (0, 2, 3)] == [
-        "train-00000.parquet#0", "train-00000.parquet#2", "train-00001.parquet#0"]
+        "train-00000.parquet#0",
+        "train-00000.parquet#2",
+        "train-00001.parquet#0",
+    ]
     assert test.classes == ("even", "odd") and test.read(0) == png(9)
 
 
@@ -127,15 +149,18 @@ def test_parquet_row_without_bytes_is_unreadable(tmp_path):
         open_source(config(tmp_path), "train").read(0)
 
 
-@pytest.mark.parametrize(("rows", "options", "message"), [
-    ([(b"", 0), (b"", 5)], {"names": ["a", "b"]}, "image number 1 has the label 5, of 2 classes"),
-    ([(b"", 0), (b"", -1)], {"names": ["a", "b"]}, "image number 1 has the label -1"),
-    ([(b"", 0)], {"names": ["a", "b"]}, "no training image of 1 of its 2 classes .b."),
-    ([(b"", 0)], {"image": "picture"}, "columns picture, label; looked for images in img or image"),
-    ([(b"", 0)], {"label": "y"}, "labels in label or labels"),
-    ([], {}, "has no images"),
-    ([(b"", None)], {}, "1 rows without a label"),
-])
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([(b"", 0), (b"", 5)], {"names": ["a", "b"]}, "image number 1 has the label 5, of 2 classes"),
+        ([(b"", 0), (b"", -1)], {"names": ["a", "b"]}, "image number 1 has the label -1"),
+        ([(b"", 0)], {"names": ["a", "b"]}, "no training image of 1 of its 2 classes .b."),
+        ([(b"", 0)], {"image": "picture"}, "columns picture, label; looked for images in img or image"),
+        ([(b"", 0)], {"label": "y"}, "labels in label or labels"),
+        ([], {}, "has no images"),
+        ([(b"", None)], {}, "1 rows without a label"),
+    ],
+)
 def test_parquet_that_does_not_fit_is_named(tmp_path, rows, options, message):
     write_parquet(tmp_path / "train.parquet", rows, **options)
     with pytest.raises(DataError, match=message):
@@ -162,6 +187,7 @@ def test_cifar10_mini_reads_as_documented():
 
 
 # ---- CIFAR-10's own batches
+
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_cifar_batches_are_lossless(tmp_path, nested):
@@ -193,12 +219,15 @@ def test_a_pickle_that_wants_a_function_is_refused(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, "one integer in 'labels' for each of its 2 images"),
-    ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, "no uint8 array 'data' of 3072 columns"),
-    ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, "has the label 10, of 10 classes"),
-    ([1, 2], "holds a list, expected a dictionary"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, "one integer in 'labels' for each of its 2 images"),
+        ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, "no uint8 array 'data' of 3072 columns"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, "has the label 10, of 10 classes"),
+        ([1, 2], "holds a list, expected a dictionary"),
+    ],
+)
 def test_cifar_batches_that_do_not_fit_are_named(tmp_path, content, message):
     write_cifar(tmp_path / "batches")
     (tmp_path / "batches" / "data_batch_2").write_bytes(pickle.dumps(content, protocol=2))

@@ -33,13 +33,16 @@ def config(tmp_path, pixels):
     return DataConfig(path=str(tmp_path), image_size=32, eval_resize=0, train_transform="pad_crop")
 
 
-@pytest.mark.parametrize(("counts", "images", "quotas"), [
-    ([5, 5, 5], 6, [2, 2, 2]),
-    ([10, 2, 10], 12, [5, 2, 5]),
-    ([10, 2, 3, 10], 100, [10, 2, 3, 10]),
-    ([1, 0, 1], 2, [1, 0, 1]),
-    ([4, 1, 9], 13, [4, 1, 8]),
-])
+@pytest.mark.parametrize(
+    ("counts", "images", "quotas"),
+    [
+        ([5, 5, 5], 6, [2, 2, 2]),
+        ([10, 2, 10], 12, [5, 2, 5]),
+        ([10, 2, 3, 10], 100, [10, 2, 3, 10]),
+        ([1, 0, 1], 2, [1, 0, 1]),
+        ([4, 1, 9], 13, [4, 1, 8]),
+    ],
+)
 def test_quotas_by_hand(counts, images, quotas):
     assert class_quotas(np.array(counts), images, key=1).tolist() == quotas
 
@@ -55,7 +58,7 @@ def test_a_choice_has_no_image_twice_and_mixes_the_classes():
     chosen = balanced_choice(labels, 400, key=5)
     assert len(set(chosen.tolist())) == 400
     assert np.bincount(labels[chosen]).tolist() == [100] * 4
-    assert all(np.bincount(labels[chosen[k:k + 100]], minlength=4).min() > 10 for k in range(0, 400, 100))
+    assert all(np.bincount(labels[chosen[k : k + 100]], minlength=4).min() > 10 for k in range(0, 400, 100))
     assert balanced_choice(labels, 400, key=6).tolist() != chosen.tolist()
 
 
@@ -69,7 +72,7 @@ def test_the_subset_is_the_training_augmentation_frozen(config, pixels):
     drawn = windows(subset.indices, [(32, 32)] * 22, config=config, seed=derive_seed(3, "subset"), epoch=0)
     for row, index in enumerate(subset.indices):
         y, x = drawn.y[row] + 4, drawn.x[row] + 4
-        expected = np.pad(pixels[index], ((4, 4), (4, 4), (0, 0)))[y:y + 32, x:x + 32]
+        expected = np.pad(pixels[index], ((4, 4), (4, 4), (0, 0)))[y : y + 32, x : x + 32]
         expected = expected[:, ::-1] if drawn.flip[row] else expected
         assert np.array_equal(subset.images[row].permute(1, 2, 0).numpy(), expected)
     by_hand = hashlib.sha256(subset.images.numpy().tobytes() + subset.labels.numpy().tobytes()).hexdigest()

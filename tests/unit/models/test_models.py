@@ -25,10 +25,15 @@ def make(builder, **arguments):
     return build(ModelConfig(builder=builder, arguments=arguments))
 
 
-@pytest.mark.parametrize(("name", "network"), [
-    ("resnet20_epoch100", "cifar.resnet20"), ("resnet20_epoch130", "cifar.resnet20"),
-    ("resnet32_epoch50", "cifar.resnet32"), ("resnet56_epoch60", "cifar.resnet56"),
-])
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("resnet20_epoch100", "cifar.resnet20"),
+        ("resnet20_epoch130", "cifar.resnet20"),
+        ("resnet32_epoch50", "cifar.resnet32"),
+        ("resnet56_epoch60", "cifar.resnet56"),
+    ],
+)
 def test_the_authors_checkpoints_load_strictly(name, network):
     path = CHECKPOINTS / f"{name}.safetensors"
     if not path.is_file():
@@ -42,8 +47,7 @@ def test_the_authors_checkpoints_load_strictly(name, network):
 def test_cifar_networks_by_depth():
     for depth in (20, 32, 56, 110):
         model = make(f"cifar.resnet{depth}")
-        layers = [m for n, m in model.named_modules()
-                  if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
+        layers = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
         assert len(layers) == depth
     assert sum(p.numel() for p in make("cifar.resnet20", num_classes=7).parameters()) == 272474 - 3 * 65
     assert make("cifar.resnet20")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -69,15 +73,18 @@ def test_import_path():
     assert make(f"{__name__}:tiny", width=5)[0].out_features == 5
 
 
-@pytest.mark.parametrize(("builder", "message"), [
-    ("torchvision.resnet51", "did you mean torchvision.resnet50"),
-    ("cifar.resnet21", "did you mean .*cifar.resnet20"),
-    ("zzz", "known: cifar.resnet110, .*torchvision.vgg16"),
-    ("nowhere:f", "cannot be imported"),
-    (f"{__name__}:nothing", "cannot be imported"),
-    (f"{__name__}:CHECKPOINTS", "must be a function"),
-    (f"{__name__}:no_module", "gave a int"),
-])
+@pytest.mark.parametrize(
+    ("builder", "message"),
+    [
+        ("torchvision.resnet51", "did you mean torchvision.resnet50"),
+        ("cifar.resnet21", "did you mean .*cifar.resnet20"),
+        ("zzz", "known: cifar.resnet110, .*torchvision.vgg16"),
+        ("nowhere:f", "cannot be imported"),
+        (f"{__name__}:nothing", "cannot be imported"),
+        (f"{__name__}:CHECKPOINTS", "must be a function"),
+        (f"{__name__}:no_module", "gave a int"),
+    ],
+)
 def test_bad_builders(builder, message):
     with pytest.raises(ConfigError, match=message):
         make(builder)
@@ -89,11 +96,14 @@ def test_bad_arguments(builder):
         make(builder, colour=1)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+    ],
+)
 def test_torch_files(tmp_path, wrap):
     source, target = tiny(), tiny()
     torch.save(wrap(source.state_dict()), tmp_path / "w.pt")

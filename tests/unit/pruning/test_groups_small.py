@@ -48,22 +48,30 @@ def test_inputs_of_a_grouped_convolution_by_hand():
     kept = (0, 3, 5, 6)
     assert plan == Plan(
         tensors={"first.weight": {0: (kept,)}, "first.bias": {0: (kept,)}, "grouped.weight": {1: ((0, 3), (1, 2))}},
-        attributes={"first": {"out_channels": 4}, "grouped": {"in_channels": 4}}, layers={"first": kept})
+        attributes={"first": {"out_channels": 4}, "grouped": {"in_channels": 4}},
+        layers={"first": kept},
+    )
 
 
 def test_outputs_of_a_grouped_convolution_concatenated_and_flattened_by_hand():
     graph = PruningGraph(Grouped(), INPUT)
     kept, both = (0, 2, 3, 4), (0, 2, 3, 4, 6, 7, 8, 9)  # filter 1 of the first group, 5 of the second go
     assert graph.step("grouped", [5, 1]) == Plan(
-        tensors={"grouped.weight": {0: (kept,)}, "grouped.bias": {0: (kept,)}, **norm(both),
-                 "hidden.weight": {1: (columns(both),)}},
+        tensors={
+            "grouped.weight": {0: (kept,)},
+            "grouped.bias": {0: (kept,)},
+            **norm(both),
+            "hidden.weight": {1: (columns(both),)},
+        },
         attributes={"grouped": {"out_channels": 4}, "norm": {"num_features": 8}, "hidden": {"in_features": 32}},
-        layers={"grouped": kept})
+        layers={"grouped": kept},
+    )
     kept, both = (0, 1, 3), (0, 1, 2, 3, 4, 5, 6, 7, 9)
     assert graph.step("other", [2]) == Plan(
         tensors={"other.weight": {0: (kept,)}, **norm(both), "hidden.weight": {1: (columns(both),)}},
         attributes={"other": {"out_channels": 3}, "norm": {"num_features": 9}, "hidden": {"in_features": 36}},
-        layers={"other": kept})
+        layers={"other": kept},
+    )
 
 
 def test_each_group_computes_with_its_own_inputs():
@@ -76,14 +84,17 @@ def test_each_group_computes_with_its_own_inputs():
         torch.testing.assert_close(pruned(x), model(x))
 
 
-@pytest.mark.parametrize(("filters", "message"), [
-    ([0], "each of its 2 blocks of 4 must lose the same count"),
-    ([0, 1], r"not \[0, 2\]"),
-    ([0, 8], r"filters \[8\].*from 0 to 7"),
-    ([-1, 5], r"filters \[-1\]"),
-    ([1, 1, 5, 6], "must be different"),
-    (list(range(8)), "all 8 filters"),
-])
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ([0], "each of its 2 blocks of 4 must lose the same count"),
+        ([0, 1], r"not \[0, 2\]"),
+        ([0, 8], r"filters \[8\].*from 0 to 7"),
+        ([-1, 5], r"filters \[-1\]"),
+        ([1, 1, 5, 6], "must be different"),
+        (list(range(8)), "all 8 filters"),
+    ],
+)
 def test_filters_that_cannot_go(filters, message):
     with pytest.raises(PruningError, match=message):
         PruningGraph(Grouped(), INPUT).step("first", filters)
@@ -101,7 +112,9 @@ def test_linear_layers_are_candidates_when_named():
     kept = (0, 1, 2, 4)
     assert graph.step("hidden", [3]) == Plan(
         tensors={"hidden.weight": {0: (kept,)}, "hidden.bias": {0: (kept,)}, "last.weight": {1: (kept,)}},
-        attributes={"hidden": {"out_features": 4}, "last": {"in_features": 4}}, layers={"hidden": kept})
+        attributes={"hidden": {"out_features": 4}, "last": {"in_features": 4}},
+        layers={"hidden": kept},
+    )
     with pytest.raises(ConfigError, match="'hiden', which is no linear layer of the network; did you mean hidden"):
         PruningGraph(Grouped(), INPUT, extra_layers=["hiden"])
     with pytest.raises(ConfigError, match="'first', which is no linear layer"):
@@ -115,7 +128,8 @@ def test_ignored_layers_keep_their_own_filters_but_may_lose_inputs(caplog):
     assert "layer grouped is not pruned: is ignored" in caplog.text
     assert "grouped" in graph.layers["first"].coupled
     assert PruningGraph(Grouped(), INPUT, ignored=["norm"]).skipped == dict.fromkeys(
-        ("grouped", "other"), "is coupled to norm, which is ignored")
+        ("grouped", "other"), "is coupled to norm, which is ignored"
+    )
     with pytest.raises(ConfigError, match="'gruoped', which is no module of the network; did you mean grouped"):
         PruningGraph(Grouped(), INPUT, ignored=["gruoped"])
     for nothing in ("", "group"):
@@ -128,8 +142,11 @@ def test_prefixes_ignore_all_below():
     for entry in ("0.", "0"):
         graph = PruningGraph(model, INPUT, ignored=[entry])
         assert list(graph.layers) == ["1"]
-        assert graph.skipped == {"0.0": "is ignored", "0.1": "is ignored",
-                                 "2": "its filters are outputs of the network"}
+        assert graph.skipped == {
+            "0.0": "is ignored",
+            "0.1": "is ignored",
+            "2": "its filters are outputs of the network",
+        }
 
 
 class Residual(nn.Module):
@@ -145,16 +162,23 @@ class Residual(nn.Module):
 def test_a_layer_coupled_to_an_ignored_one_is_skipped():
     assert PruningGraph(Residual(), INPUT).layers["inner"].coupled == ("stem", "inner", "last")
     assert PruningGraph(Residual(), INPUT, ignored=["inner"]).skipped == {
-        "stem": "is coupled to inner, which is ignored", "inner": "is ignored",
-        "last": "its filters are outputs of the network"}
+        "stem": "is coupled to inner, which is ignored",
+        "inner": "is ignored",
+        "last": "its filters are outputs of the network",
+    }
 
 
 def test_depthwise_loses_groups():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 2, 1))
     plan = PruningGraph(model, INPUT).step("1", [2])
     kept = (0, 1, 3)
-    assert plan.tensors == {"1.weight": {0: (kept,)}, "1.bias": {0: (kept,)}, "0.weight": {0: (kept,)},
-                            "0.bias": {0: (kept,)}, "2.weight": {1: (kept,)}}
+    assert plan.tensors == {
+        "1.weight": {0: (kept,)},
+        "1.bias": {0: (kept,)},
+        "0.weight": {0: (kept,)},
+        "0.bias": {0: (kept,)},
+        "2.weight": {1: (kept,)},
+    }
     assert plan.attributes["1"] == {"out_channels": 3, "in_channels": 3, "groups": 3}
     assert plan.layers == {"0": kept, "1": kept}
 
@@ -175,17 +199,40 @@ def test_transposed_convolutions_by_hand():
 
 
 def test_other_modules_with_channels():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.PReLU(8), nn.InstanceNorm2d(8, affine=True),
-                          nn.PReLU(), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 2, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.GroupNorm(4, 8),
+        nn.PReLU(8),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.PReLU(),
+        nn.BatchNorm2d(8, affine=False),
+        nn.Conv2d(8, 2, 1),
+    )
     example = torch.randn(1, 3, 4, 4)
     graph = PruningGraph(model, example)
     assert graph.layers["0"].blocks == 4
     plan = graph.step("0", [0, 3, 5, 6])
     kept = (1, 2, 4, 7)
-    assert plan.attributes == {"0": {"out_channels": 4}, "1": {"num_channels": 4}, "2": {"num_parameters": 4},
-                               "3": {"num_features": 4}, "5": {"num_features": 4}, "6": {"in_channels": 4}}
-    assert set(plan.tensors) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "3.weight", "3.bias",
-                                 "5.running_mean", "5.running_var", "6.weight"}
+    assert plan.attributes == {
+        "0": {"out_channels": 4},
+        "1": {"num_channels": 4},
+        "2": {"num_parameters": 4},
+        "3": {"num_features": 4},
+        "5": {"num_features": 4},
+        "6": {"in_channels": 4},
+    }
+    assert set(plan.tensors) == {
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "2.weight",
+        "3.weight",
+        "3.bias",
+        "5.running_mean",
+        "5.running_var",
+        "6.weight",
+    }
     assert all(axes in ({0: (kept,)}, {1: (kept,)}) for axes in plan.tensors.values())
     assert pruned_copy(model, plan)(example).shape == (1, 2, 4, 4)
 
@@ -253,14 +300,17 @@ class Unused(nn.Module):
         return {"features": self.last(self.used(x))}
 
 
-@pytest.mark.parametrize(("network", "layer", "reason"), [
-    (Shuffled, "first", "not the same as silencing them"),
-    (Halved, "first", "pass through a split"),
-    (Fixed, "first", "does not run without them"),
-    (Doubled, "first", "coupled to one another"),
-    (Unused, "unused", "not part of the forward pass"),
-    (Unused, "last", "outputs of the network"),
-])
+@pytest.mark.parametrize(
+    ("network", "layer", "reason"),
+    [
+        (Shuffled, "first", "not the same as silencing them"),
+        (Halved, "first", "pass through a split"),
+        (Fixed, "first", "does not run without them"),
+        (Doubled, "first", "coupled to one another"),
+        (Unused, "unused", "not part of the forward pass"),
+        (Unused, "last", "outputs of the network"),
+    ],
+)
 def test_layers_that_cannot_be_pruned_say_why(network, layer, reason):
     graph = PruningGraph(network(), INPUT)
     assert reason in graph.skipped[layer]
@@ -273,19 +323,37 @@ def test_a_fault_costs_only_the_layers_it_concerns():
     assert list(PruningGraph(Shuffled(), INPUT).layers) == ["second"]
 
 
-@pytest.mark.parametrize(("model", "layer", "reason"), [
-    (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 1)), "0", "one filter left"),
-    (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1)), "1",
-     "one filter left in each of its 4 blocks"),
-    (nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 2, 1)), "0",
-     "one filter left in each of its 6 blocks"),
-    (nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.Conv2d(12, 6, 1, groups=6), nn.Conv2d(6, 2, 1)), "0",
-     "one filter left in each of its 12 blocks"),
-    (nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm([4, 2, 2]), nn.Conv2d(4, 2, 1)), "0",
-     "1 normalises over 3 dimensions at once"),
-    (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 2, 1)), "0",
-     "computed by a parametrisation"),
-])
+@pytest.mark.parametrize(
+    ("model", "layer", "reason"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 1)), "0", "one filter left"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1)),
+            "1",
+            "one filter left in each of its 4 blocks",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 2, 1)),
+            "0",
+            "one filter left in each of its 6 blocks",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.Conv2d(12, 6, 1, groups=6), nn.Conv2d(6, 2, 1)),
+            "0",
+            "one filter left in each of its 12 blocks",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm([4, 2, 2]), nn.Conv2d(4, 2, 1)),
+            "0",
+            "1 normalises over 3 dimensions at once",
+        ),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.Conv2d(4, 2, 1)),
+            "0",
+            "computed by a parametrisation",
+        ),
+    ],
+)
 def test_skipped_layers(model, layer, reason):
     assert reason in PruningGraph(model, INPUT).skipped[layer]
 

@@ -14,8 +14,17 @@ from laasp_ray.models import build
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.plan import Plan, macs_after
 
-CONVOLUTIONS = {"resnet18": 20, "resnet50": 53, "mobilenet_v2": 52, "vgg16_bn": 13, "densenet121": 120,
-                "efficientnet_b0": 81, "convnext_tiny": 22, "regnet_y_400mf": 85, "resnext50_32x4d": 53}
+CONVOLUTIONS = {
+    "resnet18": 20,
+    "resnet50": 53,
+    "mobilenet_v2": 52,
+    "vgg16_bn": 13,
+    "densenet121": 120,
+    "efficientnet_b0": 81,
+    "convnext_tiny": 22,
+    "regnet_y_400mf": 85,
+    "resnext50_32x4d": 53,
+}
 BLOCKS = {"resnext50_32x4d": {1, 32}, "regnet_y_400mf": {1, 6, 13, 26, 55}}
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -84,13 +93,26 @@ def test_every_layer(name, affine_only):
         check_layer(name, layer)
 
 
-@pytest.mark.parametrize(("builder", "layers"), [
-    ("cifar.resnet20", ["conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer3.2.conv2"]),
-    ("torchvision.mobilenet_v2", ["features.1.conv.0.0", "features.3.conv.1.0", "features.18.0", "features.4.conv.2"]),
-    ("torchvision.regnet_y_400mf", ["trunk_output.block1.block1-0.f.b.0", "trunk_output.block2.block2-0.f.a.0",
-                                    "stem.0", "trunk_output.block1.block1-0.f.se.fc1"]),
-    ("torchvision.convnext_tiny", ["features.0.0", "features.3.0.block.0"]),
-])
+@pytest.mark.parametrize(
+    ("builder", "layers"),
+    [
+        ("cifar.resnet20", ["conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer3.2.conv2"]),
+        (
+            "torchvision.mobilenet_v2",
+            ["features.1.conv.0.0", "features.3.conv.1.0", "features.18.0", "features.4.conv.2"],
+        ),
+        (
+            "torchvision.regnet_y_400mf",
+            [
+                "trunk_output.block1.block1-0.f.b.0",
+                "trunk_output.block2.block2-0.f.a.0",
+                "stem.0",
+                "trunk_output.block1.block1-0.f.se.fc1",
+            ],
+        ),
+        ("torchvision.convnext_tiny", ["features.0.0", "features.3.0.block.0"]),
+    ],
+)
 def test_steps_replayed_on_a_fresh_network(builder, layers):
     torch.manual_seed(0)
     model = randomise(build(ModelConfig(builder=builder)), EXAMPLE)
@@ -107,8 +129,9 @@ def test_steps_replayed_on_a_fresh_network(builder, layers):
 def test_grouped_convolutions_down_to_depthwise_and_on():
     """ResNeXt's bottleneck in small: pruned until each group has one input and one filter, then group by group."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1, groups=4), nn.ReLU(),
-                          nn.Conv2d(8, 4, 1))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
     fresh, plan = pruned_copy(model, Plan()), Plan()
     for layer, filters in (("0", [1, 3, 8, 9]), ("2", [0, 3, 5, 6]), ("0", [1, 2, 5, 6]), ("0", [2]), ("2", [0])):
         step = PruningGraph(model, EXAMPLE).step(layer, filters)

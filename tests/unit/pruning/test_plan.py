@@ -18,11 +18,22 @@ def two_convolutions():
 def keep_first(*kept):
     kept = tuple(kept)
     return Plan(
-        tensors={"0.weight": {0: (kept,)}, "0.bias": {0: (kept,)}, "1.weight": {0: (kept,)}, "1.bias": {0: (kept,)},
-                 "1.running_mean": {0: (kept,)}, "1.running_var": {0: (kept,)}, "2.weight": {1: (kept,)}},
-        attributes={"0": {"out_channels": len(kept)}, "1": {"num_features": len(kept)},
-                    "2": {"in_channels": len(kept)}},
-        layers={"0": kept})
+        tensors={
+            "0.weight": {0: (kept,)},
+            "0.bias": {0: (kept,)},
+            "1.weight": {0: (kept,)},
+            "1.bias": {0: (kept,)},
+            "1.running_mean": {0: (kept,)},
+            "1.running_var": {0: (kept,)},
+            "2.weight": {1: (kept,)},
+        },
+        attributes={
+            "0": {"out_channels": len(kept)},
+            "1": {"num_features": len(kept)},
+            "2": {"in_channels": len(kept)},
+        },
+        layers={"0": kept},
+    )
 
 
 def test_apply_takes_the_kept_indices_and_sets_the_attributes():
@@ -88,10 +99,16 @@ def test_grouped_columns_compose_with_rows_and_with_each_other():
 
 def test_a_depthwise_step_takes_its_groups_columns_along():
     columns = Plan(tensors={"0.weight": {1: ((0,), (1,), (0,))}}, attributes={"0": {"in_channels": 3}})
-    depthwise = Plan(tensors={"0.weight": {0: ((0, 1),)}},
-                     attributes={"0": {"in_channels": 2, "out_channels": 2, "groups": 2}}, layers={"0": (0, 1)})
-    second = Plan(tensors={"0.weight": {0: ((1,),)}},
-                  attributes={"0": {"in_channels": 1, "out_channels": 1, "groups": 1}}, layers={"0": (1,)})
+    depthwise = Plan(
+        tensors={"0.weight": {0: ((0, 1),)}},
+        attributes={"0": {"in_channels": 2, "out_channels": 2, "groups": 2}},
+        layers={"0": (0, 1)},
+    )
+    second = Plan(
+        tensors={"0.weight": {0: ((1,),)}},
+        attributes={"0": {"in_channels": 1, "out_channels": 1, "groups": 1}},
+        layers={"0": (1,)},
+    )
     steps, at_once = (nn.Sequential(nn.Conv2d(6, 3, 1, groups=3, bias=False)) for _ in range(2))
     for model in (steps, at_once):
         model[0].weight.data = torch.arange(6.0).reshape(3, 2, 1, 1)
@@ -104,26 +121,32 @@ def test_a_depthwise_step_takes_its_groups_columns_along():
 
 
 def test_json_round_trip():
-    plan = Plan(tensors={"a.weight": {0: ((0, 2),), 1: ((1,), (0,))}},
-                attributes={"a": {"out_channels": 2}, "n": {"normalized_shape": (3,)}}, layers={"a": (0, 2)})
+    plan = Plan(
+        tensors={"a.weight": {0: ((0, 2),), 1: ((1,), (0,))}},
+        attributes={"a": {"out_channels": 2}, "n": {"normalized_shape": (3,)}},
+        layers={"a": (0, 2)},
+    )
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert Plan.from_json(Plan().to_json()).is_empty
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, "plan version 2 cannot be read"),
-    ({"extra": 1}, "has .*extra.*wanted the keys"),
-    ({"tensors": []}, "plan.tensors is"),
-    ({"tensors": {"a": {"x": [[0]]}}}, "'x'"),
-    ({"tensors": {"a": {"0": []}}}, "axis with lists"),
-    ({"tensors": {"a": {"0": [[1, 1]]}}}, r"plan.tensors\['a'\]\[0\] is \[1, 1\]"),
-    ({"tensors": {"a": {"0": [[-1]]}}}, "rising indices"),
-    ({"tensors": {"a": {"0": [[]]}}}, "at least one"),
-    ({"tensors": {"a": {"0": [["0"]]}}}, "rising indices"),
-    ({"attributes": {"a": {"groups": 0}}}, "positive integer"),
-    ({"attributes": {"a": {"groups": "2"}}}, "positive integer"),
-    ({"layers": {"a": [2.0]}}, r"plan.layers\['a'\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "plan version 2 cannot be read"),
+        ({"extra": 1}, "has .*extra.*wanted the keys"),
+        ({"tensors": []}, "plan.tensors is"),
+        ({"tensors": {"a": {"x": [[0]]}}}, "'x'"),
+        ({"tensors": {"a": {"0": []}}}, "axis with lists"),
+        ({"tensors": {"a": {"0": [[1, 1]]}}}, r"plan.tensors\['a'\]\[0\] is \[1, 1\]"),
+        ({"tensors": {"a": {"0": [[-1]]}}}, "rising indices"),
+        ({"tensors": {"a": {"0": [[]]}}}, "at least one"),
+        ({"tensors": {"a": {"0": [["0"]]}}}, "rising indices"),
+        ({"attributes": {"a": {"groups": 0}}}, "positive integer"),
+        ({"attributes": {"a": {"groups": "2"}}}, "positive integer"),
+        ({"layers": {"a": [2.0]}}, r"plan.layers\['a'\]"),
+    ],
+)
 def test_json_that_is_no_plan(change, message):
     with pytest.raises(PruningError, match=message):
         Plan.from_json({**Plan().to_json(), **change})
@@ -134,17 +157,23 @@ def test_json_must_be_a_mapping():
         Plan.from_json([1])
 
 
-@pytest.mark.parametrize(("plan", "message"), [
-    (Plan(tensors={"0.weight": {0: ((4,),)}}), r"0.weight, axis 0: the plan keeps index 4.*\(4, 3, 3, 3\)"),
-    (Plan(tensors={"0.weight": {7: ((0,),)}}), "no axis 7"),
-    (Plan(tensors={"9.weight": {0: ((0,),)}}), "no module '9'"),
-    (Plan(tensors={"0.scale": {0: ((0,),)}}), "no such parameter or buffer"),
-    (Plan(tensors={"0.weight": {1: ((0,), (0,), (0,))}}), "3 groups do not divide 4 rows"),
-    (Plan(attributes={"0": {"out_chanels": 3}}), "0.out_chanels"),
-    (Plan(attributes={"5": {"groups": 3}}), "5.groups"),
-    (Plan(tensors={"0.weight": {0: ((0,),)}}), r"after the plan 0.weight has shape \(1, 3, 3, 3\), .*\(4, 3, 3, 3\)"),
-    (Plan(attributes={"1": {"num_features": 3}}), r"after the plan 1.weight has shape \(4,\).* \(3,\)"),
-])
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(tensors={"0.weight": {0: ((4,),)}}), r"0.weight, axis 0: the plan keeps index 4.*\(4, 3, 3, 3\)"),
+        (Plan(tensors={"0.weight": {7: ((0,),)}}), "no axis 7"),
+        (Plan(tensors={"9.weight": {0: ((0,),)}}), "no module '9'"),
+        (Plan(tensors={"0.scale": {0: ((0,),)}}), "no such parameter or buffer"),
+        (Plan(tensors={"0.weight": {1: ((0,), (0,), (0,))}}), "3 groups do not divide 4 rows"),
+        (Plan(attributes={"0": {"out_chanels": 3}}), "0.out_chanels"),
+        (Plan(attributes={"5": {"groups": 3}}), "5.groups"),
+        (
+            Plan(tensors={"0.weight": {0: ((0,),)}}),
+            r"after the plan 0.weight has shape \(1, 3, 3, 3\), .*\(4, 3, 3, 3\)",
+        ),
+        (Plan(attributes={"1": {"num_features": 3}}), r"after the plan 1.weight has shape \(4,\).* \(3,\)"),
+    ],
+)
 def test_a_plan_that_does_not_fit(plan, message):
     with pytest.raises(PruningError, match=message):
         apply_plan(two_convolutions(), plan)

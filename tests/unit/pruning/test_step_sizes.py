@@ -53,15 +53,18 @@ def count(filters, original, step_size, blocks=1, *, limit=0.75, rule="flops_sha
     return filters_to_remove(group, step_size=step_size, original=original, step_rule=rule, step=step, max_pruned=limit)
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [
-    ((16, 16, 3), 3),
-    ((6, 16, 3), 2),  # 12 of 16 may go, 10 are gone
-    ((4, 16, 3), 0),
-    ((3, 16, 3), 0),  # beyond the limit by coupling
-    ((16, 16, 6, 4), 4),  # one from each block, not one and a half
-    ((8, 16, 8, 4), 4),  # the limit leaves 4
-    ((7, 10, 9), 4),  # floor(7.5) - 3
-])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((16, 16, 3), 3),
+        ((6, 16, 3), 2),  # 12 of 16 may go, 10 are gone
+        ((4, 16, 3), 0),
+        ((3, 16, 3), 0),  # beyond the limit by coupling
+        ((16, 16, 6, 4), 4),  # one from each block, not one and a half
+        ((8, 16, 8, 4), 4),  # the limit leaves 4
+        ((7, 10, 9), 4),  # floor(7.5) - 3
+    ],
+)
 def test_count_for_a_turn(arguments, expected):
     assert count(*arguments) == expected
 

@@ -20,8 +20,15 @@ def test_the_mean_pace_so_far_gives_the_remaining_time():
     assert pace.seconds_until(10) == 0
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7620, "2 h 07 min"),
+    ],
+)
 def test_durations_read_well(seconds, text):
     assert format_duration(seconds) == text

@@ -28,8 +28,15 @@ def clock():
 
 
 def decision(turn, reduction, filters=(1, 4)):
-    return Decision(turn=turn, layer="layer3.0.conv1", criterion="cosine", filters=filters, loss=0.25,
-                    loss_before=0.125, flops_reduction=reduction)
+    return Decision(
+        turn=turn,
+        layer="layer3.0.conv1",
+        criterion="cosine",
+        filters=filters,
+        loss=0.25,
+        loss_before=0.125,
+        flops_reduction=reduction,
+    )
 
 
 def loss(value, layer="a"):

@@ -14,15 +14,34 @@ def metrics(top1, loss=0.5):
 
 
 def turn(number, reduction, kept, seconds):
-    decision = {"turn": number, "layer": "layer1.0.conv1", "criterion": "l1", "filters": [0], "loss": 0.25,
-                "loss_before": 0.125, "flops_reduction": reduction, "also": []}
+    decision = {
+        "turn": number,
+        "layer": "layer1.0.conv1",
+        "criterion": "l1",
+        "filters": [0],
+        "loss": 0.25,
+        "loss_before": 0.125,
+        "flops_reduction": reduction,
+        "also": [],
+    }
     plan = {"version": 1, "tensors": {}, "attributes": {}, "layers": kept}
-    return "turn", {"decision": decision, "plan": plan, "candidates": 10 * number,
-                    "seconds": {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds}}
+    return "turn", {
+        "decision": decision,
+        "plan": plan,
+        "candidates": 10 * number,
+        "seconds": {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds},
+    }
 
 
-START = "start", {"config": {"name": "digits", "prune": {"flops_reduction": 0.25}}, "macs": 1000000,
-                  "parameters": 2000, "layers": 53}
+START = (
+    "start",
+    {
+        "config": {"name": "digits", "prune": {"flops_reduction": 0.25}},
+        "macs": 1000000,
+        "parameters": 2000,
+        "layers": 53,
+    },
+)
 FIRST = [
     START,
     ("epoch", {"phase": "train"}),
@@ -94,8 +113,11 @@ def test_a_run_that_has_only_started(tmp_path):
 
 
 def test_weights_that_were_given_are_the_baseline(tmp_path):
-    events = [START, ("baseline", {"metrics": metrics(0.875)}),
-              ("spell", {"phase": "recover", "metrics": metrics(0.5), "seconds": 1.0})]
+    events = [
+        START,
+        ("baseline", {"metrics": metrics(0.875)}),
+        ("spell", {"phase": "recover", "metrics": metrics(0.5), "seconds": 1.0}),
+    ]
     assert summarise(journal(tmp_path, events)).before.top1 == 0.875
 
 

@@ -17,8 +17,14 @@ def storage(request, tmp_path):
 def test_tensors_of_every_kind_come_back(storage):
     base = torch.arange(12.0).reshape(3, 4)
     model = {
-        "transposed": base.t(), "columns": base[:, 1:3], "tied": base, "tied.again": base, "half": base.bfloat16(),
-        "bn.num_batches_tracked": torch.tensor(7), "mask": torch.tensor([True, False]), "empty": torch.zeros(0, 3),
+        "transposed": base.t(),
+        "columns": base[:, 1:3],
+        "tied": base,
+        "tied.again": base,
+        "half": base.bfloat16(),
+        "bn.num_batches_tracked": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "channels_last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
@@ -77,6 +83,9 @@ def test_only_the_kept_checkpoints_stay(storage):
         save_checkpoint(storage, name, model={"x": torch.zeros(1)})
     storage.write("journal/000001-start.json", b"{}")
     delete_checkpoints(storage, keep=["unpruned", "000002"])
-    assert storage.list() == ["checkpoints/000002.safetensors", "checkpoints/unpruned.safetensors",
-                              "journal/000001-start.json"]
+    assert storage.list() == [
+        "checkpoints/000002.safetensors",
+        "checkpoints/unpruned.safetensors",
+        "journal/000001-start.json",
+    ]
     delete_checkpoints(storage.child("nothing-yet"), keep=[])

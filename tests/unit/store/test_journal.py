@@ -19,10 +19,15 @@ def storage(request, tmp_path):
 def test_events_come_back_in_order(storage):
     journal = Journal(storage)
     assert journal.events() == [] and journal.last("epoch") is None
-    written = [journal.append("start", {"macs": 3}), journal.append("epoch", {"loss": 0.5}),
-               journal.append("epoch", {"loss": 0.25})]
+    written = [
+        journal.append("start", {"macs": 3}),
+        journal.append("epoch", {"loss": 0.5}),
+        journal.append("epoch", {"loss": 0.25}),
+    ]
     assert storage.list() == [
-        "journal/000001-start.json", "journal/000002-epoch.json", "journal/000003-epoch.json",
+        "journal/000001-start.json",
+        "journal/000002-epoch.json",
+        "journal/000003-epoch.json",
     ]
     assert Journal(storage).events() == written == journal.events()
     assert journal.last("epoch") == written[2] and journal.last("start") == written[0]
@@ -43,8 +48,9 @@ def test_time_is_the_wall_clock(storage, monkeypatch):
 
 
 def test_dataclasses_and_non_finite_numbers_have_a_json_form(storage):
-    decision = Decision(turn=1, layer="conv", criterion="l1", filters=(2, 5), loss=math.inf, loss_before=0.5,
-                        flops_reduction=0.125)
+    decision = Decision(
+        turn=1, layer="conv", criterion="l1", filters=(2, 5), loss=math.inf, loss_before=0.5, flops_reduction=0.125
+    )
     Journal(storage).append("turn", {"decision": decision, "nan": math.nan})
     data = Journal(storage).last("turn").data
     assert data["decision"]["filters"] == [2, 5] and data["decision"]["loss"] == "inf" and data["nan"] == "nan"
@@ -82,15 +88,23 @@ def test_two_drivers_in_the_same_moment(storage, name):
     assert [event.data["who"] for event in Journal(storage).events()] == ["rival"]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.delete("journal/000002-epoch.json"), "broken at journal/000003-turn.json: the one before is missing"),
-    (lambda s: s.write("journal/000002-turn.json", s.read("journal/000002-epoch.json")),
-     "broken at journal/000002-turn.json: a number twice"),
-    (lambda s: s.write("journal/notes.txt", b""), "journal/notes.txt is no file of a journal"),
-    (lambda s: s.write("journal/000002-epoch.json", b"{"), "journal/000002-epoch.json in .* is no event"),
-    (lambda s: s.write("journal/000002-epoch.json", b"[]"), "journal/000002-epoch.json in .* is no event"),
-    (lambda s: s.write("journal/000002-epoch.json", s.read("journal/000003-turn.json")), "renamed or copied"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s.delete("journal/000002-epoch.json"),
+            "broken at journal/000003-turn.json: the one before is missing",
+        ),
+        (
+            lambda s: s.write("journal/000002-turn.json", s.read("journal/000002-epoch.json")),
+            "broken at journal/000002-turn.json: a number twice",
+        ),
+        (lambda s: s.write("journal/notes.txt", b""), "journal/notes.txt is no file of a journal"),
+        (lambda s: s.write("journal/000002-epoch.json", b"{"), "journal/000002-epoch.json in .* is no event"),
+        (lambda s: s.write("journal/000002-epoch.json", b"[]"), "journal/000002-epoch.json in .* is no event"),
+        (lambda s: s.write("journal/000002-epoch.json", s.read("journal/000003-turn.json")), "renamed or copied"),
+    ],
+)
 def test_a_broken_journal_is_refused(storage, change, message):
     journal = Journal(storage)
     for name in ("start", "epoch", "turn"):
@@ -117,12 +131,22 @@ def test_candidates_come_back_with_their_columns(storage):
     import pyarrow.parquet as parquet
 
     entries = [
-        CandidateLoss(candidate=Candidate(layer="b", criterion="l2", filters=(0, 7), flops_reduction=0.25), loss=2.5,
-                      images=100, seconds=0.5),
-        CandidateLoss(candidate=Candidate(layer="a", criterion="l1", filters=(3,), flops_reduction=0.125,
-                                          also=(("a", "l2"), ("a", "cosine"))), loss=1.5, images=100),
-        CandidateLoss(candidate=Candidate(layer="c", criterion="l1", filters=(1,), flops_reduction=0.1),
-                      loss=math.inf, images=100),
+        CandidateLoss(
+            candidate=Candidate(layer="b", criterion="l2", filters=(0, 7), flops_reduction=0.25),
+            loss=2.5,
+            images=100,
+            seconds=0.5,
+        ),
+        CandidateLoss(
+            candidate=Candidate(
+                layer="a", criterion="l1", filters=(3,), flops_reduction=0.125, also=(("a", "l2"), ("a", "cosine"))
+            ),
+            loss=1.5,
+            images=100,
+        ),
+        CandidateLoss(
+            candidate=Candidate(layer="c", criterion="l1", filters=(1,), flops_reduction=0.1), loss=math.inf, images=100
+        ),
     ]
     ranking = Ranking(entries)
     write_candidates(storage, 12, ranking)
@@ -130,8 +154,17 @@ def test_candidates_come_back_with_their_columns(storage):
     assert list(read_candidates(storage, 12)) == list(ranking) == [entries[1], entries[0], entries[2]]
     if storage.local_path is not None:
         table = parquet.read_table(storage.local_path / "candidates" / "000012.parquet")
-        assert table.column_names == ["rank", "layer", "criterion", "filters", "loss", "images", "seconds",
-                                      "flops_reduction", "also"]
+        assert table.column_names == [
+            "rank",
+            "layer",
+            "criterion",
+            "filters",
+            "loss",
+            "images",
+            "seconds",
+            "flops_reduction",
+            "also",
+        ]
         assert table["rank"].to_pylist() == [1, 2, 3] and table["loss"].to_pylist() == [1.5, 2.5, math.inf]
         assert str(table.schema.field("filters").type).startswith("list<") and table["filters"][1].as_py() == [0, 7]
 

@@ -80,12 +80,15 @@ def test_local_paths_and_file_uris(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("uri", "message"), [
-    ("s4://bucket/run", "cannot open the storage s4://bucket/run.*s3://bucket/path"),
-    ("mock://", "names no bucket or folder"),
-    ("file://elsewhere/x", "three slashes"),
-    ("", "empty path"),
-])
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s4://bucket/run", "cannot open the storage s4://bucket/run.*s3://bucket/path"),
+        ("mock://", "names no bucket or folder"),
+        ("file://elsewhere/x", "three slashes"),
+        ("", "empty path"),
+    ],
+)
 def test_bad_uris_are_errors_with_a_remedy(uri, message):
     with pytest.raises(StoreError, match=message):
         Storage.open(uri)

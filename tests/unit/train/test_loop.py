@@ -139,11 +139,14 @@ def test_a_spell_without_epochs_only_evaluates():
     assert torch.equal(model[1].weight, torch.tensor(ROWS))
 
 
-@pytest.mark.parametrize(("scale", "rates", "message"), [
-    # Weights of about 1e37 are finite still; times 1e3 they are not.
-    (1e3, (0.1, 1e34, 0.1), r"training loss of epoch 9 \(learning rate 0\.1\) is not finite"),
-    (1, (0.1, math.inf), r"after epoch 8 \(learning rate inf\) 1 tensors are not finite: weight"),
-])
+@pytest.mark.parametrize(
+    ("scale", "rates", "message"),
+    [
+        # Weights of about 1e37 are finite still; times 1e3 they are not.
+        (1e3, (0.1, 1e34, 0.1), r"training loss of epoch 9 \(learning rate 0\.1\) is not finite"),
+        (1, (0.1, math.inf), r"after epoch 8 \(learning rate inf\) 1 tensors are not finite: weight"),
+    ],
+)
 def test_training_that_is_not_finite_names_the_epoch(scale, rates, message):
     data = FakeData([[scale, 0.0], [0.0, scale]], [0, 1])
     seen = []
@@ -189,9 +192,7 @@ def folder_config(root, loader="torchvision"):
 
 
 def opened(config, rank=0, world=1, excluded=(), batch_size=8):
-    return SpellData(
-        config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded
-    )
+    return SpellData(config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded)
 
 
 def small_network(*more):
