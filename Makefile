@@ -29,4 +29,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -124,16 +124,28 @@ def wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float
     raise SystemExit(f"the run made no progress for {seconds:g} s")
 
 
-def kill_trainer() -> bool:
+def descendants(root: int) -> dict[int, str]:
+    """Process id -> command line of all that `root` has started, directly or not; of no other run on this machine."""
+    parents, titles = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                title = (entry / "cmdline").read_text()
+                titles[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
-                continue
-            if "RayTrainWorker" in title:
-                os.kill(int(entry.name), signal.SIGKILL)
-                return True
+                continue  # it ended while we looked
+    found = {root}
+    while more := {process for process, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {process: titles[process] for process in found - {root} if process in titles}
+
+
+def kill_one(root: int, title: str) -> bool:
+    """SIGKILL to one descendant of `root` whose command line holds `title`; False if there is none."""
+    for process, found in descendants(root).items():
+        if title in found:
+            os.kill(process, signal.SIGKILL)
+            return True
     return False
 
 
@@ -179,7 +191,7 @@ def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path) -> float
             raise SystemExit("the run ended before its time:\n" + log.read_text()[-4000:])
         time.sleep(moment.delay_s)
         lost = len(journal(storage, "disturbed")) - 1
-        if moment.target == "trainer" and kill_trainer():
+        if moment.target == "trainer" and kill_one(process.pid, "RayTrainWorker"):
             print(f"{number:3}  {moment.delay_s:5.2f} s after {moment.kind} ({moment.event}): a trainer killed")
             continue
         process.kill()

@@ -64,6 +64,11 @@ def share_of(resources: Mapping[str, float], config: ClusterConfig) -> Share:
     )
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use; a container or an affinity may leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
     """Joins a cluster, or starts one on this machine for as long as this lasts; gives its resources.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from laasp_ray.config import DataConfig, SearchConfig
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset
-from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.cluster import Share, usable_cpus
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
@@ -21,8 +22,13 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all, ready
 from laasp_ray.search.executor import OnResult
 
+logger = logging.getLogger(__name__)
+
 TASK_RETRIES = 5
 """How often a task whose worker or node was lost is run again."""
+
+SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+PATIENCE_S = 60
 
 
 class RayExecutor:
@@ -37,7 +43,11 @@ class RayExecutor:
         self._unpruned, self._search, self._share = unpruned, search, share
         self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), data, search.batch_size))
         self._task = ray.remote(measure_losses).options(
-            max_retries=TASK_RETRIES, scheduling_strategy="SPREAD", **share.task_options
+            max_retries=TASK_RETRIES,
+            scheduling_strategy="SPREAD",
+            # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it must see all GPUs, and be told.
+            runtime_env={"env_vars": SEE_ALL_GPUS} if share.gpus else None,
+            **share.task_options,
         )
 
     def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
@@ -52,7 +62,11 @@ class RayExecutor:
         pending = list(starts)
         try:
             while pending:
-                ready, pending = ray.wait(pending, num_returns=1)
+                ready, pending = ray.wait(pending, num_returns=1, timeout=PATIENCE_S)
+                if not ready:
+                    if len(pending) == len(starts):
+                        self._say_waiting()
+                    continue
                 for position, result in enumerate(self._get(ready[0]), starts[ready[0]]):
                     results[position] = result
                     on_result(position, result)
@@ -60,6 +74,14 @@ class RayExecutor:
             for reference in pending:
                 ray.cancel(reference, force=False)
         return [result for result in results if result is not None]
+
+    def _say_waiting(self) -> None:
+        logger.warning(
+            "no candidate was measured for %d s; a task wants %s, free in the cluster: %s",
+            PATIENCE_S,
+            self._share.task_options,
+            ray.available_resources(),
+        )
 
     def _get(self, reference: Any) -> list[MeasuredLoss]:
         try:
@@ -79,7 +101,10 @@ class RayExecutor:
 def measure_losses(inputs: list[Any], tasks: list[LossTask]) -> list[MeasuredLoss]:
     """The task itself: the losses of some prunes of the turn's network."""
     model, subset = _PROCESS.load(*inputs)
-    return measure_all(model, tasks, subset)
+    results = measure_all(model, tasks, subset)
+    if subset.labels.is_cuda:
+        torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search
+    return results
 
 
 class _Process:
@@ -95,10 +120,12 @@ class _Process:
         return model, self._once("subset", subset, lambda: _subset(*ray.get(subset)))
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
+        key = f"{reference.hex()} on {_device()}"  # a process may be given another GPU from task to task
         known = self._kept.get(name)
-        if known is None or known[0] != reference.hex():
+        if known is None or known[0] != key:
+            del known
             self._kept.pop(name, None)  # let go of the last one before the next is made
-            self._kept[name] = (reference.hex(), make())
+            self._kept[name] = (key, make())
         return self._kept[name][1]
 
 
@@ -106,12 +133,17 @@ _PROCESS = _Process()
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    """The GPU that Ray gave this task, among all that the process sees (see SEE_ALL_GPUS)."""
+    given = ray.get_gpu_ids()
+    if not given or not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda", visible.split(",").index(str(given[0])) if visible else int(given[0]))
 
 
 def _threads() -> int:
     """One thread on a CPU task, whatever the machine: the tasks fill the cores, and the sums stay in one order."""
-    return 1 if _device().type == "cpu" else max(1, (os.cpu_count() or 1) // 4)
+    return 1 if _device().type == "cpu" else max(1, usable_cpus() // 4)
 
 
 def _turn_network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:

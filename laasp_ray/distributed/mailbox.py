@@ -22,17 +22,25 @@ class Command:
 
 
 class Mailbox:
-    """At most one command is open at a time; its number rises by one with each."""
+    """At most one command is open at a time; its number rises by one with each.
 
-    def __init__(self) -> None:
+    A command is handed to rank 0 again after every restart of the group. When it was handed out `patience` times and
+    nothing has been posted since the first of them, it is closed as failed, with the last complaint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
         self._command: Command | None = None
         self._stopped = False
+        self._deliveries = 0
+        self._complaint = "the workers were lost without a word"
         self._changed = asyncio.Condition()
+        self._met = asyncio.Event()
         self._posted: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     async def submit(self, number: int, payload: Any) -> None:
         async with self._changed:
-            self._command = Command(number, payload)
+            self._command, self._deliveries = Command(number, payload), 0
             self._changed.notify_all()
 
     async def stop(self) -> None:
@@ -40,20 +48,42 @@ class Mailbox:
             self._stopped = True
             self._changed.notify_all()
 
-    async def next(self, after: int) -> Command | None:
+    async def met(self) -> None:
+        """Returns once a worker has come."""
+        await self._met.wait()
+
+    async def next(self, after: int, rank: int) -> Command | None:
         """The open command if its number is above `after`, else the one that comes; None: nothing more will."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._stopped or (self._command is not None and self._command.number > after)
+        self._met.set()
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: self._stopped or (self._command is not None and self._command.number > after)
+                )
+                if self._stopped:
+                    return None
+                self._deliveries += rank == 0
+                if self._deliveries <= self._patience:
+                    return self._command
+                self._command = None
+            await self._posted.put(
+                (
+                    "failed",
+                    f"the workers were lost {self._patience} times without finishing an epoch; the last said: "
+                    f"{self._complaint}",
+                )
             )
-            return None if self._stopped else self._command
+
+    async def complain(self, text: str) -> None:
+        """What a worker says before it dies of an error."""
+        self._complaint = text
 
     async def post(self, number: int, kind: str, value: Any) -> None:
         """`kind` is 'epoch' (kept for a restart), 'done' or 'failed' (both close the command)."""
         if self._command is None or self._command.number != number:
             return  # from a worker of a group that is gone, about a command that is closed
         if kind == "epoch":
-            self._command = Command(number, self._command.payload, value)
+            self._command, self._deliveries = Command(number, self._command.payload, value), 1
         else:
             self._command = None
         await self._posted.put((kind, value))

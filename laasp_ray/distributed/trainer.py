@@ -7,10 +7,12 @@ lost, and by us when more than that is; either way the spell goes on from its la
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from laasp_ray.config import RunConfig
@@ -33,7 +36,9 @@ from laasp_ray.train.trainer import OnEpoch
 logger = logging.getLogger(__name__)
 
 GROUP_ATTEMPTS = 3
-"""How often a whole worker group, its mailbox included, is started anew for one spell."""
+"""How often a whole worker group, its mailbox included, is started without an epoch being finished."""
+
+PATIENCE_S = 60
 
 TRAIN_ENVIRONMENT = {
     # Without these a start and a stop of the group take half as long again (see README, "What Ray costs").
@@ -66,11 +71,13 @@ class RayTrainer:
     def run(
         self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
     ) -> SpellDone:
-        for attempt in range(1, GROUP_ATTEMPTS + 1):
+        attempt = 0
+        while True:
             try:
                 return self._run(network, momentum, spell, on_epoch)
             except _GroupLostError as lost:
                 self._group = None
+                attempt = 1 if self._last is not None else attempt + 1  # progress earns new patience
                 if attempt == GROUP_ATTEMPTS:
                     raise TrainingError(
                         f"spell {spell.number} ({spell.phase}): the worker group was lost {attempt} times, last: {lost}"
@@ -79,7 +86,6 @@ class RayTrainer:
             if self._last is not None:
                 network = NetworkState(network.plan, self._last.tensors)
                 momentum, spell = self._last.momentum, replace(spell, done=self._last.position + 1)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _run(
         self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
@@ -93,17 +99,24 @@ class RayTrainer:
         while True:
             kind, value = self._ask(group, group.mailbox.take.remote())
             if kind == "failed":
+                self._abandon(group)
                 raise value if isinstance(value, LaaspError) else TrainingError(str(value))
             if kind == "done":
                 return value
             arrays, momentum_arrays, done = value
+            if done.position < (spell.done if self._last is None else self._last.position + 1):
+                continue  # posted twice, by the last breath of a worker whose successor had begun already
             done = replace(done, tensors=unpack(arrays, copy=True), momentum=unpack(momentum_arrays, copy=True))
             self._last = done
             on_epoch(done)
 
-    def _ask(self, group: _Group, reference: Any) -> Any:
+    def _ask(self, group: _Group, reference: Any, when_late: Callable[[], None] = lambda: None) -> Any:
         """The answer, unless the group dies first: then nobody would ever give it."""
+        late = time.monotonic() + PATIENCE_S
         while True:
+            if time.monotonic() > late:
+                when_late()
+                late = math.inf
             ready, _ = ray.wait([reference], timeout=0.5)
             if ready:
                 try:
@@ -115,8 +128,10 @@ class RayTrainer:
 
     def _start(self) -> _Group:
         os.environ.update({key: os.environ.get(key, value) for key, value in TRAIN_ENVIRONMENT.items()})
-        mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=10_000).remote()
         config, share = self._config, self._share
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here}
+        mailbox = ray.remote(Mailbox).options(**options).remote(1 + config.cluster.worker_failures)
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
             train_loop_config={"mailbox": mailbox, "unpruned": [self._unpruned], "config": config},
@@ -140,7 +155,23 @@ class RayTrainer:
 
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
-        return _Group(mailbox, thread, failure)
+        group = _Group(mailbox, thread, failure)
+        self._ask(group, mailbox.met.remote(), self._say_waiting)
+        return group
+
+    def _say_waiting(self) -> None:
+        logger.warning(
+            "no trainer has come up for %d s; %d are wanted, each with %s, free in the cluster: %s",
+            PATIENCE_S,
+            self._share.workers,
+            self._share.trainer_resources,
+            ray.available_resources(),
+        )
+
+    def _abandon(self, group: _Group) -> None:
+        """Lets a group go whose ranks may hang in a collective, since one of them failed: none is waited for."""
+        ray.kill(group.mailbox)
+        self._group = None
 
     def close(self) -> None:
         """Lets the workers go; those that hang in a collective are left to the end of the Ray session."""

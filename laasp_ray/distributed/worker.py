@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from laasp_ray.config import RunConfig
+from laasp_ray.distributed.cluster import usable_cpus
 from laasp_ray.distributed.mailbox import Command
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.errors import LaaspError, TrainingError
+from laasp_ray.errors import LaaspError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.train.data import SpellData
@@ -38,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     mailbox, config = settings["mailbox"], settings["config"]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
     unpruned = ray.get(settings["unpruned"][0])
     data: SpellData | None = None
     finished = -1
@@ -49,17 +51,25 @@ def train_worker(settings: dict[str, Any]) -> None:
             for kind, value in _carry_out(command, unpruned, config, data):
                 if rank == 0:
                     ray.get(mailbox.post.remote(command.number, kind, value))
+        except ray.exceptions.RayActorError:
+            return  # see _next
         except LaaspError as error:
             # The same would happen again: the driver is told, instead of the group restarting over it.
             ray.get(mailbox.post.remote(command.number, "failed", error))
+        except Exception as error:
+            # A lost peer looks like this too, so the group restarts; the mailbox gives up if that does not help.
+            last = traceback.format_exc(limit=-3)
+            ray.get(mailbox.complain.remote(f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
+            raise
         finished = command.number
+        del command  # and with it the arrays that it keeps in the object store
     if data is not None:
         data.close()
 
 
 def _next(mailbox: Any, finished: int) -> Command | None:
     try:
-        return ray.get(mailbox.next.remote(finished))
+        return ray.get(mailbox.next.remote(finished, ray.train.get_context().get_world_rank()))
     except ray.exceptions.RayActorError:
         return None  # without its mailbox this group has nobody to work for; the driver starts another
 
@@ -85,8 +95,11 @@ def _open_data(config: RunConfig, spell: Spell) -> SpellData:
     )
 
 
-def _carry_out(command: Command, unpruned: nn.Module, config: RunConfig, data: SpellData) -> Any:
-    """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy."""
+def _carry_out(command: Command, unpruned: nn.Module, config: RunConfig, data: SpellData) -> Iterator[tuple[str, Any]]:
+    """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy.
+
+    The end is posted when the network is gone: the search, which then begins, shares this GPU.
+    """
     payload: SpellCommand = command.payload
     spell = payload.spell
     if command.resume is None:
@@ -98,22 +111,24 @@ def _carry_out(command: Command, unpruned: nn.Module, config: RunConfig, data: S
     if data.device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     momentum = unpack(momentum_arrays, copy=False)
+    ended: SpellDone | None = None
     for event in run_spell(model, momentum, spell, data=data, config=config.train, seed=config.seed, wrap=_distributed):
-        event = replace(event, unreadable=_gather_names(event.unreadable))
+        event = replace(event, unreadable=_gather(event.unreadable))
         if isinstance(event, SpellDone):
-            yield "done", event
+            ended = replace(event, loader=", ".join(_gather((event.loader,))))
         else:
             yield "epoch", _packed(event)
     del model
     if data.device.type == "cuda":
-        torch.cuda.empty_cache()  # the search's tasks share this GPU
+        torch.cuda.empty_cache()
+    yield "done", ended
 
 
 def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
     return pack(event.tensors), pack(event.momentum), replace(event, tensors={}, momentum={})
 
 
-def _gather_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def _gather(names: tuple[str, ...]) -> tuple[str, ...]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, names)
     return tuple(sorted({name for part in everyone for name in part}))
@@ -123,12 +138,6 @@ def _distributed(model: nn.Module) -> nn.Module:
     if dist.get_world_size() == 1:
         return model
     device = next(model.parameters()).device
-    if any(not parameter.requires_grad for parameter in model.parameters()) and not any(
-        parameter.requires_grad for parameter in model.parameters()
-    ):
-        raise TrainingError(
-            "no parameter of the network requires a gradient: set requires_grad on what is to be trained"
-        )
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )

@@ -75,6 +75,8 @@ def in_fast_format(images: torch.Tensor) -> torch.Tensor:
 
 def ready(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` made ready for `measure`, in place: on `device`, in eval mode, its weights channels last."""
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 

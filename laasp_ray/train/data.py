@@ -12,7 +12,8 @@ from laasp_ray.data.sources import open_source
 
 
 class SpellData:
-    """The training and test images of rank `rank` of `world`, on `device`; `batch_size` is the global batch."""
+    """The training and test images of rank `rank` of `world`, on `device`; `batch_size` is the
+    global batch, `share` a rank's part of it."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class SpellData:
         self._unreadable: list[str] = []
         train, test = open_source(config, "train"), open_source(config, "test")
         self.train_images, self.test_images = len(train), len(test)
-        share = -(-batch_size // world)
+        self.share = share = -(-batch_size // world)
         self.train_loader = make_loader(
             train,
             config,
@@ -45,7 +46,7 @@ class SpellData:
             config,
             training=False,
             device=device,
-            max_batch=batch_size,
+            max_batch=share,
             seed=seed,
             excluded=excluded,
             on_unreadable=self._unreadable.append,

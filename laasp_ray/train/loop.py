@@ -65,11 +65,12 @@ class EpochDone:
 
 @dataclass(frozen=True)
 class SpellDone:
-    """The evaluation on the test images at the end of a spell."""
+    """The evaluation on the test images at the end of a spell; `loader` is what decoded them."""
 
     metrics: Metrics
     seconds: float
     unreadable: tuple[str, ...]
+    loader: str
 
 
 def run_spell(
@@ -86,16 +87,23 @@ def run_spell(
 
     `wrap` makes the network distributed. Raises TrainingError, naming the epoch, when loss or weights are not finite.
     """
+    if data.device.type == "cuda":
+        # A resumed run must come to what an undisturbed one comes to.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     remaining = spell.epochs[spell.done :]
     if remaining:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TrainingError(
+                "no parameter of the network requires a gradient: set requires_grad on what is to train"
+            )
         # Wrapped and given an optimizer only for training: both would be built on parameters that are not there later.
         wrapped = wrap(model)
         optimizer = _optimizer(model, config, momentum)
         for position, plan in enumerate(remaining, spell.done):
             yield _train_epoch(model, wrapped, optimizer, position, plan, data=data, config=config, seed=seed)
     started = time.perf_counter()
-    metrics = evaluate(model, data, batch_size=config.batch_size)
-    yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable())
+    metrics = evaluate(model, data)
+    yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, torch.Tensor]) -> torch.optim.SGD:
@@ -108,7 +116,8 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
     )
     for name, parameter in model.named_parameters():
         if name in momentum:
-            optimizer.state[parameter]["momentum_buffer"] = momentum[name].to(parameter.device, copy=True)
+            # In the parameter's own memory format: a mixed one would take the optimizer's slow path.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
     return optimizer
 
 
@@ -147,6 +156,7 @@ def _train_epoch(
         seen = torch.tensor(len(batch.labels), device=data.device)
         sums += torch.stack([losses.detach().double(), correct.double(), seen.double()])
     _reduce(sums)
+    _agree_on_buffers(model)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     _check_finite(sums, tensors, plan)
     return EpochDone(
@@ -167,11 +177,11 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: SpellData, *, batch_size: int) -> Metrics:
+def evaluate(model: nn.Module, data: SpellData) -> Metrics:
     """Loss, top-1 and top-5 on the test images, in float32, each counted once over all ranks; shares in 0..1."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
-    shares = eval_batches(data.test_images, batch_size=batch_size, rank=data.rank, world=data.world)
+    shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
     for batch in data.test_loader.epoch(shares):
         output = model(data.in_format(batch.images)).float()
         best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
@@ -184,6 +194,13 @@ def evaluate(model: nn.Module, data: SpellData, *, batch_size: int) -> Metrics:
         raise TrainingError("not one test image could be read")
     loss, top1, top5 = (float(value) / images for value in sums[:3])
     return Metrics(loss=loss, top1=top1, top5=top5, images=images)
+
+
+def _agree_on_buffers(model: nn.Module) -> None:
+    """Rank 0's BatchNorm statistics for all: DDP sees to it only when a training step begins, not after the last."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def _reduce(sums: torch.Tensor) -> None:

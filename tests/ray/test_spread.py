@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import os
-import signal
 import time
 
+import interruptions
 import pytest
 import ray
 import torch
@@ -124,20 +124,10 @@ def _kill_a_task_worker():
     """SIGKILL to one process that is running `measure_losses`."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for process in os.listdir("/proc"):
-            if process.isdigit() and "ray::measure_losses" in _title(process):
-                os.kill(int(process), signal.SIGKILL)
-                return int(process)
+        if interruptions.kill_one(os.getpid(), "ray::measure_losses"):
+            return True
         time.sleep(0.002)
     raise AssertionError("no process is running measure_losses")
-
-
-def _title(process):
-    try:
-        with open(f"/proc/{process}/cmdline") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def spell(number, epochs, **more):
@@ -155,7 +145,7 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         def kill_after_the_first(epoch):
             done.append(epoch)
             if len(done) == 1:
-                _kill("RayTrainWorker")
+                assert interruptions.kill_one(os.getpid(), "RayTrainWorker")
 
         after = trainer.run(state, {}, spell(1, 3), kill_after_the_first)
         assert [epoch.position for epoch in done] == [epoch.position for epoch in undisturbed] == [0, 1, 2]
@@ -171,7 +161,7 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         def kill_the_mailbox_after_the_first(epoch):
             again.append(epoch)
             if len(again) == 1:
-                _kill("ray::Mailbox")
+                assert interruptions.kill_one(os.getpid(), "ray::Mailbox")
 
         trainer.run(state, {}, spell(2, 3), kill_the_mailbox_after_the_first)
         assert [epoch.position for epoch in again] == [0, 1, 2]
@@ -190,14 +180,6 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         trainer.close()
 
 
-def _kill(title):
-    for process in os.listdir("/proc"):
-        if process.isdigit() and title in _title(process):
-            os.kill(int(process), signal.SIGKILL)
-            return
-    raise AssertionError(f"no process called {title} is running")
-
-
 def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, share, tmp_path):
     broken = randomise_batchnorm(models.build(config.model))
     with torch.no_grad():
@@ -206,6 +188,18 @@ def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, 
     try:
         with pytest.raises(TrainingError, match=r"epoch 0 .*not finite"):
             trainer.run(capture(broken, Plan.empty()), {}, spell(0, 1), lambda epoch: None)
+    finally:
+        trainer.close()
+
+
+def test_an_error_that_keeps_coming_ends_the_spell_with_what_it_said(config, network, share, tmp_path):
+    patient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, worker_failures=1))
+    trainer = RayTrainer(put_network(network), patient, share, str(tmp_path))
+    state = capture(network, Plan.empty())
+    unknown = dataclasses.replace(spell(0, 1), epochs=("no epoch's plan",))
+    try:
+        with pytest.raises(TrainingError, match=r"lost 2 times without finishing an epoch.*AttributeError"):
+            trainer.run(state, {}, unknown, lambda epoch: None)
     finally:
         trainer.close()
 

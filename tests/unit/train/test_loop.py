@@ -28,6 +28,8 @@ CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=8, weight_decay=1e-3)
 class InMemory:
     """A loader over tensors that does not augment."""
 
+    name = "in memory"
+
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
 
@@ -47,6 +49,7 @@ class FakeData:
         self.rank, self.world = rank, world
         self.train_images = self.test_images = len(labels)
         self.train_loader = self.test_loader = InMemory(self.images, self.labels)
+        self.share = -(-len(labels) // 2)
 
     def take_unreadable(self):
         return ()
@@ -120,7 +123,7 @@ def test_an_epochs_tensors_are_not_changed_by_the_next_epoch():
 def test_evaluation_by_hand():
     # The network hands its input on, so the images are the logits. Six classes: the least of them is not in the top 5.
     logits = [[3.0, 2, 1, 0, -1, -2], [3.0, 2, 1, 0, -1, -2], [3.0, 2, 1, 0, -1, -2], [0.0, 0, 0, 0, 0, 5]]
-    metrics = evaluate(nn.Identity(), FakeData(logits, [0, 4, 5, 5]), batch_size=3)
+    metrics = evaluate(nn.Identity(), FakeData(logits, [0, 4, 5, 5]))
     total = math.log(sum(math.exp(value) for value in logits[0]))
     alone = math.log(5 + math.exp(5))
     assert metrics.loss == pytest.approx(((total - 3) + (total + 1) + (total + 2) + (alone - 5)) / 4, rel=1e-6)
@@ -128,7 +131,7 @@ def test_evaluation_by_hand():
 
 
 def test_top_5_of_fewer_than_5_classes_is_certain():
-    metrics = evaluate(nn.Identity(), FakeData([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], [0, 0]), batch_size=2)
+    metrics = evaluate(nn.Identity(), FakeData([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], [0, 0]))
     assert (metrics.top1, metrics.top5, metrics.images) == (0.5, 1.0, 2)
 
 
@@ -225,8 +228,9 @@ def one_of_two(rank, root, out):
     )
     data = opened(folder_config(root), rank, 2)
     try:
-        result = train(small_network(), data, spell(0.1, 0.05), wrap=nn.parallel.DistributedDataParallel)
-        torch.save(result, f"{out}/{rank}.pt")
+        distributed = {"wrap": nn.parallel.DistributedDataParallel}
+        result = train(small_network(), data, spell(0.1, 0.05), **distributed)
+        torch.save((*result, train(with_batchnorm(), data, spell(0.1), **distributed)), f"{out}/{rank}.pt")
     finally:
         data.close()
         dist.destroy_process_group()
@@ -243,7 +247,7 @@ def test_two_ranks_train_and_measure_what_one_does(folder, tmp_path):
         pass
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     epochs, done = run_alone(folder_config(folder), spell(0.1, 0.05), small_network())
-    for their_epochs, their_done in ranks:
+    for their_epochs, their_done, _ in ranks:
         assert len(their_epochs) == len(epochs) == 2
         for theirs, ours in zip(their_epochs, epochs, strict=True):
             assert theirs.tensors.keys() == ours.tensors.keys()
@@ -257,6 +261,14 @@ def test_two_ranks_train_and_measure_what_one_does(folder, tmp_path):
         assert their_done.metrics.loss == pytest.approx(done.metrics.loss, abs=1e-6)
     for one, other in zip(*(result[0] for result in ranks), strict=True):
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    # BatchNorm's statistics are each rank's own until they are agreed upon: what is measured must be what is saved.
+    ((one,), measured), ((other,), _) = (result[2] for result in ranks)
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    saved = with_batchnorm()
+    saved.load_state_dict(one.tensors)
+    _, alone = run_alone(folder_config(folder), spell(), saved)
+    assert alone.metrics.loss == pytest.approx(measured.metrics.loss, rel=1e-6)
+    assert alone.metrics.top1 == measured.metrics.top1
 
 
 @pytest.mark.parametrize("done", [1, 2])
@@ -328,6 +340,6 @@ def test_no_test_image_that_can_be_read_is_an_error(tmp_path):
     data = opened(folder_config(tmp_path))
     try:
         with pytest.raises(TrainingError, match="not one test image could be read"):
-            evaluate(small_network(), data, batch_size=8)
+            evaluate(small_network(), data)
     finally:
         data.close()
