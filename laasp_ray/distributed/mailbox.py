@@ -24,8 +24,8 @@ class Command:
 class Mailbox:
     """At most one command is open at a time; its number rises by one with each.
 
-    A command is handed to rank 0 again after every restart of the group. When it was handed out `patience` times and
-    nothing has been posted since the first of them, it is closed as failed, with the last complaint.
+    A command is handed to rank 0 again after every restart of the group. When that happened `patience` times without an
+    epoch being posted, the next loss closes it as failed, with the last complaint.
     """
 
     def __init__(self, patience: int) -> None:
@@ -33,7 +33,7 @@ class Mailbox:
         self._command: Command | None = None
         self._stopped = False
         self._deliveries = 0
-        self._complaint = "the workers were lost without a word"
+        self._complaint = "nothing"
         self._changed = asyncio.Condition()
         self._met = asyncio.Event()
         self._posted: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
@@ -62,21 +62,22 @@ class Mailbox:
                 )
                 if self._stopped:
                     return None
-                self._deliveries += rank == 0
-                if self._deliveries <= self._patience:
+                if rank != 0 or self._deliveries < self._patience:
+                    self._deliveries += rank == 0
                     return self._command
-                self._command = None
-            await self._posted.put(
-                (
-                    "failed",
-                    f"the workers were lost {self._patience} times without finishing an epoch; the last said: "
-                    f"{self._complaint}",
-                )
-            )
+            await self._give_up()
 
-    async def complain(self, text: str) -> None:
-        """What a worker says before it dies of an error."""
+    async def complain(self, number: int, text: str) -> None:
+        """What a worker says before it dies of an error; the last one, when patience is at its end."""
         self._complaint = text
+        if self._command is not None and self._command.number == number and self._deliveries >= self._patience:
+            await self._give_up()
+
+    async def _give_up(self) -> None:
+        self._command = None
+        times = "once" if self._patience == 1 else f"{self._patience} times"
+        text = f"the workers were lost {times} without finishing an epoch; the last said: {self._complaint}"
+        await self._posted.put(("failed", text))
 
     async def post(self, number: int, kind: str, value: Any) -> None:
         """`kind` is 'epoch' (kept for a restart), 'done' or 'failed' (both close the command)."""

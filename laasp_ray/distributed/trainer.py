@@ -35,7 +35,10 @@ from laasp_ray.train.trainer import OnEpoch
 
 logger = logging.getLogger(__name__)
 
-GROUP_ATTEMPTS = 3
+GROUP_RESTARTS = 8
+"""How often Ray Train may restart a group in its life; the mailbox counts those without progress."""
+
+GROUP_ATTEMPTS = 2
 """How often a whole worker group, its mailbox included, is started without an epoch being finished."""
 
 PATIENCE_S = 60
@@ -142,7 +145,7 @@ class RayTrainer:
                 # Ray Train resumes by itself under a name that it knows; only our own store decides where to go on.
                 name=f"{config.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=self._storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=config.cluster.worker_failures),
+                failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
             ),
         )
         failure: list[BaseException] = []

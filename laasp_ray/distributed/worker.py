@@ -59,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         except Exception as error:
             # A lost peer looks like this too, so the group restarts; the mailbox gives up if that does not help.
             last = traceback.format_exc(limit=-3)
-            ray.get(mailbox.complain.remote(f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
+            ray.get(mailbox.complain.remote(command.number, f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
             raise
         finished = command.number
         del command  # and with it the arrays that it keeps in the object store
