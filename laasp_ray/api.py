@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import Controller, Parts
 from laasp_ray.data.loader import normalise
@@ -66,8 +68,9 @@ def prune(
     finish = journal.last("finish")
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        return PruneResult(load_pruned(_folder(storage), model), storage.uri, dict(finish.data))
-    prepared = prepare(config, model)
+        unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
+        return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
+    prepared = prepare(config, model, started=journal.last("start") is not None)
     progress = progress or make_progress(config.prune.flops_reduction, sys.stderr)
     try:
         if distributed:
@@ -78,7 +81,7 @@ def prune(
         assert finish is not None
         return PruneResult(run, storage.uri, dict(finish.data))
     finally:
-        progress.close()
+        _close([progress])
 
 
 def _run_here(prepared: Prepared, storage: Storage, journal: Journal, progress: Progress) -> nn.Module:
@@ -129,7 +132,8 @@ def _control(
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and lets the controller go on from there."""
     config = prepared.config
-    if not journal.events():
+    resumed = bool(journal.events())
+    if not resumed:
         _start(prepared, storage, journal)
     made: dict[str, Any] = {}
 
@@ -143,15 +147,25 @@ def _control(
             made["executor"] = make_executor(_subset(prepared, journal, excluded, on_unreadable))
         return made["executor"]
 
-    with EventFiles(storage) as events:
+    made["events"] = events = EventFiles(storage)
+    try:
         parts = Parts(trainer, executor, storage, journal, progress, events)
         state = fold(((event.name, event.data) for event in journal.events()), config)
+        if resumed:
+            progress.resumed(state, config.prune.flops_reduction)
         controller = Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts)
+        return controller.run()
+    finally:
+        _close(reversed(made.values()))
+
+
+def _close(parts: Iterable[Any]) -> None:
+    """Closes all of them. What goes wrong is logged: it must not hide why the run ended, or spoil that it did well."""
+    for part in parts:
         try:
-            return controller.run()
-        finally:
-            for part in made.values():
-                part.close()
+            part.close()
+        except Exception:
+            logger.warning("closing %s failed", type(part).__name__, exc_info=True)
 
 
 def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:

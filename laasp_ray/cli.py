@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,16 +23,28 @@ from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The environment variable that Ray sets for the drivers of submitted jobs."""
+
 FLAGS = {
     # flag: (dotted config key, type, help)
     "--data": ("data.path", str, "the data set's folder"),
     "--storage": ("storage", str, "where runs are kept: a folder, or an s3:// or gs:// address"),
     "--name": ("name", str, "the run's name; the same name goes on with the run"),
     "--flops-reduction": ("prune.flops_reduction", float, "target share of multiply-accumulates to remove, 0 to 1"),
-    "--pretrained": ("train.pretrained", str, "weights (safetensors) of the network as it stands at the prune epoch"),
+    "--pretrained": (
+        "train.pretrained",
+        str,
+        "weights of the network as it stands at the prune epoch, a state dict (.safetensors, .pt, .pth); training goes "
+        "on from there at that epoch's learning rate",
+    ),
     "--prune-epoch": ("train.prune_epoch", int, "the epoch of the schedule at which pruning begins"),
     "--epochs": ("train.epochs", int, "epochs of the whole schedule"),
-    "--batch-size": ("train.batch_size", int, "global batch, over all workers"),
+    "--batch-size": (
+        "train.batch_size",
+        int,
+        "global batch, over all workers; the learning rate is not scaled with it: --set train.learning_rate=...",
+    ),
     "--loss-images": ("search.images", int, "training images that a candidate's loss is measured on"),
     "--criteria": ("prune.criteria", str, "pool of criteria, comma-separated: names or package.module:function"),
     "--workers": ("cluster.workers", int, "Ray Train workers (default: one per GPU, or two on CPUs)"),
@@ -67,7 +80,7 @@ def prune(arguments: Sequence[str] | None = None) -> int:
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`jobs/evaluate.py FOLDER`."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a run's pruned and unpruned network.")
-    parser.add_argument("folder", type=Path, help="the run's folder")
+    parser.add_argument("folder", help="the run's folder, or its s3:// or gs:// address")
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
     parser.add_argument("--batch-size", type=_at_least_1, default=100, help="images a batch for accuracy (default 100)")
     parser.add_argument("--latency-batch", type=_at_least_1, default=1, help="images a batch for latency (default 1)")
@@ -141,6 +154,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     # Ray workers and jobs change their working directory: what was meant relative to here must say so.
     return dataclasses.replace(
         config,
+        storage=_absolute_storage(config.storage),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
         train=dataclasses.replace(config.train, pretrained=_absolute(config.train.pretrained)),
     )
@@ -160,6 +174,21 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute()) if path is not None and "://" not in path else path
+
+
+def _absolute_storage(storage: str) -> str:
+    """A submitted job's working directory is a folder of Ray's that is removed some day: no place for a run."""
+    if storage == "" or "://" in storage:
+        return storage
+    path = Path(storage).expanduser()
+    if path.is_absolute() or JOB_VARIABLE not in os.environ:
+        return str(path.absolute())
+    kept = str(Path.home() / "laasp_ray" / path)
+    print(
+        f"This is a submitted job: runs are kept in {kept} on its driver's node; give --storage a shared path or s3://.",
+        file=sys.stderr,
+    )
+    return kept
 
 
 def _at_least_1(text: str) -> int:

@@ -131,8 +131,8 @@ class TrainConfig:
     """SGD's schedule. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
 
     The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
-    reached. `batch_size` is the global batch, over all workers. `pretrained` names a safetensors file of the network
-    as it stands at `prune_epoch`; training up to there is then left out.
+    reached. `batch_size` is the global batch, over all workers. `pretrained` names a state dict (.safetensors, .pt or
+    .pth) of the network as it stands at `prune_epoch`; training up to there is then left out.
     """
 
     epochs: int
@@ -176,15 +176,18 @@ class TrainConfig:
 class ClusterConfig:
     """How much of the cluster a run uses. It may change between a run's start and its resumption.
 
+    Another number of workers changes which images share a batch in BatchNorm, and so may change later decisions.
+
     `workers` trainers (0: one per GPU, or on a cluster without GPUs two, if it has two CPUs). A trainer and an
     evaluation task share each GPU: `trainer_gpu_share` + `task_gpu_share` must be at most 1, and the trainer's share
-    above one half, so that no two trainers meet on one GPU.
+    above one half, so that no two trainers meet on one GPU. `worker_failures` is how often the trainers may be lost
+    without an epoch being finished in between.
     """
 
     workers: int = 0
     trainer_gpu_share: float = 0.6
     task_gpu_share: float = 0.4
-    worker_failures: int = 8
+    worker_failures: int = 3
 
     def __post_init__(self) -> None:
         _check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
@@ -205,7 +208,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. `storage` and `cluster` may differ when it is resumed, nothing else may."""
+    """Everything that decides a run. When it is resumed the keys of RESUMABLE_KEYS may differ, nothing else may."""
 
     name: str
     model: ModelConfig
@@ -236,8 +239,17 @@ class RunConfig:
         return _build(RunConfig, data, "")
 
 
-RESUMABLE_KEYS = ("storage", "cluster", "data.path", "data.threads")
-"""Settings that may differ between a run's start and its resumption: where things lie and how much is used."""
+RESUMABLE_KEYS = (
+    "storage",
+    "cluster",
+    "data.path",
+    "data.threads",
+    "data.max_unreadable",
+    "search.batch_size",
+    "search.candidates_per_task",
+)
+"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, and what
+changes losses by rounding only."""
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

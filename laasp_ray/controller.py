@@ -7,7 +7,7 @@ spell are each one event of the journal, written last; a run that is cut off goe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.executor import Executor
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import delete_checkpoints, load_checkpoint, save_checkpoint
-from laasp_ray.store.journal import Journal, write_candidates
+from laasp_ray.store.journal import Event, Journal, write_candidates
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone
 from laasp_ray.train.trainer import Trainer
@@ -65,12 +65,12 @@ class Controller:
     ) -> None:
         self._config, self._unpruned, self._example, self._baseline = config, unpruned, example_input, baseline
         self._parts = parts
+        self._loader_noted = False
         self.state = state
         self._network, self._momentum = self._restore()
 
     def run(self) -> nn.Module:
         """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
-        started = time.perf_counter()
         last: SpellDone | None = None
         if (
             self.state.turn == 0
@@ -84,7 +84,7 @@ class Controller:
                 self._turn()
             else:
                 last = self._train()
-        return self._finish(last, time.perf_counter() - started)
+        return self._finish(last)
 
     def _has(self, name: str) -> bool:
         return self._parts.journal.last(name) is not None
@@ -115,7 +115,8 @@ class Controller:
         spell = Spell(number=self.state.spells_done, phase="baseline", excluded=self.state.excluded)
         done = self._parts.trainer().run(self._network, {}, spell, self._epoch_done)
         self._note_unreadable(done.unreadable)
-        self._record("baseline", {"metrics": to_json(done.metrics), "seconds": done.seconds})
+        self._note_loader(done.loader)
+        self._record("baseline", {"metrics": to_json(done.metrics), "loader": done.loader, "seconds": done.seconds})
         self._show_metrics("baseline", done)
         return done
 
@@ -148,7 +149,7 @@ class Controller:
             {
                 "decision": to_json(turn.decision),
                 "step": turn.step.to_json(),
-                "plan": self._network.plan.to_json(),
+                "kept_filters": {layer: len(kept) for layer, kept in self._network.plan.layers.items()},
                 "candidates": len(turn.ranking),
                 "seconds": seconds,
             },
@@ -167,6 +168,7 @@ class Controller:
             good = f"checkpoints/{self.state.checkpoint}.safetensors"
             raise TrainingError(f"{error}; last good checkpoint: {parts.storage.uri}/{good}") from error
         self._note_unreadable(done.unreadable)
+        self._note_loader(done.loader)
         self._momentum = {}
         self._record(
             "spell",
@@ -174,6 +176,7 @@ class Controller:
                 "phase": spell.phase,
                 "spell": spell.number,
                 "metrics": to_json(done.metrics),
+                "loader": done.loader,
                 "seconds": time.perf_counter() - started,
                 "evaluation_seconds": done.seconds,
             },
@@ -215,14 +218,21 @@ class Controller:
     def _note_unreadable(self, names: tuple[str, ...]) -> None:
         for name in names:
             if name not in self.state.excluded:
-                self._record("excluded", {"image": name, "reason": "cannot be decoded"})
-                self._parts.progress.note(f"left out from now on, cannot be decoded: {name}")
+                self._record("excluded", {"image": name, "reason": "cannot be read or decoded"})
+                self._parts.progress.note(f"left out from now on, cannot be read or decoded: {name}")
         bound = self._config.data.max_unreadable
         if len(self.state.excluded) > bound:
             raise DataError(
-                f"{len(self.state.excluded)} images cannot be decoded, the last {self.state.excluded[-1]}; at most "
-                f"{bound} may be left out: repair or remove them, or raise data.max_unreadable"
+                f"{len(self.state.excluded)} images cannot be read or decoded, the last {self.state.excluded[-1]}; at "
+                f"most {bound} may be left out: go on without them with a higher data.max_unreadable, or repair them "
+                "and start a run under another --name"
             )
+
+    def _note_loader(self, loader: str) -> None:
+        """Said once, of the trainers: their log does not reach the driver."""
+        if not self._loader_noted:
+            self._parts.progress.note(f"the trainers' images are decoded by {loader}")
+        self._loader_noted = True
 
     def _show_metrics(self, phase: str, done: SpellDone) -> None:
         metrics = done.metrics
@@ -233,7 +243,7 @@ class Controller:
         for key in ("loss", "top1", "top5"):
             self._parts.events.scalar(f"test/{key}", getattr(metrics, key), self.state.epochs_trained)
 
-    def _finish(self, last: SpellDone | None, seconds: float) -> nn.Module:
+    def _finish(self, last: SpellDone | None) -> nn.Module:
         parts = self._parts
         model = rebuild(self._unpruned, self._network).eval()
         # A run killed between its last spell and here has that spell's metrics in the journal only.
@@ -257,9 +267,20 @@ class Controller:
             metrics=summary,
         )
         parts.events.sync()
-        self._record("finish", {**summary, "seconds": seconds})
+        self._record("finish", {**summary, "seconds": _seconds(parts.journal.events())})
         parts.progress.finished(f"pruned by {summary['flops_reduction']:.2%} of FLOPs; in {parts.storage.uri}/pruned")
         return model
+
+
+def _seconds(events: Iterable[Event]) -> float:
+    """What the run's epochs, turns and evaluations took, whichever attempt they were made in."""
+    parts = {
+        "epoch": lambda data: data["seconds"],
+        "turn": lambda data: data["seconds"]["total"],
+        "spell": lambda data: data["evaluation_seconds"],
+        "baseline": lambda data: data["seconds"],
+    }
+    return sum(float(parts[event.name](event.data)) for event in events if event.name in parts)
 
 
 def _plan(data: Mapping[str, Any] | None) -> Plan:

@@ -36,12 +36,12 @@ class Measured:
 
 
 def evaluate_run(
-    folder: Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1
+    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1
 ) -> tuple[Measured, Measured]:
     """The unpruned network, with its weights from just before the first prune, and the pruned one.
 
-    `folder` is a run's, finished; `data` overrides the data set's path. Test images, float32, on the GPU if there is
-    one. Raises StoreError if the folder holds no finished run.
+    `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path. Test images,
+    float32, on the GPU if there is one. Raises StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
     if not storage.exists("config.json"):
@@ -59,7 +59,7 @@ def evaluate_run(
     unpruned.to(device).eval()
     images = SpellData(data_config, batch_size=batch_size, seed=config.seed, device=device)
     try:
-        metrics = [evaluate(network, images, batch_size=batch_size) for network in (unpruned, pruned)]
+        metrics = [evaluate(network, images) for network in (unpruned, pruned)]
     finally:
         images.close()
     latencies = measure_pair(unpruned, pruned, config.model.input_shape, batch_size=latency_batch, device=device)

@@ -5,6 +5,8 @@ What this finds is raised as a ConfigError, DataError or StoreError that names t
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
 import math
@@ -16,9 +18,10 @@ from torch import nn
 from laasp_ray import criteria, models
 from laasp_ray.config import RunConfig, differing_keys, value_at
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.loader import check_available
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
-from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.pruning.groups import PruningGraph, reachable
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.storage import Storage
@@ -58,18 +61,26 @@ def open_run(config: RunConfig) -> Storage:
     return storage
 
 
-def prepare(config: RunConfig, model: nn.Module | None = None) -> Prepared:
-    """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`."""
+def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool = False) -> Prepared:
+    """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
+
+    A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
+    `model` that is not on the CPU is copied there.
+    """
     for name in config.prune.criteria:
         criteria.get(name)
+    check_available(config.data.loader)
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
-    unpruned = model if model is not None else _build(config)
+    unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
     macs = count_macs(unpruned, example_input)
     baseline = measure_baseline(graph, macs, config.prune)
+    for name, reason in graph.skipped.items():
+        logger.info("layer %s is not pruned: %s", name, reason)
     _check_target(config, graph, baseline)
+    _check_criteria(config, graph, unpruned)
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
     return Prepared(config, unpruned, example_input, baseline, train, test)
@@ -86,11 +97,16 @@ def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
         )
 
 
-def _build(config: RunConfig) -> nn.Module:
+def _on_cpu(model: nn.Module) -> nn.Module:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model if all(tensor.is_cpu for tensor in tensors) else copy.deepcopy(model).cpu()
+
+
+def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = models.build(config.model)
-    if config.train.pretrained is not None:
+    if with_weights and config.train.pretrained is not None:
         models.load_weights(model, config.train.pretrained)
     return model
 
@@ -114,6 +130,16 @@ def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) 
             f"the network has {output.shape[1]} outputs, the training data {classes} classes: "
             "set model.arguments.num_classes to match, or point --data at the set that belongs to the network"
         )
+
+
+def _check_criteria(config: RunConfig, graph: PruningGraph, unpruned: nn.Module) -> None:
+    """Scores one layer by each: a user's function that fails should not do so after hours of training."""
+    layer = next(iter(graph.layers))
+    for name in config.prune.criteria:
+        try:
+            criteria.scores(name, unpruned.get_submodule(layer))
+        except LaaspError as error:
+            raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
 
 
 def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline) -> None:

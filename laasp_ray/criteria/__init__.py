@@ -50,11 +50,17 @@ def get(name: str) -> Criterion:
 def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     """Scores (N,) by the criterion `name` of a layer's N filters, or of a weight whose first axis counts filters.
 
-    Give the layer itself where it may be a transposed convolution. Raises ConfigError for an unknown criterion or
-    one that does not give one score per filter, SearchError naming the criterion where a score is NaN.
+    Give the layer itself where it may be a transposed convolution. Raises ConfigError for an unknown criterion and
+    one that fails or does not give one score per filter, SearchError naming the criterion where a score is NaN.
     """
     rows = filters_of(weight) if isinstance(weight, nn.Module) else weight.detach().flatten(1)
-    result = get(name)(rows)
+    criterion = get(name)
+    try:
+        result = criterion(rows)
+    except Exception as error:  # a user's function can fail in any way
+        raise ConfigError(
+            f"criterion {name!r} failed on weights of shape {tuple(rows.shape)}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(result, torch.Tensor) or tuple(result.shape) != (rows.shape[0],):
         given = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
         raise ConfigError(

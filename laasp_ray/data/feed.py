@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from laasp_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 BATCHES_READ_AHEAD = 2
+RETRY_PAUSES_S = (0.1, 0.5, 2.0)
+"""How long it is waited before each further try of what could not be read."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ class ImageFeed:
     def read(self, batches: Sequence[np.ndarray]) -> Iterator[EncodedBatch]:
         """The batches in order, without their unreadable images; a batch of which nothing is left is skipped.
 
-        Raises DataError when too many images are unreadable, ValueError for a batch larger than `max_batch`.
+        A storage's hiccup is no broken image: what cannot be read is tried again. Raises DataError when of several
+        images read together not one can be read, and when too many are unreadable; ValueError for a batch larger than
+        `max_batch`.
         """
         ahead: deque[list[Future[_Chunk]]] = deque()
         remaining = iter(batches)
@@ -137,18 +142,54 @@ class ImageFeed:
         return [self._pool.submit(self._read_chunk, part) for part in parts]
 
     def _read_chunk(self, indices: np.ndarray) -> _Chunk:
-        chunk = _Chunk([], [], {})
-        for index in map(int, indices):
+        files, failures = self._read_files([int(index) for index in indices])
+        chunk = _Chunk([], [], failures)
+        for index, data in files.items():
             try:
-                data = self._source.read(index)
                 if self._sizes[index, 0] == 0:
                     self._sizes[index] = header_size(data)
             except OSError as error:
-                chunk.failures[index] = str(error)
+                failures[index] = str(error)
                 continue
             chunk.indices.append(index)
             chunk.encoded.append(data)
         return chunk
+
+    def _read_files(self, indices: list[int]) -> tuple[dict[int, bytes], dict[int, str]]:
+        """What could be read, and why the rest could not, even when it was tried again."""
+        files, failures = self._try_files(indices)
+        for pause in RETRY_PAUSES_S:
+            if not failures:
+                break
+            index, reason = next(iter(failures.items()))
+            logger.warning(
+                "%d of %d images could not be read (%s: %s); trying again",
+                len(failures),
+                len(indices),
+                self._source.name(index),
+                reason,
+            )
+            time.sleep(pause)
+            found, failures = self._try_files(list(failures))
+            files |= found
+        if len(failures) == len(indices) > 1:
+            index, reason = next(iter(failures.items()))
+            raise DataError(
+                f"the storage cannot be read: {len(indices)} of {len(indices)} images failed, the first "
+                f"{self._source.name(index)}: {reason}; no image is left out for that: see to the storage, then start "
+                "the run again"
+            )
+        return {index: files[index] for index in indices if index in files}, failures
+
+    def _try_files(self, indices: list[int]) -> tuple[dict[int, bytes], dict[int, str]]:
+        files: dict[int, bytes] = {}
+        failures: dict[int, str] = {}
+        for index in indices:
+            try:
+                files[index] = self._source.read(index)
+            except OSError as error:
+                failures[index] = str(error)
+        return files, failures
 
     def _finish(self, futures: list[Future[_Chunk]]) -> EncodedBatch:
         chunks = [future.result() for future in futures]

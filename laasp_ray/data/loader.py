@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from laasp_ray.config import DataConfig
+from laasp_ray.config import DataConfig, LoaderName
 from laasp_ray.data.feed import Batch, UnreadableImages, normalise
 from laasp_ray.data.source import ImageSource
 from laasp_ray.data.torchvision_loader import TorchvisionLoader
@@ -18,7 +18,7 @@ from laasp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Batch", "Loader", "make_loader", "normalise"]
+__all__ = ["Batch", "Loader", "check_available", "make_loader", "normalise"]
 
 
 class Loader(Protocol):
@@ -66,6 +66,11 @@ def make_loader(
     )
     _say_once(loader.name, config.loader)
     return loader
+
+
+def check_available(wanted: LoaderName) -> None:
+    """Raises ConfigError if `wanted`, as in `data.loader`, cannot be had in this process."""
+    _loader_class(wanted)
 
 
 def _loader_class(wanted: str) -> Callable[..., Loader]:

@@ -69,7 +69,13 @@ def _split_folder(root: Path, split: Split) -> Path:
 
 
 def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
-    unknown = sorted(set(class_names(folder)) - set(classes))
+    found = class_names(folder)
+    if not found:
+        raise DataError(
+            f"no class folders in {folder}; looked for {folder}/<class>/*.JPEG; ImageNet's validation archive is flat: "
+            "sort it into class folders first"
+        )
+    unknown = sorted(set(found) - set(classes))
     if unknown:
         raise DataError(
             f"{folder} has {len(unknown)} class folders that the training images do not have "

@@ -109,7 +109,7 @@ class PruningGraph:
         self.layers = {name: _group(name, coupling, order) for name, coupling in self._couplings.items()}
         self.skipped = {name: reasons[name] for name in names if name in reasons}
         for name, reason in self.skipped.items():
-            logger.info("layer %s is not pruned: %s", name, reason)
+            logger.debug("layer %s is not pruned: %s", name, reason)
 
     def step(self, layer: str, filters: Sequence[int]) -> Plan:
         """The plan that removes these filters of `layer`, and all that is coupled to them, from this network.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
+from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from laasp_ray.records import CandidateLoss, Decision
+from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.pace import Pace, format_duration
 
 Clock = Callable[[], float]
@@ -27,7 +29,8 @@ _REFRESHES_PER_S = 4
 class Progress(Protocol):
     """What the controller tells as it goes. Shares (top1, flops_reduction, target) are from 0 to 1."""
 
-    def banner(self, text: str) -> None: ...
+    def resumed(self, state: RunState, target: float) -> None:
+        """A run that was cut off goes on from `state`."""
 
     def phase(self, name: str, detail: str) -> None:
         """A spell of training, a turn, or something else begins."""
@@ -76,6 +79,10 @@ class _Standing:
         self._clock = clock
         self._flops_pace, self._epoch_pace = Pace(clock), Pace(clock)
 
+    def resume(self, state: RunState) -> None:
+        self.turn, self.flops_reduction = state.turn, state.flops_reduction
+        self._flops_pace.update(state.flops_reduction)
+
     def begin(self, phase: str, detail: str) -> None:
         self.phase, self.detail = phase, detail
         self.epoch = self.epochs = self.done = self.total = 0
@@ -117,9 +124,9 @@ class LineProgress:
     def __init__(self, target: float, stream: TextIO, clock: Clock) -> None:
         self._standing, self._stream = _Standing(target, clock), stream
 
-    def banner(self, text: str) -> None:
-        for line in text.splitlines():
-            self._print(f"* {line}")
+    def resumed(self, state: RunState, target: float) -> None:
+        self._standing.resume(state)
+        self._print(resumed_line(state, target))
 
     def phase(self, name: str, detail: str) -> None:
         if name != self._standing.phase or name != "prune":
@@ -160,6 +167,8 @@ class LiveProgress:
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
         )
+        self._above = cast(TextIO, FileProxy(console, console.file))
+        self._diverted: list[logging.StreamHandler] = []
 
     def render(self) -> RenderableType:
         """What the display shows now."""
@@ -175,8 +184,9 @@ class LiveProgress:
         facts = _joined(_metrics(standing.losses), _least(standing).removeprefix(", "), standing.remaining())
         return Group(title, bars, Text(facts, style="dim"))
 
-    def banner(self, text: str) -> None:
-        self._print(f"[bold yellow]{escape(text)}[/]")
+    def resumed(self, state: RunState, target: float) -> None:
+        self._standing.resume(state)
+        self._print(f"[bold yellow]{escape(resumed_line(state, target))}[/]")
 
     def phase(self, name: str, detail: str) -> None:
         self._standing.begin(name, detail)
@@ -202,15 +212,36 @@ class LiveProgress:
 
     def close(self) -> None:
         self._live.stop()
+        while self._diverted:
+            self._diverted.pop().setStream(self._console.file)
 
     def _show(self) -> None:
         if not self._live.is_started:
             self._live.start()
+            self._divert_logs()
+
+    def _divert_logs(self) -> None:
+        """Handlers that write to the terminal would tear the display: they write to what puts lines above it."""
+        loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+        for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", ())):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is self._console.file:
+                handler.setStream(self._above)
+                self._diverted.append(handler)
 
     def _print(self, markup: str) -> None:
         self._show()
         self._console.print(markup, highlight=False, soft_wrap=True)
         self._live.refresh()
+
+
+def resumed_line(state: RunState, target: float) -> str:
+    """The line that tells where a run goes on."""
+    turn = state.turn + (state.phase == "prune")
+    return _joined(
+        f"going on at turn {turn}" if turn else "going on before the first turn",
+        f"{state.flops_reduction:.1%} of {target:.1%} FLOPs gone",
+        f"{state.epochs_trained} epochs trained",
+    )
 
 
 def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> str:

@@ -18,7 +18,8 @@ class Summary:
 
     `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
     test metrics before the first prune and at the end. `turn_seconds` has the mean seconds of a turn by where they
-    went, `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer.
+    went, `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer,
+    `filters` those that every prunable layer began with.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Summary:
     turn_seconds: Mapping[str, float] = field(default_factory=dict)
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 0
+    filters: Mapping[str, int] = field(default_factory=dict)
     kept_filters: Mapping[str, int] = field(default_factory=dict)
     excluded_images: tuple[str, ...] = ()
     finished: bool = False
@@ -67,8 +69,8 @@ def format_summary(summary: Summary) -> str:
     if summary.excluded_images:
         lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
     if summary.kept_filters:
-        layers = [("layer", "filters kept"), *((name, str(kept)) for name, kept in summary.kept_filters.items())]
-        lines += ["", *_table(layers)]
+        layers = [(name, str(kept), _count(summary.filters.get(name))) for name, kept in summary.kept_filters.items()]
+        lines += ["", *_table([("layer", "filters kept", "of"), *layers])]
     return "\n".join(lines)
 
 
@@ -96,7 +98,8 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
         turn_seconds=_mean_seconds(turns),
         phase_seconds=phases,
         epochs=len(by_name.get("epoch", ())),
-        kept_filters={name: len(kept) for name, kept in turns[-1]["plan"]["layers"].items()} if turns else {},
+        filters=start["filters"],
+        kept_filters=turns[-1]["kept_filters"] if turns else {},
         excluded_images=tuple(event.data["image"] for event in by_name.get("excluded", ())),
         finished=finish is not None,
     )

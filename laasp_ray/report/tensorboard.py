@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from laasp_ray.store.storage import Storage
@@ -26,14 +25,6 @@ class EventFiles:
         self._storage = storage.child(_FOLDER)
         self._scratch = tempfile.TemporaryDirectory(prefix="laasp_ray-tensorboard-")
         self._writer: SummaryWriter | None = None
-
-    def __enter__(self) -> EventFiles:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """`tag` as in `train/loss`; `step` is an epoch's or a turn's number."""

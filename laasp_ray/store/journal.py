@@ -65,7 +65,7 @@ class Journal:
         sequence, now, values = found + 1, time.time(), to_json(data)
         content = {"schema_version": SCHEMA_VERSION, "sequence": sequence, "name": name, "time": now, "data": values}
         file = _file_name(sequence, name)
-        self._storage.write_new(file, json.dumps(content, indent=1, allow_nan=False).encode())
+        self._storage.write_new(file, json.dumps(content, separators=(",", ":"), allow_nan=False).encode())
         rivals = [other for other in self._storage.list(f"{_FOLDER}{sequence:06d}-") if other != file]
         if rivals:
             self._storage.delete(file)
@@ -85,7 +85,9 @@ class Journal:
         return self._read(files[-1]) if files else None
 
     def _files(self) -> list[str]:
-        files = sorted(self._storage.list(_FOLDER), key=_sequence_of)
+        # Names that start with a dot are others': network filesystems and file managers put such files anywhere.
+        visible = (file for file in self._storage.list(_FOLDER) if not file.rpartition("/")[2].startswith("."))
+        files = sorted(visible, key=_sequence_of)
         for expected, file in enumerate(files, 1):
             if _sequence_of(file) != expected:
                 trouble = "a number twice" if _sequence_of(file) < expected else "the one before is missing"

@@ -102,6 +102,7 @@ def test_without_flags_the_recipe_stands_but_for_its_path_made_absolute(tmp_path
     monkeypatch.chdir(tmp_path)
     ours, theirs = config_of().to_dict(), recipe("resnet20_cifar10").to_dict()
     assert ours["data"].pop("path") == str(tmp_path / theirs["data"].pop("path"))
+    assert ours.pop("storage") == str(tmp_path / theirs.pop("storage")) == str(tmp_path / "runs")
     assert ours == theirs
 
 
@@ -113,6 +114,24 @@ def test_relative_paths_are_meant_from_here(tmp_path, monkeypatch):
     assert config.train.pretrained == str(tmp_path / "home" / "weights.pt")
     assert config_of("--set", "data.path=images").data.path == str(tmp_path / "images")
     assert config_of("--set", "data.path=null", "--set", "data.format=digits").data.path is None
+
+
+@pytest.mark.parametrize("given", ["runs", "below/runs"])
+def test_a_submitted_jobs_relative_storage_goes_to_the_home_folder_and_is_told(tmp_path, monkeypatch, capsys, given):
+    """Its working directory is a folder of Ray's that is removed some day."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert config_of("--storage", given).storage == str(tmp_path / "laasp_ray" / given)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"kept in {tmp_path}/laasp_ray/{given}" in told and "s3://" in told
+
+
+@pytest.mark.parametrize("given", ["/shared/runs", "s3://bucket/runs", "~/runs"])
+def test_a_submitted_jobs_storage_that_says_where_it_is_stays_there(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert config_of("--storage", given).storage == given.replace("~", str(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_values_are_json_or_else_words():
@@ -336,7 +355,8 @@ def test_evaluation_on_other_data(finished, images, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train").symlink_to(images / "train")
     (tmp_path / "other" / "val").symlink_to(images / "train")
-    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "other")]) == 0
+    # A folder may be given by its address, too.
+    assert cli.evaluate([f"file://{finished[0]}", "--data", str(tmp_path / "other")]) == 0
     assert f"{TRAIN_IMAGES} test images" in capsys.readouterr().out
 
 

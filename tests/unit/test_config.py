@@ -85,7 +85,17 @@ def test_learning_rate_follows_the_paper_schedule():
 
 def test_differing_keys_leave_out_what_may_change():
     ours = settings()
-    theirs = settings(storage="elsewhere", data__path="/moved", cluster__workers=4, prune__step=0.02, seed=7)
+    theirs = settings(
+        storage="elsewhere",
+        data__path="/moved",
+        data__threads=7,
+        data__max_unreadable=99,
+        search__batch_size=7,
+        search__candidates_per_task=3,
+        cluster__workers=4,
+        prune__step=0.02,
+        seed=7,
+    )
     assert differing_keys(ours, theirs) == ["prune.step", "seed"]
     assert value_at(theirs, "prune.step") == 0.02
 

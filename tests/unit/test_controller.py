@@ -1,16 +1,19 @@
 """Whole runs in this process, without Ray; cut off at every single event."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_run
+from helpers import small_run, write_pictures
 from safetensors.torch import load_file, save_file
 
 from laasp_ray import load_pruned, prune
-from laasp_ray.config import RunConfig
-from laasp_ray.errors import ConfigError, StoreError, TrainingError
+from laasp_ray.api import _close
+from laasp_ray.config import ModelConfig, RunConfig
+from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
+from laasp_ray.models import build
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -20,14 +23,17 @@ class PowerCutError(Exception):
 
 
 class Silent:
-    """A Progress that shows nothing."""
+    """A Progress that shows nothing and remembers what it was told, by method."""
+
+    def __init__(self):
+        self.told = {}
 
     def __getattr__(self, name):
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self.told.setdefault(name, []).append(args)
 
 
-def run(config: RunConfig):
-    return prune(None, config, distributed=False, progress=Silent())
+def run(config: RunConfig, model=None, progress=None):
+    return prune(model, config, distributed=False, progress=progress or Silent())
 
 
 def events(config: RunConfig):
@@ -40,8 +46,15 @@ def decisions(config: RunConfig):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    config = small_run(tmp_path_factory.mktemp("undisturbed"))
-    return config, run(config)
+    config, progress = small_run(tmp_path_factory.mktemp("undisturbed")), Silent()
+    result = run(config, progress=progress)
+    assert "resumed" not in progress.told
+    # Every spell says it to the journal; who watches is told once.
+    loaders = [event.data["loader"] for event in events(config) if event.name == "spell"]
+    assert len(loaders) > 2 and set(loaders) == {"dali-cpu"}
+    noted = [text for (text,) in progress.told["note"] if "decoded" in text]
+    assert noted == ["the trainers' images are decoded by dali-cpu"]
+    return config, result
 
 
 def test_a_run_meets_its_target_and_writes_down_what_it_did(undisturbed):
@@ -88,6 +101,38 @@ def test_a_finished_run_is_left_alone(undisturbed, caplog):
         assert torch.equal(tensor, again.model.state_dict()[name])
 
 
+def test_a_finished_run_leaves_the_network_that_is_given_alone(undisturbed):
+    config, result = undisturbed
+    model = build(config.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = run(config, model).model
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in result.model.state_dict().items())
+
+
+def my_network(num_classes):
+    return build(ModelConfig(builder="cifar.resnet20", arguments={"num_classes": num_classes}))
+
+
+def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, tmp_path):
+    config, result = undisturbed
+    shutil.copytree(config.storage, tmp_path / "runs")
+    mine = small_run(tmp_path / "runs", model__builder=f"{__name__}:my_network", model__arguments={"num_classes": 10})
+    (tmp_path / "runs" / "small" / "config.json").write_text(json.dumps(mine.to_dict()))
+    arch = tmp_path / "runs" / "small" / "pruned" / "arch.json"
+    arch.write_text(json.dumps(json.loads(arch.read_text()) | {"builder": mine.model.builder}))
+    again = run(mine).model
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_a_turn_is_written_down_with_what_is_left_of_each_layer(undisturbed):
+    config, _ = undisturbed
+    turns = [event.data for event in events(config) if event.name == "turn"]
+    plan = json.loads((Path(config.storage) / config.name / "pruned" / "plan.json").read_text())
+    assert turns[-1]["kept_filters"] == {layer: len(kept) for layer, kept in plan["layers"].items()}
+    assert all("plan" not in turn for turn in turns)
+
+
 def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed):
     config, _ = undisturbed
     other = small_run(Path(config.storage), prune__step=0.04, seed=1)
@@ -118,7 +163,17 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
             cut_off_at(patch, position)
             with pytest.raises(PowerCutError):
                 run(config)
-    again = run(config)
+    before, progress = events(config), Silent()
+    again = run(config, progress=progress)
+    ((state, target),) = progress.told["resumed"]
+    assert (state.phase, target) == ("done", 0.12)
+    assert state.turn == sum(event.name == "turn" for event in before)
+    assert state.epochs_trained == sum(event.name == "epoch" for event in before)
+    # The seconds are those of the work that counts, whichever attempt it was done in.
+    work = [event.data for event in before if event.name in ("epoch", "turn", "spell")]
+    took = [data.get("evaluation_seconds", data["seconds"]) for data in work]
+    took = [seconds["total"] if isinstance(seconds, dict) else seconds for seconds in took]
+    assert events(config)[-1].data["seconds"] == pytest.approx(sum(took))
     assert decisions(config) == decisions(reference)
     assert [event.name for event in events(config)] == [event.name for event in events(reference)]
     for name, tensor in result.model.state_dict().items():
@@ -139,6 +194,48 @@ def test_given_weights_are_measured_first_and_the_first_training_left_out(undist
     # The same weights and the same images: the same first decision.
     assert decisions(config)[0]["layer"] == decisions(reference)[0]["layer"]
     assert decisions(config)[0]["filters"] == decisions(reference)[0]["filters"]
+
+
+def test_a_run_with_too_many_unreadable_images_goes_on_when_more_are_allowed(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", side=16, train=24, test=6)
+    (pictures / "train" / "a" / "000.png").write_bytes(b"")
+    changes = {
+        "data__path": str(pictures),
+        "data__format": "folder",
+        "model__arguments": {"num_classes": 3},
+        "train__prune_epoch": 0,
+        "train__epochs": 1,
+        "train__batch_size": 12,
+        "prune__flops_reduction": 0.02,
+    }
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"data\.max_unreadable"):
+            run(small_run(tmp_path, **changes, data__max_unreadable=0))
+    config = small_run(tmp_path, **changes, data__max_unreadable=1)
+    run(config)
+    left_out = [event.data for event in events(config) if event.name == "excluded"]
+    assert left_out == [{"image": "train/a/000.png", "reason": "cannot be read or decoded"}]
+
+
+def test_a_part_that_cannot_be_closed_keeps_none_of_the_others_open(caplog):
+    closed = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            closed.append(self.name)
+            if self.name != "b":
+                raise OSError(f"{self.name} hangs")
+
+    with pytest.raises(PowerCutError):
+        try:
+            raise PowerCutError
+        finally:
+            _close([Part("a"), Part("b"), Part("c")])
+    assert closed == ["a", "b", "c"]
+    assert "closing Part failed" in caplog.text and "a hangs" in caplog.text and "c hangs" in caplog.text
 
 
 def test_training_that_diverges_names_the_epoch_and_the_last_good_checkpoint(tmp_path):

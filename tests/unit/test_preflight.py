@@ -1,12 +1,14 @@
 """What is found out before anything expensive starts, apart from what test_controller and test_cli meet."""
 
 import json
+import logging
 
 import pytest
 import torch
 from helpers import small_run
 from torch import nn
 
+from laasp_ray.data import loader as loader_module
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.preflight import check_workers, open_run, prepare
 
@@ -96,6 +98,56 @@ def test_a_network_must_give_a_tensor_of_images_by_classes(tmp_path, model):
 
     with pytest.raises(ConfigError, match=r"must give one tensor of shape \(images, classes\)"):
         prepare(small_run(tmp_path), OneRow())
+
+
+def fails(weights):
+    raise KeyError("mine")
+
+
+def wrong_shape(weights):
+    return weights
+
+
+def not_a_number(weights):
+    return weights.sum(dim=1) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"), [(fails, "KeyError: 'mine'"), (wrong_shape, "must give a tensor"), (not_a_number, "NaN")]
+)
+def test_a_criterion_of_ones_own_is_tried_before_anything_starts(tmp_path, criterion, message):
+    name = f"{__name__}:{criterion.__name__}"
+    with pytest.raises(ConfigError, match=f"tried on layer 0: criterion '{name}' .*{message}"):
+        prepare(small_run(tmp_path, prune__criteria=["l1", name], prune__flops_reduction=0.5), network())
+
+
+def test_a_loader_that_is_missing_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "_dali_problem", lambda: "No module named 'nvidia'")
+    with pytest.raises(ConfigError, match=r"data\.loader is 'dali', but DALI cannot be imported"):
+        prepare(small_run(tmp_path, data__loader="dali"), network())
+
+
+def test_layers_that_are_left_alone_are_told_once(tmp_path, caplog):
+    config = small_run(tmp_path, prune__ignored=["conv1"])
+    with caplog.at_level(logging.INFO):
+        prepare(config)
+    assert [record.getMessage() for record in caplog.records].count("layer conv1 is not pruned: is ignored") == 1
+
+
+def test_the_file_of_weights_is_needed_once_only(tmp_path):
+    config = small_run(tmp_path, train__pretrained=str(tmp_path / "gone.pt"))
+    with pytest.raises(ConfigError, match=r"no file of weights at .*gone\.pt"):
+        prepare(config)
+    prepare(config, started=True)
+
+
+@pytest.mark.gpu
+def test_a_network_on_a_gpu_is_copied_to_the_cpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = network().cuda()
+    prepared = prepare(small_run(tmp_path, prune__flops_reduction=0.5), model)
+    assert next(model.parameters()).is_cuda and next(prepared.unpruned.parameters()).is_cpu
 
 
 def test_the_reachable_maximum_is_what_is_named(tmp_path):

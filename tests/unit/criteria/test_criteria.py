@@ -20,6 +20,10 @@ def wrong_shape(weights):
     return weights
 
 
+def fails(weights):
+    return {}["no such key"]
+
+
 def not_a_number(weights):
     return weights.sum(dim=1) / 0 * 0
 
@@ -119,6 +123,8 @@ def test_import_path():
     assert criteria.scores(path, ROWS).tolist() == [7.0, 0.0, 4.0, -14.0]
     with pytest.raises(ConfigError, match=r"must give a tensor of shape \(4,\).*gave \(4, 2\)"):
         criteria.scores(f"{__name__}:wrong_shape", ROWS)
+    with pytest.raises(ConfigError, match=r":fails' failed on weights of shape \(4, 2\): KeyError: 'no such key'"):
+        criteria.scores(f"{__name__}:fails", ROWS)
     with pytest.raises(SearchError, match="not_a_number"):
         criteria.scores(f"{__name__}:not_a_number", ROWS)
 

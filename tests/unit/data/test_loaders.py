@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from laasp_ray.config import DataConfig
+from laasp_ray.data import feed as feed_module
 from laasp_ray.data import loader as loader_module
+from laasp_ray.data.feed import UnreadableImages
 from laasp_ray.data.loader import make_loader, normalise
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share, windows
 from laasp_ray.data.sources import open_source
@@ -319,12 +321,64 @@ def test_a_broken_file_in_an_abandoned_batch_does_no_harm(folder, name):
 
 
 @BOTH
-def test_a_file_that_vanishes_is_left_out(folder, name):
+def test_a_file_that_vanishes_is_left_out(folder, name, monkeypatch):
+    monkeypatch.setattr(feed_module, "RETRY_PAUSES_S", (0.0,))
     with Opened(folder, name) as opened:
         missing = opened.source.name(5)
         (folder / missing).unlink()
         assert opened.pixels(epoch_of(4)).keys() == set(range(COUNT)) - {5}
         assert opened.told == [missing]
+
+
+class Storage:
+    """A source whose `read` fails for `images`: the first `times` times that each is asked for."""
+
+    def __init__(self, source, images, times):
+        self._source, self._images, self._times = source, images, times
+        self._asked = dict.fromkeys(images, 0)
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def read(self, index):
+        if index in self._images and self._asked[index] < self._times:
+            self._asked[index] += 1
+            raise OSError(5, f"Input/output error {index}")
+        return self._source.read(index)
+
+
+def feed_of(folder, failing, times, monkeypatch, **changes):
+    """Batches of four through one reading thread over a storage that fails, and whom it left out."""
+    monkeypatch.setattr(feed_module, "RETRY_PAUSES_S", (0.0, 0.0, 0.0))
+    config = configured(folder, "torchvision", **changes)
+    source, told = Storage(open_source(config, "train"), failing, times), []
+    unreadable = UnreadableImages(source, config.max_unreadable, (), told.append)
+    feed = feed_module.ImageFeed(source, unreadable, threads=1, max_batch=4)
+    try:
+        batches = [batch.indices.tolist() for batch in feed.read(np.array_split(np.arange(COUNT), COUNT // 4))]
+    finally:
+        feed.close()
+    return batches, told
+
+
+def test_a_storage_that_recovers_costs_no_image(folder, monkeypatch, caplog):
+    batches, told = feed_of(folder, {1, 2, 3, 5}, 3, monkeypatch)
+    assert batches == [list(range(first, first + 4)) for first in range(0, COUNT, 4)] and told == []
+    assert "1 of 4 images could not be read (train/a/010.JPEG: [Errno 5] Input/output error 5)" in caplog.text
+
+
+def test_an_image_that_cannot_be_read_for_good_is_left_out(folder, monkeypatch, caplog):
+    batches, told = feed_of(folder, {5}, 4, monkeypatch)
+    assert batches[1] == [4, 6, 7] and told == ["train/a/010.JPEG"]
+    assert "010.JPEG is left out from now on: [Errno 5] Input/output error 5" in caplog.text
+
+
+def test_a_storage_that_is_gone_ends_the_run_and_blames_no_image(folder, monkeypatch):
+    with pytest.raises(DataError, match=r"storage cannot be read: 4 of 4 images failed, .*a/008\.JPEG.*error 4.*again"):
+        feed_of(folder, {4, 5, 6, 7}, 4, monkeypatch, max_unreadable=0)
 
 
 @BOTH

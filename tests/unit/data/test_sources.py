@@ -98,6 +98,11 @@ def test_labels_of_test_images_follow_the_training_classes(tmp_path):
         (["train/a/1.jpg", "train/b/readme.txt"], "train", "no training image of 1 of its 2 classes .b."),
         (["train/a/1.jpg"], "test", "no test images in .*looked for .*val/<class> or .*test/<class>"),
         (["train/a/1.jpg", "val/a/readme.txt"], "test", "val has no images"),
+        (
+            ["train/a/1.jpg", "val/ILSVRC2012_val_00000001.JPEG"],
+            "test",
+            r"no class folders in .*val; looked for .*val/<class>/\*\.JPEG; ImageNet's validation archive is flat",
+        ),
         (["n01/1.jpg"], "train", "no data set that is known in .*train/<class>/.*train.parquet.*data_batch_1"),
     ],
 )

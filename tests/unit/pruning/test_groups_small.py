@@ -122,7 +122,7 @@ def test_linear_layers_are_candidates_when_named():
 
 
 def test_ignored_layers_keep_their_own_filters_but_may_lose_inputs(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, logger="laasp_ray.pruning.groups"):
         graph = PruningGraph(Grouped(), INPUT, ignored=["grouped"])
     assert graph.skipped == {"grouped": "is ignored"}
     assert "layer grouped is not pruned: is ignored" in caplog.text

@@ -1,11 +1,12 @@
 """What is shown, word for word, on a terminal and elsewhere."""
 
 import io
+import logging
 
 import pytest
 from rich.console import Console
 
-from laasp_ray.records import Candidate, CandidateLoss, Decision
+from laasp_ray.records import Candidate, CandidateLoss, Decision, RunState
 from laasp_ray.report.progress import LineProgress, LiveProgress, make_progress
 
 
@@ -46,7 +47,6 @@ def loss(value, layer="a"):
 
 def tell(progress, clock):
     """A short run: two epochs, a turn, a recovery, a turn."""
-    progress.banner("embedded digits")
     progress.phase("train", "2 epochs")
     clock.now = 10
     progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5}, 0.1)
@@ -74,7 +74,6 @@ def test_lines_where_there_is_no_terminal(clock):
     progress.finished("done")
     progress.close()
     assert stream.getvalue().splitlines() == [
-        "* embedded digits",
         "train: 2 epochs",
         "train: epoch 1 of 2, loss 2.0000, top1 50.00%, learning rate 0.1",
         "train: epoch 2 of 2, loss 1.5000, top1 75.50%, learning rate 0.01, train done in 0 s",
@@ -90,6 +89,65 @@ def test_lines_where_there_is_no_terminal(clock):
         "target in 3 min 00 s",
         "done",
     ]
+
+
+def cut_off(phase, turn, reduction, epochs):
+    return RunState(phase=phase, turn=turn, flops_reduction=reduction, epochs_trained=epochs)
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        (cut_off("prune", 11, 0.3139, 9), "going on at turn 12, 31.4% of 53.8% FLOPs gone, 9 epochs trained"),
+        (cut_off("recover", 12, 0.335, 9), "going on at turn 12, 33.5% of 53.8% FLOPs gone, 9 epochs trained"),
+        (cut_off("train", 0, 0.0, 3), "going on before the first turn, 0.0% of 53.8% FLOPs gone, 3 epochs trained"),
+    ],
+)
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_run_that_goes_on_says_where(clock, stream, state, line):
+    shown = stream()
+    progress = make_progress(0.538, shown, clock)
+    progress.resumed(state, 0.538)
+    progress.close()
+    assert line in shown.getvalue()
+
+
+def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(clock):
+    progress = LiveProgress(0.5, Console(file=io.StringIO(), width=100), clock)
+    try:
+        progress.resumed(cut_off("prune", 11, 0.3, 9), 0.5)
+        with progress._console.capture() as capture:
+            progress._console.print(progress.render())
+        assert "30.00% of 50.00%" in capture.get()
+        clock.now = 60
+        progress.phase("prune", "turn 12")
+        progress.decision(decision(12, 0.4), 0.5, 60.0)
+        assert progress._standing.remaining() == "target in 1 min 00 s"
+    finally:
+        progress.close()
+
+
+def test_log_records_go_above_the_live_display_and_where_they_went_before_after_it(clock):
+    stream, elsewhere = Terminal(), io.StringIO()
+    logger = logging.Logger("some.library")
+    handlers = [logging.StreamHandler(stream), logging.StreamHandler(elsewhere)]
+    for handler in handlers:
+        logger.addHandler(handler)
+    logging.root.manager.loggerDict["some.library"] = logger
+    try:
+        progress = make_progress(0.25, stream, clock)
+        progress.phase("prune", "turn 1")
+        progress.note("drawn")
+        before = len(stream.getvalue())
+        logger.warning("a record [sic]")
+        written = stream.getvalue()[before:]
+        progress.close()
+        # The display is wiped first, and drawn again below the record.
+        assert written.index("\x1b[2K") < written.index("a record [sic]") < written.index("FLOPs reduction")
+        assert handlers[0].stream is stream
+        assert handlers[1].stream is elsewhere and elsewhere.getvalue() == "a record [sic]\n"
+    finally:
+        del logging.root.manager.loggerDict["some.library"]
 
 
 def test_turns_that_follow_each_other_are_announced_once(clock):

@@ -24,10 +24,9 @@ def turn(number, reduction, kept, seconds):
         "flops_reduction": reduction,
         "also": [],
     }
-    plan = {"version": 1, "tensors": {}, "attributes": {}, "layers": kept}
     return "turn", {
         "decision": decision,
-        "plan": plan,
+        "kept_filters": kept,
         "candidates": 10 * number,
         "seconds": {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds},
     }
@@ -39,7 +38,7 @@ START = (
         "config": {"name": "digits", "prune": {"flops_reduction": 0.25}},
         "macs": 1000000,
         "parameters": 2000,
-        "layers": 53,
+        "filters": {"layer1.0.conv1": 64, "layer1.0.conv2": 64},
     },
 )
 FIRST = [
@@ -48,10 +47,10 @@ FIRST = [
     ("spell", {"phase": "train", "metrics": metrics(0.5), "seconds": 4.0}),
     ("epoch", {"phase": "train"}),
     ("spell", {"phase": "train", "metrics": metrics(0.9625), "seconds": 6.0}),
-    turn(1, 0.1, {"layer1.0.conv1": [0, 2]}, 1.0),
+    turn(1, 0.1, {"layer1.0.conv1": 2}, 1.0),
     ("excluded", {"image": "x.jpg", "reason": "cannot be decoded"}),
     ("spell", {"phase": "recover", "metrics": metrics(0.75), "seconds": 2.0}),
-    turn(2, 0.26, {"layer1.0.conv1": [2], "layer2.0.conv1": [0, 1, 5]}, 2.0),
+    turn(2, 0.26, {"layer1.0.conv1": 1, "layer2.0.conv1": 3}, 2.0),
 ]
 LAST = [
     ("spell", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
@@ -93,10 +92,10 @@ def test_a_finished_run(tmp_path):
         "Training: 2 epochs; train 10 s, recover 2 s, final 1 min 30 s",
         "Images left out: x.jpg",
         "",
-        "layer           filters kept",
-        "----------------------------",
-        "layer1.0.conv1             1",
-        "layer2.0.conv1             3",
+        "layer           filters kept  of",
+        "--------------------------------",
+        "layer1.0.conv1             1  64",
+        "layer2.0.conv1             3   -",
     ]
 
 

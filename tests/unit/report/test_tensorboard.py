@@ -1,5 +1,6 @@
 """Event files arrive in the run's folder and can be read back; a resumed run adds to them."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def scalars(folder, tag):
 
 def test_scalars_are_there_after_each_sync_and_older_files_stay_as_they_are(tmp_path):
     storage = Storage.open(str(tmp_path))
-    with EventFiles(storage) as events:
+    with closing(EventFiles(storage)) as events:
         events.scalar("train/loss", 2.0, 1)
         assert storage.list() == []
         events.sync()
@@ -27,7 +28,7 @@ def test_scalars_are_there_after_each_sync_and_older_files_stay_as_they_are(tmp_
         events.sync()
         events.scalar("train/loss", 1.5, 2)
         events.scalar("prune/flops_reduction", 0.25, 1)
-    with EventFiles(storage) as resumed:
+    with closing(EventFiles(storage)) as resumed:
         resumed.scalar("train/loss", 1.25, 3)
     assert len(storage.list("tensorboard/events.out.tfevents.")) == 3
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -37,7 +38,7 @@ def test_scalars_are_there_after_each_sync_and_older_files_stay_as_they_are(tmp_
 
 def test_object_storage_gets_them_too():
     storage = Storage.open("mock:///bucket/run")
-    with EventFiles(storage) as events:
+    with closing(EventFiles(storage)) as events:
         events.scalar("test/top1", 0.5, 4)
     (name,) = storage.list()
     assert name.startswith("tensorboard/events.out.tfevents.") and len(storage.read(name)) > 100

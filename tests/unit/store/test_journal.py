@@ -114,6 +114,18 @@ def test_a_broken_journal_is_refused(storage, change, message):
         Journal(storage).events()
 
 
+def test_hidden_files_of_others_do_no_harm(storage):
+    journal = Journal(storage)
+    journal.append("start", {})
+    storage.write("journal/.nfs000012", b"")
+    assert journal.append("epoch", {}).sequence == 2 and len(Journal(storage).events()) == 2
+
+
+def test_events_are_written_without_blanks(storage):
+    Journal(storage).append("turn", {"filters": [1, 2], "loss": 0.5})
+    assert b'"data":{"filters":[1,2],"loss":0.5}}' in storage.read("journal/000001-turn.json")
+
+
 def test_another_schema_version_is_refused(storage):
     Journal(storage).append("start", {})
     content = json.loads(storage.read("journal/000001-start.json"))
