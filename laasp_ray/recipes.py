@@ -41,7 +41,7 @@ def resnet50_digits() -> RunConfig:
 
     Our own schedule; digits are not mirrored, since a mirrored 2 is not a 2.
     """
-    size = 24
+    size = 16
     return RunConfig(
         name="resnet50_digits",
         model=ModelConfig(
@@ -66,10 +66,10 @@ def resnet50_digits() -> RunConfig:
         train=TrainConfig(
             epochs=10,
             prune_epoch=8,
-            learning_rate=0.03,
+            learning_rate=0.05,
             drop_epochs=(6, 9),
             drop_factor=0.2,
-            batch_size=64,
+            batch_size=128,
             weight_decay=5e-4,
         ),
     )
