@@ -93,7 +93,7 @@ def _run_here(prepared: Prepared, storage: Storage, journal: Journal, progress: 
         images = LossSubset(
             subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
         )
-        return InProcessExecutor(prepared.unpruned, images, device)
+        return InProcessExecutor(prepared.unpruned, images, device, config.search, config.seed)
 
     return _control(
         prepared, storage, journal, progress, lambda: InProcessTrainer(prepared.unpruned, config, device), executor
@@ -118,7 +118,7 @@ def _run_on_ray(
             journal,
             progress,
             lambda: RayTrainer(network, config, share, scratch),
-            lambda subset: RayExecutor(network, subset, config.data, config.search, share),
+            lambda subset: RayExecutor(network, prepared.unpruned, subset, config, share),
         )
 
 

@@ -114,16 +114,27 @@ class PruneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How the candidates' losses are measured: on `images` training images (all there are if fewer), drawn once."""
+    """How the candidates' losses are measured: on `images` training images (all there are if fewer), drawn once.
+
+    `racing` on drops candidates that are worse with confidence before they have seen all images; `racing_error` is
+    the chance that this drops the best. At most `batch_size` images go through the network at a time, and fewer where
+    their values would take more than `memory_mb` (0: a share of the memory that is free). `candidates_per_task` bounds
+    a Ray task's candidates (0: sized by what they cost).
+    """
 
     images: int = 5000
     batch_size: int = 250
-    candidates_per_task: int = 1
+    racing: Literal["on", "off"] = "on"
+    racing_error: float = 0.01
+    memory_mb: int = 0
+    candidates_per_task: int = 0
 
     def __post_init__(self) -> None:
         _check(self.images >= 1, "search.images", self.images, "at least 1")
         _check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
-        _check(self.candidates_per_task >= 1, "search.candidates_per_task", self.candidates_per_task, "at least 1")
+        _check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
+        _check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
+        _check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +258,7 @@ RESUMABLE_KEYS = (
     "data.max_unreadable",
     "search.batch_size",
     "search.candidates_per_task",
+    "search.memory_mb",
 )
 """Settings that may differ between a run's start and its resumption: where things lie, how much is used, and what
 changes losses by rounding only."""

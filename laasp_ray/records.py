@@ -21,8 +21,8 @@ SCHEMA_VERSION = 1
 class Candidate:
     """One prune that could be made: these filters of this layer, with all that is coupled to them.
 
-    `also` names the other (layer, criterion) pairs that proposed the same filters of the same layer: they are the same
-    candidate, evaluated once.
+    `also` names the other (layer, criterion) pairs whose prune removes the same channels everywhere, of the same layer
+    or of one that is coupled to it: they are the same candidate, evaluated once.
     """
 
     layer: str
@@ -38,12 +38,20 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateLoss:
-    """A candidate and the mean cross-entropy of the network without its filters; NaN or inf is never chosen."""
+    """A candidate and the mean cross-entropy of the network without its filters; NaN or inf is never chosen.
+
+    `images` is how many it was measured on; if a race dropped it at look `dropped_at` (from 1), or was decided before
+    all images were needed, `loss` is an estimate from these. `error`: why there is no loss. `copied`: why a pruned
+    copy had to be measured instead of a mask.
+    """
 
     candidate: Candidate
     loss: float
     images: int
     seconds: float = 0.0
+    dropped_at: int | None = None
+    error: str = ""
+    copied: str = ""
 
     @property
     def layer(self) -> str:
@@ -64,15 +72,18 @@ class CandidateLoss:
 
 
 class Ranking(Sequence[CandidateLoss]):
-    """Candidates with their losses, least loss first; ties keep the order in which they were proposed."""
+    """Candidates with their losses, least loss first; ties keep the order in which they were proposed.
+
+    Those that a race dropped come after those that it did not.
+    """
 
     def __init__(self, entries: Sequence[CandidateLoss]) -> None:
         """`entries` in the order of proposal: layers in network order, criteria in the pool's order."""
 
-        def key(position: int) -> tuple[bool, float, int]:
+        def key(position: int) -> tuple[bool, bool, float, int]:
             loss = entries[position].loss
             finite = math.isfinite(loss)
-            return (not finite, loss if finite else 0.0, position)
+            return (not finite, entries[position].dropped_at is not None, loss if finite else 0.0, position)
 
         self._entries = tuple(entries[position] for position in sorted(range(len(entries)), key=key))
 

@@ -1,17 +1,19 @@
-"""The search on a cluster: candidates' losses as Ray tasks, one worker process each, streamed back as they come."""
+"""The search on a cluster: candidates' losses as Ray tasks, units of work streamed back as they come."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import nn
 
-from laasp_ray.config import DataConfig, SearchConfig
+from laasp_ray.config import DataConfig, RunConfig, SearchConfig
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset
 from laasp_ray.distributed.cluster import Share, usable_cpus
@@ -19,8 +21,10 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all, ready
-from laasp_ray.search.executor import OnResult
+from laasp_ray.search.engine import Cost, Engine, Losses, Sites
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
+from laasp_ray.search.executor import settings_of
+from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +38,16 @@ PATIENCE_S = 60
 class RayExecutor:
     """The Executor (search/executor.py) on Ray tasks. Gives the serial executor's losses: batches are cut the same way.
 
-    The network of a turn is put into the object store once; tasks carry indices, and every worker process rebuilds it
-    once per turn. The subset stays with the worker processes between turns.
+    The network of a turn is put into the object store once, with the turn's candidates; tasks carry positions. Every
+    worker process rebuilds it once per turn, and keeps the subset between turns.
     """
 
-    def __init__(self, unpruned: Any, subset: Subset, data: DataConfig, search: SearchConfig, share: Share) -> None:
-        """`unpruned` is the object reference of the unpruned network."""
-        self._unpruned, self._search, self._share = unpruned, search, share
-        self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), data, search.batch_size))
+    def __init__(self, network: Any, unpruned: nn.Module, subset: Subset, config: RunConfig, share: Share) -> None:
+        """`network` is the object reference of `unpruned`."""
+        self._network, self._unpruned, self._search, self._share = network, unpruned, config.search, share
+        self._images, self._seed = len(subset.labels), config.seed
+        self._example = torch.zeros(1, *config.model.input_shape)
+        self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), config.data, config.search))
         self._task = ray.remote(measure_losses).options(
             max_retries=TASK_RETRIES,
             scheduling_strategy="SPREAD",
@@ -50,30 +56,53 @@ class RayExecutor:
             **share.task_options,
         )
 
-    def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
-        turn = ray.put((network.plan, pack(network.tensors)))
-        size = self._search.candidates_per_task
-        starts = {}
-        for start in range(0, len(tasks), size):
-            # References inside a list are not fetched by Ray for every task anew; the worker process keeps them.
-            inputs = [self._unpruned, turn, self._subset]
-            starts[self._task.remote(inputs, list(tasks[start : start + size]))] = start
-        results: list[MeasuredLoss | None] = [None] * len(tasks)
-        pending = list(starts)
+    def measure(
+        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+    ) -> list[MeasuredLoss]:
+        sites = Sites(rebuild(self._unpruned, network).eval(), self._example)
+        costs = [sites.cost(task) for task in tasks]
+        # What is masked needs no plan, which is many times larger than a mask.
+        pairs = zip(tasks, costs, strict=True)
+        light = [task if cost.copied else replace(task, step=Plan.empty()) for task, cost in pairs]
+        turn = ray.put((network.plan, pack(network.tensors), light))
+        hands = _Hands(self._task, [self._network, turn, self._subset], costs, self._share)
         try:
-            while pending:
-                ready, pending = ray.wait(pending, num_returns=1, timeout=PATIENCE_S)
-                if not ready:
-                    if len(pending) == len(starts):
-                        self._say_waiting()
-                    continue
-                for position, result in enumerate(self._get(ready[0]), starts[ready[0]]):
-                    results[position] = result
-                    on_result(position, result)
+            return measure(hands, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share)
         finally:
-            for reference in pending:
-                ray.cancel(reference, force=False)
-        return [result for result in results if result is not None]
+            hands.cancel()
+
+    def close(self) -> None:
+        return None
+
+
+class _Hands:
+    """Units as Ray tasks (search/schedule.py says what hands are)."""
+
+    def __init__(self, task: Any, inputs: list[Any], costs: Sequence[Cost], share: Share) -> None:
+        """References inside the list `inputs` are not fetched by Ray for every task anew; the processes keep them."""
+        self._task, self._inputs, self._costs, self._share = task, inputs, costs, share
+        self._pending: dict[Any, Unit] = {}
+        self._heard = False
+        self.slots = slots_of(ray.cluster_resources(), share)
+
+    def cost(self, task: int) -> Cost:
+        return self._costs[task]
+
+    def submit(self, unit: Unit) -> None:
+        self._pending[self._task.remote(self._inputs, unit.tasks, unit.images)] = unit
+
+    def collect(self) -> tuple[Unit, Losses]:
+        while True:
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=PATIENCE_S)
+            if done:
+                self._heard = True
+                return self._pending.pop(done[0]), _get(done[0])
+            if not self._heard:
+                self._say_waiting()
+
+    def cancel(self) -> None:
+        for reference in self._pending:
+            ray.cancel(reference, force=False)
 
     def _say_waiting(self) -> None:
         logger.warning(
@@ -83,28 +112,33 @@ class RayExecutor:
             ray.available_resources(),
         )
 
-    def _get(self, reference: Any) -> list[MeasuredLoss]:
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from error
-        except ray.exceptions.RayError as error:
-            raise SearchError(
-                f"an evaluation task was lost {TASK_RETRIES + 1} times: {error}; "
-                "its worker may have run out of memory: lower search.batch_size or search.images"
-            ) from error
 
-    def close(self) -> None:
-        return None
+def _get(reference: Any) -> Losses:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from error
+    except ray.exceptions.RayError as error:
+        raise SearchError(
+            f"an evaluation task was lost {TASK_RETRIES + 1} times: {error}; "
+            "its worker may have run out of memory: lower search.memory_mb or search.batch_size"
+        ) from error
 
 
-def measure_losses(inputs: list[Any], tasks: list[LossTask]) -> list[MeasuredLoss]:
-    """The task itself: the losses of some prunes of the turn's network."""
-    model, subset = _PROCESS.load(*inputs)
-    results = measure_all(model, tasks, subset)
-    if subset.labels.is_cuda:
+def slots_of(resources: Mapping[str, float], share: Share) -> int:
+    """How many evaluation tasks a cluster with these resources has room for at a time."""
+    if share.gpus:
+        return max(1, int(resources.get("GPU", 0)))
+    return max(1, int(resources.get("CPU", 0)))
+
+
+def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
+    """The task itself: the losses of some of the turn's tasks on some of the subset's images."""
+    engine, tasks = _PROCESS.load(*inputs)
+    losses = engine.losses([tasks[position] for position in positions], images)
+    if _device().type == "cuda":
         torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search
-    return results
+    return losses
 
 
 class _Process:
@@ -113,11 +147,11 @@ class _Process:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, Any]] = {}
 
-    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[nn.Module, LossSubset]:
+    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[Engine, list[LossTask]]:
         torch.set_num_threads(_threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        model = self._once("turn", turn, lambda: _turn_network(base, *ray.get(turn)))
-        return model, self._once("subset", subset, lambda: _subset(*ray.get(subset)))
+        images, search = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
+        return self._once("turn", turn, lambda: _engine(base, images, search, *ray.get(turn)))
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
         key = f"{reference.hex()} on {_device()}"  # a process may be given another GPU from task to task
@@ -146,11 +180,14 @@ def _threads() -> int:
     return 1 if _device().type == "cpu" else max(1, usable_cpus() // 4)
 
 
-def _turn_network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:
-    return ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), _device())
+def _engine(
+    unpruned: nn.Module, subset: LossSubset, search: SearchConfig, plan: Plan, arrays: dict[str, Any], tasks: Any
+) -> tuple[Engine, list[LossTask]]:
+    model = ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), _device())
+    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks
 
 
-def _subset(images: Any, labels: Any, data: DataConfig, batch_size: int) -> LossSubset:
+def _subset(images: Any, labels: Any, data: DataConfig, search: SearchConfig) -> tuple[LossSubset, SearchConfig]:
     tensors = unpack({"images": images, "labels": labels}, copy=False)
-    subset = LossSubset(tensors["images"], tensors["labels"], batch_size, lambda batch: normalise(batch, data))
-    return subset.to(_device())
+    subset = LossSubset(tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data))
+    return subset.to(_device()), search

@@ -5,7 +5,9 @@ Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,13 +19,15 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking
-from laasp_ray.search.candidates import Baseline, propose
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.records import CandidateLoss, Decision, Ranking
+from laasp_ray.search.candidates import Baseline, entry_of, propose, tasks_of
+from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.policy import decide
 
-OnCandidate = Callable[[int, int, CandidateLoss], None]
+logger = logging.getLogger(__name__)
+
+OnCandidate = Callable[[int, int, CandidateLoss | None], None]
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ def take_turn(
 ) -> Turn:
     """Proposes, measures and chooses; `model` is `network` rebuilt, and is not changed. One dependency graph is built.
 
-    `on_candidate` hears (how many are done, of how many, which) as losses come in. Raises SearchError when there is
-    nothing to propose or nothing to choose.
+    `on_candidate` hears (how many are done, of how many, which or None) as losses come in. Raises SearchError when
+    there is nothing to propose or nothing to choose.
     """
     clock = _Stopwatch()
     graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
@@ -58,21 +62,24 @@ def take_turn(
     clock.lap("graph")
     proposals = propose(model, graph, macs, baseline, config)
     clock.lap("propose")
-    # The network as it stands goes along as the last task, so that a decision can say what its prune cost.
-    tasks = [LossTask(proposal.candidate.name, proposal.step) for proposal in proposals]
-    tasks.append(LossTask("the network before this turn's prune", Plan.empty()))
     done = 0
 
     def hear(position: int, result: MeasuredLoss) -> None:
         nonlocal done
         if position < len(proposals):
             done += 1
-            on_candidate(done, len(proposals), _entry(proposals[position].candidate, result))
+            on_candidate(done, len(proposals), entry_of(proposals[position], result))
+            if result.error:
+                logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
-    results = executor.measure(network, tasks, hear)
+    def hear_share(share: float) -> None:
+        if done < (so_far := int(share * len(proposals))) < len(proposals):
+            on_candidate(so_far, len(proposals), None)
+
+    results = executor.measure(network, tasks_of(proposals), hear, hear_share)
     clock.lap("evaluate")
-    pairs = zip(proposals, results[:-1], strict=True)
-    ranking = Ranking([_entry(proposal.candidate, result) for proposal, result in pairs])
+    ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
+    _say_copied(ranking)
     decision = decide(ranking, turn=turn, loss_before=results[-1].loss)
     chosen = next(
         p for p in proposals if (p.candidate.layer, p.candidate.filters) == (decision.layer, decision.filters)
@@ -80,8 +87,15 @@ def take_turn(
     return Turn(decision, chosen.step, ranking, clock.seconds)
 
 
-def _entry(candidate: Candidate, result: MeasuredLoss) -> CandidateLoss:
-    return CandidateLoss(candidate=candidate, loss=result.loss, images=result.images, seconds=result.seconds)
+def _say_copied(ranking: Ranking) -> None:
+    reasons = Counter(entry.copied for entry in ranking if entry.copied)
+    if reasons:
+        logger.info(
+            "%d of %d candidates were measured on pruned copies, which is slower than masks: %s",
+            reasons.total(),
+            len(ranking),
+            "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common(3)),
+        )
 
 
 class _Stopwatch:

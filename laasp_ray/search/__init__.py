@@ -8,12 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, StepRule
+from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.records import CandidateLoss, Ranking
-from laasp_ray.search.candidates import measure_baseline, propose
-from laasp_ray.search.evaluate import LossSubset, LossTask, Prepare, measure_all, ready
+from laasp_ray.records import Ranking
+from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
+from laasp_ray.search.engine import Engine
+from laasp_ray.search.evaluate import LossSubset, Prepare, ready
+from laasp_ray.search.executor import OneHand, settings_of
+from laasp_ray.search.schedule import measure
 
 __all__ = ["rank"]
 
@@ -32,14 +35,23 @@ def rank(
     reference: nn.Module | None = None,
     batch_size: int = 250,
     prepare: Prepare | None = None,
+    racing: bool = False,
+    racing_error: float = 0.01,
+    memory_mb: int = 0,
+    seed: int = 0,
 ) -> Ranking:
     """Every prune that one turn of LAASP could make on `model`, with its loss, least loss first.
 
     `images` (n, C, H, W) are what the network takes, or what `prepare` turns into it batch by batch; `labels` (n,) are
     class indices; both on the model's device. `reference` is the unpruned network that step sizes, limits and FLOPs
     reductions are against (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.loss`, the mean
-    cross-entropy, and `.flops_reduction` after its prune. The losses are exhaustive: a physically pruned copy of the
-    network sees every image. `model` is left as it was.
+    cross-entropy over all images, and `.flops_reduction` after its prune. One that failed has an `.error` and comes
+    last. `model` is left as it was.
+
+    With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
+    them, and `.dropped_at` is the look at which a candidate fell, None for the choice and its last rivals, which come
+    first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
+    Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, PruningError for networks and SearchError for candidates that do not work.
@@ -67,10 +79,13 @@ def rank(
     else:
         baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
     proposals = propose(model, graph, macs, baseline, config)
-    results = measure_all(model, [LossTask(p.candidate.name, p.step) for p in proposals], subset)
-    return Ranking(
-        [
-            CandidateLoss(candidate=proposal.candidate, loss=result.loss, images=result.images, seconds=result.seconds)
-            for proposal, result in zip(proposals, results, strict=True)
-        ]
+    search = SearchConfig(
+        batch_size=batch_size,
+        racing="on" if racing else "off",
+        racing_error=racing_error,
+        memory_mb=memory_mb,
     )
+    tasks = tasks_of(proposals)
+    hands = OneHand(Engine(model, subset, memory_bytes=memory_mb * 1_000_000), tasks)
+    results = measure(hands, len(tasks), settings_of(search, len(subset), seed), lambda position, result: None)
+    return Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -11,9 +11,12 @@ from laasp_ray import criteria
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import SearchError
+from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.groups import PruningGraph, filters_to_remove, step_sizes
+from laasp_ray.pruning.masks import Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after
-from laasp_ray.records import Candidate
+from laasp_ray.records import Candidate, CandidateLoss
+from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Proposal:
 
     candidate: Candidate
     step: Plan
+    mask: Mask | str
 
 
 def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Baseline:
@@ -53,9 +57,10 @@ def propose(
     """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.
 
     Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
-    candidate, credited to the first of them. Raises SearchError when no layer has a filter left to give.
+    candidate, and so do layers of one coupled group whose picks remove the same channels; it is credited to the first
+    of them. Raises SearchError when no layer has a filter left to give.
     """
-    proposals: list[Proposal] = []
+    proposals: dict[Hashable, Proposal] = {}
     for layer, group in graph.layers.items():
         count = filters_to_remove(
             group,
@@ -69,7 +74,12 @@ def propose(
             continue
         module = model.get_submodule(layer)
         for filters, proposers in _picks(module, config.criteria, count, group.blocks).items():
-            step = graph.step(layer, filters)
+            removal = graph.removal(layer, filters)
+            step = plan_of(removal)
+            key = _identity(removal)
+            if key in proposals:
+                proposals[key] = _also(proposals[key], layer, proposers)
+                continue
             candidate = Candidate(
                 layer=layer,
                 criterion=proposers[0],
@@ -77,13 +87,42 @@ def propose(
                 flops_reduction=1 - macs_after(macs, step) / baseline.macs.total,
                 also=tuple((layer, name) for name in proposers[1:]),
             )
-            proposals.append(Proposal(candidate, step))
+            proposals[key] = Proposal(candidate, step, mask_of(removal))
     if not proposals:
         raise SearchError(
             f"no layer has a filter left to give within prune.max_pruned={config.max_pruned}: "
             "raise it, lower prune.flops_reduction, or ignore fewer layers"
         )
-    return proposals
+    return list(proposals.values())
+
+
+def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:
+    """What is measured for them; the last task is the network as it stands, which tells what a prune costs."""
+    tasks = [LossTask(proposal.candidate.name, proposal.step, proposal.mask) for proposal in proposals]
+    return [*tasks, LossTask("the network before this turn's prune", Plan.empty(), {})]
+
+
+def entry_of(proposal: Proposal, result: MeasuredLoss) -> CandidateLoss:
+    """What was measured for a proposal, as a plain value."""
+    return CandidateLoss(
+        candidate=proposal.candidate,
+        loss=result.loss,
+        images=result.images,
+        seconds=result.seconds,
+        dropped_at=result.dropped_at,
+        error=result.error,
+        copied=result.copied,
+    )
+
+
+def _identity(removal: Removal) -> Hashable:
+    """Equal for prunes that remove the same channels everywhere, whichever layer they were proposed for."""
+    return frozenset((side, frozenset(channels)) for side, channels in removal.items() if channels)
+
+
+def _also(proposal: Proposal, layer: str, proposers: Sequence[str]) -> Proposal:
+    also = (*proposal.candidate.also, *((layer, name) for name in proposers))
+    return replace(proposal, candidate=replace(proposal.candidate, also=also))
 
 
 def _picks(module: nn.Module, names: Sequence[str], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:

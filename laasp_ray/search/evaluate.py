@@ -1,20 +1,21 @@
-"""What a prune costs the network: its mean cross-entropy on the loss subset, measured on a physically pruned copy.
+"""What a prune costs the network: its mean cross-entropy on the loss subset.
 
-This is the plain exhaustive procedure that every faster one is tested against. Batches are cut from the subset in order
-and in one size, whatever is evaluated and wherever, so that the same prune gives the same loss everywhere.
+`measure` is the plain procedure, on a physically pruned copy, that the faster one (engine.py) is tested against.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import SearchError
+from laasp_ray.pruning.masks import Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin
 
@@ -46,26 +47,53 @@ class LossSubset:
     def to(self, device: torch.device) -> LossSubset:
         return LossSubset(self.images.to(device), self.labels.to(device), self.batch_size, self.prepare)
 
+    def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images at `indices` (n,) as the network takes them, and their labels."""
+        chosen = torch.as_tensor(indices, device=self.labels.device)
+        images = self.images[chosen]
+        return in_fast_format(images if self.prepare is None else self.prepare(images)), self.labels[chosen]
+
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(self), self.batch_size):
-            images = self.images[start : start + self.batch_size]
-            prepared = images if self.prepare is None else self.prepare(images)
-            yield in_fast_format(prepared), self.labels[start : start + self.batch_size]
+            yield self.at(np.arange(start, min(start + self.batch_size, len(self))))
 
 
 @dataclass(frozen=True)
 class LossTask:
-    """A prune whose loss is wanted; `name` is what an error says. An empty step asks for the network as it stands."""
+    """A prune whose loss is wanted; `name` is what an error says. An empty step asks for the network as it stands.
+
+    `mask` does without cutting what `step` does, or says why there is none.
+    """
 
     name: str
     step: Plan
+    mask: Mask | str = "no mask is known"
+
+    @property
+    def unpruned(self) -> bool:
+        """Whether nothing is removed."""
+        return self.step.is_empty and not (isinstance(self.mask, Mapping) and self.mask)
 
 
 @dataclass(frozen=True)
 class MeasuredLoss:
+    """The mean loss over `images` of the subset's images, or a stratified estimate of it if they are not all.
+
+    `dropped_at`: the look (from 1) at which a race dropped the candidate. `error`: why there is no loss (NaN).
+    `copied`: why a pruned copy was measured instead of a mask.
+    """
+
     loss: float
     images: int
     seconds: float
+    dropped_at: int | None = None
+    error: str = ""
+    copied: str = ""
+
+
+def describe_error(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
 def in_fast_format(images: torch.Tensor) -> torch.Tensor:

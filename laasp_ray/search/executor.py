@@ -1,35 +1,82 @@
-"""Who measures the losses of a turn: the protocol, and the executor that works in this process, one after the other."""
+"""Who measures the losses of a turn: the protocol, and the executor that works in this process, unit by unit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from laasp_ray.config import SearchConfig
 from laasp_ray.pruning.network import NetworkState, rebuild
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, measure_all, ready
-
-OnResult = Callable[[int, MeasuredLoss], None]
+from laasp_ray.search.engine import Cost, Engine, Losses
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
+from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
 class Executor(Protocol):
-    def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
-        """The losses of `tasks` on `network`, in their order; `on_result` hears of each as it comes, in any order."""
+    def measure(
+        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+    ) -> list[MeasuredLoss]:
+        """The losses of `tasks` on `network`, in their order; the last task is the network as it stands.
+
+        `on_result` hears of each when nothing more will be known of it, in any order; `on_share` of the share that is
+        done, where it can be told. A task that fails has an `error`, and does not stop the others.
+        """
 
     def close(self) -> None: ...
 
 
 class InProcessExecutor:
-    """The serial reference; what every other executor's answer is compared with."""
+    """The serial executor; what every other executor's answer is compared with."""
 
-    def __init__(self, unpruned: nn.Module, subset: LossSubset, device: torch.device) -> None:
+    def __init__(
+        self, unpruned: nn.Module, subset: LossSubset, device: torch.device, search: SearchConfig, seed: int
+    ) -> None:
         self._unpruned, self._subset, self._device = unpruned, subset.to(device), device
+        self._search, self._seed = search, seed
 
-    def measure(self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult) -> list[MeasuredLoss]:
+    def measure(
+        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+    ) -> list[MeasuredLoss]:
         model = ready(rebuild(self._unpruned, network), self._device)
-        return measure_all(model, tasks, self._subset, on_result)
+        hands = OneHand(Engine(model, self._subset, memory_bytes=self._search.memory_mb * 1_000_000), tasks)
+        settings = settings_of(self._search, len(self._subset), self._seed)
+        return measure(hands, len(tasks), settings, on_result, on_share)
 
     def close(self) -> None:
         return None
+
+
+class OneHand:
+    """Units worked on in this process, in the order in which they were submitted."""
+
+    slots = 1
+
+    def __init__(self, engine: Engine, tasks: Sequence[LossTask]) -> None:
+        self._engine, self._tasks = engine, tasks
+        self._queue: deque[Unit] = deque()
+
+    def cost(self, task: int) -> Cost:
+        return self._engine.sites.cost(self._tasks[task])
+
+    def submit(self, unit: Unit) -> None:
+        self._queue.append(unit)
+
+    def collect(self) -> tuple[Unit, Losses]:
+        unit = self._queue.popleft()
+        return unit, self._engine.losses([self._tasks[task] for task in unit.tasks], unit.images)
+
+
+def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
+    """`images`: how many the subset has."""
+    return Settings(
+        images=images,
+        batch_size=search.batch_size,
+        candidates_per_task=search.candidates_per_task,
+        racing=search.racing == "on",
+        racing_error=search.racing_error,
+        seed=seed,
+    )

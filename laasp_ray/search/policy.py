@@ -12,6 +12,9 @@ from laasp_ray.records import CandidateLoss, Decision, Ranking
 def choose(ranking: Ranking) -> CandidateLoss:
     """Raises SearchError if not one loss is finite."""
     if not ranking or not math.isfinite(ranking[0].loss):
+        failed = next((entry for entry in ranking if entry.error), None)
+        if failed is not None:
+            raise SearchError(f"no candidate's loss could be measured; {failed.candidate.name}: {failed.error}")
         raise SearchError(
             f"none of the {len(ranking)} candidates has a finite loss: the network's weights have probably diverged; "
             "lower train.learning_rate or start from an earlier checkpoint"

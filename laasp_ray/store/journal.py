@@ -155,6 +155,9 @@ def write_candidates(storage: Storage, turn: int, ranking: Ranking) -> None:
             "images": entry.images,
             "seconds": entry.seconds,
             "flops_reduction": entry.flops_reduction,
+            "dropped_at": entry.dropped_at,
+            "error": entry.error,
+            "copied": entry.copied,
             "also": [{"layer": layer, "criterion": criterion} for layer, criterion in entry.candidate.also],
         }
         for rank, entry in enumerate(ranking, 1)
@@ -188,7 +191,8 @@ def _candidate_loss(row: dict[str, Any]) -> CandidateLoss:
         flops_reduction=row["flops_reduction"],
         also=also,
     )
-    return CandidateLoss(candidate=candidate, loss=row["loss"], images=row["images"], seconds=row["seconds"])
+    measured = ("loss", "images", "seconds", "dropped_at", "error", "copied")
+    return CandidateLoss(candidate=candidate, **{name: row[name] for name in measured})
 
 
 def _candidates_schema() -> pyarrow.Schema:
@@ -205,6 +209,9 @@ def _candidates_schema() -> pyarrow.Schema:
             ("images", pyarrow.int64()),
             ("seconds", pyarrow.float64()),
             ("flops_reduction", pyarrow.float64()),
+            ("dropped_at", pyarrow.int64()),
+            ("error", pyarrow.string()),
+            ("copied", pyarrow.string()),
             ("also", pyarrow.list_(pair)),
         ]
     )

@@ -20,7 +20,7 @@ from laasp_ray.data.subset import draw_subset
 from laasp_ray.distributed.cluster import share_of
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network
-from laasp_ray.errors import ConfigError, SearchError, TrainingError
+from laasp_ray.errors import ConfigError, TrainingError
 from laasp_ray.methods.laasp import take_turn
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import capture
@@ -52,7 +52,7 @@ def share(session, config):
 @pytest.fixture(scope="module")
 def executor(config, network, share):
     subset = draw_subset(open_source(config.data, "train"), config.data, images=40, seed=0)
-    return RayExecutor(put_network(network), subset, config.data, config.search, share), subset
+    return RayExecutor(put_network(network), network, subset, config, share), subset
 
 
 def test_the_spread_search_gives_the_serial_losses_and_choice(config, network, executor):
@@ -61,6 +61,8 @@ def test_the_spread_search_gives_the_serial_losses_and_choice(config, network, e
         network,
         LossSubset(subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)),
         torch.device("cpu"),
+        config.search,
+        config.seed,
     )
     example = torch.zeros(1, *config.model.input_shape)
     baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), config.prune)
@@ -96,17 +98,23 @@ def test_the_network_is_put_into_the_object_store_once_a_turn(network, executor,
     put = ray.put
     monkeypatch.setattr(ray, "put", lambda value: puts.append(type(value)) or put(value))
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(5)]
-    executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None)
+    executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
     assert len(puts) == 1
 
 
-def test_a_candidate_that_fails_names_itself(network, executor):
+def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, executor):
     broken = Plan(tensors={"conv1.weight": {0: ((0, 99),)}})
-    with pytest.raises(SearchError, match="the loss of the broken one could not be measured"):
-        executor[0].measure(capture(network, Plan.empty()), [LossTask("the broken one", broken)], lambda *_: None)
+    tasks = [LossTask("the broken one", broken), LossTask("as it stands", Plan.empty(), {})]
+    results = executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
+    assert math.isnan(results[0].loss)
+    assert results[0].error.startswith("PruningError: ")
+    assert results[1].error == ""
+    assert math.isfinite(results[1].loss)
 
 
-def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(network, executor):
+def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(config, network, share, executor):
+    search = dataclasses.replace(config.search, racing="off", candidates_per_task=1)
+    spread = RayExecutor(put_network(network), network, executor[1], dataclasses.replace(config, search=search), share)
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(60)]
     killed = []
 
@@ -114,7 +122,7 @@ def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(network,
         if len(killed) < 2:
             killed.append(_kill_a_task_worker())
 
-    results = executor[0].measure(capture(network, Plan.empty()), tasks, kill_one_worker)
+    results = spread.measure(capture(network, Plan.empty()), tasks, kill_one_worker, lambda share: None)
     assert len(killed) == 2
     assert len(results) == 60
     assert len({result.loss for result in results}) == 1

@@ -175,6 +175,9 @@ def test_candidates_come_back_with_their_columns(storage):
             "images",
             "seconds",
             "flops_reduction",
+            "dropped_at",
+            "error",
+            "copied",
             "also",
         ]
         assert table["rank"].to_pylist() == [1, 2, 3] and table["loss"].to_pylist() == [1.5, 2.5, math.inf]

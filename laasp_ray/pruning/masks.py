@@ -1,0 +1,86 @@
+"""A prune without cutting: the layers that read the removed channels are made deaf to them.
+
+Never the layer that makes the channels is silenced: what lies between would turn zeros into something else (BatchNorm's
+shift does). Where nothing normalises over channels, deaf readers give what the pruned network gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from laasp_ray.pruning.channels import Removal
+
+Mask = Mapping[str, tuple[int, ...]]
+"""Convolution or linear layer -> its input channels that are not to be read, rising."""
+
+FEW = 0.25
+"""Up to this share of a layer's inputs, taking away what they added is quicker than running the layer again."""
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def mask_of(removal: Removal) -> Mask | str:
+    """The mask that does what cutting `removal` does, or why there is none."""
+    for side, channels in removal.items():
+        if channels and side.normalises:
+            return f"{side.module} normalises over its channels"
+    return {
+        side.module: tuple(sorted(channels)) for side, channels in removal.items() if channels and side.role == "inputs"
+    }
+
+
+def run_deaf(module: nn.Module, inputs: torch.Tensor, channels: Sequence[int]) -> torch.Tensor:
+    """The layer's output for `inputs` (n, C, ...) of which these channels count as zero."""
+    if not _is_plain(module):
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        return module(inputs.index_fill(axis, torch.tensor(channels, device=inputs.device), 0))
+    bias = module.get_parameter("bias").detach() if module.bias is not None else None
+    return _apply(module, inputs, _deaf_weight(module, channels), bias)
+
+
+def run_deaf_from(
+    module: nn.Module, inputs: torch.Tensor, output: torch.Tensor, channels: Sequence[int]
+) -> torch.Tensor:
+    """The same, from `output`, what the layer gives for all of `inputs`: what the channels added is taken away again.
+
+    A layer is linear in its inputs, so that a few channels cost a small share of the whole.
+    """
+    if not _is_plain(module) or getattr(module, "groups", 1) != 1:
+        return run_deaf(module, inputs, channels)
+    weight = module.get_parameter("weight").detach()
+    if len(channels) > FEW * weight.shape[1]:
+        return run_deaf(module, inputs, channels)
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    # Slices: selecting by index is many times slower where channels lie last in memory.
+    few = torch.cat([inputs.narrow(axis, channel, 1) for channel in channels], axis)
+    weight = torch.cat([weight.narrow(1, channel, 1) for channel in channels], 1)
+    if few.ndim == 4:
+        few = few.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return _apply(module, few, weight.neg_(), None).add_(output)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer does no more than its type says: no parametrisation, no hook, no forward of its own."""
+    return type(module) in _PLAIN and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _apply(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module._conv_forward(inputs, weight, bias)  # which knows the padding's mode
+    return nn.functional.linear(inputs, weight, bias)
+
+
+def _deaf_weight(module: nn.Module, channels: Sequence[int]) -> torch.Tensor:
+    weight = module.get_parameter("weight").detach().clone()
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1:
+        return weight.index_fill_(1, torch.tensor(channels, device=weight.device), 0)
+    rows, width = weight.shape[0] // groups, weight.shape[1]
+    for channel in channels:  # each group of filters reads inputs of its own
+        group = channel // width
+        weight[group * rows : (group + 1) * rows, channel % width] = 0
+    return weight

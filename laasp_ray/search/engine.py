@@ -1,0 +1,203 @@
+"""The losses of many prunes of one network, image by image, on one device.
+
+A prune that can be masked (pruning/masks.py) is a branch of the network's program (search/program.py). Where a module
+normalises over the removed channels, or the network cannot be traced, a physically pruned copy sees the images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray.errors import SearchError
+from laasp_ray.pruning.masks import Mask
+from laasp_ray.pruning.plan import apply_plan
+from laasp_ray.pruning.verify import twin
+from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error
+from laasp_ray.search.program import Site
+from laasp_ray.search.tracing import trace
+
+FREE_MEMORY_SHARE = 0.5
+"""How much of the memory that is free the values of a forward pass may take, unless `search.memory_mb` says otherwise;
+the rest is for what libraries take on the way, and for the weights of copies."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`values` float32 (tasks, images), NaN in the rows of tasks that failed; `errors` says of those why."""
+
+    values: np.ndarray
+    errors: Mapping[int, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an image costs a task, in multiply-accumulates: `shared` with others, up to where it branches off, and
+    `own` from there on. `copied`: why a pruned copy is measured, or empty."""
+
+    shared: int
+    own: int
+    copied: str = ""
+
+
+class Sites:
+    """Where the prunes of a network branch off. `example` (1, C, H, W) is any input."""
+
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        traced = trace(model, example)
+        self.program = None if isinstance(traced, str) else traced
+        self._untraced = traced if isinstance(traced, str) else ""
+        self._known: dict[frozenset[str], Site | str] = {}
+
+    def find(self, task: LossTask) -> Site | str:
+        """Where a task branches off, or why it sees a physically pruned copy."""
+        if self.program is None:
+            return self._untraced
+        if isinstance(task.mask, str):
+            return task.mask
+        layers = frozenset(task.mask)
+        if layers not in self._known:
+            self._known[layers] = self.program.site(layers)
+        return self._known[layers]
+
+    def cost(self, task: LossTask) -> Cost:
+        """Of a network that cannot be traced 1 multiply-accumulate: all cost the same there."""
+        whole = 1 if self.program is None else self.program.macs
+        if task.unpruned:
+            return Cost(0, whole)
+        site = self.find(task)
+        if isinstance(site, str) or self.program is None:
+            return Cost(0, whole, str(site))
+        return Cost(self.program.macs_until(site.ready), site.macs)
+
+
+class Engine:
+    """Measures prunes of `model`, which is in eval mode on the subset's device and is not changed.
+
+    `memory_bytes` bounds what the values of a forward pass take at a time (default: from the memory that is free).
+    """
+
+    def __init__(self, model: nn.Module, subset: LossSubset, *, memory_bytes: int | None = None) -> None:
+        self._model, self._subset = model, subset
+        self._memory = memory_bytes or free_memory(subset.labels.device)
+        self.sites = Sites(model, subset.at(np.arange(1))[0])
+        self._program = self.sites.program
+
+    def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
+        """Cross-entropies of `tasks` on the subset's images at `indices`, batches cut in their order."""
+        started = time.perf_counter()
+        values = np.full((len(tasks), len(indices)), np.nan, np.float32)
+        errors: dict[int, str] = {}
+        branches: dict[Site, list[int]] = {}
+        copies, unchanged = [], []
+        for position, task in enumerate(tasks):
+            site = self.sites.find(task)
+            if task.unpruned:
+                unchanged.append(position)
+            elif isinstance(site, Site):
+                branches.setdefault(site, []).append(position)
+            else:
+                copies.append(position)
+        if branches or (unchanged and self._program is not None):
+            self._run_branches(tasks, branches, unchanged, indices, values, errors)
+        elif unchanged:
+            copies += unchanged
+        for position in copies:
+            self._run_copy(tasks[position], position, indices, values, errors)
+        for position in errors:
+            values[position] = np.nan
+        return Losses(values, errors, time.perf_counter() - started)
+
+    def _run_branches(
+        self,
+        tasks: Sequence[LossTask],
+        branches: Mapping[Site, Sequence[int]],
+        unchanged: Sequence[int],
+        indices: np.ndarray,
+        values: np.ndarray,
+        errors: dict[int, str],
+    ) -> None:
+        program = self._program
+        assert program is not None
+        size, together = self._sizes(branches, len(indices), whole=bool(unchanged))
+        batches = {site: _cut(positions, together) for site, positions in branches.items()}
+        masks = {site: [[_mask(tasks[p]) for p in batch] for batch in cut] for site, cut in batches.items()}
+        for start in range(0, len(indices), size):
+            images, labels = self._subset.at(indices[start : start + size])
+            columns = slice(start, start + len(labels))
+            for site, number, outcome in program.run(images, masks, whole=bool(unchanged)):
+                positions = unchanged if site is None else batches[site][number]
+                if isinstance(outcome, Exception):
+                    errors.update((p, describe_error(outcome)) for p in positions if p not in errors)
+                else:
+                    repeats = 1 if site is None else len(positions)
+                    found = _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)
+                    values[positions, columns] = found
+
+    def _sizes(self, sites: Mapping[Site, Sequence[int]], images: int, *, whole: bool) -> tuple[int, int]:
+        """How many images, and how many branches of one site, go through the network at a time.
+
+        On a CPU branches go one by one: their batches are large enough, and sums stay in one order whatever shares
+        a task. Raises SearchError if a single image takes more than the memory there is.
+        """
+        program = self._program
+        assert program is not None
+        base, branch = program.peak_bytes(list(sites), whole=whole)
+        if base + branch > self._memory:
+            raise SearchError(
+                f"one image needs {(base + branch) / 1e6:.1f} MB of memory, {self._memory / 1e6:.1f} MB may be used: "
+                "raise search.memory_mb"
+            )
+        size = min(self._subset.batch_size, images, self._memory // (base + branch))
+        one_by_one = program.sized or self._subset.labels.device.type == "cpu" or not branch
+        return size, 1 if one_by_one else max(1, (self._memory // size - base) // branch)
+
+    def _run_copy(
+        self, task: LossTask, position: int, indices: np.ndarray, values: np.ndarray, errors: dict[int, str]
+    ) -> None:
+        try:
+            pruned = twin(self._model)  # tensors that the prune leaves alone are shared: inference does not write
+            apply_plan(pruned, task.step)
+            size = self._copy_size(len(indices))
+            with torch.inference_mode():
+                for start in range(0, len(indices), size):
+                    images, labels = self._subset.at(indices[start : start + size])
+                    values[position, start : start + len(labels)] = _cross_entropies(pruned(images), labels)
+        except Exception as error:  # a network's own code may raise anything
+            if task.unpruned:
+                raise
+            errors[position] = describe_error(error)
+
+    def _copy_size(self, images: int) -> int:
+        size = min(self._subset.batch_size, images)
+        if self._program is None:
+            return size  # what a network takes that cannot be traced is not known
+        return max(1, min(size, self._memory // self._program.peak_bytes((), whole=True)[0]))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a forward pass may take by default: on a CPU, whose memory all cores share, a core's part of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
+    return int(psutil.virtual_memory().available * FREE_MEMORY_SHARE / (psutil.cpu_count() or 1))
+
+
+def _cross_entropies(outputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    return functional.cross_entropy(outputs.float(), labels, reduction="none").cpu().numpy()
+
+
+def _mask(task: LossTask) -> Mask:
+    assert isinstance(task.mask, Mapping)
+    return task.mask
+
+
+def _cut(positions: Sequence[int], size: int) -> list[list[int]]:
+    return [list(positions[start : start + size]) for start in range(0, len(positions), size)]

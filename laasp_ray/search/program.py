@@ -1,0 +1,224 @@
+"""A network as a list of operations, so that it can be run once for many prunes.
+
+A prune changes nothing before the first layer that reads a removed channel. So the network is run once; each prune
+branches off from its values and goes through the operations that it changes, and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from laasp_ray.pruning.masks import Mask, run_deaf, run_deaf_from
+
+
+@dataclass(frozen=True)
+class Value:
+    """In an operation's arguments: what the operation at this position gave."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of the forward pass. Position 0 is the input.
+
+    `fresh`: the result is memory of its own, which nothing else looks at. `overwrite`, if there is one, does the same
+    into the memory of the value `overwritten`, which no other operation reads.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = fx.immutable_collections.immutable_dict()
+    reads: tuple[int, ...] = ()
+    module: str = ""
+    fresh: bool = False
+    macs: int = 0
+    bytes: int = 0
+    overwrite: Callable[..., Any] | None = None
+    overwritten: int = -1
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where prunes that reach the same layers branch off.
+
+    `affected`: positions of the operations that they change, rising, of which `changed` are the layers made deaf and
+    `heads` those among them that still read unchanged values. `reads`: the unchanged values needed; the last of them is
+    there after `ready`. `macs` are those of the affected operations, for one image.
+    """
+
+    layers: frozenset[str]
+    affected: tuple[int, ...]
+    changed: frozenset[int]
+    heads: frozenset[int]
+    reads: frozenset[int]
+    ready: int
+    macs: int
+
+
+Outcome = torch.Tensor | Exception
+
+
+class Program:
+    """The operations of a network, with BatchNorms folded into the convolutions before them. Made by tracing.py.
+
+    It shares the memory of the network's parameters: a change to them makes it worthless.
+    """
+
+    def __init__(self, operations: Sequence[Operation], modules: Mapping[str, nn.Module], sized: bool) -> None:
+        """`sized`: some operation reads sizes, so that a batch must have as many rows as there are images."""
+        self._operations, self._modules, self.sized = tuple(operations), modules, sized
+        self._last_reader = list(range(len(operations)))
+        for position, operation in enumerate(operations):
+            for read in operation.reads:
+                self._last_reader[read] = position
+        self.macs = sum(operation.macs for operation in operations)
+
+    def site(self, layers: Collection[str]) -> Site | str:
+        """Where a prune branches off that makes `layers` deaf; or why it cannot."""
+        changed = frozenset(p for p, operation in enumerate(self._operations) if operation.module in layers)
+        missing = set(layers) - {self._operations[position].module for position in changed}
+        if missing or not changed:
+            return f"{min(missing)} is not called as a module of its own" if missing else "no layer reads the channels"
+        affected = set(changed)
+        for position, operation in enumerate(self._operations):
+            if not affected.isdisjoint(operation.reads):
+                affected.add(position)
+        heads = frozenset(p for p in changed if affected.isdisjoint(self._operations[p].reads))
+        # A head starts from the unchanged output of its own layer as well.
+        reads = heads | {read for p in affected for read in self._operations[p].reads if read not in affected}
+        return Site(
+            layers=frozenset(layers),
+            affected=tuple(sorted(affected)),
+            changed=changed,
+            heads=heads,
+            reads=reads,
+            ready=max(reads),
+            macs=sum(self._operations[p].macs for p in affected),
+        )
+
+    def macs_until(self, position: int) -> int:
+        """Multiply-accumulates of the unchanged network up to this position, for one image."""
+        return sum(operation.macs for operation in self._operations[: position + 1])
+
+    @torch.inference_mode()
+    def run(
+        self, images: torch.Tensor, branches: Mapping[Site, Sequence[Sequence[Mask]]], *, whole: bool
+    ) -> Iterator[tuple[Site | None, int, Outcome]]:
+        """The outputs for `images` of every branch and, if `whole`, of the unchanged network.
+
+        `branches` has for each site the batches of masks to be run together. Gives (site, which of its batches, the
+        outputs (masks * n, ...), mask by mask, or what was raised instead); (None, 0, outputs) for the unchanged one.
+        """
+        waiting: dict[int, list[Site]] = {}
+        for site in branches:
+            waiting.setdefault(site.ready, []).append(site)
+        last = len(self._operations) - 1 if whole else max(waiting, default=-1)
+        read_by_branches = frozenset(read for site in branches for read in site.reads)
+        frees = self._frees(branches, last)
+        values: dict[int, Any] = {}
+        for position in range(last + 1):
+            operation = self._operations[position]
+            overwrite = operation.overwrite is not None and operation.overwritten not in read_by_branches
+            values[position] = self.perform(operation, values.__getitem__, overwrite) if position else images
+            for site in waiting.get(position, ()):
+                for number, masks in enumerate(branches[site]):
+                    yield site, number, self._attempt(site, masks, values)
+            for read in frees.get(position, ()):
+                del values[read]
+        if whole:
+            yield None, 0, values[last]
+
+    def peak_bytes(self, sites: Collection[Site], *, whole: bool) -> tuple[int, int]:
+        """The most memory that values take at a time, for one image: (unchanged network, one mask of one branch)."""
+        last = len(self._operations) - 1 if whole else max((site.ready for site in sites), default=-1)
+        frees = self._frees(sites, last)
+        live = most = 0
+        for position in range(last + 1):
+            live += self._operations[position].bytes
+            most = max(most, live)
+            live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
+        return most, max((self._branch_bytes(site) for site in sites), default=0)
+
+    def _branch_bytes(self, site: Site) -> int:
+        """As above, for a branch; unchanged values that are read are repeated for every mask."""
+        frees, live, most = self._branch_frees(site), 0, 0
+        for position in site.affected:
+            operation = self._operations[position]
+            repeated = sum(self._operations[read].bytes for read in operation.reads if read in site.reads)
+            live += operation.bytes
+            most = max(most, live + repeated)
+            live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
+        return most
+
+    def _frees(self, sites: Collection[Site], last: int) -> dict[int, list[int]]:
+        """Position -> the values that nobody needs once it is done."""
+        until = [min(reader, last) for reader in self._last_reader[: last + 1]]
+        for site in sites:
+            for read in site.reads:
+                until[read] = max(until[read], site.ready)
+        frees: dict[int, list[int]] = {}
+        for read, position in enumerate(until):
+            if read != len(self._operations) - 1:
+                frees.setdefault(position, []).append(read)
+        return frees
+
+    def _branch_frees(self, site: Site) -> dict[int, list[int]]:
+        frees: dict[int, list[int]] = {}
+        for position in site.affected[:-1]:
+            frees.setdefault(self._last_reader[position], []).append(position)
+        return frees
+
+    def _attempt(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> Outcome:
+        try:
+            return self._branch(site, masks, unchanged)
+        except Exception as error:  # a network's own code may raise anything; it is the candidate's error, not ours
+            return error
+
+    def _branch(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
+        frees = self._branch_frees(site)
+        values: dict[int, Any] = {}
+        times = len(masks)
+
+        def value(position: int) -> Any:
+            if position in values:
+                return values[position]
+            shared = unchanged[position]
+            many = times > 1 and isinstance(shared, torch.Tensor) and not self._constant(position)
+            return shared.repeat(times, *[1] * (shared.ndim - 1)) if many else shared
+
+        for position in site.affected:
+            operation = self._operations[position]
+            if position in site.changed:
+                module, source = self._modules[operation.module], operation.reads[0]
+                channels = [mask[operation.module] for mask in masks]
+                if position in site.heads:
+                    parts = [run_deaf_from(module, unchanged[source], unchanged[position], gone) for gone in channels]
+                else:
+                    rows = values[source].chunk(times)
+                    parts = [run_deaf(module, some, gone) for some, gone in zip(rows, channels, strict=True)]
+                values[position] = parts[0] if times == 1 else torch.cat(parts)
+            else:
+                overwrite = operation.overwrite is not None and operation.overwritten in values
+                values[position] = self.perform(operation, value, overwrite)
+            for read in frees.get(position, ()):
+                del values[read]
+        return values[site.affected[-1]]
+
+    def _constant(self, position: int) -> bool:
+        """Whether a value is a parameter or a buffer, the same whatever the images."""
+        return position != 0 and not self._operations[position].reads
+
+    def perform(self, operation: Operation, value: Callable[[int], Any], overwrite: bool) -> Any:
+        def resolve(item: Any) -> Any:
+            return value(item.position) if isinstance(item, Value) else item
+
+        arguments = fx.node.map_aggregate(operation.arguments, resolve)
+        keywords = fx.node.map_aggregate(operation.keywords, resolve)
+        run = operation.overwrite if overwrite and operation.overwrite is not None else operation.run
+        return run(*arguments, **keywords)

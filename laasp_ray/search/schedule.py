@@ -1,0 +1,208 @@
+"""One turn's measurements, whoever carries them out: exhaustive, or as a race.
+
+Work is cut into units, some candidates on some images, small enough that nobody idles at the end and large enough that
+the network is not run anew for every few candidates. A race goes look by look; while the last units of a look are
+under way, idle hands begin with the next look for those that are still in it. What is chosen depends on complete looks
+only, and so not on the number of hands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from laasp_ray.search.engine import Cost, Losses
+from laasp_ray.search.evaluate import MeasuredLoss
+from laasp_ray.search.racing import Race
+
+OnResult = Callable[[int, MeasuredLoss], None]
+OnShare = Callable[[float], None]
+
+UNIT_SECONDS = 0.25
+"""A unit aims at this long: a hundred times what handing it out costs."""
+UNITS_PER_SLOT = 4
+"""At most so many units for each hand at a time: the last to end is then late by a small part of the whole."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """These tasks (positions) on these images (positions in the subset)."""
+
+    tasks: tuple[int, ...]
+    images: np.ndarray
+
+
+class Hands(Protocol):
+    """Who measures units: this process, or a cluster."""
+
+    @property
+    def slots(self) -> int:
+        """How many units are worked on at a time."""
+
+    def cost(self, task: int) -> Cost: ...
+
+    def submit(self, unit: Unit) -> None: ...
+
+    def collect(self) -> tuple[Unit, Losses]:
+        """Waits for one of the submitted units."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`racing` False measures all candidates on all images. `candidates_per_task` 0 sizes units by their cost."""
+
+    images: int
+    batch_size: int
+    candidates_per_task: int = 0
+    racing: bool = False
+    racing_error: float = 0.01
+    seed: int = 0
+
+
+def measure(
+    hands: Hands, tasks: int, settings: Settings, on_result: OnResult, on_share: OnShare = lambda share: None
+) -> list[MeasuredLoss]:
+    """The losses of tasks 0..tasks-2, the candidates, and of the last one, the network as it stands.
+
+    `on_result` hears of each when nothing more will be known of it, `on_share` of the share of an exhaustive turn that
+    is done. A candidate that failed has loss NaN and says why.
+    """
+    work = _Work(hands, tasks, settings, on_result)
+    if settings.racing and tasks > 2:
+        _race(work, tasks - 1, settings)
+    else:
+        _exhaust(work, tasks, settings, on_share)
+    return work.results
+
+
+def cut(
+    costs: Sequence[Cost], tasks: Sequence[int], images: np.ndarray, settings: Settings, slots: int, speed: float
+) -> list[Unit]:
+    """Units for `tasks` (positions into `costs`) on `images`, dearest first.
+
+    Images are cut into batches; only if that gives too few units are candidates cut apart too, those that branch off
+    at about the same depth staying together. `speed` is in multiply-accumulates a second, 0 if not known.
+    """
+    pieces = np.array_split(images, math.ceil(len(images) / settings.batch_size))
+    whole = len(images) * (max(costs[task].shared for task in tasks) + sum(costs[task].own for task in tasks))
+    wanted = slots * UNITS_PER_SLOT
+    if speed:
+        wanted = min(wanted, max(slots, math.ceil(whole / speed / UNIT_SECONDS)))
+    groups = min(len(tasks), math.ceil(wanted / len(pieces)))
+    if settings.candidates_per_task:
+        groups = max(groups, math.ceil(len(tasks) / settings.candidates_per_task))
+    parts = _groups(costs, tasks, groups, settings.candidates_per_task)
+    if len(parts) <= 1 and settings.candidates_per_task == 0:
+        parts = [list(tasks)]
+    units = [Unit(tuple(part), piece) for part in parts for piece in pieces]
+    return sorted(units, key=lambda unit: -len(unit.images) * sum(costs[task].own for task in unit.tasks))
+
+
+def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int) -> list[list[int]]:
+    """Tasks in as many groups of about equal cost, by the depth at which they branch off, at most `most` in each."""
+    ordered = sorted(tasks, key=lambda task: (costs[task].shared, task))
+    share = sum(costs[task].own for task in ordered) / groups
+    parts: list[list[int]] = []
+    filled = 0.0
+    for task in ordered:
+        if not parts or (most and len(parts[-1]) == most) or filled >= share * len(parts):
+            parts.append([])
+        parts[-1].append(task)
+        filled += costs[task].own
+    return parts
+
+
+class _Work:
+    """What is known so far: `values` (tasks, images), where `seen`."""
+
+    def __init__(self, hands: Hands, tasks: int, settings: Settings, on_result: OnResult) -> None:
+        self._hands, self._settings, self._on_result = hands, settings, on_result
+        self.costs = [hands.cost(task) for task in range(tasks)]
+        self.values = np.full((tasks, settings.images), np.nan, np.float32)
+        self.seen = np.zeros((tasks, settings.images), bool)
+        self.under_way = 0
+        self.errors: dict[int, str] = {}
+        self.results: list[MeasuredLoss] = [MeasuredLoss(math.nan, 0, 0.0)] * tasks
+        self._seconds = np.zeros(tasks)
+        self._done = self._busy = 0.0
+
+    @property
+    def slots(self) -> int:
+        return self._hands.slots
+
+    def submit(self, tasks: Sequence[int], images: np.ndarray) -> None:
+        speed = self._done / self._busy if self._busy else 0.0
+        for unit in cut(self.costs, tasks, images, self._settings, self._hands.slots, speed):
+            self._hands.submit(unit)
+            self.under_way += 1
+
+    def collect(self) -> Unit:
+        unit, losses = self._hands.collect()
+        rows = np.array(unit.tasks)
+        self.values[rows[:, None], unit.images] = losses.values
+        self.seen[rows[:, None], unit.images] = True
+        self.under_way -= 1
+        self.errors.update({unit.tasks[row]: error for row, error in losses.errors.items()})
+        own = np.array([self.costs[task].own for task in unit.tasks], float)
+        self._seconds[rows] += losses.seconds * own / own.sum()
+        self._done += len(unit.images) * (own.sum() + max(self.costs[task].shared for task in unit.tasks))
+        self._busy += losses.seconds
+        return unit
+
+    def finish(self, task: int, loss: float, images: int, dropped_at: int | None = None) -> None:
+        error = self.errors.get(task, "")
+        loss = math.nan if error else loss
+        seconds, copied = float(self._seconds[task]), self.costs[task].copied
+        self.results[task] = MeasuredLoss(loss, images, seconds, dropped_at, error, copied)
+        self._on_result(task, self.results[task])
+
+
+def _exhaust(work: _Work, tasks: int, settings: Settings, on_share: OnShare) -> None:
+    work.submit(range(tasks), np.arange(settings.images))
+    units = work.under_way
+    while work.under_way:
+        done = work.collect()
+        on_share(1 - work.under_way / units)
+        for task in done.tasks:
+            if work.seen[task].all():
+                work.finish(task, float(work.values[task].mean(dtype=np.float64)), settings.images)
+
+
+def _race(work: _Work, candidates: int, settings: Settings) -> None:
+    unchanged = candidates
+    work.submit([unchanged], np.arange(settings.images))
+    while work.under_way:
+        work.collect()
+    base = work.values[unchanged]
+    work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
+    race = Race(base, candidates, error=settings.racing_error, seed=settings.seed)
+    asked: set[tuple[int, int]] = set()  # (look, candidate)
+
+    def ask(look: int, tasks: Sequence[int]) -> None:
+        new = [task for task in tasks if (look, task) not in asked]
+        if new:
+            work.submit(new, race.samples[look])
+            asked.update((look, task) for task in new)
+
+    while not race.decided:
+        look, sample = race.looks, race.samples[race.looks]
+        ask(look, race.survivors)
+        while not work.seen[race.survivors][:, sample].all():
+            if work.under_way < work.slots and look + 1 < len(race.samples):
+                ask(look + 1, _likeliest(race, work.slots - work.under_way))
+            work.collect()
+        for task in race.look(work.values[race.survivors][:, sample]):
+            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.looks)
+    for task in race.survivors:
+        work.finish(task, float(race.estimates[task]), int(race.images[task]))
+    while work.under_way:  # what was begun for a look that is not needed any more
+        work.collect()
+
+
+def _likeliest(race: Race, count: int) -> list[int]:
+    """The candidates that will most likely be in the next look."""
+    return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))[:count]
