@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from laasp_ray import api, evaluation
+from laasp_ray import api, evaluation, models
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
 from laasp_ray.recipes import RECIPES, recipe, resnet50_digits, resnet50_imagenet
@@ -156,7 +156,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
         config,
         storage=_absolute_storage(config.storage),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
-        train=dataclasses.replace(config.train, pretrained=_absolute(config.train.pretrained)),
+        train=dataclasses.replace(config.train, pretrained=_absolute_weights(config.train.pretrained)),
     )
 
 
@@ -174,6 +174,10 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
 
 def _absolute(path: str | None) -> str | None:
     return str(Path(path).expanduser().absolute()) if path is not None and "://" not in path else path
+
+
+def _absolute_weights(source: str | None) -> str | None:
+    return source if source is not None and source.startswith(models.TORCHVISION) else _absolute(source)
 
 
 def _absolute_storage(storage: str) -> str:

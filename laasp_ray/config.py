@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from laasp_ray.errors import ConfigError
 
-DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches"]
+DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 StepRule = Literal["flops_share", "layer_share"]

@@ -107,7 +107,7 @@ def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = models.build(config.model)
     if with_weights and config.train.pretrained is not None:
-        models.load_weights(model, config.train.pretrained)
+        models.load_pretrained(model, config.model, config.train.pretrained)
     return model
 
 

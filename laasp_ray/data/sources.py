@@ -9,8 +9,10 @@ from laasp_ray.config import DataConfig
 from laasp_ray.data.digits import ensure_digits
 from laasp_ray.data.source import ImageSource, Split
 from laasp_ray.data.sources_cifar import BATCHES_FOLDER, CifarBatchesSource, batches_folder
-from laasp_ray.data.sources_folder import FolderSource, class_names
+from laasp_ray.data.sources_flat import open_flat
+from laasp_ray.data.sources_folder import FolderSource, class_names, train_folders
 from laasp_ray.data.sources_parquet import ParquetSource, parquet_files
+from laasp_ray.data.sources_tar import TRAIN_TARS, open_train_tar, train_classes, train_tar
 from laasp_ray.errors import ConfigError, DataError
 
 __all__ = ["ImageSource", "Split", "open_source"]
@@ -33,7 +35,10 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
         return ParquetSource(root, split)
     if found == "cifar_batches":
         return CifarBatchesSource(root, split)
-    return FolderSource(root, split)
+    if split == "train":
+        return open_train_tar(root) if found == "tar" else FolderSource(root, split)
+    classes = train_classes(root) if found == "tar" else train_folders(root)
+    return open_flat(root, classes) or FolderSource(root, split, classes)
 
 
 def _digits(config: DataConfig) -> Path:
@@ -47,7 +52,7 @@ def _digits(config: DataConfig) -> Path:
     return ensure_digits()
 
 
-def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches"]:
+def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches", "tar"]:
     if batches_folder(root) is not None:
         return "cifar_batches"
     if parquet_files(root, "train"):
@@ -55,7 +60,10 @@ def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches"]:
     train = root / "train"
     if train.is_dir() and class_names(train):
         return "folder"
+    if train_tar(root) is not None:
+        return "tar"
     raise DataError(
         f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
-        f"(train.parquet or train-*.parquet) and CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1)"
+        f"(train.parquet or train-*.parquet), CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1) and ImageNet's own "
+        f"({' or '.join(TRAIN_TARS)})"
     )

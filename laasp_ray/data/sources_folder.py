@@ -17,22 +17,19 @@ TEST_FOLDERS = ("val", "test")
 class FolderSource:
     """`<root>/train/<class>/*.JPEG`, and `<root>/val` or `<root>/test` likewise: the test split.
 
-    Classes are the sorted names of the training folders, images sorted by class, then name. Opening lists the folders
-    and looks at no file.
+    Classes are the sorted names of the training folders, unless `classes` says them; images are sorted by class, then
+    name. Opening lists the folders and looks at no file.
     """
 
-    def __init__(self, root: Path, split: Split) -> None:
-        train = _split_folder(root, "train")
-        self.classes = tuple(class_names(train))
-        if not self.classes:
-            raise DataError(f"no class folders in {train}; looked for {train}/<class>/*.JPEG")
-        folder = train if split == "train" else _split_folder(root, "test")
+    def __init__(self, root: Path, split: Split, classes: tuple[str, ...] | None = None) -> None:
+        self.classes = train_folders(root) if classes is None else classes
+        folder = _split_folder(root, split)
         if split == "test":
             _check_test_classes(folder, self.classes)
         self._folder = folder
         counts, names = [], []
         for name in self.classes:
-            files = _image_files(folder / name)
+            files = image_files(folder / name)
             counts.append(len(files))
             names.extend(files)
         # An array of bytes takes a quarter of the memory of Python strings, and every worker opens the data set.
@@ -51,6 +48,15 @@ class FolderSource:
 
     def _relative(self, index: int) -> str:
         return f"{self.classes[self.labels[index]]}/{os.fsdecode(self._names[index])}"
+
+
+def train_folders(root: Path) -> tuple[str, ...]:
+    """The classes of a data set of folders; raises DataError if there are none."""
+    train = _split_folder(root, "train")
+    classes = tuple(class_names(train))
+    if not classes:
+        raise DataError(f"no class folders in {train}; looked for {train}/<class>/*.JPEG")
+    return classes
 
 
 def class_names(folder: Path) -> list[str]:
@@ -72,8 +78,7 @@ def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
     found = class_names(folder)
     if not found:
         raise DataError(
-            f"no class folders in {folder}; looked for {folder}/<class>/*.JPEG; ImageNet's validation archive is flat: "
-            "sort it into class folders first"
+            f"no class folders in {folder}; looked for {folder}/<class>/*.JPEG, and for images with a list of labels"
         )
     unknown = sorted(set(found) - set(classes))
     if unknown:
@@ -83,7 +88,8 @@ def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
         )
 
 
-def _image_files(folder: Path) -> list[bytes]:
+def image_files(folder: Path) -> list[bytes]:
+    """The sorted names of the images in `folder`, hidden ones left out; none if it is not there."""
     if not folder.is_dir():
         return []
     with os.scandir(os.fsencode(folder)) as entries:

@@ -1,8 +1,9 @@
-"""Networks by name: `build` makes one, `load_weights` fills it from a file."""
+"""Networks by name: `build` makes one, `load_weights` fills it from a file or with torchvision's weights."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pickle
 from collections.abc import Callable, Mapping
@@ -18,7 +19,15 @@ from torch import nn
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.cifar import DEPTHS, CifarResNet
+from laasp_ray.models.cifar_vgg import CifarVgg16
 
+TORCHVISION = "torchvision:"
+"""Begins a name of torchvision's weights, as in torchvision:IMAGENET1K_V2, where a file could be named too."""
+
+_CIFAR: dict[str, Callable[..., nn.Module]] = {
+    **{name: functools.partial(CifarResNet, blocks) for name, blocks in DEPTHS.items()},
+    "vgg16": CifarVgg16,
+}
 _SHOWN = 4
 """How many keys an error about a file of weights names."""
 
@@ -26,9 +35,9 @@ _SHOWN = 4
 def build(config: ModelConfig) -> nn.Module:
     """A new network in training mode, its weights drawn from torch's global generator (seed it first).
 
-    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), or the import
-    path `package.module:function` of a function that returns an nn.Module; `config.arguments` are passed on. Raises
-    ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
+    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`, or
+    the import path `package.module:function` of a function that returns an nn.Module; `config.arguments` are passed on.
+    Raises ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
     """
     builder, arguments = _builder(config.builder), dict(config.arguments)
     try:
@@ -49,7 +58,44 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     possibly under "state_dict" or "model", its keys possibly starting with "module.". Raises ConfigError if the file
     is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
     """
-    state, wanted = _read_state(Path(path)), model.state_dict()
+    _fill(model, _read_state(Path(path)), str(path))
+
+
+def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
+    """Fills `model`, built from `config`, from a file, or with the weights that `torchvision:NAME` names.
+
+    Torchvision's are those of the builder's own architecture; they are downloaded into torch's cache where they are
+    not there yet. Raises ConfigError for a name or a builder that has none, a download that fails, and weights that do
+    not fit.
+    """
+    if source.startswith(TORCHVISION):
+        _fill(model, _torchvision_state(config.builder, source.removeprefix(TORCHVISION)), source)
+    else:
+        load_weights(model, source)
+
+
+def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
+    family, _, architecture = builder.partition(".")
+    if ":" in builder or family != "torchvision":
+        raise ConfigError(
+            f"train.pretrained is {TORCHVISION + name!r}, but model.builder {builder!r} is none of torchvision's: "
+            "name a file of weights"
+        )
+    known = {weights.name: weights for weights in torchvision.models.get_model_weights(architecture)}
+    if name not in known:
+        offered = ", ".join(TORCHVISION + other for other in known) or "none"
+        raise ConfigError(f"torchvision has no weights {name!r} of {architecture}; it has: {offered}")
+    try:
+        return dict(known[name].get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # no network, no room, or not the bytes that were expected
+        raise ConfigError(
+            f"the weights {TORCHVISION + name} cannot be had ({error}): download {known[name].url} elsewhere and name "
+            "the file, --pretrained FILE"
+        ) from error
+
+
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    wanted = model.state_dict()
     if all(key.startswith("module.") for key in state) and not all(key.startswith("module.") for key in wanted):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     missing = sorted(wanted.keys() - state.keys())
@@ -66,7 +112,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ]
     if problems:
         raise ConfigError(
-            f"the weights in {path} do not fit the network: {'; '.join(problems)}. "
+            f"the weights in {source} do not fit the network: {'; '.join(problems)}. "
             f"Check model.builder and model.arguments"
         )
     model.load_state_dict(state)
@@ -75,7 +121,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def known_builders() -> list[str]:
     """The names that `build` knows, import paths aside."""
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
-    return sorted([*names, *(f"cifar.{name}" for name in DEPTHS)])
+    return sorted([*names, *(f"cifar.{name}" for name in _CIFAR)])
 
 
 def _builder(name: str) -> Callable[..., Any]:
@@ -87,7 +133,7 @@ def _builder(name: str) -> Callable[..., Any]:
         raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
     family, _, architecture = name.partition(".")
     if family == "cifar":
-        return lambda **arguments: CifarResNet(DEPTHS[architecture], **arguments)
+        return _CIFAR[architecture]
     return lambda **arguments: torchvision.models.get_model(architecture, **{"weights": None, **arguments})
 
 
