@@ -17,8 +17,10 @@ from typing import Any
 
 from laasp_ray import api, evaluation, models
 from laasp_ray.config import RunConfig
+from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
-from laasp_ray.recipes import RECIPES, recipe, resnet50_digits, resnet50_imagenet
+from laasp_ray.recipes import RECIPES, VARIANTS, recipe, resnet50_digits, resnet50_imagenet
+from laasp_ray.report import repeats
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
@@ -35,8 +37,9 @@ FLAGS = {
     "--pretrained": (
         "train.pretrained",
         str,
-        "weights of the network as it stands at the prune epoch, a state dict (.safetensors, .pt, .pth); training goes "
-        "on from there at that epoch's learning rate",
+        "weights of the network as it stands at the prune epoch: a state dict (.safetensors, .pt, .pth) or "
+        "torchvision's by name, torchvision:IMAGENET1K_V2; pruning comes first, training goes on at that epoch's "
+        "learning rate; for a finished network give a late --prune-epoch",
     ),
     "--prune-epoch": ("train.prune_epoch", int, "the epoch of the schedule at which pruning begins"),
     "--epochs": ("train.epochs", int, "epochs of the whole schedule"),
@@ -74,7 +77,10 @@ def prune(arguments: Sequence[str] | None = None) -> int:
     """`jobs/prune.py RECIPE`."""
     parser = _parser("prune.py", "Prunes a network while it trains, by a recipe.")
     parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
-    return _guarded(lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe)))
+    parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
+    return _guarded(
+        lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe, options.variant))
+    )
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -118,6 +124,14 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--ray-address", default=None, help="a cluster to join (default: RAY_ADDRESS, or start one here)"
     )
     parser.add_argument("--no-ray", action="store_true", help="one process, no Ray: for small networks")
+    parser.add_argument(
+        "--repeats",
+        type=_at_least_1,
+        default=None,
+        metavar="N",
+        help="N runs, NAME-seedK, with the seeds from --seed on; their mean and spread go to NAME-repeats.json",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long it would take")
     parser.add_argument("--verbose", action="store_true", help="log more")
     return parser
 
@@ -128,10 +142,38 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
     )
     logging.getLogger("laasp_ray").setLevel(logging.INFO)
     config = overridden(base(options), options)
+    if options.dry_run:
+        print(
+            dry_run(
+                config,
+                distributed=not options.no_ray,
+                ray_address=options.ray_address,
+                repeats=options.repeats or 1,
+            )
+        )
+    elif options.repeats is None:
+        _run(config, options)
+    else:
+        _repeat(config, options)
+
+
+def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     result = api.prune(None, config, distributed=not options.no_ray, ray_address=options.ray_address)
     journal = Journal(Storage.open(config.storage).child(config.name))
     print(format_summary(summarise(journal.events())))
     print(f"pruned network: {result.folder}/pruned")
+    return result
+
+
+def _repeat(config: RunConfig, options: argparse.Namespace) -> None:
+    runs = {}
+    for seed in range(config.seed, config.seed + options.repeats):
+        run = dataclasses.replace(config, name=f"{config.name}-seed{seed}", seed=seed)
+        runs[run.name] = repeats.figures_of(_run(run, options).summary)
+    content, storage = repeats.collected(runs), Storage.open(config.storage)
+    storage.write(f"{config.name}-repeats.json", json.dumps(content, indent=2).encode())
+    print(repeats.table(content))
+    print(f"{len(runs)} runs: {storage.uri}/{config.name}-repeats.json")
 
 
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:

@@ -61,7 +61,7 @@ def format_summary(summary: Summary) -> str:
     """Text tables: the network before and after, the turns and their seconds, the layers."""
     state = "finished" if summary.finished else "not finished"
     lines = [f"Run {summary.name}: {state}, FLOPs reduction {summary.flops_reduction:.2%} of {summary.target:.2%}", ""]
-    lines += _table(_network_rows(summary))
+    lines += table_lines(_network_rows(summary))
     lines += ["", *_turn_lines(summary)]
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
@@ -70,7 +70,7 @@ def format_summary(summary: Summary) -> str:
         lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
     if summary.kept_filters:
         layers = [(name, str(kept), _count(summary.filters.get(name))) for name, kept in summary.kept_filters.items()]
-        lines += ["", *_table([("layer", "filters kept", "of"), *layers])]
+        lines += ["", *table_lines([("layer", "filters kept", "of"), *layers])]
     return "\n".join(lines)
 
 
@@ -150,7 +150,7 @@ def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell; the first to the left, the others to the right; a rule under the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

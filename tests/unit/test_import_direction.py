@@ -15,7 +15,7 @@ LEVELS = [
     {"methods"},
     {"progression", "controller"},
     {"preflight", "recipes", "distributed"},
-    {"api", "evaluation"},
+    {"api", "evaluation", "dry_run"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,0 +1,42 @@
+"""A short measurement on one worker's share of the cluster, for a dry run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+
+from laasp_ray.config import RunConfig
+from laasp_ray.distributed.cluster import Share, usable_cpus
+from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
+
+
+def measure(network: Any, config: RunConfig, share: Share) -> tuple[TrainingSpeed, float]:
+    """A trainer's speed, and the images a second of an evaluation task, one after the other.
+
+    `network` is the object reference of the unpruned network. Each is measured with the resources that it will have,
+    alone on its node.
+    """
+    resources = dict(share.trainer_resources)
+    gpus = resources.pop("GPU", 0)
+    trainer = ray.remote(training_speed).options(num_cpus=resources["CPU"], num_gpus=gpus)
+    speed = ray.get(trainer.remote(network, config, share.workers))
+    return speed, ray.get(ray.remote(forward_speed).options(**share.task_options).remote(network, config))
+
+
+def training_speed(unpruned: torch.nn.Module, config: RunConfig, workers: int) -> TrainingSpeed:
+    """As a trainer: without a GPU the trainers of a node share its cores; it is taken that they are all on one."""
+    torch.set_num_threads(max(1, usable_cpus() // workers))
+    return measure_training(unpruned, config, _device(), workers)
+
+
+def forward_speed(unpruned: torch.nn.Module, config: RunConfig) -> float:
+    """As an evaluation task: without a GPU on one thread."""
+    if _device().type == "cpu":
+        torch.set_num_threads(1)
+    return measure_forward(unpruned, config, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,110 @@
+"""How fast one worker is, from a few real batches: what a dry run scales up."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray.config import RunConfig
+from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
+from laasp_ray.train.data import SpellData
+
+BATCHES = 6
+"""How many batches are timed at most, after one that is not."""
+BUDGET_S = 8.0
+"""No further batch is begun after so many seconds."""
+CPU_BATCH = 32
+"""At most so many images a batch on a CPU, where the speed depends little on it: a batch may take a minute there."""
+
+
+@dataclass(frozen=True)
+class TrainingSpeed:
+    """Images a second of one trainer, decoding included: in training, and in evaluation on the test images."""
+
+    training: float
+    evaluation: float
+    device: str
+    loader: str
+
+
+def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.device, world: int = 1) -> TrainingSpeed:
+    """Times batches as one rank of `world` trains and evaluates them; `unpruned` is copied and left alone.
+
+    Raises DataError as the loaders do.
+    """
+    size = config.train.batch_size if device.type == "cuda" else min(config.train.batch_size, CPU_BATCH * world)
+    data = SpellData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
+    model = _copy_on(unpruned, device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(data.in_format(images))
+        optimizer.zero_grad(set_to_none=True)
+        functional.cross_entropy(output.float(), labels).backward()
+        optimizer.step()
+
+    def infer(images: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.inference_mode():
+            model(data.in_format(images))
+
+    try:
+        batches = epoch_batches(data.train_images, batch_size=size, seed=config.seed, epoch=0)[: BATCHES + 1]
+        shares = [rank_share(batch, 0, world) for batch in batches]
+        training = _rate(((batch.images, batch.labels) for batch in data.train_loader.epoch(shares)), step, device)
+        model.eval()
+        shares = eval_batches(data.test_images, batch_size=data.share, rank=0, world=world)[: BATCHES + 1]
+        evaluation = _rate(((batch.images, batch.labels) for batch in data.test_loader.epoch(shares)), infer, device)
+        return TrainingSpeed(training, evaluation, _name(device), data.train_loader.name)
+    finally:
+        data.close()
+
+
+def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device) -> float:
+    """Images a second of the network in eval mode, float32, on images that are on `device` already."""
+    model = _copy_on(unpruned, device).eval()
+    size = config.search.batch_size if device.type == "cuda" else min(config.search.batch_size, CPU_BATCH)
+    images = torch.randn(size, *config.model.input_shape, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(size, dtype=torch.int64)
+
+    def infer(images: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return _rate(itertools.repeat((images, labels), BATCHES + 1), infer, device)
+
+
+def _rate(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    work: Callable[[torch.Tensor, torch.Tensor], None],
+    device: torch.device,
+) -> float:
+    """Images a second; the first batch, which warms things up, counts only where it is the only one."""
+    rates: list[tuple[int, float]] = []
+    begun = last = time.perf_counter()
+    for images, labels in batches:
+        work(images, labels)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        rates.append((len(images), now - last))
+        last = now
+        if len(rates) > 1 and now - begun > BUDGET_S:
+            break
+    timed = rates[1:] or rates
+    return sum(count for count, _ in timed) / sum(seconds for _, seconds in timed)
+
+
+def _copy_on(unpruned: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
