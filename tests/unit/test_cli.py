@@ -134,6 +134,19 @@ def test_a_submitted_jobs_storage_that_says_where_it_is_stays_there(tmp_path, mo
     assert capsys.readouterr().err == ""
 
 
+def test_names_of_weights_are_no_paths():
+    assert config_of("--pretrained", "torchvision:IMAGENET1K_V2").train.pretrained == "torchvision:IMAGENET1K_V2"
+
+
+def test_a_variant_of_a_recipe(images, tmp_path, capsys, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(cli, "_prune", lambda options, base: chosen.append(base(options)))
+    assert cli.prune(["resnet56_cifar10", "--variant", "2023"]) == 0
+    assert chosen == [recipe("resnet56_cifar10", "2023")]
+    assert cli.prune(["vgg16_cifar10", "--variant", "2023"]) == 2
+    assert "the recipe vgg16_cifar10 has no variant '2023'" in capsys.readouterr().err
+
+
 def test_values_are_json_or_else_words():
     config = config_of(
         "--set",
@@ -213,7 +226,7 @@ def test_no_class_folders(tmp_path, capsys, format):
 def test_unknown_recipe(capsys):
     message = refused(["resnet20_cifar", "--no-ray"], capsys)
     assert "unknown recipe 'resnet20_cifar': did you mean resnet20_cifar10? known recipes: " in message
-    assert "resnet20_cifar10, resnet50_digits, resnet50_imagenet, resnet56_cifar10" in message
+    assert "resnet20_cifar10, resnet32_cifar10, resnet34_imagenet, resnet50_digits" in message
 
 
 def test_unknown_criterion(images, tmp_path, capsys):
@@ -326,6 +339,39 @@ def test_the_same_command_again_does_nothing_and_prints_the_same(finished, image
 def test_another_config_under_its_name_is_refused(finished, images, capsys):
     message = refused(arguments(images, finished[0].parent, "--seed", "6"), capsys)
     assert "was started with another config (seed: 5 there, 6 here)" in message
+
+
+def test_repeats_are_runs_of_their_own_with_mean_and_spread(finished, images, tmp_path, capsys):
+    given = arguments(images, tmp_path, "--repeats", "2")
+    assert cli.prune(given) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((tmp_path / "little-repeats.json").read_text())
+    assert list(content["runs"]) == ["little-seed5", "little-seed6"]
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in content["runs"]]
+    assert [(config["seed"], config["name"]) for config in configs] == [(5, "little-seed5"), (6, "little-seed6")]
+    measured = [json.loads((tmp_path / name / "pruned" / "metrics.json").read_text()) for name in content["runs"]]
+    losses = [metrics["metrics"]["loss"] for metrics in measured]
+    assert [run["loss"] for run in content["runs"].values()] == losses
+    # The same seed alone comes to the same.
+    alone = json.loads((finished[0] / "pruned" / "metrics.json").read_text())
+    assert losses[0] == alone["metrics"]["loss"] != losses[1]
+    assert content["spread"]["loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert content["spread"]["loss"]["std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert printed.splitlines()[-1] == f"2 runs: {tmp_path}/little-repeats.json"
+    # Again, with one more: those that are done are left alone.
+    before = sorted((tmp_path / "little-seed5" / "journal").iterdir())
+    assert cli.prune(arguments(images, tmp_path, "--repeats", "3")) == 0
+    assert sorted((tmp_path / "little-seed5" / "journal").iterdir()) == before
+    content = json.loads((tmp_path / "little-repeats.json").read_text())
+    assert [run["loss"] for run in content["runs"].values()][:2] == losses and len(content["runs"]) == 3
+
+
+def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
+    assert cli.prune(arguments(images, tmp_path / "runs", "--repeats", "2", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "Dry run of little" in printed and "5.00% of FLOPs" in printed and "2 runs" in printed
+    assert "42 proposals a turn" in printed  # 21 convolutions, 2 criteria
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_path, capsys):

@@ -14,9 +14,11 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.models import build
 from laasp_ray.preflight import prepare
+from laasp_ray.progression import initial_state, next_spell
 from laasp_ray.pruning.groups import PruningGraph, reachable
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
+from laasp_ray.records import RunState
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -44,6 +46,8 @@ ROWS = {
     "mobilenet_v2_imagenet": (0.300, 0.545),
 }
 DIGITS = "resnet50_digits"
+HEAVY = {"resnet110_cifar10", "resnet34_imagenet", "resnet50_imagenet"}
+"""Others are of the same make and take less time: resnet56_cifar10, resnet18_imagenet and resnet50_digits."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -144,6 +148,24 @@ def test_a_variant_has_a_name_of_its_own_and_only_where_it_is_known():
         recipe("vgg16_cifar10", "2023")
 
 
+def test_the_three_starts():
+    scratch = recipe("resnet50_imagenet")
+    weights = dataclasses.replace(scratch, train=dataclasses.replace(scratch.train, pretrained="weights.pt"))
+    finished = dataclasses.replace(weights, train=dataclasses.replace(weights.train, prune_epoch=90))
+
+    def spell(config, phase):
+        epochs = next_spell(RunState(phase=phase), config).epochs
+        return [(epoch.epoch, pytest.approx(epoch.learning_rate)) for epoch in epochs]
+
+    assert initial_state(scratch).phase == "train"
+    assert spell(scratch, "train") == [(epoch, 0.1) for epoch in range(25)]
+    for config, first, rate in ((weights, 25, 0.1), (finished, 90, 1e-4)):
+        assert initial_state(config).phase == "prune"
+        assert spell(config, "recover") == [(first, rate)] * 2
+        assert spell(config, "final")[0] == (first, rate) and spell(config, "final")[-1] == (99, 1e-4)
+        assert len(spell(config, "final")) == 100 - first
+
+
 class Silent:
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
@@ -176,7 +198,9 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), side=32, train=6, test=3)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in RECIPES]
+)
 def test_one_turn_of_each_phase(name, pictures, tmp_path):
     config = tiny(name, pictures, tmp_path)
     result = prune(None, config, distributed=False, progress=Silent())

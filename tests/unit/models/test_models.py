@@ -8,7 +8,7 @@ from torch import nn
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
-from laasp_ray.models import build, load_weights
+from laasp_ray.models import build, load_pretrained, load_weights
 
 CHECKPOINTS = Path(__file__).parents[3] / ".." / "shared" / "data" / "checkpoints"
 
@@ -153,3 +153,56 @@ def test_unreadable_files(tmp_path, capsys):
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="holds no state dict"):
         load_weights(tiny(), tmp_path / "other.pt")
+
+
+def test_vgg16_for_cifar():
+    model = make("cifar.vgg16", num_classes=7)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    linear = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(convolutions) == 13 and linear == [(512, 512), (512, 7)]
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+RESNET18 = ModelConfig(builder="torchvision.resnet18", arguments={"num_classes": 1000})
+FILE = "resnet18-f37072fd.pth"
+"""What torchvision calls the weights IMAGENET1K_V1 of resnet18; those in the cache are not fetched."""
+
+
+def test_torchvisions_weights_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    source, target = build(RESNET18), build(RESNET18)
+    torch.save(source.state_dict(), tmp_path / "hub" / "checkpoints" / FILE)
+    load_pretrained(target, RESNET18, "torchvision:IMAGENET1K_V1")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    fewer = ModelConfig(builder="torchvision.resnet18", arguments={"num_classes": 10})
+    with pytest.raises(ConfigError, match=r"weights in torchvision:IMAGENET1K_V1 do not fit .*fc\.bias: \(1000,\)"):
+        load_pretrained(build(fewer), fewer, "torchvision:IMAGENET1K_V1")
+
+
+def test_torchvisions_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=rf"torchvision:IMAGENET1K_V1 cannot be had .*{FILE} .*--pretrained FILE"):
+        load_pretrained(build(RESNET18), RESNET18, "torchvision:IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    ("builder", "name", "message"),
+    [
+        ("torchvision.resnet18", "IMAGENET1K_V2", "no weights 'IMAGENET1K_V2' of resnet18; it has: torchvision:.*_V1"),
+        ("cifar.resnet20", "IMAGENET1K_V1", "model.builder 'cifar.resnet20' is none of torchvision's: name a file"),
+        (f"{__name__}:tiny", "IMAGENET1K_V1", "is none of torchvision's"),
+    ],
+)
+def test_torchvisions_weights_that_there_are_none_of(builder, name, message):
+    config = ModelConfig(builder=builder)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(build(config), config, f"torchvision:{name}")
+
+
+def test_a_file_where_weights_by_name_could_stand(tmp_path):
+    source, target = tiny(), tiny()
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_pretrained(target, ModelConfig(builder=f"{__name__}:tiny"), str(tmp_path / "w.pt"))
+    assert torch.equal(source[0].weight, target[0].weight)
