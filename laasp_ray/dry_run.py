@@ -144,7 +144,7 @@ def describe(prepared: Prepared, workload: Workload, machine: Machine, repeats: 
             f"of one worker, {machine.forward:,.1f} in the forward pass of one of {machine.tasks} evaluation tasks",
         ),
         *((f"time, {part}", format_duration(spent)) for part, spent in seconds.items()),
-        ("time, all", format_duration(total)),
+        ("time, all", f"at most about {format_duration(total)}"),
     ]
     if repeats > 1:
         rows.append((f"{repeats} runs", format_duration(repeats * total)))
