@@ -1,11 +1,10 @@
 """VIP by hand, against scikit-learn, and from moments added up in any number of parts."""
 
 import math
-import warnings
 
 import pytest
 import torch
-from sklearn.cross_decomposition import PLSRegression
+from helpers import vip_by_scikit_learn
 
 from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import SearchError
@@ -15,18 +14,6 @@ def moments(features, labels, pilot=None, classes=None):
     made = Moments.empty(features.mean(dim=0) if pilot is None else pilot, classes or int(labels.max()) + 1)
     made.add(features, labels)
     return made
-
-
-def reference(features, labels, components):
-    """VIP from scikit-learn's scores, weights and loadings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at this tolerance it says that it did not converge
-        one_hot = torch.nn.functional.one_hot(labels).double().numpy()
-        fit = PLSRegression(components, scale=True, tol=1e-16, max_iter=100_000).fit(features.double().numpy(), one_hot)
-    scores, weights, loadings = map(torch.from_numpy, (fit.x_scores_, fit.x_weights_, fit.y_loadings_))
-    explained = scores.square().sum(dim=0) * loadings.square().sum(dim=0)
-    directions = (weights / weights.norm(dim=0)).square()
-    return (len(weights) * directions @ explained / explained.sum()).sqrt()
 
 
 def random_data(seed=0, images=200, columns=30, classes=5):
@@ -51,7 +38,7 @@ def test_by_hand_of_one_component():
 def test_equals_scikit_learn(components, seed):
     features, labels = random_data(seed)
     found = vip(moments(features, labels), components)
-    assert (found - reference(features, labels, components)).abs().max() < 1e-6
+    assert (found - vip_by_scikit_learn(features, labels, components)).abs().max() < 1e-6
     assert float(found.square().mean()) == pytest.approx(1, abs=1e-12)
 
 
@@ -60,7 +47,7 @@ def test_equals_scikit_learn_with_more_columns_than_images_and_a_constant_one(co
     features, labels = random_data(2, images=40, columns=90)
     features[:, 17] = 0.1
     found = vip(moments(features, labels), components)
-    assert (found - reference(features, labels, components)).abs().max() < 1e-6
+    assert (found - vip_by_scikit_learn(features, labels, components)).abs().max() < 1e-6
     assert float(found[17]) == 0
 
 
