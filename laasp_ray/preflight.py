@@ -155,21 +155,14 @@ def _of_weights(config: RunConfig) -> list[str]:
 
 def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:
     prune = config.prune
-    if prune.method == "pls":
-        if not layers:
-            raise ConfigError(
-                "prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'"
-            )
-        most = reachable(graph, baseline.macs, max_pruned=1.0, layers=layers)
-        if prune.flops_reduction > most and prune.iterations == 0:
-            raise ConfigError(
-                f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.method pls and {len(layers)} "
-                f"prunable layers less than {most:.4f} can be reached: lower it, or end at prune.iterations"
-            )
-        return
-    most = reachable(graph, baseline.macs, max_pruned=prune.max_pruned)
+    if not layers and graph.layers:
+        raise ConfigError("prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'")
+    limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
+    if prune.method == "pls":  # which knows no limit but that a filter stays
+        limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
+    most = reachable(graph, baseline.macs, max_pruned=limit, layers=layers)
     if prune.flops_reduction > most and prune.iterations == 0:
         raise ConfigError(
-            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.max_pruned {prune.max_pruned:g} and "
-            f"{len(graph.layers)} prunable layers at most {most:.4f} can be reached: lower the one or raise the other"
+            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.{named} and "
+            f"{len(layers)} prunable layers at most {most:.4f} can be reached: {remedy}"
         )
