@@ -50,6 +50,15 @@ FLAGS = {
     ),
     "--loss-images": ("search.images", int, "training images that a candidate's loss is measured on"),
     "--criteria": ("prune.criteria", str, "pool of criteria, comma-separated: names or package.module:function"),
+    "--method": (
+        "prune.method",
+        str,
+        "laasp: the cheapest prune of one layer; pls: the filters that tell least",
+    ),
+    "--iterations": ("prune.iterations", int, "turns after which pruning ends even short of the target (0: no bound)"),
+    "--percent": ("prune.percent", float, "pls: the percentage of the filters still prunable that a turn removes"),
+    "--components": ("prune.components", int, "pls: components of the partial least squares"),
+    "--pooling": ("prune.pooling", str, "pls: max or avg of a filter's whole output, or of windows, such as max2x2"),
     "--workers": ("cluster.workers", int, "Ray Train workers (default: one per GPU, or two on CPUs)"),
     "--seed": ("seed", int, "the one source of randomness"),
 }

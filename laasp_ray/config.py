@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "ta
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 StepRule = Literal["flops_share", "layer_share"]
+Method = Literal["laasp", "pls"]
+POOLING = re.compile(r"(max|avg)(?:([1-9]\d*)x([1-9]\d*))?")
+"""What `prune.pooling` may be: all of a filter's output at once, or windows of height x width."""
 DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
 
 
@@ -90,9 +94,16 @@ class PruneConfig:
     filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
     `ignored` names modules (or prefixes of them, ending in a dot) that are left alone. `extra_layers` names linear
     layers that are candidates too. After each `recover_every` of FLOPs (0: after every prune) `recover_epochs` follow.
+    After `iterations` turns (0: no bound) pruning ends even if the target is not reached.
+
+    `method` pls removes, every turn, the `percent` (of 100) of all filters of layers with no others coupled to them
+    that tell least of the classes; `step`, `max_pruned` and `criteria` are not its. It and the criterion pls fit
+    `components` to the filters' outputs, pooled (`max` or `avg`) whole, or in windows (`max2x2`).
     """
 
     flops_reduction: float
+    method: Method = "laasp"
+    iterations: int = 0
     step: float = 0.01
     step_rule: StepRule = "flops_share"
     max_pruned: float = 0.75
@@ -101,6 +112,9 @@ class PruneConfig:
     criteria: tuple[str, ...] = DEFAULT_CRITERIA
     recover_every: float = 0.02
     recover_epochs: int = 1
+    percent: float = 10.0
+    components: int = 2
+    pooling: str = "max"
 
     def __post_init__(self) -> None:
         _check(0 < self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
@@ -110,6 +124,12 @@ class PruneConfig:
         _check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
         _check(0 <= self.recover_every < 1, "prune.recover_every", self.recover_every, "a share from 0 to below 1")
         _check(self.recover_epochs >= 0, "prune.recover_epochs", self.recover_epochs, "at least 0")
+        _check(self.method in typing.get_args(Method), "prune.method", self.method, "'laasp' or 'pls'")
+        _check(self.iterations >= 0, "prune.iterations", self.iterations, "at least 0 (0: no bound)")
+        _check(0 < self.percent < 100, "prune.percent", self.percent, "a percentage between 0 and 100, such as 10")
+        _check(self.components >= 1, "prune.components", self.components, "at least 1")
+        whole = POOLING.fullmatch(self.pooling) is not None
+        _check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
 
 
 @dataclass(frozen=True, kw_only=True)

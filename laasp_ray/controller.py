@@ -16,7 +16,7 @@ from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import DataError, TrainingError
-from laasp_ray.methods.laasp import take_turn
+from laasp_ray.methods import METHODS
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
@@ -129,7 +129,7 @@ class Controller:
         model = rebuild(self._unpruned, self._network).eval()
         executor = parts.executor(self.state.excluded, lambda name: self._note_unreadable((name,)))
         prepared = time.perf_counter() - started
-        turn = take_turn(
+        turn = METHODS[self._config.prune.method](
             model,
             self._network,
             self._example,
@@ -141,7 +141,8 @@ class Controller:
         )
         applied = time.perf_counter()
         self._network, self._momentum = self._after(self._network, turn.step), {}
-        write_candidates(parts.storage, number, turn.ranking)
+        if turn.ranking:
+            write_candidates(parts.storage, number, turn.ranking)
         now = time.perf_counter()
         seconds = {"prepare": prepared, **turn.seconds, "apply": now - applied, "total": now - started}
         self._record(

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.pruning.groups import PruningGraph, reachable
+from laasp_ray.pruning.several import independent_layers
+from laasp_ray.search.activations import Wanted, check_columns, shapes_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.storage import Storage
 
@@ -67,7 +70,7 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
     `model` that is not on the CPU is copied there.
     """
-    for name in config.prune.criteria:
+    for name in _of_weights(config):
         criteria.get(name)
     check_available(config.data.loader)
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
@@ -79,8 +82,12 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     baseline = measure_baseline(graph, macs, config.prune)
     for name, reason in graph.skipped.items():
         logger.info("layer %s is not pruned: %s", name, reason)
-    _check_target(config, graph, baseline)
+    layers = independent_layers(graph) if config.prune.method == "pls" else tuple(graph.layers)
+    _check_target(config, graph, baseline, layers)
     _check_criteria(config, graph, unpruned)
+    if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
+        shapes = shapes_of(unpruned, example_input, Wanted.of(layers, config.prune))
+        check_columns(shapes, config.prune.pooling, example_input.device)
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
     return Prepared(config, unpruned, example_input, baseline, train, test)
@@ -135,18 +142,27 @@ def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) 
 def _check_criteria(config: RunConfig, graph: PruningGraph, unpruned: nn.Module) -> None:
     """Scores one layer by each: a user's function that fails should not do so after hours of training."""
     layer = next(iter(graph.layers))
-    for name in config.prune.criteria:
+    for name in _of_weights(config):
         try:
             criteria.scores(name, unpruned.get_submodule(layer))
         except LaaspError as error:
             raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
 
 
-def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline) -> None:
+def _of_weights(config: RunConfig) -> list[str]:
+    return [name for name in config.prune.criteria if name not in criteria.OF_ACTIVATIONS]
+
+
+def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:
     prune = config.prune
-    most = reachable(graph, baseline.macs, max_pruned=prune.max_pruned)
-    if prune.flops_reduction > most:
+    if not layers and graph.layers:
+        raise ConfigError("prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'")
+    limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
+    if prune.method == "pls":  # which knows no limit but that a filter stays
+        limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
+    most = reachable(graph, baseline.macs, max_pruned=limit, layers=layers)
+    if prune.flops_reduction > most and prune.iterations == 0:
         raise ConfigError(
-            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.max_pruned {prune.max_pruned:g} and "
-            f"{len(graph.layers)} prunable layers at most {most:.4f} can be reached: lower the one or raise the other"
+            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.{named} and "
+            f"{len(layers)} prunable layers at most {most:.4f} can be reached: {remedy}"
         )

@@ -55,7 +55,8 @@ def fold(events: Iterable[tuple[str, Mapping[str, Any]]], config: RunConfig) -> 
 
 
 def _after_training(state: RunState, config: RunConfig) -> Phase:
-    return "final" if state.flops_reduction >= config.prune.flops_reduction else "prune"
+    enough = state.flops_reduction >= config.prune.flops_reduction or 0 < config.prune.iterations <= state.turn
+    return "final" if enough else "prune"
 
 
 def _after_turn(state: RunState, data: Mapping[str, Any], config: RunConfig) -> RunState:

@@ -113,7 +113,11 @@ class Ranking(Sequence[CandidateLoss]):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The prune that a turn chose."""
+    """The prune that a turn chose.
+
+    `filters` of `layer`, and with a method that prunes many layers at once those of the `further` layers, in network
+    order.
+    """
 
     turn: int
     layer: str
@@ -123,6 +127,7 @@ class Decision:
     loss_before: float
     flops_reduction: float
     also: tuple[tuple[str, str], ...] = ()
+    further: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +189,8 @@ def decision_from_json(data: Mapping[str, Any]) -> Decision:
         values = dict(data)
         values["filters"] = tuple(int(index) for index in values["filters"])
         values["also"] = tuple((str(layer), str(criterion)) for layer, criterion in values.get("also", ()))
+        further = values.get("further", ())
+        values["further"] = tuple((str(layer), tuple(int(index) for index in filters)) for layer, filters in further)
         values["loss"], values["loss_before"] = float(values["loss"]), float(values["loss_before"])
         return Decision(**values)
     except (KeyError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.cross_decomposition import PLSRegression
 from torch import nn
 
 from laasp_ray.config import RunConfig
@@ -39,6 +41,18 @@ def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
                 if tensor is not None:
                     tensor.data.uniform_(low, high, generator=generator)
     return model
+
+
+def vip_by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, components: int) -> torch.Tensor:
+    """VIP (D,) of features (n, D) for class labels (n,), from scikit-learn's scores, weights and loadings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at this tolerance it says that it did not converge
+        one_hot = torch.nn.functional.one_hot(labels).double().numpy()
+        fit = PLSRegression(components, scale=True, tol=1e-16, max_iter=20_000).fit(features.double().numpy(), one_hot)
+    scores, weights, loadings = map(torch.from_numpy, (fit.x_scores_, fit.x_weights_, fit.y_loadings_))
+    explained = scores.square().sum(dim=0) * loadings.square().sum(dim=0)
+    directions = (weights / weights.norm(dim=0)).square()
+    return (len(weights) * directions @ explained / explained.sum()).sqrt()
 
 
 def write_pictures(root: Path, *, side: int, train: int, test: int) -> Path:

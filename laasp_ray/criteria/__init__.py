@@ -1,7 +1,8 @@
 """Which filters of a layer matter least: pure functions from weights to a score per filter, by name.
 
 A criterion takes weights of shape (N, K), one row a filter, and gives scores of shape (N,), on the same device; the
-filters of lowest score go first.
+filters of lowest score go first. Those of OF_ACTIVATIONS score what filters give on images, all layers at once; who
+has the network and the images (search/activations.py) hands their scores on.
 """
 
 from __future__ import annotations
@@ -17,25 +18,29 @@ from laasp_ray.criteria import similarity as _similarity
 from laasp_ray.criteria.registry import CRITERIA, Criterion, register
 from laasp_ray.errors import ConfigError, SearchError
 
-__all__ = ["Criterion", "filters_of", "get", "known", "lowest", "register", "scores"]
+__all__ = ["OF_ACTIVATIONS", "Criterion", "filters_of", "get", "known", "lowest", "register", "scores"]
 _BUILT_IN = (_magnitude, _similarity)
 """Modules whose import fills the registry."""
+OF_ACTIVATIONS = ("pls",)
+"""Criteria that are no functions of a weight."""
 
 
 def known() -> tuple[str, ...]:
     """The registered names, in the order of registration."""
-    return tuple(CRITERIA)
+    return (*CRITERIA, *OF_ACTIVATIONS)
 
 
 def get(name: str) -> Criterion:
-    """A criterion by its registered name, or by import path `package.module:function`. Raises ConfigError."""
+    """A criterion of weights by its name, or by import path `package.module:function`. Raises ConfigError."""
     if name in CRITERIA:
         return CRITERIA[name]
+    if name in OF_ACTIVATIONS:
+        raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
     if ":" not in name:
-        close = difflib.get_close_matches(name, CRITERIA, n=1)
+        close = difflib.get_close_matches(name, known(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"unknown criterion {name!r}; {hint}known: {', '.join(CRITERIA)}, or an import path package.module:function"
+            f"unknown criterion {name!r}; {hint}known: {', '.join(known())}, or an import path package.module:function"
         )
     module, _, function = name.partition(":")
     try:

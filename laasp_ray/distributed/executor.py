@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,16 +12,18 @@ import ray
 import torch
 from torch import nn
 
-from laasp_ray.config import DataConfig, RunConfig, SearchConfig
-from laasp_ray.data.loader import normalise
+from laasp_ray.config import RunConfig
 from laasp_ray.data.subset import Subset
-from laasp_ray.distributed.cluster import Share, usable_cpus
-from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.distributed import moments
+from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.transfer import pack
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.engine import Cost, Engine, Losses, Sites
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
+from laasp_ray.search.activations import Wanted, chunks_of
+from laasp_ray.search.engine import Cost, Losses, Sites
+from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 
@@ -48,13 +49,14 @@ class RayExecutor:
         self._images, self._seed = len(subset.labels), config.seed
         self._example = torch.zeros(1, *config.model.input_shape)
         self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), config.data, config.search))
-        self._task = ray.remote(measure_losses).options(
-            max_retries=TASK_RETRIES,
-            scheduling_strategy="SPREAD",
+        self._options = {
+            "max_retries": TASK_RETRIES,
+            "scheduling_strategy": "SPREAD",
             # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it must see all GPUs, and be told.
-            runtime_env={"env_vars": SEE_ALL_GPUS} if share.gpus else None,
+            "runtime_env": {"env_vars": SEE_ALL_GPUS} if share.gpus else None,
             **share.task_options,
-        )
+        }
+        self._task = ray.remote(measure_losses).options(**self._options)
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
@@ -70,6 +72,12 @@ class RayExecutor:
             return measure(hands, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share)
         finally:
             hands.cancel()
+
+    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+        turn = ray.put((network.plan, pack(network.tensors)))
+        chunks = chunks_of(self._images, self._search.batch_size)
+        slots = slots_of(ray.cluster_resources(), self._share)
+        return moments.spread([self._network, turn, self._subset], wanted, chunks, slots, self._options)
 
     def close(self) -> None:
         return None
@@ -134,60 +142,8 @@ def slots_of(resources: Mapping[str, float], share: Share) -> int:
 
 def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
     """The task itself: the losses of some of the turn's tasks on some of the subset's images."""
-    engine, tasks = _PROCESS.load(*inputs)
+    engine, tasks = PROCESS.load(*inputs)
     losses = engine.losses([tasks[position] for position in positions], images)
-    if _device().type == "cuda":
+    if device().type == "cuda":
         torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search
     return losses
-
-
-class _Process:
-    """What a worker process keeps from one task to the next: the unpruned network, the turn's network, the subset."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[str, Any]] = {}
-
-    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[Engine, list[LossTask]]:
-        torch.set_num_threads(_threads())
-        base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        images, search = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
-        return self._once("turn", turn, lambda: _engine(base, images, search, *ray.get(turn)))
-
-    def _once(self, name: str, reference: Any, make: Any) -> Any:
-        key = f"{reference.hex()} on {_device()}"  # a process may be given another GPU from task to task
-        known = self._kept.get(name)
-        if known is None or known[0] != key:
-            del known
-            self._kept.pop(name, None)  # let go of the last one before the next is made
-            self._kept[name] = (key, make())
-        return self._kept[name][1]
-
-
-_PROCESS = _Process()
-
-
-def _device() -> torch.device:
-    """The GPU that Ray gave this task, among all that the process sees (see SEE_ALL_GPUS)."""
-    given = ray.get_gpu_ids()
-    if not given or not torch.cuda.is_available():
-        return torch.device("cpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return torch.device("cuda", visible.split(",").index(str(given[0])) if visible else int(given[0]))
-
-
-def _threads() -> int:
-    """One thread on a CPU task, whatever the machine: the tasks fill the cores, and the sums stay in one order."""
-    return 1 if _device().type == "cpu" else max(1, usable_cpus() // 4)
-
-
-def _engine(
-    unpruned: nn.Module, subset: LossSubset, search: SearchConfig, plan: Plan, arrays: dict[str, Any], tasks: Any
-) -> tuple[Engine, list[LossTask]]:
-    model = ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), _device())
-    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks
-
-
-def _subset(images: Any, labels: Any, data: DataConfig, search: SearchConfig) -> tuple[LossSubset, SearchConfig]:
-    tensors = unpack({"images": images, "labels": labels}, copy=False)
-    subset = LossSubset(tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data))
-    return subset.to(_device()), search

@@ -6,38 +6,25 @@ Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.plan import Plan
-from laasp_ray.records import CandidateLoss, Decision, Ranking
+from laasp_ray.records import Ranking
+from laasp_ray.search.activations import Wanted
 from laasp_ray.search.candidates import Baseline, entry_of, propose, tasks_of
 from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
-
-OnCandidate = Callable[[int, int, CandidateLoss | None], None]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of the loop: the choice, the prune that carries it out, all losses, and seconds by where they went."""
-
-    decision: Decision
-    step: Plan
-    ranking: Ranking
-    seconds: Mapping[str, float]
 
 
 def take_turn(
@@ -56,11 +43,13 @@ def take_turn(
     `on_candidate` hears (how many are done, of how many, which or None) as losses come in. Raises SearchError when
     there is nothing to propose or nothing to choose.
     """
-    clock = _Stopwatch()
+    clock = Stopwatch()
     graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
     macs = count_macs(model, example_input)
     clock.lap("graph")
-    proposals = propose(model, graph, macs, baseline, config)
+    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
+    given = {name: executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
+    proposals = propose(model, graph, macs, baseline, config, given)
     clock.lap("propose")
     done = 0
 
@@ -96,14 +85,3 @@ def _say_copied(ranking: Ranking) -> None:
             len(ranking),
             "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common(3)),
         )
-
-
-class _Stopwatch:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now

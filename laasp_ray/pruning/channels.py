@@ -49,6 +49,12 @@ Removal = Mapping[Side, Collection[int]]
 """Channels to remove, at every side that a prune changes."""
 
 
+def unite(total: dict[Side, set[int]], removal: Removal) -> None:
+    """Adds a removal to `total`: both in one prune."""
+    for side, channels in removal.items():
+        total.setdefault(side, set()).update(channels)
+
+
 def plan_of(removal: Removal) -> Plan:
     """The plan that removes these channels. Raises PruningError if a side would lose everything, or unequal shares."""
     tensors: dict[str, dict[int, Kept]] = {}

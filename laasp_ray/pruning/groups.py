@@ -11,7 +11,7 @@ import difflib
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch_pruning import ops
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ConfigError, PruningError
-from laasp_ray.pruning.channels import Removal, Side, describe, is_depthwise, parameter_side, plan_of
+from laasp_ray.pruning.channels import Side, describe, is_depthwise, parameter_side, plan_of, unite
 from laasp_ray.pruning.plan import Plan, macs_after
 from laasp_ray.pruning.verify import fault_of, scramble, tensors_in, twin
 
@@ -289,7 +289,7 @@ def _faults(probe: nn.Module, example: torch.Tensor, couplings: Mapping[str, _Co
         for name in layers:
             coupling = couplings[name]
             if not any(side.module == name and side.role == "filters" for side in together):
-                _unite(together, coupling.removal(_random_half(name, coupling)))
+                unite(together, coupling.removal(_random_half(name, coupling)))
         if together and fault_of(probe, example, together) is not None:
             singly = (
                 (name, fault_of(probe, example, couplings[name].removal(_random_half(name, couplings[name]))))
@@ -307,11 +307,6 @@ def _random_half(name: str, coupling: _Coupling) -> list[int]:
         for block in range(coupling.blocks)
         for index in sorted(draw.sample(range(width), max(1, width // 2)))
     ]
-
-
-def _unite(total: dict[Side, set[int]], removal: Removal) -> None:
-    for side, channels in removal.items():
-        total.setdefault(side, set()).update(channels)
 
 
 def _ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
@@ -379,16 +374,18 @@ def filters_to_remove(
     return max(0, count // group.blocks * group.blocks)
 
 
-def reachable(graph: PruningGraph, macs: Macs, *, max_pruned: float) -> float:
-    """The share of multiply-accumulates that is gone when every layer of the unpruned network is at its limit."""
+def reachable(graph: PruningGraph, macs: Macs, *, max_pruned: float, layers: Collection[str] | None = None) -> float:
+    """The share of multiply-accumulates that is gone when `layers` (default: all) of the unpruned network are at their
+    limit."""
     total: dict[Side, set[int]] = {}
-    for name, group in graph.layers.items():
+    for name in graph.layers if layers is None else layers:
+        group = graph.layers[name]
         width = group.filters // group.blocks
         own = next((gone for side, gone in total.items() if side.module == name and side.role == "filters"), set())
         wanted = min(_limit(group.filters, max_pruned) // group.blocks, width - 1)
         filters = [index for index in range(group.filters) if index % width < wanted and index not in own]
         if filters and len(own) < wanted * group.blocks:
-            _unite(total, graph.removal(name, filters))
+            unite(total, graph.removal(name, filters))
     return 1 - macs_after(macs, plan_of(total)) / macs.total
 
 

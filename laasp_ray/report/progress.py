@@ -250,9 +250,11 @@ def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]
 
 def decision_line(decision: Decision, target: float, seconds: float) -> str:
     """The line that tells a turn: layer, criterion, filters, losses, FLOPs, seconds."""
-    filters = f"{len(decision.filters)} filter" + ("s" if len(decision.filters) != 1 else "")
+    count = len(decision.filters) + sum(len(filters) for _, filters in decision.further)
+    filters = f"{count} filter" + ("s" if count != 1 else "")
+    layers = decision.layer + (f" and {len(decision.further)} more" if decision.further else "")
     return (
-        f"turn {decision.turn}: {decision.layer} by {decision.criterion}, {filters}, "
+        f"turn {decision.turn}: {layers} by {decision.criterion}, {filters}, "
         f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, "
         f"FLOPs -{decision.flops_reduction:.2%} of {target:.2%}, {format_duration(seconds)}"
     )

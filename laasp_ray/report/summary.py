@@ -143,7 +143,8 @@ def _turn_lines(summary: Summary) -> list[str]:
     parts = {part: seconds for part, seconds in summary.turn_seconds.items() if part != "total"}
     total = summary.turn_seconds.get("total", sum(parts.values()))
     split = ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items())
-    return [f"Turns: {count}, {summary.candidates / count:.0f} candidates each, {total:.2f} s each ({split})"]
+    compared = f"{summary.candidates / count:.0f} candidates each, " if summary.candidates else ""
+    return [f"Turns: {count}, {compared}{total:.2f} s each ({split})"]
 
 
 def _count(value: int | None) -> str:

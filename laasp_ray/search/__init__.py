@@ -10,8 +10,10 @@ from torch import nn
 
 from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.records import Ranking
+from laasp_ray.search.activations import Wanted, importance
 from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import LossSubset, Prepare, ready
@@ -38,6 +40,8 @@ def rank(
     racing: bool = False,
     racing_error: float = 0.01,
     memory_mb: int = 0,
+    components: int = 2,
+    pooling: str = "max",
     seed: int = 0,
 ) -> Ranking:
     """Every prune that one turn of LAASP could make on `model`, with its loss, least loss first.
@@ -51,6 +55,7 @@ def rank(
     With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
     them, and `.dropped_at` is the look at which a candidate fell, None for the choice and its last rivals, which come
     first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
+    The criterion pls fits `components` to outputs under `pooling` (see PruneConfig).
     Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
@@ -65,6 +70,8 @@ def rank(
         ignored=tuple(ignored),
         extra_layers=tuple(extra_layers),
         criteria=tuple(criteria),
+        components=components,
+        pooling=pooling,
     )
     subset = LossSubset(images, labels, batch_size, prepare)
     example = next(subset.batches())[0][:1]
@@ -78,7 +85,9 @@ def rank(
         baseline = measure_baseline(graph, macs, config)
     else:
         baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
-    proposals = propose(model, graph, macs, baseline, config)
+    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
+    given = {name: importance(model, subset, Wanted.of(graph.layers, config)) for name in by_activations}
+    proposals = propose(model, graph, macs, baseline, config, given)
     search = SearchConfig(
         batch_size=batch_size,
         racing="on" if racing else "off",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from laasp_ray import criteria
@@ -17,6 +18,10 @@ from laasp_ray.pruning.masks import Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after
 from laasp_ray.records import Candidate, CandidateLoss
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+
+Scores = Mapping[str, Mapping[str, torch.Tensor]]
+"""Criterion -> layer -> a score for each of its filters (N,)."""
+NO_SCORES: Scores = {}
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,16 @@ def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Ba
 
 
 def propose(
-    model: nn.Module, graph: PruningGraph, macs: Macs, baseline: Baseline, config: PruneConfig
+    model: nn.Module,
+    graph: PruningGraph,
+    macs: Macs,
+    baseline: Baseline,
+    config: PruneConfig,
+    given: Scores = NO_SCORES,
 ) -> list[Proposal]:
     """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.
+
+    `given` has the scores of criteria that are not functions of a layer's weight (criteria.OF_ACTIVATIONS).
 
     Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
     candidate, and so do layers of one coupled group whose picks remove the same channels; it is credited to the first
@@ -73,7 +85,10 @@ def propose(
         if count == 0:
             continue
         module = model.get_submodule(layer)
-        for filters, proposers in _picks(module, config.criteria, count, group.blocks).items():
+        scores = {
+            name: given[name][layer] if name in given else criteria.scores(name, module) for name in config.criteria
+        }
+        for filters, proposers in _picks(scores, count, group.blocks).items():
             removal = graph.removal(layer, filters)
             step = plan_of(removal)
             key = _identity(removal)
@@ -125,9 +140,9 @@ def _also(proposal: Proposal, layer: str, proposers: Sequence[str]) -> Proposal:
     return replace(proposal, candidate=replace(proposal.candidate, also=also))
 
 
-def _picks(module: nn.Module, names: Sequence[str], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
+def _picks(scores: Mapping[str, torch.Tensor], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
     """Sets of filters with the criteria that picked them, in the pool's order."""
     picks: dict[tuple[int, ...], list[str]] = {}
-    for name in names:
-        picks.setdefault(criteria.lowest(criteria.scores(name, module), count, blocks), []).append(name)
+    for name, of_filters in scores.items():
+        picks.setdefault(criteria.lowest(of_filters, count, blocks), []).append(name)
     return picks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from laasp_ray.config import SearchConfig
 from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.search.activations import Wanted, importance
 from laasp_ray.search.engine import Cost, Engine, Losses
 from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
@@ -25,6 +26,9 @@ class Executor(Protocol):
         `on_result` hears of each when nothing more will be known of it, in any order; `on_share` of the share that is
         done, where it can be told. A task that fails has an `error`, and does not stop the others.
         """
+
+    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+        """The VIP of filters (search/activations.py says of what, and what is raised), on the CPU."""
 
     def close(self) -> None: ...
 
@@ -45,6 +49,9 @@ class InProcessExecutor:
         hands = OneHand(Engine(model, self._subset, memory_bytes=self._search.memory_mb * 1_000_000), tasks)
         settings = settings_of(self._search, len(self._subset), self._seed)
         return measure(hands, len(tasks), settings, on_result, on_share)
+
+    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+        return importance(ready(rebuild(self._unpruned, network), self._device), self._subset, wanted)
 
     def close(self) -> None:
         return None

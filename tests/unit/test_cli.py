@@ -98,6 +98,29 @@ def test_every_flag_sets_its_key(tmp_path):
     assert (config.prune.criteria, config.cluster.workers, config.seed) == (("l1", "cosine"), 3, 5)
 
 
+def test_the_flags_of_pls():
+    given = ["--method", "pls", "--iterations", "9", "--percent", "10", "--components", "3", "--pooling", "max2x2"]
+    prune = config_of(*given).prune
+    assert (prune.method, prune.iterations, prune.percent) == ("pls", 9, 10.0)
+    assert (prune.components, prune.pooling) == (3, "max2x2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--method", "plsr", r"prune\.method is 'plsr', must be one of 'laasp', 'pls'"),
+        ("--iterations", "-1", r"prune\.iterations is -1, must be at least 0"),
+        ("--percent", "100", r"prune\.percent is 100\.0, must be a percentage between 0 and 100"),
+        ("--components", "0", r"prune\.components is 0, must be at least 1"),
+        ("--pooling", "2x2", r"prune\.pooling is '2x2', must be 'max' or 'avg'"),
+        ("--pooling", "max0x2", r"prune\.pooling is 'max0x2'"),
+    ],
+)
+def test_flags_of_pls_that_do_not_fit_are_refused(flag, value, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(flag, value)
+
+
 def test_without_flags_the_recipe_stands_but_for_its_path_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ours, theirs = config_of().to_dict(), recipe("resnet20_cifar10").to_dict()

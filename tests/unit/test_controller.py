@@ -14,6 +14,7 @@ from laasp_ray.api import _close
 from laasp_ray.config import ModelConfig, RunConfig
 from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
 from laasp_ray.models import build
+from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -279,3 +280,74 @@ def test_the_subset_is_checked_to_be_the_one_the_run_began_with(tmp_path, monkey
     path.write_text(json.dumps(event))
     with pytest.raises(Exception, match="loss subset drawn now has digest"):
         run(config)
+
+
+PLS = {
+    "prune__method": "pls",
+    "prune__iterations": 2,
+    "prune__percent": 5.0,
+    "prune__flops_reduction": 0.9,
+    "prune__recover_every": 0.0,
+    "train__epochs": 2,
+    "train__prune_epoch": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def by_pls(tmp_path_factory):
+    config = small_run(tmp_path_factory.mktemp("pls"), **PLS)
+    return config, run(config)
+
+
+def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by_pls):
+    config, result = by_pls
+    names = [event.name for event in events(config)]
+    spells = [event.data["phase"] for event in events(config) if event.name == "spell"]
+    assert spells == ["train", "recover", "recover", "final"] and names.count("turn") == 2 and names[-1] == "finish"
+    gone = []
+    for decision in decisions(config):
+        layers = [decision["layer"], *(layer for layer, _ in decision["further"])]
+        assert len(layers) > 1 and all(layer.endswith("conv1") and "." in layer for layer in layers)
+        gone.append(len(decision["filters"]) + sum(len(filters) for _, filters in decision["further"]))
+    assert gone == [17, 16]  # 5% of 3 x (16 + 32 + 64) = 336, and of the 319 that are left
+    blocks = [block for stage in (1, 2, 3) for block in result.model.get_submodule(f"layer{stage}")]
+    assert sum(block.conv1.out_channels for block in blocks) == 336 - sum(gone)
+    assert decisions(config)[-1]["flops_reduction"] == pytest.approx(result.summary["flops_reduction"])
+    assert not (Path(config.storage) / config.name / "candidates").exists()
+    summary = format_summary(summarise(events(config)))
+    assert "Turns: 2, " in summary and "candidates" not in summary
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_pruned(Path(config.storage) / config.name)(images), result.model(images))
+
+
+def test_a_run_by_pls_cut_off_at_its_turns_ends_as_if_it_never_was(by_pls, tmp_path, monkeypatch):
+    reference, result = by_pls
+    config = small_run(tmp_path, **PLS)
+    names = [event.name for event in events(reference)]
+    second_turn = len(names) - 1 - names[::-1].index("turn")
+    for position in (second_turn, second_turn + 1, len(names) - 1):
+        with monkeypatch.context() as patch:
+            cut_off_at(patch, position)
+            with pytest.raises(PowerCutError):
+                run(config)
+    again = run(config)
+    assert decisions(config) == decisions(reference)
+    assert [event.name for event in events(config)] == names
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_a_run_by_pls_ends_at_its_target_if_that_comes_first(tmp_path):
+    changes = PLS | {"prune__iterations": 9, "prune__flops_reduction": 0.02, "train__prune_epoch": 0}
+    config = small_run(tmp_path, **changes)
+    run(config)
+    assert len(decisions(config)) == 1 and decisions(config)[0]["flops_reduction"] >= 0.02
+
+
+def test_pls_can_be_a_criterion_of_the_pool(tmp_path):
+    changes = {"prune__criteria": ["pls"], "prune__flops_reduction": 0.02, "train__prune_epoch": 0, "train__epochs": 1}
+    config = small_run(tmp_path, **changes)
+    run(config)
+    assert {decision["criterion"] for decision in decisions(config)} == {"pls"}
+    assert (tmp_path / "small" / "candidates" / "000001.parquet").is_file()

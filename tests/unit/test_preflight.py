@@ -11,6 +11,7 @@ from torch import nn
 from laasp_ray.data import loader as loader_module
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.preflight import check_workers, open_run, prepare
+from laasp_ray.search import activations
 
 
 def config_for(tmp_path, batch_size):
@@ -159,6 +160,36 @@ def test_the_reachable_maximum_is_what_is_named(tmp_path):
     ):
         prepare(small_run(tmp_path, prune__flops_reduction=0.8), network())
     prepare(small_run(tmp_path, prune__flops_reduction=0.75), network())
+
+
+def test_what_pls_can_reach_is_what_layers_of_their_own_can_give(tmp_path):
+    pls = {"prune__method": "pls"}
+    # Of the 4 filters all but one may go, and with them 3/4, whatever prune.max_pruned says.
+    prepare(small_run(tmp_path, prune__flops_reduction=0.75, prune__max_pruned=0.3, **pls), network())
+    with pytest.raises(ConfigError, match=r"0\.8, but with prune\.method pls and 1 prunable layers at most 0\.7500 "):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.8, **pls), network())
+    prepare(small_run(tmp_path, prune__flops_reduction=0.8, prune__iterations=2, **pls), network())
+
+
+def test_pls_needs_a_layer_of_its_own(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.fc = nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.fc((self.a(x) + self.b(x)).mean((2, 3)))
+
+    with pytest.raises(ConfigError, match="all layers of this network are coupled to others"):
+        prepare(small_run(tmp_path, prune__method="pls", prune__flops_reduction=0.5), Tied())
+
+
+@pytest.mark.parametrize("change", [{"prune__method": "pls"}, {"prune__criteria": ["l1", "pls"]}])
+def test_features_that_do_not_fit_into_memory_are_refused_before_anything_starts(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(activations, "MEMORY_SHARE", 1e-9)
+    with pytest.raises(ConfigError, match=r"prune\.pooling 'max1x1' gives 1024 features"):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.5, prune__pooling="max1x1", **change), network())
 
 
 def test_cluster_and_place_may_differ_when_a_run_is_resumed(tmp_path):

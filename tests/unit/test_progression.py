@@ -101,6 +101,19 @@ def test_the_target_leads_to_the_final_training_and_that_to_the_end():
     assert advance(state, *SPELL, once).phase == "done"
 
 
+def test_the_iterations_end_pruning_short_of_the_target():
+    base = config(prune_epoch=0, recover_every=0.0)
+    bounded = dataclasses.replace(base, prune=dataclasses.replace(base.prune, iterations=2))
+    state = advance(initial_state(bounded), *turn(0.01), bounded)
+    state = advance(state, *SPELL, bounded)
+    assert (state.phase, state.turn) == ("prune", 1)
+    state = advance(state, *turn(0.02, (0,)), bounded)
+    assert state.phase == "recover"
+    assert advance(state, *SPELL, bounded).phase == "final"
+    at_once = dataclasses.replace(bounded, prune=dataclasses.replace(bounded.prune, recover_epochs=0))
+    assert fold([turn(0.01), turn(0.02, (0,))], at_once).phase == "final"
+
+
 def test_prunes_since_the_checkpoint_are_kept_to_be_replayed_and_plans_compose():
     state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.005, (0, 2, 3)), turn(0.01, (0, 2))], config())
     assert (state.checkpoint, state.checkpoint_plan, len(state.steps)) == ("c", None, 2)

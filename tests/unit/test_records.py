@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -48,6 +49,23 @@ def test_decision_survives_json():
         also=(("b", "l2"),),
     )
     assert decision_from_json(to_json(decision)) == decision
+
+
+def test_a_decision_of_several_layers_survives_json_and_one_without_is_of_one():
+    decision = Decision(
+        turn=1,
+        layer="a",
+        criterion="pls",
+        filters=(0,),
+        loss=0.5,
+        loss_before=0.25,
+        flops_reduction=0.1,
+        further=(("b", (1, 2)), ("c", (0,))),
+    )
+    data = json.loads(json.dumps(to_json(decision)))
+    assert decision_from_json(data) == decision
+    del data["further"]
+    assert decision_from_json(data).further == ()
 
 
 def test_a_decision_that_cannot_be_read_says_so():

@@ -110,7 +110,14 @@ def test_nan_is_an_error_naming_criterion_and_filter():
 
 
 def test_default_pool_is_known():
-    assert criteria.known() == ("l1", "l2", "euclidean", "cosine", "cosine_dissimilar")
+    assert criteria.known() == ("l1", "l2", "euclidean", "cosine", "cosine_dissimilar", "pls")
+
+
+def test_a_criterion_of_activations_is_no_function_of_a_weight():
+    with pytest.raises(ConfigError, match="'pls' scores activations, not weights"):
+        criteria.scores("pls", ROWS)
+    with pytest.raises(ConfigError, match="did you mean pls"):
+        criteria.get("plss")
 
 
 def test_unknown_name_lists_the_known_and_the_nearest():

@@ -1,5 +1,6 @@
 """What is shown, word for word, on a terminal and elsewhere."""
 
+import dataclasses
 import io
 import logging
 
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from laasp_ray.records import Candidate, CandidateLoss, Decision, RunState
-from laasp_ray.report.progress import LineProgress, LiveProgress, make_progress
+from laasp_ray.report.progress import LineProgress, LiveProgress, decision_line, make_progress
 
 
 class Clock:
@@ -202,3 +203,10 @@ def test_what_the_display_holds(clock):
     assert lines[2].startswith("candidates") and lines[2].endswith("30 of 40")
     assert lines[1].count("━") > 0
     assert lines[3] == "least loss 0.5000 (x by l1 (2 filters)), target in 3 min 00 s"
+
+
+def test_a_decision_of_several_layers_counts_them_and_their_filters():
+    several = dataclasses.replace(decision(2, 0.1), criterion="pls", further=(("b", (0, 1, 2)), ("c", (7,))))
+    assert decision_line(several, 0.25, 5.0) == (
+        "turn 2: layer3.0.conv1 and 2 more by pls, 6 filters, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 5 s"
+    )

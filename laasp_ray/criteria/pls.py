@@ -1,0 +1,148 @@
+"""Variable importance in projection (VIP): how much each feature tells of the labels, by partial least squares.
+
+Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020, who prune the filters whose features tell least. The
+fit needs no table of images by features: counts, class-wise sums and products of the features suffice, which batches
+and workers add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from laasp_ray.errors import SearchError
+
+CONSTANT = 1e-12
+"""A column whose standard deviation is at most this share of its mean is constant: what is left of it is rounding."""
+EXHAUSTED = 1e-20
+"""When X'Y has shrunk to this share (squared) of what it was, the labels have been told, and the rest is rounding."""
+SHOWN = 5
+"""How many columns an error names."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of n images' features X (n, D) and one-hot labels Y (n, K), all float64 on one device.
+
+    Features are counted from a `pilot` mean (D,), any value near the true mean, so that nothing cancels: `counts` (K,)
+    images of each class, `sums` (K, D) is Y'(X - pilot), `products` (D, D) is (X - pilot)'(X - pilot). Moments of the
+    same pilot add up, image by image or part by part.
+    """
+
+    pilot: torch.Tensor
+    counts: torch.Tensor
+    sums: torch.Tensor
+    products: torch.Tensor
+
+    @staticmethod
+    def empty(pilot: torch.Tensor, classes: int) -> Moments:
+        """Of no images yet; `pilot` (D,)."""
+        pilot = pilot.double()
+        columns = len(pilot)
+        return Moments(
+            pilot, pilot.new_zeros(classes), pilot.new_zeros(classes, columns), pilot.new_zeros(columns, columns)
+        )
+
+    @property
+    def images(self) -> int:
+        return int(self.counts.sum())
+
+    def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds a batch in place: `features` (n, D), `labels` (n,) class indices. Raises ValueError for other shapes."""
+        if features.shape != (len(labels), len(self.pilot)):
+            raise ValueError(f"features {tuple(features.shape)} of {len(labels)} labels and {len(self.pilot)} columns")
+        shifted = features.to(self.pilot) - self.pilot
+        # A product, not index_add_: on a GPU that one adds in no fixed order.
+        members = torch.nn.functional.one_hot(labels.to(self.pilot.device), len(self.counts)).double()
+        self.counts.add_(members.sum(dim=0))
+        self.sums.addmm_(members.T, shifted)
+        self.products.addmm_(shifted.T, shifted)
+
+    def merge(self, other: Moments) -> None:
+        """Adds those of other images in place. Raises ValueError if they have another pilot or other classes."""
+        if self.sums.shape != other.sums.shape or not torch.equal(self.pilot, other.pilot.to(self.pilot)):
+            raise ValueError("moments add up only if their pilot mean and number of classes are the same")
+        self.counts.add_(other.counts.to(self.counts))
+        self.sums.add_(other.sums.to(self.sums))
+        self.products.add_(other.products.to(self.products))
+
+
+def vip(moments: Moments, components: int) -> torch.Tensor:
+    """VIP (D,), float64, of every column for the classes, by a fit of `components`; the mean of its squares is 1.
+
+    X and Y are centred and scaled by their standard deviation (that of n - 1); a column that is constant is not scaled,
+    and its VIP is 0. Components stop when nothing is left to explain. Equal to scikit-learn's PLSRegression at
+    tol=1e-16. Raises SearchError for features that are not finite, for fewer than two images, and where no feature
+    varies with the class. (Method: Wold's PLS2, on the cross products alone: Dayal and MacGregor 1997.)
+    """
+    _check(moments)
+    scaled = _Scaled(moments)
+    columns = len(moments.pilot)
+    left = scaled.cross  # X'Y, less what the components so far explain
+    first = 0.0
+    rotations: list[torch.Tensor] = []
+    loadings: list[torch.Tensor] = []
+    importance, total = torch.zeros_like(moments.pilot), 0.0
+    for _ in range(min(components, columns)):
+        values, vectors = torch.linalg.eigh(left.T @ left)
+        first = first or float(values[-1])
+        if float(values[-1]) <= EXHAUSTED * first:
+            break
+        weight = left @ vectors[:, -1]
+        weight = weight / weight.norm()
+        rotation = weight.clone()
+        for loading, earlier in zip(loadings, rotations, strict=True):
+            rotation -= (loading @ weight) * earlier
+        image = scaled.times(rotation)
+        spread = float(rotation @ image)
+        if spread <= 0:
+            break
+        loading, response = image / spread, left.T @ rotation / spread
+        explained = spread * float(response @ response)
+        importance += explained * weight.square()
+        total += explained
+        rotations.append(rotation)
+        loadings.append(loading)
+        left = left - spread * torch.outer(loading, response)
+    if total == 0:
+        raise SearchError(
+            f"no feature of the {moments.images} images tells their classes apart: draw more images, of several "
+            "classes (search.images)"
+        )
+    return (columns * importance / total).sqrt()
+
+
+class _Scaled:
+    """X'X and X'Y of the centred and scaled X and Y; the products themselves are neither copied nor changed."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._products, self._images = moments.products, moments.images
+        self._mean = moments.sums.sum(dim=0) / self._images
+        spread = (moments.products.diagonal() - self._images * self._mean.square()).clamp_min(0)
+        deviation = (spread / (self._images - 1)).sqrt()
+        constant = deviation <= CONSTANT * (moments.pilot + self._mean).abs()
+        # What a constant column has left is rounding: it counts as nothing at all.
+        self._inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
+        share = moments.counts / self._images
+        # A class of all images, or of none, is a constant column of Y.
+        of_classes = (self._images * share * (1 - share) / (self._images - 1)).sqrt()
+        centred = moments.sums.T - torch.outer(self._mean, moments.counts)
+        self.cross = torch.where(of_classes == 0, 0.0, centred * self._inverse.unsqueeze(1) / of_classes)
+
+    def times(self, vector: torch.Tensor) -> torch.Tensor:
+        """X'X times `vector` (D,)."""
+        vector = vector * self._inverse
+        return (self._products @ vector - self._images * (self._mean @ vector) * self._mean) * self._inverse
+
+
+def _check(moments: Moments) -> None:
+    if moments.images < 2:
+        raise SearchError(f"VIP needs two images at least, has {moments.images}: raise search.images")
+    finite = moments.sums.isfinite().all(dim=0) & moments.products.diagonal().isfinite()
+    if not bool(finite.all()):
+        wrong = (~finite).nonzero().flatten().tolist()
+        raise SearchError(
+            f"{len(wrong)} of {len(finite)} features are not finite (columns {wrong[:SHOWN]}): "
+            "have the weights diverged?"
+        )

@@ -1,0 +1,82 @@
+"""The importance of filters on a cluster: chunks of images as Ray tasks, their moments added up in the driver.
+
+The chunks are those of the serial procedure (search/activations.py) and are added in the same order, so that the
+number of workers does not change a bit of the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from laasp_ray.criteria.pls import Moments
+from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.errors import SearchError
+from laasp_ray.search.activations import Look, Wanted, first_look, moments_of, scores_of
+
+AHEAD = 2
+"""How many chunks for each slot are asked for before the first of them is added: each may be hundreds of megabytes."""
+
+
+def spread(
+    inputs: list[Any], wanted: Wanted, chunks: Sequence[np.ndarray], slots: int, options: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """VIP (N,) of every wanted layer's filters; `inputs` are references to the unpruned network, the turn's (plan and
+    tensors) and the subset. Raises what `search.activations.importance` does, SearchError if tasks are lost."""
+    look: Look = _get(ray.remote(look_task).options(**options).remote(inputs, wanted))
+    shared = ray.put(look)
+    task = ray.remote(moments_task).options(**options)
+
+    def parts() -> Iterator[Moments]:
+        pending: list[Any] = []
+        todo = iter(chunks)
+        try:
+            while True:
+                pending += [
+                    task.remote(inputs, wanted, [shared], chunk)
+                    for _, chunk in zip(range(AHEAD * slots - len(pending)), todo, strict=False)
+                ]
+                if not pending:
+                    return
+                yield Moments(**unpack(_get(pending.pop(0)), copy=False))
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+
+    return scores_of(parts(), look, wanted.components)
+
+
+def look_task(inputs: list[Any], wanted: Wanted) -> Look:
+    """The task that looks at the first batch; references inside the list `inputs` are kept by the process."""
+    model, subset = PROCESS.network(*inputs)
+    look = first_look(model, subset, wanted)
+    return Look(look.pilot.cpu(), look.shapes, look.classes)
+
+
+def moments_task(inputs: list[Any], wanted: Wanted, look: list[Any], chunk: np.ndarray) -> dict[str, np.ndarray]:
+    """The task that measures the moments of the images at `chunk`."""
+    model, subset = PROCESS.network(*inputs)
+    moments = moments_of(model, subset, wanted, ray.get(look[0]), chunk)
+    arrays = pack({field.name: getattr(moments, field.name) for field in fields(moments)})
+    if device().type == "cuda":
+        del moments
+        torch.cuda.empty_cache()  # the trainers share this GPU
+    return arrays
+
+
+def _get(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from error
+    except ray.exceptions.RayError as error:
+        raise SearchError(
+            f"a task that looks at filters' outputs was lost: {error}; its worker may have run out of memory: lower "
+            "search.batch_size or pool in larger windows (prune.pooling)"
+        ) from error

@@ -1,0 +1,82 @@
+"""What a worker process of the search keeps between tasks, and the device that it is on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from laasp_ray.config import DataConfig, SearchConfig
+from laasp_ray.data.loader import normalise
+from laasp_ray.distributed.cluster import usable_cpus
+from laasp_ray.distributed.transfer import unpack
+from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.search.engine import Engine
+from laasp_ray.search.evaluate import LossSubset, LossTask, ready
+
+
+class Process:
+    """What a worker process keeps from one task to the next: the unpruned network, the turn's network, the subset."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, Any]] = {}
+
+    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[Engine, list[LossTask]]:
+        torch.set_num_threads(threads())
+        base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
+        images, search = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
+        return self._once("turn", turn, lambda: _engine(base, images, search, *ray.get(turn)))
+
+    def network(self, unpruned: Any, turn: Any, subset: Any) -> tuple[nn.Module, LossSubset]:
+        """The turn's network, ready, and the images; here `turn` has no candidates."""
+        torch.set_num_threads(threads())
+        base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
+        images, _ = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
+        return self._once("network", turn, lambda: _network(base, *ray.get(turn))), images
+
+    def _once(self, name: str, reference: Any, make: Any) -> Any:
+        key = f"{reference.hex()} on {device()}"  # a process may be given another GPU from task to task
+        known = self._kept.get(name)
+        if known is None or known[0] != key:
+            del known
+            self._kept.pop(name, None)  # let go of the last one before the next is made
+            self._kept[name] = (key, make())
+        return self._kept[name][1]
+
+
+PROCESS = Process()
+
+
+def device() -> torch.device:
+    """The GPU that Ray gave this task, among all that the process sees (see SEE_ALL_GPUS)."""
+    given = ray.get_gpu_ids()
+    if not given or not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda", visible.split(",").index(str(given[0])) if visible else int(given[0]))
+
+
+def threads() -> int:
+    """One thread on a CPU task, whatever the machine: the tasks fill the cores, and the sums stay in one order."""
+    return 1 if device().type == "cpu" else max(1, usable_cpus() // 4)
+
+
+def _engine(
+    unpruned: nn.Module, subset: LossSubset, search: SearchConfig, plan: Plan, arrays: dict[str, Any], tasks: Any
+) -> tuple[Engine, list[LossTask]]:
+    model = _network(unpruned, plan, arrays)
+    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks
+
+
+def _network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:
+    return ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), device())
+
+
+def _subset(images: Any, labels: Any, data: DataConfig, search: SearchConfig) -> tuple[LossSubset, SearchConfig]:
+    tensors = unpack({"images": images, "labels": labels}, copy=False)
+    subset = LossSubset(tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data))
+    return subset.to(device()), search

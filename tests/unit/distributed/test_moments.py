@@ -1,0 +1,104 @@
+"""The spread importance, with tasks that run in this process: what is asked for, when, and what is added up."""
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray.distributed import moments
+from laasp_ray.errors import SearchError
+from laasp_ray.search.activations import Wanted, chunks_of, importance
+from laasp_ray.search.evaluate import LossSubset
+
+WANTED = Wanted(("0", "2"), "max", 2)
+
+
+class FakeRay:
+    """Tasks run when they are asked for; references are the values themselves, boxed."""
+
+    def __init__(self, lost=()):
+        self.under_way, self.most, self.asked, self.cancelled = 0, 0, 0, 0
+        self._lost = lost
+
+    class exceptions:  # noqa: N801
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+    def remote(self, function):
+        ray = self
+
+        class Task:
+            def options(self, **options):
+                assert options == {"num_cpus": 0.9}
+                return self
+
+            def remote(self, *given):
+                if function is moments.moments_task:
+                    ray.asked += 1
+                    ray.under_way += 1
+                    ray.most = max(ray.most, ray.under_way)
+                return [function, given]
+
+        return Task()
+
+    def put(self, value):
+        return [None, value]
+
+    def get(self, reference):
+        function, value = reference
+        if function is None:
+            return value
+        if function is moments.moments_task:
+            self.under_way -= 1
+            if self.asked in self._lost:
+                raise self.exceptions.RayError("the node died")
+        return function(*value)
+
+    def cancel(self, reference, force):
+        self.cancelled += 1
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+
+
+@pytest.fixture
+def subset():
+    return LossSubset(torch.randn(90, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(90) % 3, 5)
+
+
+def spread(monkeypatch, network, subset, slots, ray):
+    class Process:
+        def network(self, *inputs):
+            assert inputs == ("unpruned", "turn", "subset")
+            return network, subset
+
+    monkeypatch.setattr(moments, "ray", ray)
+    monkeypatch.setattr(moments, "PROCESS", Process())
+    monkeypatch.setattr(moments, "device", lambda: torch.device("cpu"))
+    chunks = chunks_of(90, 5)
+    return moments.spread(["unpruned", "turn", "subset"], WANTED, chunks, slots, {"num_cpus": 0.9})
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 100])
+def test_any_number_of_workers_gives_the_serial_importance_to_the_last_bit(monkeypatch, network, subset, slots):
+    ray = FakeRay()
+    found = spread(monkeypatch, network, subset, slots, ray)
+    serial = importance(network, subset, WANTED)
+    assert found.keys() == serial.keys()
+    assert all(torch.equal(found[layer], serial[layer]) for layer in serial)
+    # Every chunk once, and no more at a time than the slots are kept busy with.
+    assert (ray.asked, ray.most, ray.cancelled) == (18, min(18, 2 * slots), 0)
+
+
+def test_a_task_that_is_lost_names_the_remedy_and_the_others_are_cancelled(monkeypatch, network, subset):
+    ray = FakeRay(lost=(4,))
+    with pytest.raises(SearchError, match=r"was lost: the node died.*prune\.pooling"):
+        spread(monkeypatch, network, subset, 2, ray)
+    assert ray.cancelled == 3

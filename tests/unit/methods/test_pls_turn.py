@@ -1,0 +1,180 @@
+"""One turn of PLS: what is chosen, that it is one plan of many layers, and how many filters go turn by turn."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import randomise_batchnorm, shared_data, vip_by_scikit_learn
+from torch import nn
+
+from laasp_ray import models
+from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.loader import normalise
+from laasp_ray.data.sources import open_source
+from laasp_ray.data.subset import draw_subset
+from laasp_ray.errors import SearchError
+from laasp_ray.methods.pls import choose, take_turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.network import capture, rebuild
+from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.recipes import recipe
+from laasp_ray.search.activations import Wanted, chunks_of, first_look, moments_of, scores_of
+from laasp_ray.search.candidates import measure_baseline
+from laasp_ray.search.evaluate import LossSubset, MeasuredLoss
+from laasp_ray.search.executor import InProcessExecutor
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+CONFIG = PruneConfig(flops_reduction=0.9, method="pls")
+
+
+class RandomScores:
+    """An executor whose scores are random numbers, and who measures nothing."""
+
+    def __init__(self):
+        self._generator = torch.Generator().manual_seed(0)
+
+    def importance(self, network, wanted):
+        filters = {name: network.tensors[f"{name}.weight"].shape[0] for name in wanted.layers}
+        return {name: torch.rand(count, generator=self._generator) for name, count in filters.items()}
+
+    def measure(self, network, tasks, on_result, on_share):
+        return [MeasuredLoss(1.0, 10, 0.0) for _ in tasks]
+
+
+def turns(model, executor, count, example=EXAMPLE):
+    """Takes `count` turns, each on the physically pruned network; gives (turn, network after it)."""
+    baseline = measure_baseline(PruningGraph(model, example), count_macs(model, example), CONFIG)
+    network = capture(model, Plan.empty())
+    for number in range(1, count + 1):
+        now = rebuild(model, network).eval()
+        turn = take_turn(
+            now, network, example, baseline, CONFIG, executor, turn=number, on_candidate=lambda *heard: None
+        )
+        apply_plan(now, turn.step)
+        network = capture(now, network.plan.then(turn.step))
+        yield turn, now
+
+
+def removed(turn):
+    return {turn.decision.layer: turn.decision.filters, **dict(turn.decision.further)}
+
+
+def removed_in_all(found):
+    totals, total = [], 0
+    for turn, _ in found:
+        total += sum(len(filters) for filters in removed(turn).values())
+        totals.append(total)
+    return totals
+
+
+def test_resnet56_loses_as_many_filters_as_published_turn_by_turn():
+    model = models.build(recipe("resnet56_cifar10").model).eval()
+    found = list(turns(model, RandomScores(), 9))
+    totals = removed_in_all(found)
+    assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
+    allowed = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9)}
+    assert set().union(*(removed(turn) for turn, _ in found)) == allowed
+    # What is left of the network is what the decisions say, and runs.
+    last_turn, last = found[-1]
+    assert sum(last.get_submodule(name).out_channels for name in allowed) == 1008 - 618
+    macs = count_macs(models.build(recipe("resnet56_cifar10").model).eval(), EXAMPLE).total
+    assert last_turn.decision.flops_reduction == pytest.approx(1 - count_macs(last, EXAMPLE).total / macs, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def resnet56():
+    """The network of the shared checkpoint, and 1,000 real images."""
+    config = recipe("resnet56_cifar10")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(shared_data("cifar10_mini"))))
+    model = models.build(config.model).eval()
+    models.load_weights(model, shared_data("checkpoints/resnet56_epoch60.safetensors"))
+    subset = draw_subset(open_source(config.data, "train"), config.data, images=1000, seed=0)
+    return model, LossSubset(subset.images, subset.labels, 250, lambda batch: normalise(batch, config.data))
+
+
+@pytest.mark.exhaustive
+def test_resnet56_on_real_images_loses_as_many_filters_as_published(resnet56):
+    model, subset = resnet56
+    executor = InProcessExecutor(model, subset, torch.device("cpu"), SearchConfig(), 0)
+    found = list(turns(model, executor, 9))
+    totals = removed_in_all(found)
+    assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
+    assert all(turn.decision.criterion == "pls" for turn, _ in found)
+
+
+def test_scores_choose_over_all_layers_at_once():
+    scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([0.0, 6.0]), "c": torch.tensor([7.0, 8.0, 2.0])}
+    ones = dict.fromkeys(scores, 1)
+    assert choose(scores, ones, 37.5) == {"a": (1,), "b": (0,), "c": (2,)}
+    assert choose(scores, ones, 50) == {"a": (1, 2), "b": (0,), "c": (2,)}
+    assert choose(scores, ones, 1) == {"b": (0,)}  # one at least
+    assert choose(scores, ones, 31.2) == {"a": (1,), "b": (0,)}  # 2.496 is nearest to 2
+    assert choose(scores, ones, 31.25) == {"a": (1,), "b": (0,), "c": (2,)}  # 2.5 is 3
+
+
+def test_equal_scores_go_by_layer_and_index():
+    assert choose({"a": torch.ones(3), "b": torch.ones(3)}, {"a": 1, "b": 1}, 33) == {"a": (0, 1)}
+
+
+def test_a_layer_that_would_vanish_keeps_its_filters_and_others_give_more():
+    scores = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([5.0, 2.0, 3.0, 4.0])}
+    assert choose(scores, {"a": 1, "b": 1}, 34) == {"b": (1, 2)}
+    assert choose(scores, {"a": 1, "b": 1}, 17) == {"a": (0,)}
+
+
+def test_blocks_lose_the_same_count_each():
+    scores = {"grouped": torch.tensor([0.0, 1.0, 2.0, 9.0, 8.0, 7.0]), "plain": torch.full((4,), 5.0)}
+    # The three lowest are all of the first block: one from each goes, and what does not divide stays.
+    assert choose(scores, {"grouped": 2, "plain": 1}, 30) == {"grouped": (0, 5)}
+
+
+def test_when_nothing_can_go_it_is_said():
+    with pytest.raises(SearchError, match=r"of 2 layers none can give filters when 4 are to go"):
+        choose({"a": torch.zeros(2), "b": torch.ones(2)}, {"a": 1, "b": 1}, 99)
+    with pytest.raises(SearchError, match="one filter of each of its blocks"):
+        choose({"a": torch.arange(4.0)}, {"a": 4}, 25)
+
+
+def test_the_filter_that_tells_nothing_goes_first_and_the_prune_is_measured():
+    torch.manual_seed(0)
+    model = randomise_batchnorm(models.build(ModelConfig(builder="cifar.resnet20", input_shape=(3, 16, 16)))).eval()
+    with torch.no_grad():
+        for name, index in (("layer1.1.conv1", 5), ("layer3.0.conv1", 40)):
+            model.get_submodule(name).weight[index] = 0
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(60, 3, 16, 16, generator=generator), torch.arange(60) % 10
+    subset = LossSubset(images, labels, 20)
+    executor = InProcessExecutor(model, subset, torch.device("cpu"), SearchConfig(), 0)
+    ((turn, pruned),) = turns(model, executor, 1, EXAMPLE[:, :, :16, :16])
+    assert sum(len(filters) for filters in removed(turn).values()) == 34  # of 3 x (16 + 32 + 64) = 336
+    assert 5 in removed(turn)["layer1.1.conv1"] and 40 in removed(turn)["layer3.0.conv1"]
+    assert len(turn.ranking) == 0 and turn.seconds.keys() == {"graph", "score", "evaluate"}
+    with torch.inference_mode():
+        for loss, network in ((turn.decision.loss_before, model), (turn.decision.loss, pruned)):
+            assert loss == pytest.approx(float(nn.functional.cross_entropy(network(images), labels)), abs=1e-4)
+
+
+def test_vip_of_real_activations_equals_scikit_learn(resnet56):
+    model, subset = resnet56
+    layers = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9))
+    outputs = {name: [] for name in layers}
+
+    def keep(name):
+        return lambda module, inputs, output: outputs[name].append(output.amax((2, 3)))
+
+    wanted = Wanted(layers, "max", 1)
+    look = first_look(model, subset, wanted)
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    chunks = chunks_of(1000, 250)
+    moments = [moments_of(model, subset, wanted, look, chunk) for chunk in chunks]
+    for hook in hooks:
+        hook.remove()
+    features = torch.cat([torch.cat(outputs[name]) for name in layers], dim=1)
+    assert features.shape == (1000, 1008) and len(moments) == 4
+    for components in (1, 2, 5):
+        found = scores_of(moments, look, components)
+        together = torch.cat([found[name] for name in layers])
+        reference = vip_by_scikit_learn(features, subset.labels, components)
+        assert float((together - reference).abs().max()) < 1e-6
+        assert float(together.square().mean()) == pytest.approx(1, abs=1e-12)
