@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
-from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, TrainConfig
+from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, SparsityConfig, TrainConfig
 from laasp_ray.errors import ConfigError
+from laasp_ray.recipes_aap import AAP_RECIPES
 
 CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -115,7 +117,15 @@ def _cifar10_resnet(depth: int, *, epochs: int, drop_epochs: tuple[int, ...]) ->
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe for recipe in (resnet50_imagenet, resnet50_digits, resnet20_cifar10, resnet56_cifar10)
-}
+} | AAP_RECIPES
+
+
+def with_sparsity(config: RunConfig) -> RunConfig:
+    """`config` as a run of group sparsity, on its own schedule, under a name of its own; one that is stays as it is."""
+    if config.sparsity is not None:
+        return config
+    prune = replace(config.prune, flops_reduction=0.0)
+    return replace(config, name=f"{config.name}_sparse", prune=prune, sparsity=SparsityConfig())
 
 
 def recipe(name: str) -> RunConfig:

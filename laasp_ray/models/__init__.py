@@ -18,6 +18,7 @@ from torch import nn
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.cifar import DEPTHS, CifarResNet
+from laasp_ray.models.zoo import ZOO
 
 _SHOWN = 4
 """How many keys an error about a file of weights names."""
@@ -26,9 +27,9 @@ _SHOWN = 4
 def build(config: ModelConfig) -> nn.Module:
     """A new network in training mode, its weights drawn from torch's global generator (seed it first).
 
-    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), or the import
-    path `package.module:function` of a function that returns an nn.Module; `config.arguments` are passed on. Raises
-    ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
+    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110),
+    `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
+    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
     """
     builder, arguments = _builder(config.builder), dict(config.arguments)
     try:
@@ -75,7 +76,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def known_builders() -> list[str]:
     """The names that `build` knows, import paths aside."""
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
-    return sorted([*names, *(f"cifar.{name}" for name in DEPTHS)])
+    return sorted([*names, *(f"cifar.{name}" for name in DEPTHS), *(f"zoo.{name}" for name in ZOO)])
 
 
 def _builder(name: str) -> Callable[..., Any]:
@@ -88,6 +89,8 @@ def _builder(name: str) -> Callable[..., Any]:
     family, _, architecture = name.partition(".")
     if family == "cifar":
         return lambda **arguments: CifarResNet(DEPTHS[architecture], **arguments)
+    if family == "zoo":
+        return ZOO[architecture]
     return lambda **arguments: torchvision.models.get_model(architecture, **{"weights": None, **arguments})
 
 

@@ -44,7 +44,7 @@ def test_a_short_last_group_keeps_the_same_share_rounded_up():
 
 
 def test_a_convolution_groups_its_input_channels_at_each_kernel_position():
-    # One filter of 4 channels and a kernel of 1 x 2: at the left the magnitudes rise with the channel, at the right fall.
+    # One filter of 4 channels and a kernel of 1 x 2: magnitudes rise with the channel at the left, fall at the right.
     weight = torch.tensor([[[[1.0, 4.0]], [[2.0, 3.0]], [[3.0, 2.0]], [[4.0, 1.0]]]])
     wanted = torch.tensor([[[[0, 1]], [[0, 1]], [[1, 0]], [[1, 0]]]], dtype=torch.bool)
     assert torch.equal(group_mask(weight, TWO_OF_FOUR), wanted)
