@@ -64,7 +64,7 @@ class SparseController(Controller):
         )
         parts.progress.note(
             f"stage {number} of {len(config.sparsity.all_stages)}: {zeros:,} of the {weights:,} weights of "
-            f"{len(stage.masks)} layers are zero; {len(stage.layers.dense)} layers stay dense"
+            f"{len(stage.masks)} layers are zero; left dense: {len(stage.layers.dense)} layers"
         )
 
     def _spell(self) -> Spell:

@@ -29,7 +29,8 @@ def build(config: ModelConfig) -> nn.Module:
 
     `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110),
     `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
-    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
+    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known
+    ones) or arguments that it does not take.
     """
     builder, arguments = _builder(config.builder), dict(config.arguments)
     try:
