@@ -17,6 +17,7 @@ from torch import nn
 
 from laasp_ray import criteria, models
 from laasp_ray.config import RunConfig, SparsityConfig, differing_keys, value_at
+from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import check_available
 from laasp_ray.data.sampling import derive_seed
@@ -124,7 +125,7 @@ def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[
             f"sparsity.from_run {folder} has the network {arch.model_config}, this run {config.model}: choose the "
             "recipe that made it, or set model.* to match"
         )
-    load_checkpoint(Storage.open(folder), "unpruned")  # said now if it is missing: the end compares with it
+    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
     return arch, load_pruned(folder, copy.deepcopy(unpruned))
 
 

@@ -38,8 +38,12 @@ def layer_rules(model: nn.Module, config: SparsityConfig, ignored: tuple[str, ..
     """The rules of the stage in which convolutions lose `pruned` of every group.
 
     Linear layers lose their `fc_prune` x `pruned` / `prune`, rounded down; one that loses none yet has no rule and no
-    reason. Raises ConfigError if `fc_prune` does not fit the network, or no layer can be sparse.
+    reason. Raises ConfigError if `fc_prune` or `ignored` does not fit the network, or no layer can be sparse.
     """
+    order = [name for name, _ in model.named_modules()]
+    for entry in ignored:
+        if entry not in order and not (entry.endswith(".") and any(name.startswith(entry) for name in order)):
+            raise ConfigError(f"prune.ignored names {entry!r}, the network has no such module: check the spelling")
     layers = sort_layers(model, config.group, ignored)
     rules = {name: GroupRule(config.group, pruned) for name in layers.convolutions}
     dense = dict(layers.dense)
@@ -58,7 +62,6 @@ def layer_rules(model: nn.Module, config: SparsityConfig, ignored: tuple[str, ..
     if not rules and pruned == config.prune:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])
         raise ConfigError(f"no layer of the network can be sparse in groups of {config.group} ({reasons})")
-    order = [name for name, _ in model.named_modules()]
     return LayerRules(
         {name: rules[name] for name in order if name in rules}, {name: dense[name] for name in order if name in dense}
     )

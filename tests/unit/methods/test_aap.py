@@ -120,6 +120,12 @@ def test_numbers_for_another_count_of_linear_layers_are_refused():
         layer_rules(small()[:2], SparsityConfig(fc_prune=(1,)), (), 6)
 
 
+def test_a_module_that_is_not_there_cannot_be_ignored():
+    assert "1" in layer_rules(small(), SparsityConfig(fc_prune=(4,)), ("1",), 6).dense
+    with pytest.raises(ConfigError, match=r"prune\.ignored names '7\.', the network has no such module"):
+        layer_rules(small(), SparsityConfig(), ("7.",), 6)
+
+
 def test_a_network_in_which_nothing_can_be_sparse_is_refused():
     with pytest.raises(ConfigError, match=r"no layer .* groups of 8 \(0: 3 inputs a filter"):
         layer_rules(small()[:1], SparsityConfig(), (), 6)
@@ -192,4 +198,6 @@ def test_the_networks_of_our_own_are_those_of_their_papers(builder, macs, parame
     model = models.build(ModelConfig(builder=builder))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert count_macs(model, torch.zeros(1, 3, 224, 224)).total == macs
-    assert models.build(ModelConfig(builder=builder, arguments={"num_classes": 7}))(torch.zeros(2, 3, 224, 224)).shape == (2, 7)
+    assert models.build(ModelConfig(builder=builder, arguments={"num_classes": 7}))(
+        torch.zeros(2, 3, 224, 224)
+    ).shape == (2, 7)

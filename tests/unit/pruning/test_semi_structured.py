@@ -60,6 +60,8 @@ def test_a_network_on_the_cpu_is_refused():
 
 @pytest.mark.gpu
 def test_the_outputs_are_those_of_the_dense_network():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     dense = network().cuda().half()
     images = torch.randn(16, 3, 18, 18, device="cuda", dtype=torch.float16)
     with torch.inference_mode():
@@ -73,5 +75,7 @@ def test_the_outputs_are_those_of_the_dense_network():
 
 @pytest.mark.gpu
 def test_single_precision_is_refused():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     with pytest.raises(PruningError, match=r"is in torch\.float32"):
         to_semi_structured(network().cuda())

@@ -1,5 +1,7 @@
 """Masks held through real optimizer steps, with momentum and weight decay."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,11 @@ def test_masks_take_the_memory_format_of_their_weights():
     HeldMasks(model, {"3.weight": pack_mask(kept["3.weight"])}).apply()
     weight = model.get_parameter("3.weight")
     assert torch.equal(weight != 0, kept["3.weight"]) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_spell_with_masks_travels_to_other_processes():
+    spell = Spell(number=1, phase="final", masks={"3.weight": b"\x01\x02"})
+    assert pickle.loads(pickle.dumps(spell)) == spell
 
 
 def test_a_mask_for_nothing_is_named():
