@@ -16,7 +16,7 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.controller import Controller, Parts
+from laasp_ray.controller import UNPRUNED, Controller, Parts
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.errors import DataError
@@ -28,8 +28,9 @@ from laasp_ray.report.progress import Progress, make_progress
 from laasp_ray.report.tensorboard import EventFiles
 from laasp_ray.search.evaluate import LossSubset
 from laasp_ray.search.executor import Executor, InProcessExecutor
+from laasp_ray.sparse_controller import SparseController
 from laasp_ray.store.artifact import load_pruned
-from laasp_ray.store.checkpoint import save_checkpoint
+from laasp_ray.store.checkpoint import load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
@@ -153,8 +154,8 @@ def _control(
         state = fold(((event.name, event.data) for event in journal.events()), config)
         if resumed:
             progress.resumed(state, config.prune.flops_reduction)
-        controller = Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts)
-        return controller.run()
+        loop = Controller if config.sparsity is None else SparseController
+        return loop(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
     finally:
         _close(reversed(made.values()))
 
@@ -172,7 +173,12 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:
     """The initial weights are kept, so that a resumed run does not depend on the file they came from."""
     config, baseline = prepared.config, prepared.baseline
     storage.write("config.json", json.dumps(config.to_dict(), indent=2).encode())
-    save_checkpoint(storage, "initial", model=capture(prepared.unpruned, Plan.empty()).tensors)
+    begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
+    save_checkpoint(storage, "initial", model=begun_with.tensors)
+    if config.sparsity is not None and config.sparsity.from_run is not None:
+        # The network to compare with in the end is the one that was never pruned, not the one this run begins with.
+        theirs = load_checkpoint(Storage.open(config.sparsity.from_run), UNPRUNED)
+        save_checkpoint(storage, UNPRUNED, model=theirs.model)
     journal.append(
         "start",
         {
@@ -187,6 +193,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:
             "train_images": len(prepared.train),
             "test_images": len(prepared.test),
             "checkpoint": "initial",
+            "plan": None if begun_with.plan.is_empty else begun_with.plan.to_json(),
         },
     )
 

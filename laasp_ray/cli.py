@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ from laasp_ray import api, evaluation, models
 from laasp_ray.config import RunConfig
 from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
-from laasp_ray.recipes import RECIPES, VARIANTS, recipe, resnet50_digits, resnet50_imagenet
+from laasp_ray.recipes import RECIPES, VARIANTS, recipe, resnet50_digits, resnet50_imagenet, with_sparsity
 from laasp_ray.report import repeats
+from laasp_ray.report.sparsity import sparsity_from_json, sparsity_table
 from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.sparse_controller import REPORT
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable that Ray sets for the drivers of submitted jobs."""
 
-FLAGS = {
+Flags = Mapping[str, tuple[str, Callable[[str], Any], str]]
+
+FLAGS: Flags = {
     # flag: (dotted config key, type, help)
     "--data": ("data.path", str, "the data set's folder"),
     "--storage": ("storage", str, "where runs are kept: a folder, or an s3:// or gs:// address"),
@@ -63,6 +67,27 @@ FLAGS = {
     "--seed": ("seed", int, "the one source of randomness"),
 }
 
+_FILTER_FLAGS = ("--flops-reduction", "--loss-images", "--criteria")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+SPARSITY_FLAGS: Flags = {
+    "--group": ("sparsity.group", int, "consecutive inputs of a layer that make a group"),
+    "--prune": ("sparsity.prune", int, "weights of each group that are pruned from convolutions"),
+    "--fc-prune": (
+        "sparsity.fc_prune",
+        _numbers,
+        "the same for linear layers, one number or one for each, comma-separated (default: they stay dense)",
+    ),
+    "--stages": ("sparsity.stages", _numbers, "numbers pruned, comma-separated, rising to --prune, trained in between"),
+    "--epochs-per-stage": ("prune.recover_epochs", int, "epochs after each stage but the last"),
+    "--from-run": ("sparsity.from_run", str, "the folder of a finished run whose pruned network is begun with"),
+    **{flag: entry for flag, entry in FLAGS.items() if flag not in _FILTER_FLAGS},
+}
+
 
 def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
     """`jobs/prune_resnet50.py`: ImageNet's recipe with --data, the embedded digits' without."""
@@ -92,6 +117,13 @@ def prune(arguments: Sequence[str] | None = None) -> int:
     )
 
 
+def sparsify(arguments: Sequence[str] | None = None) -> int:
+    """`jobs/sparsify.py RECIPE`."""
+    parser = _parser("sparsify.py", "Makes a network's weights sparse in groups, and trains it on.", SPARSITY_FLAGS)
+    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    return _guarded(lambda: _prune(parser.parse_args(arguments), lambda options: with_sparsity(recipe(options.recipe))))
+
+
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`jobs/evaluate.py FOLDER`."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a run's pruned and unpruned network.")
@@ -118,9 +150,10 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     return _guarded(run)
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    for flag, (key, kind, text) in FLAGS.items():
+    parser.set_defaults(flags=flags)
+    for flag, (key, kind, text) in flags.items():
         parser.add_argument(flag, type=kind, default=None, help=f"{text} [{key}]")
     parser.add_argument(
         "--set",
@@ -168,8 +201,10 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
 
 def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     result = api.prune(None, config, distributed=not options.no_ray, ray_address=options.ray_address)
-    journal = Journal(Storage.open(config.storage).child(config.name))
-    print(format_summary(summarise(journal.events())))
+    storage = Storage.open(config.storage).child(config.name)
+    print(format_summary(summarise(Journal(storage).events())))
+    if config.sparsity is not None:
+        print(sparsity_table(sparsity_from_json(json.loads(storage.read(REPORT)))))
     print(f"pruned network: {result.folder}/pruned")
     return result
 
@@ -188,7 +223,7 @@ def _repeat(config: RunConfig, options: argparse.Namespace) -> None:
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit."""
     settings = config.to_dict()
-    for flag, (key, _, _) in FLAGS.items():
+    for flag, (key, _, _) in options.flags.items():
         value = getattr(options, flag[2:].replace("-", "_"))
         if value is not None:
             _assign(settings, key, value.split(",") if key == "prune.criteria" else value)
@@ -208,6 +243,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
         storage=_absolute_storage(config.storage),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
         train=dataclasses.replace(config.train, pretrained=_absolute_weights(config.train.pretrained)),
+        sparsity=config.sparsity and dataclasses.replace(config.sparsity, from_run=_absolute(config.sparsity.from_run)),
     )
 
 

@@ -88,7 +88,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What is removed. `flops_reduction` is the target share of the unpruned network's multiply-accumulates.
+    """What is removed. `flops_reduction` is the target share of the unpruned network's multiply-accumulates (0 only in
+    a run with `sparsity`, which removes no filters).
 
     `step` is the share of FLOPs that one prune is worth (`step_rule` flops_share), or the share of a layer's current
     filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
@@ -117,7 +118,7 @@ class PruneConfig:
     pooling: str = "max"
 
     def __post_init__(self) -> None:
-        _check(0 < self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
+        _check(0 <= self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
         _check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
         _check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
         _check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
@@ -130,6 +131,40 @@ class PruneConfig:
         _check(self.components >= 1, "prune.components", self.components, "at least 1")
         whole = POOLING.fullmatch(self.pooling) is not None
         _check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Group sparsity (methods/aap.py): of every `group` consecutive inputs, `prune` weights of a convolution are zero.
+
+    `fc_prune`: the same for linear layers, one number for all or one for each in network order; none leaves them
+    dense. `stages`: the numbers pruned, rising to `prune`, with `prune.recover_epochs` of training after each but the
+    last, which the rest of the schedule follows; none is one stage. Linear layers rise in proportion, rounded down.
+    `from_run` is the folder of a finished run whose pruned network is begun with.
+    """
+
+    group: int = 8
+    prune: int = 6
+    fc_prune: tuple[int, ...] = ()
+    stages: tuple[int, ...] = ()
+    from_run: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.group >= 2, "sparsity.group", self.group, "at least 2")
+        inside = f"from 1 to below sparsity.group ({self.group})"
+        _check(0 < self.prune < self.group, "sparsity.prune", self.prune, inside)
+        _check(all(0 < p < self.group for p in self.fc_prune), "sparsity.fc_prune", self.fc_prune, inside)
+        rising = all(a < b for a, b in zip((0, *self.stages), self.stages, strict=False))
+        _check(
+            rising and self.stages[-1:] in ((), (self.prune,)),
+            "sparsity.stages",
+            self.stages,
+            f"rising from at least 1 to sparsity.prune ({self.prune})",
+        )
+
+    @property
+    def all_stages(self) -> tuple[int, ...]:
+        return self.stages or (self.prune,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +274,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. When it is resumed the keys of RESUMABLE_KEYS may differ, nothing else may."""
+    """Everything that decides a run. When it is resumed the keys of RESUMABLE_KEYS may differ, nothing else may.
+
+    With `sparsity` the run makes groups sparse instead of removing filters.
+    """
 
     name: str
     model: ModelConfig
@@ -248,6 +286,7 @@ class RunConfig:
     train: TrainConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    sparsity: SparsityConfig | None = None
     storage: str = "runs"
     seed: int = 0
 
@@ -259,6 +298,23 @@ class RunConfig:
             "data.image_size",
             self.data.image_size,
             f"the height and width of model.input_shape {self.model.input_shape}",
+        )
+        reduction, sparsity = self.prune.flops_reduction, self.sparsity
+        if sparsity is None:
+            _check(reduction > 0, "prune.flops_reduction", reduction, "a share between 0 and 1")
+            return
+        _check(reduction == 0, "prune.flops_reduction", reduction, "0 with sparsity, which removes no filters")
+        _check(
+            len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
+            "prune.recover_epochs",
+            self.prune.recover_epochs,
+            "at least 1 with several sparsity.stages: they are trained in between",
+        )
+        _check(
+            sparsity.from_run is None or self.train.pretrained is None,
+            "train.pretrained",
+            self.train.pretrained,
+            "left out with sparsity.from_run, which brings its weights",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Controller:
 
     def _train(self) -> SpellDone:
         started = time.perf_counter()
-        spell, parts = next_spell(self.state, self._config), self._parts
+        spell, parts = self._spell(), self._parts
         parts.progress.phase(spell.phase, f"{len(spell.epochs) - spell.done} epochs")
         try:
             done = parts.trainer().run(self._network, self._momentum, spell, self._epoch_done)
@@ -185,6 +185,9 @@ class Controller:
         self._show_metrics(spell.phase, done)
         parts.events.sync()
         return done
+
+    def _spell(self) -> Spell:
+        return next_spell(self.state, self._config)
 
     def _epoch_done(self, done: EpochDone) -> None:
         state, plan, parts = self.state, done.plan, self._parts
@@ -260,17 +263,25 @@ class Controller:
             "parameters_unpruned": sum(parameter.numel() for parameter in self._unpruned.parameters()),
             "metrics": metrics,
         }
+        summary = dict(self._save(model, summary))
+        parts.events.sync()
+        self._record("finish", {**summary, "seconds": _seconds(parts.journal.events())})
+        parts.progress.finished(f"{self._result(summary)}; in {parts.storage.uri}/pruned")
+        return model
+
+    def _save(self, model: nn.Module, summary: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Writes the finished network; gives what there is to say of it, for the journal."""
         save_pruned(
-            parts.storage.child("pruned"),
+            self._parts.storage.child("pruned"),
             model=model,
             model_config=self._config.model,
             plan=self._network.plan,
             metrics=summary,
         )
-        parts.events.sync()
-        self._record("finish", {**summary, "seconds": _seconds(parts.journal.events())})
-        parts.progress.finished(f"pruned by {summary['flops_reduction']:.2%} of FLOPs; in {parts.storage.uri}/pruned")
-        return model
+        return summary
+
+    def _result(self, summary: Mapping[str, Any]) -> str:
+        return f"pruned by {summary['flops_reduction']:.2%} of FLOPs"
 
 
 def _seconds(events: Iterable[Event]) -> float:
@@ -280,6 +291,7 @@ def _seconds(events: Iterable[Event]) -> float:
         "turn": lambda data: data["seconds"]["total"],
         "spell": lambda data: data["evaluation_seconds"],
         "baseline": lambda data: data["seconds"],
+        "stage": lambda data: data["seconds"],
     }
     return sum(float(parts[event.name](event.data)) for event in events if event.name in parts)
 

@@ -17,16 +17,21 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria, models
-from laasp_ray.config import RunConfig, differing_keys, value_at
+from laasp_ray.config import RunConfig, SparsityConfig, differing_keys, value_at
+from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import check_available
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
+from laasp_ray.methods.aap import layer_rules
 from laasp_ray.pruning.groups import PruningGraph, reachable
+from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
+from laasp_ray.store.artifact import Arch, load_pruned, read_arch
+from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -34,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the checks had to make anyway, for the run to use. `unpruned` has its initial weights, on the CPU."""
+    """What the checks had to make anyway, for the run to use. `unpruned` has its initial weights, on the CPU.
+
+    `begun_with` is what a run on top of another begins with: that one's pruned network; None once it is in the store.
+    """
 
     config: RunConfig
     unpruned: nn.Module
@@ -42,6 +50,7 @@ class Prepared:
     baseline: Baseline
     train: ImageSource
     test: ImageSource
+    begun_with: NetworkState | None = None
 
 
 def open_run(config: RunConfig) -> Storage:
@@ -77,6 +86,8 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))
+    if config.sparsity is not None:
+        return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
     macs = count_macs(unpruned, example_input)
     baseline = measure_baseline(graph, macs, config.prune)
@@ -91,6 +102,38 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
     return Prepared(config, unpruned, example_input, baseline, train, test)
+
+
+def _prepare_sparse(
+    config: RunConfig,
+    sparsity: SparsityConfig,
+    unpruned: nn.Module,
+    example_input: torch.Tensor,
+    train: ImageSource,
+    test: ImageSource,
+    *,
+    started: bool,
+) -> Prepared:
+    begun_with, network = None, unpruned
+    if sparsity.from_run is not None and not started:
+        arch, network = _finished_run(config, sparsity.from_run, unpruned)
+        begun_with = capture(network, arch.plan)
+    dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
+    for name, reason in dense.items():
+        logger.info("layer %s stays dense: %s", name, reason)
+    baseline = Baseline(macs=count_macs(unpruned, example_input), step_sizes={}, filters={}, skipped=dense)
+    return Prepared(config, unpruned, example_input, baseline, train, test, begun_with)
+
+
+def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:
+    arch = read_arch(folder)
+    if arch.model_config != config.model:
+        raise ConfigError(
+            f"sparsity.from_run {folder} has the network {arch.model_config}, this run {config.model}: choose the "
+            "recipe that made it, or set model.* to match"
+        )
+    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
+    return arch, load_pruned(folder, copy.deepcopy(unpruned))
 
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:

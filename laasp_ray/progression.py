@@ -14,14 +14,18 @@ from laasp_ray.train.loop import EpochPlan, Spell
 
 def initial_state(config: RunConfig) -> RunState:
     """A run that is given weights at the prune epoch, or prunes at epoch 0, begins with pruning."""
-    trained_already = config.train.pretrained is not None or config.train.prune_epoch == 0
+    given = config.train.pretrained is not None or (
+        config.sparsity is not None and config.sparsity.from_run is not None
+    )
+    trained_already = given or config.train.prune_epoch == 0
     return RunState(phase="prune" if trained_already else "train")
 
 
 def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConfig) -> RunState:
     """The state after an event of the journal. Events that change nothing here are passed over."""
     if name == "start":
-        return replace(state, checkpoint=data["checkpoint"])
+        begun_with = data.get("plan")  # of the run whose pruned network this one goes on with
+        return replace(state, checkpoint=data["checkpoint"], plan=begun_with, checkpoint_plan=begun_with)
     if name == "epoch":
         return replace(
             state,
@@ -42,6 +46,8 @@ def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConf
         )
     if name == "turn":
         return _after_turn(state, data, config)
+    if name == "stage":
+        return _after_stage(state, config)
     if name == "excluded" and data["image"] not in state.excluded:
         return replace(state, excluded=(*state.excluded, data["image"]))
     return state
@@ -55,6 +61,8 @@ def fold(events: Iterable[tuple[str, Mapping[str, Any]]], config: RunConfig) -> 
 
 
 def _after_training(state: RunState, config: RunConfig) -> Phase:
+    if config.sparsity is not None:
+        return "prune"
     enough = state.flops_reduction >= config.prune.flops_reduction or 0 < config.prune.iterations <= state.turn
     return "final" if enough else "prune"
 
@@ -74,6 +82,13 @@ def _after_turn(state: RunState, data: Mapping[str, Any], config: RunConfig) -> 
     if config.prune.recover_epochs > 0 and due:
         return replace(state, phase="recover")
     return replace(state, phase=_after_training(state, config))
+
+
+def _after_stage(state: RunState, config: RunConfig) -> RunState:
+    """The last stage is trained for the rest of the schedule, those before for as long as a recovery."""
+    assert config.sparsity is not None
+    last = state.turn + 1 == len(config.sparsity.all_stages)
+    return replace(state, turn=state.turn + 1, phase="final" if last else "recover")
 
 
 def next_spell(state: RunState, config: RunConfig) -> Spell:

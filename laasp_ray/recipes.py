@@ -15,8 +15,9 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, TrainConfig
+from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, SparsityConfig, TrainConfig
 from laasp_ray.errors import ConfigError
+from laasp_ray.recipes_aap import AAP_RECIPES
 
 CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -219,7 +220,16 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         mobilenet_v2_imagenet,
         resnet50_digits,
     )
-}
+} | AAP_RECIPES
+
+
+def with_sparsity(config: RunConfig) -> RunConfig:
+    """`config` as a run of group sparsity, on its own schedule, under a name of its own; one that is stays as it is."""
+    if config.sparsity is not None:
+        return config
+    prune = replace(config.prune, flops_reduction=0.0)
+    return replace(config, name=f"{config.name}_sparse", prune=prune, sparsity=SparsityConfig())
+
 
 VARIANTS: dict[str, dict[str, Callable[[RunConfig], RunConfig]]] = {
     "2023": {

@@ -20,6 +20,7 @@ from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.cifar import DEPTHS, CifarResNet
 from laasp_ray.models.cifar_vgg import CifarVgg16
+from laasp_ray.models.zoo import ZOO
 
 TORCHVISION = "torchvision:"
 """Begins a name of torchvision's weights, as in torchvision:IMAGENET1K_V2, where a file could be named too."""
@@ -35,9 +36,10 @@ _SHOWN = 4
 def build(config: ModelConfig) -> nn.Module:
     """A new network in training mode, its weights drawn from torch's global generator (seed it first).
 
-    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`, or
-    the import path `package.module:function` of a function that returns an nn.Module; `config.arguments` are passed on.
-    Raises ConfigError for an unknown builder (with the nearest known ones) or arguments that it does not take.
+    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`,
+    `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
+    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known
+    ones) or arguments that it does not take.
     """
     builder, arguments = _builder(config.builder), dict(config.arguments)
     try:
@@ -121,7 +123,7 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None
 def known_builders() -> list[str]:
     """The names that `build` knows, import paths aside."""
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
-    return sorted([*names, *(f"cifar.{name}" for name in _CIFAR)])
+    return sorted([*names, *(f"cifar.{name}" for name in _CIFAR), *(f"zoo.{name}" for name in ZOO)])
 
 
 def _builder(name: str) -> Callable[..., Any]:
@@ -134,6 +136,8 @@ def _builder(name: str) -> Callable[..., Any]:
     family, _, architecture = name.partition(".")
     if family == "cifar":
         return _CIFAR[architecture]
+    if family == "zoo":
+        return ZOO[architecture]
     return lambda **arguments: torchvision.models.get_model(architecture, **{"weights": None, **arguments})
 
 

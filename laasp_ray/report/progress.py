@@ -174,8 +174,9 @@ class LiveProgress:
         """What the display shows now."""
         standing = self._standing
         bars = Table.grid(padding=(0, 2))
-        reduced = f"{standing.flops_reduction:.2%} of {standing.target:.2%}"
-        bars.add_row("FLOPs reduction", _bar(standing.flops_reduction, standing.target), reduced)
+        if standing.target:  # none where weights, not filters, are pruned
+            reduced = f"{standing.flops_reduction:.2%} of {standing.target:.2%}"
+            bars.add_row("FLOPs reduction", _bar(standing.flops_reduction, standing.target), reduced)
         if standing.epochs:
             bars.add_row("epochs", _bar(standing.epoch, standing.epochs), f"{standing.epoch} of {standing.epochs}")
         elif standing.total:
@@ -239,7 +240,7 @@ def resumed_line(state: RunState, target: float) -> str:
     turn = state.turn + (state.phase == "prune")
     return _joined(
         f"going on at turn {turn}" if turn else "going on before the first turn",
-        f"{state.flops_reduction:.1%} of {target:.1%} FLOPs gone",
+        f"{state.flops_reduction:.1%} of {target:.1%} FLOPs gone" if target else "",
         f"{state.epochs_trained} epochs trained",
     )
 

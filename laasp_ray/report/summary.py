@@ -60,9 +60,10 @@ def summarise(events: Sequence[Event]) -> Summary:
 def format_summary(summary: Summary) -> str:
     """Text tables: the network before and after, the turns and their seconds, the layers."""
     state = "finished" if summary.finished else "not finished"
-    lines = [f"Run {summary.name}: {state}, FLOPs reduction {summary.flops_reduction:.2%} of {summary.target:.2%}", ""]
+    target = f" of {summary.target:.2%}" if summary.target else ""
+    lines = [f"Run {summary.name}: {state}, FLOPs reduction {summary.flops_reduction:.2%}{target}", ""]
     lines += table_lines(_network_rows(summary))
-    lines += ["", *_turn_lines(summary)]
+    lines += ["", *_turn_lines(summary)] if summary.target else [""]
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
         lines += [f"Training: {summary.epochs} epochs; {spent}"]

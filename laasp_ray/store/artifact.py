@@ -21,6 +21,7 @@ from laasp_ray.errors import ArtifactError, LaaspError, StoreError
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.records import SCHEMA_VERSION, to_json
 from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
+from laasp_ray.store.sparse import compact, expand
 from laasp_ray.store.storage import Storage
 
 _WEIGHTS, _ARCH, _PLAN, _METRICS = "model.safetensors", "arch.json", "plan.json", "metrics.json"
@@ -32,20 +33,30 @@ _SHOWN = 5
 class Arch:
     """How a pruned network came about. `shapes`: every parameter's and buffer's shape, by state-dict name.
 
+    `sparse`: those of them of which only the values that group sparsity keeps are stored, with their places.
+
     `models.build(model_config)` is the unpruned network, and `apply_plan` with `plan` makes the pruned one of it.
     """
 
     model_config: ModelConfig
     plan: Plan
     shapes: Mapping[str, tuple[int, ...]]
+    sparse: tuple[str, ...] = ()
 
 
 def save_pruned(
-    storage: Storage, *, model: nn.Module, model_config: ModelConfig, plan: Plan, metrics: Mapping[str, Any]
-) -> None:
+    storage: Storage,
+    *,
+    model: nn.Module,
+    model_config: ModelConfig,
+    plan: Plan,
+    metrics: Mapping[str, Any],
+    masks: Mapping[str, bytes] | None = None,
+) -> int:
     """Writes the pruned `model` to `storage`, the folder `pruned/` of a run; `plan` is against the unpruned network.
 
     `arch.json` is written last and says that the rest is there. Tied tensors are written under each of their names.
+    Of tensors with a mask (pruning/sparsity.py) only what it keeps is written. Returns the bytes of the weights' file.
     Raises StoreError when it cannot be written, ArtifactError for a state dict that holds something else than tensors.
     """
     state = model.state_dict()
@@ -55,9 +66,11 @@ def save_pruned(
                 f"{name} of the network's state dict is a {type(value).__name__}; only tensors can be "
                 "saved without pickling: leave the module's extra state out of its state dict"
             )
+    masks = masks or {}
+    weights = pack_tensors(compact(state, masks), {"format": "pt"})
     if storage.exists(_ARCH):
         storage.delete(_ARCH)
-    storage.write(_WEIGHTS, pack_tensors(state, {"format": "pt"}))
+    storage.write(_WEIGHTS, weights)
     storage.write(_PLAN, _json_bytes(plan.to_json()))
     storage.write(_METRICS, _json_bytes(metrics))
     storage.write(
@@ -73,6 +86,7 @@ def save_pruned(
                     name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
                     for name, tensor in state.items()
                 },
+                "sparse": list(masks),
                 "layers": {
                     name: {
                         "type": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -83,6 +97,7 @@ def save_pruned(
             }
         ),
     )
+    return len(weights)
 
 
 def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -105,8 +120,11 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
         ) from error
     try:
         tensors, _ = unpack_tensors(storage.read(_WEIGHTS), f"{_WEIGHTS} in {storage.uri}")
+        tensors = expand(tensors, arch.shapes, arch.sparse)
     except StoreError as error:
         raise ArtifactError(str(error)) from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{_WEIGHTS} in {storage.uri} is damaged: {error}; restore it from a copy") from error
     saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved != arch.shapes:
         raise ArtifactError(
@@ -150,7 +168,8 @@ def _read_arch(storage: Storage) -> Arch:
             builder=content["builder"], arguments=content["arguments"], input_shape=tuple(content["input_shape"])
         )
         shapes = {name: tuple(entry["shape"]) for name, entry in content["tensors"].items()}
-        return Arch(config, Plan.from_json(_read_json(storage, _PLAN)), shapes)
+        sparse = tuple(content.get("sparse", ()))  # earlier runs say nothing of it
+        return Arch(config, Plan.from_json(_read_json(storage, _PLAN)), shapes, sparse)
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{_ARCH} in {storage.uri} is damaged ({error!r}); restore it from a copy") from error
     except ArtifactError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, ra
 from laasp_ray.errors import TrainingError
 from laasp_ray.records import Metrics
 from laasp_ray.train.data import SpellData
+from laasp_ray.train.held import HeldMasks
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class EpochPlan:
 class Spell:
     """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
 
-    `excluded` names images that were found unreadable before.
+    `excluded` names images that were found unreadable before. `masks` (parameter -> packed mask, see
+    pruning/sparsity.py) say which weights are zero and stay so.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Spell:
     epochs: tuple[EpochPlan, ...] = ()
     done: int = 0
     excluded: tuple[str, ...] = ()
+    masks: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def run_spell(
     if data.device.type == "cuda":
         # A resumed run must come to what an undisturbed one comes to.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    held = HeldMasks(model, spell.masks)
+    held.apply()
     remaining = spell.epochs[spell.done :]
     if remaining:
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -100,7 +105,7 @@ def run_spell(
         wrapped = wrap(model)
         optimizer = _optimizer(model, config, momentum)
         for position, plan in enumerate(remaining, spell.done):
-            yield _train_epoch(model, wrapped, optimizer, position, plan, data=data, config=config, seed=seed)
+            yield _train_epoch(model, wrapped, optimizer, held, position, plan, data=data, config=config, seed=seed)
     started = time.perf_counter()
     metrics = evaluate(model, data)
     yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
@@ -125,6 +130,7 @@ def _train_epoch(
     model: nn.Module,
     wrapped: nn.Module,
     optimizer: torch.optim.SGD,
+    held: HeldMasks,
     position: int,
     plan: EpochPlan,
     *,
@@ -152,6 +158,7 @@ def _train_epoch(
         # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
         (losses * (data.world / images)).backward()
         optimizer.step()
+        held.apply()
         correct = (output.detach().argmax(1) == batch.labels).sum()
         seen = torch.tensor(len(batch.labels), device=data.device)
         sums += torch.stack([losses.detach().double(), correct.double(), seen.double()])

@@ -13,13 +13,19 @@ LEVELS = [
     {"store"},
     {"search", "train", "report"},
     {"methods"},
-    {"progression", "controller"},
-    {"preflight", "recipes", "distributed"},
+    {"progression", "controller", "sparse_controller"},
+    {"preflight", "recipes", "recipes_aap", "distributed"},
     {"api", "evaluation", "dry_run"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-SAME_LEVEL_ALLOWED = {("controller", "progression"), ("records", "errors"), ("api", "evaluation")}
+SAME_LEVEL_ALLOWED = {
+    ("controller", "progression"),
+    ("sparse_controller", "controller"),
+    ("recipes", "recipes_aap"),
+    ("records", "errors"),
+    ("api", "evaluation"),
+}
 QUARANTINE = {
     "ray": ("distributed/", "api.py", "cli.py"),
     "torch_pruning": ("pruning/groups.py",),

@@ -1,0 +1,159 @@
+"""Group sparsity: of every `group` consecutive inputs of a layer, `prune` weights are zero.
+
+Source: Kang, IEEE TCSVT 30(7) 2020. Its procedure is not public in full; this is our reading: the groups lie along the
+input channels, for each output channel and kernel position, and the smallest magnitudes of a group go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from laasp_ray.errors import PruningError
+
+_CHUNK = 1 << 23
+"""Weights that are sorted at a time: the order of a large linear layer's would take gigabytes."""
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Of every `group` consecutive inputs, `prune` weights are zero."""
+
+    group: int
+    prune: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune < self.group:
+            raise PruningError(f"{self.prune} of every {self.group} cannot be pruned: at least one weight must stay")
+
+    def kept_of(self, size: int) -> int:
+        """How many weights a group of `size` (the last may be short) keeps: the same share, rounded up."""
+        return -(-size * (self.group - self.prune) // self.group)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that can hold groups, each kind in network order; `dense`: those that cannot, with the reason."""
+
+    convolutions: tuple[str, ...]
+    linear: tuple[str, ...]
+    dense: Mapping[str, str]
+
+
+def sort_layers(model: nn.Module, group: int, ignored: Sequence[str] = ()) -> Layers:
+    """Which convolutions and linear layers of `model` can hold groups of `group` inputs.
+
+    `ignored` names modules, or prefixes of them that end in a dot, to be left dense.
+    """
+    convolutions: list[str] = []
+    linear: list[str] = []
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            continue
+        reason = _why_dense(name, module, group, ignored)
+        if reason:
+            dense[name] = reason
+        else:
+            (linear if isinstance(module, nn.Linear) else convolutions).append(name)
+    return Layers(tuple(convolutions), tuple(linear), dense)
+
+
+def _why_dense(name: str, module: nn.Module, group: int, ignored: Sequence[str]) -> str:
+    if any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in ignored):
+        return "named in prune.ignored"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "its weight is no plain parameter"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolution"
+    if isinstance(module, nn.modules.conv._ConvNd) and weight.shape[1] == 1 and module.groups > 1:
+        return "depthwise"
+    inputs = weight.shape[1]
+    return f"{inputs} inputs a filter, fewer than the group of {group}" if inputs < group else ""
+
+
+def group_mask(weight: torch.Tensor, rule: GroupRule, held: torch.Tensor | None = None) -> torch.Tensor:
+    """True where a weight stays; of the shape of `weight`, (N, C, *kernel) or (N, C).
+
+    C is what one filter reads: in a grouped convolution the inputs of its own group. For each filter and kernel
+    position the smallest magnitudes of each group go; of equal ones the higher index stays. What `held`, an earlier
+    mask, has pruned already goes first.
+    """
+    magnitudes = weight.detach().abs()
+    if held is not None:
+        magnitudes = magnitudes.masked_fill(~held, -1)
+    rows = magnitudes.movedim(1, -1)
+    shape, inputs = rows.shape, rows.shape[-1]
+    parts = [_row_mask(part, rule) for part in rows.reshape(-1, inputs).split(max(1, _CHUNK // inputs))]
+    return torch.cat(parts).reshape(shape).movedim(-1, 1).contiguous()
+
+
+def _row_mask(rows: torch.Tensor, rule: GroupRule) -> torch.Tensor:
+    whole = rows.shape[1] // rule.group * rule.group
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    if whole:
+        groups = rows[:, :whole].unflatten(1, (-1, rule.group))
+        mask[:, :whole] = _largest(groups, rule.kept_of(rule.group)).flatten(1)
+    if whole < rows.shape[1]:
+        mask[:, whole:] = _largest(rows[:, whole:], rule.kept_of(rows.shape[1] - whole))
+    return mask
+
+
+def _largest(values: torch.Tensor, kept: int) -> torch.Tensor:
+    """True at the `kept` largest values along the last axis, later ones before equal earlier ones."""
+    lowest = values.argsort(dim=-1, stable=True)[..., : values.shape[-1] - kept]
+    return torch.ones_like(values, dtype=torch.bool).scatter_(-1, lowest, False)
+
+
+def group_counts(mask: torch.Tensor, group: int) -> np.ndarray:
+    """How many weights stay in each group: (N, kernel positions x groups), the last group of a row perhaps short."""
+    rows = mask.movedim(1, -1).flatten(1, -2) if mask.ndim > 2 else mask[:, None, :]
+    missing = -rows.shape[-1] % group
+    padded = nn.functional.pad(rows.to(torch.uint8), (0, missing))
+    return padded.unflatten(-1, (-1, group)).sum(-1, dtype=torch.int32).flatten(1).cpu().numpy()
+
+
+def satisfies(weight: torch.Tensor, rule: GroupRule) -> bool:
+    """Whether no group of `weight` has more non-zero weights than `rule` leaves it."""
+    groups = -(-weight.shape[1] // rule.group)
+    allowed = np.full(groups, rule.kept_of(rule.group))
+    if weight.shape[1] % rule.group:
+        allowed[-1] = rule.kept_of(weight.shape[1] % rule.group)
+    counts = group_counts(weight != 0, rule.group)
+    return bool((counts.reshape(-1, groups) <= allowed).all())
+
+
+def pack_mask(mask: torch.Tensor) -> bytes:
+    """One bit a weight, in the order of the tensor's elements."""
+    return np.packbits(mask.cpu().numpy().reshape(-1)).tobytes()
+
+
+def unpack_mask(packed: bytes, shape: Sequence[int]) -> torch.Tensor:
+    """The mask that `pack_mask` packed. Raises PruningError if it is not of that many elements."""
+    elements = math.prod(shape)
+    if len(packed) != -(-elements // 8):
+        raise PruningError(
+            f"a mask of {len(packed)} bytes does not belong to a weight of shape {tuple(shape)}; "
+            f"it would have {-(-elements // 8)}"
+        )
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=elements)
+    return torch.from_numpy(bits.astype(bool)).reshape(tuple(shape))
+
+
+def masked(tensors: Mapping[str, torch.Tensor], masks: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """`tensors` with what the masks (by tensor name, packed) prune set to zero. Raises PruningError for a misfit."""
+    for name in masks:
+        if name not in tensors:
+            raise PruningError(f"there is a mask for {name}, but the network has no such weight")
+    return {
+        name: tensor.masked_fill(~unpack_mask(masks[name], tensor.shape).to(tensor.device), 0)
+        if name in masks
+        else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,203 @@
+"""Stages of group sparsity, the rules of every row of Kang's table, and the networks at ImageNet shapes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray import cli, models
+from laasp_ray.config import ModelConfig, SparsityConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.errors import ConfigError
+from laasp_ray.methods.aap import layer_rules, take_stage
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.pruning.sparsity import GroupRule, group_counts, satisfies, unpack_mask
+from laasp_ray.recipes import recipe, with_sparsity
+
+BUILDERS = {
+    "alexnet_grouped_aap": "zoo.alexnet_grouped",
+    "alexnet_aap": "torchvision.alexnet",
+    "vgg16_aap": "torchvision.vgg16",
+    "resnet50_aap": "torchvision.resnet50",
+    "resnet152_aap": "torchvision.resnet152",
+    "squeezenet1_0_aap": "torchvision.squeezenet1_0",
+    "mobilenet_v1_aap": "zoo.mobilenet_v1",
+}
+G8, G16, THREE_FC, ONE_FC = (
+    ["--group", "8", "--prune", "6"],
+    ["--group", "16", "--prune", "12"],
+    ["--fc-prune", "15,15,12"],
+    ["--fc-prune", "12"],
+)
+ROWS = [
+    *itertools.product(["alexnet_grouped_aap", "alexnet_aap", "vgg16_aap"], [G8, G16, [*G16, *THREE_FC]]),
+    *itertools.product(["resnet50_aap", "resnet152_aap"], [G8, G16, [*G16, *ONE_FC]]),
+    *itertools.product(["squeezenet1_0_aap", "mobilenet_v1_aap"], [G16, ["--group", "16", "--prune", "10"]]),
+]
+# Convolutions and linear layers that stay dense: everywhere the first convolution, which reads three channels.
+DENSE_CONVOLUTIONS = {"mobilenet_v1_aap": 1 + 13}
+CONVOLUTIONS = {
+    "alexnet_grouped_aap": 5,
+    "alexnet_aap": 5,
+    "vgg16_aap": 13,
+    "resnet50_aap": 53,
+    "resnet152_aap": 155,
+    "squeezenet1_0_aap": 26,
+    "mobilenet_v1_aap": 27,
+}
+
+
+def config_of(name, *flags):
+    parser = cli._parser("sparsify.py", "", cli.SPARSITY_FLAGS)
+    return cli.overridden(with_sparsity(recipe(name)), parser.parse_args(list(flags)))
+
+
+def build(name, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return models.build(recipe(name).model)
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 1), nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2))
+
+
+def stages_of(model, config):
+    network, held = capture(model, Plan.empty()), {}
+    for number in range(1, len(config.all_stages) + 1):
+        stage = take_stage(model, network, config, (), held, number=number)
+        yield stage
+        network, held = stage.network, stage.masks
+
+
+def test_stages_rise_and_keep_what_was_pruned():
+    model = small()
+    config = SparsityConfig(group=8, prune=6, stages=(2, 4, 6), fc_prune=(4,))
+    stages = list(stages_of(model, config))
+    # The first linear layer reads 12 inputs: groups of 8 and 4. Four of six are pruned in proportion: 4 x 2 // 6 = 1.
+    assert [{name: rule.prune for name, rule in stage.layers.rules.items()} for stage in stages] == [
+        {"1": 2, "3": 1, "4": 1},
+        {"1": 4, "3": 2, "4": 2},
+        {"1": 6, "3": 4, "4": 4},
+    ]
+    counts = [
+        {name: group_counts(stage.network.tensors[name] != 0, 8)[0].tolist() for name in stage.masks}
+        for stage in stages
+    ]
+    assert counts == [
+        {"1.weight": [6, 6], "3.weight": [7, 4], "4.weight": [7]},
+        {"1.weight": [4, 4], "3.weight": [6, 3], "4.weight": [6]},
+        {"1.weight": [2, 2], "3.weight": [4, 2], "4.weight": [4]},
+    ]
+    for before, after in itertools.pairwise(stages):
+        for name in before.masks:
+            shape = after.network.tensors[name].shape
+            assert (unpack_mask(before.masks[name], shape) | ~unpack_mask(after.masks[name], shape)).all()
+    assert torch.equal(stages[-1].network.tensors["0.weight"], model[0].weight)
+
+
+def test_a_linear_layer_of_which_nothing_goes_yet_has_neither_rule_nor_reason():
+    config = SparsityConfig(group=8, prune=6, stages=(1, 6), fc_prune=(4, 6))
+    layers = layer_rules(small(), config, (), 1)
+    assert {name: rule.prune for name, rule in layers.rules.items()} == {"1": 1, "4": 1}
+    assert layers.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
+
+
+def test_linear_layers_stay_dense_unless_asked_for():
+    layers = layer_rules(small(), SparsityConfig(), (), 6)
+    assert layers.rules == {"1": GroupRule(8, 6)}
+    assert list(layers.dense) == ["0", "3", "4"]
+    assert layers.dense["3"] == "linear, and sparsity.fc_prune is not given"
+
+
+def test_numbers_for_another_count_of_linear_layers_are_refused():
+    with pytest.raises(ConfigError, match=r"fc_prune is \(1, 2, 3\), the network has 2 linear layers .*\(3, 4\)"):
+        layer_rules(small(), SparsityConfig(fc_prune=(1, 2, 3)), (), 6)
+    with pytest.raises(ConfigError, match="the network has 0 linear layers"):
+        layer_rules(small()[:2], SparsityConfig(fc_prune=(1,)), (), 6)
+
+
+def test_a_module_that_is_not_there_cannot_be_ignored():
+    assert "1" in layer_rules(small(), SparsityConfig(fc_prune=(4,)), ("1",), 6).dense
+    with pytest.raises(ConfigError, match=r"prune\.ignored names '7\.', the network has no such module"):
+        layer_rules(small(), SparsityConfig(), ("7.",), 6)
+
+
+def test_a_network_in_which_nothing_can_be_sparse_is_refused():
+    with pytest.raises(ConfigError, match=r"no layer .* groups of 8 \(0: 3 inputs a filter"):
+        layer_rules(small()[:1], SparsityConfig(), (), 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 1, "prune": 1}, r"sparsity\.group is 1"),
+        ({"group": 8, "prune": 8}, r"sparsity\.prune is 8, must be from 1 to below sparsity\.group \(8\)"),
+        ({"fc_prune": (4, 8)}, r"sparsity\.fc_prune is \(4, 8\)"),
+        ({"stages": (2, 2, 6)}, r"sparsity\.stages is \(2, 2, 6\), must be rising"),
+        ({"stages": (2, 4)}, r"sparsity\.stages is \(2, 4\), must be rising from at least 1 to sparsity\.prune \(6\)"),
+        ({"stages": (0, 6)}, r"sparsity\.stages is \(0, 6\)"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SparsityConfig(**changes)
+
+
+@pytest.mark.parametrize(("name", "flags"), ROWS, ids=lambda value: value if isinstance(value, str) else "".join(value))
+def test_every_row_of_the_table_is_reached_by_flags(name, flags):
+    config = config_of(name, *flags)
+    assert config.model.builder == BUILDERS[name]
+    layers = layer_rules(build(name, "meta"), config.sparsity, (), config.sparsity.prune)
+    group, prune = int(flags[1]), int(flags[3])
+    linear = [prune for layer, (_, prune) in _pairs(layers) if "classifier" in layer or layer == "fc"]
+    convolutions = [pair for layer, pair in _pairs(layers) if "classifier" not in layer and layer != "fc"]
+    if name == "squeezenet1_0_aap":  # its classifier is a convolution
+        linear, convolutions = [], [pair for _, pair in _pairs(layers)]
+    assert convolutions == [(group, prune)] * (CONVOLUTIONS[name] - DENSE_CONVOLUTIONS.get(name, 1))
+    assert linear == ([int(number) for number in flags[5].split(",")] if "--fc-prune" in flags else [])
+
+
+def _pairs(layers):
+    return [(layer, (rule.group, rule.prune)) for layer, rule in layers.rules.items()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in ("vgg16_aap", "resnet152_aap") else ())
+        for name in BUILDERS
+    ],
+)
+def test_the_networks_are_built_and_made_sparse(name):
+    model = build(name)
+    config = SparsityConfig(group=8, prune=6)
+    (stage,) = stages_of(model, config)
+    for layer, rule in stage.layers.rules.items():
+        weight = stage.network.tensors[f"{layer}.weight"]
+        assert satisfies(weight, rule) and satisfies(weight, GroupRule(4, 2))
+        # Every number of inputs here is a multiple of 8.
+        assert torch.count_nonzero(weight) == weight.numel() // 4
+    for layer in stage.layers.dense:
+        assert torch.equal(stage.network.tensors[f"{layer}.weight"], model.get_submodule(layer).weight)
+
+
+@pytest.mark.parametrize(
+    ("builder", "macs", "parameters"),
+    [
+        # Convolutions 105,415,200 + 223,948,800 + 149,520,384 + 112,140,288 + 74,760,192, linear 58,621,952.
+        ("zoo.alexnet_grouped", 724_406_816, 60_965_224),
+        # Howard et al. print 569 million and 4.2 million.
+        ("zoo.mobilenet_v1", 568_740_352, 4_231_976),
+    ],
+)
+def test_the_networks_of_our_own_are_those_of_their_papers(builder, macs, parameters):
+    model = models.build(ModelConfig(builder=builder))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert count_macs(model, torch.zeros(1, 3, 224, 224)).total == macs
+    assert models.build(ModelConfig(builder=builder, arguments={"num_classes": 7}))(
+        torch.zeros(2, 3, 224, 224)
+    ).shape == (2, 7)
