@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.data.loader import normalise
@@ -70,7 +68,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(machine(options.threads))
+    print(machine("torch-pruning", "fvcore"))
     data = dataclasses.replace(recipe("resnet20_cifar10").data, path=str(options.data / "cifar10_mini"))
     subset = draw_subset(open_source(data, "train"), data, images=options.images, seed=options.seed)
     print(f"{len(subset.labels)} images of cifar10_mini, seed {options.seed}, digest {subset.digest[:12]}")
@@ -120,23 +118,6 @@ def compare(name: str, weights: Path, subset: Subset) -> tuple[str, tuple[str, .
         f"{seconds:.0f}",
     )
     return reduction, cells
-
-
-def machine(threads: int) -> str:
-    packages = ("torch", "torchvision", "torch-pruning", "fvcore")
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-    return (
-        f"{processor()}, {os.cpu_count()} CPUs, torch threads: {threads}; {platform.system()}, "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 
 from laasp_ray.config import DataConfig, LoaderName
 from laasp_ray.data.loader import Loader, make_loader
@@ -41,7 +39,7 @@ def main() -> None:
             train_transform=options.train_transform,
             threads=options.threads,
         )
-        print(machine())
+        print(machine("pillow", "nvidia-dali-cuda130"))
         print(
             f"{options.path or 'the embedded digits'}: {options.train_transform} to {options.image_size}, evaluation "
             f"at {options.eval_resize}, batches of {options.batch_size}, {options.threads} threads, {options.device}"
@@ -114,28 +112,6 @@ def data_set(path: str | None) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "train").symlink_to(Path(path).resolve())
         yield folder
-
-
-def machine() -> str:
-    versions = []
-    for package in ("torch", "torchvision", "pillow", "nvidia-dali-cuda130"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return (
-        f"{processor()}, {os.cpu_count()} cores{gpu}; {platform.system()}, Python {platform.python_version()}, "
-        f"{', '.join(versions)}"
-    )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def parse() -> argparse.Namespace:

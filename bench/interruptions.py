@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -23,6 +22,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--no-ray", action="store_true", help="in one process: quicker, and only the driver to kill")
     options = parser.parse_args()
     ray = not options.no_ray
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, Ray: {ray}")
+    print(f"{machine('ray')}, Ray used: {ray}")
     with tempfile.TemporaryDirectory() as folder:
         storage, log = Path(folder), Path(folder) / "log"
         begun = time.monotonic()

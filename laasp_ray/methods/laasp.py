@@ -51,18 +51,20 @@ def take_turn(
     given = {name: executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
     proposals = propose(model, graph, macs, baseline, config, given)
     clock.lap("propose")
-    done = 0
+    done = told = 0
 
     def hear(position: int, result: MeasuredLoss) -> None:
         nonlocal done
         if position < len(proposals):
             done += 1
-            on_candidate(done, len(proposals), entry_of(proposals[position], result))
+            on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
             if result.error:
                 logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
     def hear_share(share: float) -> None:
-        if done < (so_far := int(share * len(proposals))) < len(proposals):
+        nonlocal told
+        if max(done, told) < (so_far := int(share * len(proposals))) < len(proposals):
+            told = so_far
             on_candidate(so_far, len(proposals), None)
 
     results = executor.measure(network, tasks_of(proposals), hear, hear_share)

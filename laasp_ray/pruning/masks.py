@@ -63,9 +63,14 @@ def run_deaf_from(
     return _apply(module, few, weight.neg_(), None).add_(output)
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module does no more than its type says: no hook, no forward put on the module itself."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+
+
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer does no more than its type says: no parametrisation, no hook, no forward of its own."""
-    return type(module) in _PLAIN and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether it is one of torch's layers and nothing else: a subclass or a parametrised layer is not."""
+    return type(module) in _PLAIN and is_bare(module)
 
 
 def _apply(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,8 @@ from laasp_ray.pruning.masks import Mask
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error
-from laasp_ray.search.program import Site
+from laasp_ray.search.memory import peak_bytes
+from laasp_ray.search.program import Program, Site
 from laasp_ray.search.tracing import trace
 
 FREE_MEMORY_SHARE = 0.5
@@ -90,6 +91,7 @@ class Engine:
         self._memory = memory_bytes or free_memory(subset.labels.device)
         self.sites = Sites(model, subset.at(np.arange(1))[0])
         self._program = self.sites.program
+        self._copy_bytes = 0  # what one image takes in the network itself; measured when a copy is first needed
 
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
         """Cross-entropies of `tasks` on the subset's images at `indices`, batches cut in their order."""
@@ -110,8 +112,9 @@ class Engine:
             self._run_branches(tasks, branches, unchanged, indices, values, errors)
         elif unchanged:
             copies += unchanged
+        size = self._copy_size(len(indices)) if copies else 0
         for position in copies:
-            self._run_copy(tasks[position], position, indices, values, errors)
+            self._run_copy(tasks[position], position, indices, size, values, errors)
         for position in errors:
             values[position] = np.nan
         return Losses(values, errors, time.perf_counter() - started)
@@ -129,18 +132,39 @@ class Engine:
         assert program is not None
         size, together = self._sizes(branches, len(indices), whole=bool(unchanged))
         batches = {site: _cut(positions, together) for site, positions in branches.items()}
-        masks = {site: [[_mask(tasks[p]) for p in batch] for batch in cut] for site, cut in batches.items()}
         for start in range(0, len(indices), size):
             images, labels = self._subset.at(indices[start : start + size])
-            columns = slice(start, start + len(labels))
-            for site, number, outcome in program.run(images, masks, whole=bool(unchanged)):
-                positions = unchanged if site is None else batches[site][number]
-                if isinstance(outcome, Exception):
-                    errors.update((p, describe_error(outcome)) for p in positions if p not in errors)
-                else:
-                    repeats = 1 if site is None else len(positions)
-                    found = _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)
-                    values[positions, columns] = found
+            part = values[:, start : start + len(labels)]
+            failed = self._run_chunk(program, tasks, batches, unchanged, images, labels, part, errors)
+            if failed:  # whose fault it was shows one by one
+                singly = {site: _cut(positions, 1) for site, positions in failed.items()}
+                self._run_chunk(program, tasks, singly, (), images, labels, part, errors)
+
+    @staticmethod
+    def _run_chunk(
+        program: Program,
+        tasks: Sequence[LossTask],
+        batches: Mapping[Site, Sequence[Sequence[int]]],
+        unchanged: Sequence[int],
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        values: np.ndarray,
+        errors: dict[int, str],
+    ) -> dict[Site, list[int]]:
+        """Fills `values` (tasks, images); gives the tasks of batches of several that failed, site by site."""
+        masks = {site: [[_mask(tasks[p]) for p in batch] for batch in cut] for site, cut in batches.items()}
+        failed: dict[Site, list[int]] = {}
+        for site, number, outcome in program.run(images, masks, whole=bool(unchanged)):
+            positions = unchanged if site is None else batches[site][number]
+            if not isinstance(outcome, Exception):
+                repeats = 1 if site is None else len(positions)
+                found = _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)
+                values[positions] = found
+            elif site is not None and len(positions) > 1:
+                failed.setdefault(site, []).extend(positions)
+            else:
+                errors.update((p, describe_error(outcome)) for p in positions if p not in errors)
+        return failed
 
     def _sizes(self, sites: Mapping[Site, Sequence[int]], images: int, *, whole: bool) -> tuple[int, int]:
         """How many images, and how many branches of one site, go through the network at a time.
@@ -151,22 +175,22 @@ class Engine:
         program = self._program
         assert program is not None
         base, branch = program.peak_bytes(list(sites), whole=whole)
-        if base + branch > self._memory:
-            raise SearchError(
-                f"one image needs {(base + branch) / 1e6:.1f} MB of memory, {self._memory / 1e6:.1f} MB may be used: "
-                "raise search.memory_mb"
-            )
-        size = min(self._subset.batch_size, images, self._memory // (base + branch))
+        size = self._images_at_a_time(base + branch, images)
         one_by_one = program.sized or self._subset.labels.device.type == "cpu" or not branch
         return size, 1 if one_by_one else max(1, (self._memory // size - base) // branch)
 
     def _run_copy(
-        self, task: LossTask, position: int, indices: np.ndarray, values: np.ndarray, errors: dict[int, str]
+        self,
+        task: LossTask,
+        position: int,
+        indices: np.ndarray,
+        size: int,
+        values: np.ndarray,
+        errors: dict[int, str],
     ) -> None:
         try:
             pruned = twin(self._model)  # tensors that the prune leaves alone are shared: inference does not write
             apply_plan(pruned, task.step)
-            size = self._copy_size(len(indices))
             with torch.inference_mode():
                 for start in range(0, len(indices), size):
                     images, labels = self._subset.at(indices[start : start + size])
@@ -177,10 +201,20 @@ class Engine:
             errors[position] = describe_error(error)
 
     def _copy_size(self, images: int) -> int:
-        size = min(self._subset.batch_size, images)
-        if self._program is None:
-            return size  # what a network takes that cannot be traced is not known
-        return max(1, min(size, self._memory // self._program.peak_bytes((), whole=True)[0]))
+        if not self._copy_bytes:
+            image = self._subset.at(np.arange(1))[0]
+            with torch.inference_mode():
+                self._copy_bytes = peak_bytes(lambda: self._model(image))
+        return self._images_at_a_time(self._copy_bytes, images)
+
+    def _images_at_a_time(self, each: int, images: int) -> int:
+        """How many of `images` that take `each` bytes go through a network at a time."""
+        if each > self._memory:
+            raise SearchError(
+                f"one image needs {each / 1e6:.1f} MB of memory, {self._memory / 1e6:.1f} MB may be used: "
+                "raise search.memory_mb"
+            )
+        return min(self._subset.batch_size, images, self._memory // each)
 
 
 def free_memory(device: torch.device) -> int:

@@ -74,9 +74,12 @@ class Program:
         """`sized`: some operation reads sizes, so that a batch must have as many rows as there are images."""
         self._operations, self._modules, self.sized = tuple(operations), modules, sized
         self._last_reader = list(range(len(operations)))
+        self._constants: set[int] = set()  # made of parameters and buffers only, the same whatever the images
         for position, operation in enumerate(operations):
             for read in operation.reads:
                 self._last_reader[read] = position
+            if position and self._constants.issuperset(operation.reads):
+                self._constants.add(position)
         self.macs = sum(operation.macs for operation in operations)
 
     def site(self, layers: Collection[str]) -> Site | str:
@@ -85,6 +88,9 @@ class Program:
         missing = set(layers) - {self._operations[position].module for position in changed}
         if missing or not changed:
             return f"{min(missing)} is not called as a module of its own" if missing else "no layer reads the channels"
+        for operation in (self._operations[position] for position in sorted(changed)):
+            if len(operation.arguments) + len(operation.keywords) > 1:
+                return f"{operation.module} takes more than its input"
         affected = set(changed)
         for position, operation in enumerate(self._operations):
             if not affected.isdisjoint(operation.reads):
@@ -150,9 +156,11 @@ class Program:
         frees, live, most = self._branch_frees(site), 0, 0
         for position in site.affected:
             operation = self._operations[position]
-            repeated = sum(self._operations[read].bytes for read in operation.reads if read in site.reads)
+            aside = sum(self._operations[read].bytes for read in operation.reads if read in site.reads)
+            if position in site.changed:  # inputs with zeros in them, and masks' outputs before they are put together
+                aside = operation.bytes + sum(self._operations[read].bytes for read in operation.reads)
             live += operation.bytes
-            most = max(most, live + repeated)
+            most = max(most, live + aside)
             live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
         return most
 
@@ -178,7 +186,7 @@ class Program:
         try:
             return self._branch(site, masks, unchanged)
         except Exception as error:  # a network's own code may raise anything; it is the candidate's error, not ours
-            return error
+            return error.with_traceback(None)  # whose frames hold the branch's values
 
     def _branch(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
         frees = self._branch_frees(site)
@@ -189,20 +197,16 @@ class Program:
             if position in values:
                 return values[position]
             shared = unchanged[position]
-            many = times > 1 and isinstance(shared, torch.Tensor) and not self._constant(position)
+            many = times > 1 and isinstance(shared, torch.Tensor) and position not in self._constants
             return shared.repeat(times, *[1] * (shared.ndim - 1)) if many else shared
 
         for position in site.affected:
             operation = self._operations[position]
             if position in site.changed:
-                module, source = self._modules[operation.module], operation.reads[0]
-                channels = [mask[operation.module] for mask in masks]
-                if position in site.heads:
-                    parts = [run_deaf_from(module, unchanged[source], unchanged[position], gone) for gone in channels]
-                else:
-                    rows = values[source].chunk(times)
-                    parts = [run_deaf(module, some, gone) for some, gone in zip(rows, channels, strict=True)]
-                values[position] = parts[0] if times == 1 else torch.cat(parts)
+                source = (unchanged if position in site.heads else values)[operation.reads[0]]
+                output = unchanged[position] if position in site.heads else None
+                values[position] = self._deaf(operation.module, masks, source, output)
+                del source, output
             else:
                 overwrite = operation.overwrite is not None and operation.overwritten in values
                 values[position] = self.perform(operation, value, overwrite)
@@ -210,9 +214,17 @@ class Program:
                 del values[read]
         return values[site.affected[-1]]
 
-    def _constant(self, position: int) -> bool:
-        """Whether a value is a parameter or a buffer, the same whatever the images."""
-        return position != 0 and not self._operations[position].reads
+    def _deaf(
+        self, layer: str, masks: Sequence[Mask], inputs: torch.Tensor, output: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A layer's outputs, mask by mask; `output`, the unchanged one, is given where all read the same `inputs`."""
+        module, channels = self._modules[layer], [mask[layer] for mask in masks]
+        if output is not None:
+            parts = [run_deaf_from(module, inputs, output, gone) for gone in channels]
+        else:
+            rows = inputs.chunk(len(masks))
+            parts = [run_deaf(module, some, gone) for some, gone in zip(rows, channels, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def perform(self, operation: Operation, value: Callable[[int], Any], overwrite: bool) -> Any:
         def resolve(item: Any) -> Any:

@@ -16,21 +16,27 @@ import numpy as np
 
 STRATA = 8
 FIRST_LOOK = 96
-GROWTH = 1.3
+GROWTH = 1.2
 LEAST_WEIGHT = 0.005
 """A stratum's share of the sample goes by its images' weights, 1 - exp(-loss), the chance that the network gives to
 wrong classes; for easy images at least this."""
+LEAST_IMAGES = 4
+"""The first look has at least so many of every stratum: one image shows no variance."""
 PRIOR_IMAGES = 8
 """The variance of a candidate's differences in a stratum is pooled with that of all candidates as if so many images
-had shown it: a small sample that saw no rare, great difference must not pass for certainty."""
+had shown it."""
+UNSEEN = 0.03
+"""Rare, great differences hide among the many easy images, where a small sample that saw none must not pass for
+certainty: to each stratum's sum of squares is added this part of the greatest square that the pair has shown."""
 
 
 def strata_of(base: np.ndarray) -> list[np.ndarray]:
     """The positions of images, easiest first, in strata of equal total weight; `base` (n,) are their losses."""
     weights = np.maximum(-np.expm1(-np.nan_to_num(base, nan=np.inf)), LEAST_WEIGHT)
-    order = np.argsort(weights, kind="stable")
+    order = np.argsort(np.nan_to_num(base, nan=np.inf), kind="stable")
     reached = np.cumsum(weights[order])
-    bounds = np.searchsorted(reached, reached[-1] * np.arange(1, STRATA) / STRATA)
+    middles = reached - weights[order] / 2  # an image belongs where the middle of its weight lies
+    bounds = np.searchsorted(middles, reached[-1] * np.arange(1, STRATA) / STRATA)
     return [part for part in np.split(order, bounds) if len(part)]
 
 
@@ -53,7 +59,7 @@ class Race:
         taken = np.zeros(len(strata), int)
         target = FIRST_LOOK
         while taken.sum() < len(base):
-            counts = _fill(self._sizes, target)
+            counts = _fill(self._sizes, taken, target)
             parts = [order[a:b] for order, a, b in zip(orders, taken, counts, strict=True)]
             self.samples.append(np.concatenate(parts))
             self._strata.append(np.repeat(np.arange(len(strata)), counts - taken))
@@ -95,6 +101,7 @@ class Race:
             return finite
         best = int(np.argmin(estimates))
         differences = self._losses[finite] - self._losses[best]
+        greatest = (differences**2).max(1)
         variance = np.zeros(len(differences))
         for stratum, (size, share) in enumerate(zip(self._sizes, self._shares, strict=True)):
             inside = differences[:, self._stratum == stratum]
@@ -105,21 +112,26 @@ class Race:
             others = own[np.arange(len(own)) != np.searchsorted(np.flatnonzero(finite), best)]
             pooled = float(np.median(others)) if len(others) else 0.0
             spread = (own * (seen - 1) + pooled * PRIOR_IMAGES) / (seen - 1 + PRIOR_IMAGES)
-            variance += share**2 * (1 - seen / size) * spread / seen
+            variance += share**2 * (1 - seen / size) * (spread + UNSEEN * greatest / seen) / seen
         stays = np.zeros(len(estimates), bool)
-        stays[finite] = estimates[finite] - estimates[best] <= self._limit * np.sqrt(variance)
+        stays[finite] = self._means(differences) <= self._limit * np.sqrt(variance)
         return stays
 
     def _means(self, losses: np.ndarray) -> np.ndarray:
+        """Stratified means of rows, equal to the last bit for equal rows, as those of a matrix product are not."""
         means = [losses[:, self._stratum == stratum].mean(1) for stratum in range(len(self._sizes))]
-        return np.asarray(self._shares @ np.stack(means))
+        return np.asarray((self._shares[:, None] * np.stack(means)).sum(0))
 
 
-def _fill(sizes: np.ndarray, total: int) -> np.ndarray:
-    """`total` images shared equally among strata, what one cannot give going to the others; all there are if fewer."""
-    counts = np.zeros(len(sizes), int)
-    while counts.sum() < min(total, sizes.sum()):
-        open_strata = np.flatnonzero(counts < sizes)
-        share = max(1, (min(total, int(sizes.sum())) - int(counts.sum())) // len(open_strata))
-        counts[open_strata] = np.minimum(sizes[open_strata], counts[open_strata] + share)
+def _fill(sizes: np.ndarray, taken: np.ndarray, total: int) -> np.ndarray:
+    """How many of each stratum a look has that knows `total` or a few more, after one that knew `taken`.
+
+    Images are shared by the square roots of the strata's sizes, what one cannot give going to the others.
+    """
+    counts = np.maximum(taken, np.minimum(sizes, LEAST_IMAGES))
+    total = min(total, int(sizes.sum()))
+    while counts.sum() < total:
+        weights = np.sqrt(sizes) * (counts < sizes)
+        more = np.ceil((total - counts.sum()) * weights / weights.sum()).astype(int)
+        counts = np.minimum(sizes, counts + more)
     return counts

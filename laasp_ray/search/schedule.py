@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -89,15 +90,13 @@ def cut(
     """
     pieces = np.array_split(images, math.ceil(len(images) / settings.batch_size))
     whole = len(images) * (max(costs[task].shared for task in tasks) + sum(costs[task].own for task in tasks))
-    wanted = slots * UNITS_PER_SLOT
+    wanted = slots * UNITS_PER_SLOT if slots > 1 else 1  # a single hand is never idle, and a cut costs it a prefix
     if speed:
         wanted = min(wanted, max(slots, math.ceil(whole / speed / UNIT_SECONDS)))
     groups = min(len(tasks), math.ceil(wanted / len(pieces)))
     if settings.candidates_per_task:
         groups = max(groups, math.ceil(len(tasks) / settings.candidates_per_task))
     parts = _groups(costs, tasks, groups, settings.candidates_per_task)
-    if len(parts) <= 1 and settings.candidates_per_task == 0:
-        parts = [list(tasks)]
     units = [Unit(tuple(part), piece) for part in parts for piece in pieces]
     return sorted(units, key=lambda unit: -len(unit.images) * sum(costs[task].own for task in unit.tasks))
 
@@ -117,13 +116,12 @@ def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int)
 
 
 class _Work:
-    """What is known so far: `values` (tasks, images), where `seen`."""
+    """What is known so far: `values` (tasks, images), NaN where nothing is."""
 
     def __init__(self, hands: Hands, tasks: int, settings: Settings, on_result: OnResult) -> None:
         self._hands, self._settings, self._on_result = hands, settings, on_result
         self.costs = [hands.cost(task) for task in range(tasks)]
         self.values = np.full((tasks, settings.images), np.nan, np.float32)
-        self.seen = np.zeros((tasks, settings.images), bool)
         self.under_way = 0
         self.errors: dict[int, str] = {}
         self.results: list[MeasuredLoss] = [MeasuredLoss(math.nan, 0, 0.0)] * tasks
@@ -144,7 +142,6 @@ class _Work:
         unit, losses = self._hands.collect()
         rows = np.array(unit.tasks)
         self.values[rows[:, None], unit.images] = losses.values
-        self.seen[rows[:, None], unit.images] = True
         self.under_way -= 1
         self.errors.update({unit.tasks[row]: error for row, error in losses.errors.items()})
         own = np.array([self.costs[task].own for task in unit.tasks], float)
@@ -154,8 +151,8 @@ class _Work:
         return unit
 
     def finish(self, task: int, loss: float, images: int, dropped_at: int | None = None) -> None:
-        error = self.errors.get(task, "")
-        loss = math.nan if error else loss
+        # What failed on images that the race turned out not to need does not count: other hands would not have seen it.
+        error = "" if math.isfinite(loss) else self.errors.get(task, "")
         seconds, copied = float(self._seconds[task]), self.costs[task].copied
         self.results[task] = MeasuredLoss(loss, images, seconds, dropped_at, error, copied)
         self._on_result(task, self.results[task])
@@ -164,11 +161,13 @@ class _Work:
 def _exhaust(work: _Work, tasks: int, settings: Settings, on_share: OnShare) -> None:
     work.submit(range(tasks), np.arange(settings.images))
     units = work.under_way
+    left = np.full(tasks, settings.images)
     while work.under_way:
         done = work.collect()
         on_share(1 - work.under_way / units)
+        left[list(done.tasks)] -= len(done.images)
         for task in done.tasks:
-            if work.seen[task].all():
+            if left[task] == 0:
                 work.finish(task, float(work.values[task].mean(dtype=np.float64)), settings.images)
 
 
@@ -180,21 +179,26 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
     base = work.values[unchanged]
     work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
     race = Race(base, candidates, error=settings.racing_error, seed=settings.seed)
-    asked: set[tuple[int, int]] = set()  # (look, candidate)
+    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # images to come: (look, candidate)
+    asked = np.zeros(left.shape, bool)
+    look_of = np.empty(settings.images, int)
+    for look, sample in enumerate(race.samples):
+        look_of[sample] = look
 
     def ask(look: int, tasks: Sequence[int]) -> None:
-        new = [task for task in tasks if (look, task) not in asked]
+        new = [task for task in tasks if not asked[look, task]]
         if new:
             work.submit(new, race.samples[look])
-            asked.update((look, task) for task in new)
+            asked[look, new] = True
 
     while not race.decided:
         look, sample = race.looks, race.samples[race.looks]
         ask(look, race.survivors)
-        while not work.seen[race.survivors][:, sample].all():
-            if work.under_way < work.slots and look + 1 < len(race.samples):
-                ask(look + 1, _likeliest(race, work.slots - work.under_way))
-            work.collect()
+        ahead = iter(_likeliest_first(race) if look + 1 < len(race.samples) else ())
+        while left[look, race.survivors].any():
+            ask(look + 1, list(islice(ahead, max(0, work.slots - work.under_way))))
+            unit = work.collect()
+            left[look_of[unit.images[0]], list(unit.tasks)] -= len(unit.images)
         for task in race.look(work.values[race.survivors][:, sample]):
             work.finish(task, float(race.estimates[task]), int(race.images[task]), race.looks)
     for task in race.survivors:
@@ -203,6 +207,6 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
         work.collect()
 
 
-def _likeliest(race: Race, count: int) -> list[int]:
-    """The candidates that will most likely be in the next look."""
-    return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))[:count]
+def _likeliest_first(race: Race) -> list[int]:
+    """The candidates of this look, those first that will most likely be in the next one."""
+    return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from laasp_ray.pruning.masks import is_bare
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.program import Operation, Program, Value
 
@@ -70,6 +71,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
     operations = [Operation(run=_given, fresh=False)]
     operations += [_operation(node, network, modules, place) for node in body]
     program = _measured(operations, [inputs[0], *body], modules, example)
+    if isinstance(program, str):
+        return program
     wanted, found = model(example), next(program.run(example, {}, whole=True))[2]
     assert isinstance(found, torch.Tensor)
     scale = float(wanted.abs().max())
@@ -92,8 +95,8 @@ def _without_mutation(graph: fx.Graph) -> str | None:
             node.kwargs = {**node.kwargs, "inplace": False}
         if node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
-        elif node.op == "call_method" and name.endswith("_") and hasattr(torch.Tensor, name.rstrip("_")):
-            node.target = name.rstrip("_")
+        elif node.op == "call_method" and name.endswith("_") and callable(getattr(torch.Tensor, name[:-1], None)):
+            node.target = name[:-1]
         elif node.op in ("call_function", "call_method") and (name.endswith("_") or name == "setitem"):
             return f"{name} changes a tensor in place"
         elif "out" in node.kwargs:
@@ -119,7 +122,8 @@ def _fold(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
             and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
             and norm.running_mean is not None
             and len(before.users) == calls[layer_name] == calls[norm_name] == 1
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in (norm, layer))
+            and is_bare(norm)
+            and is_bare(layer)
         ):
             modules[layer_name] = fuse_conv_bn_eval(layer, norm)
             node.replace_all_uses_with(before)
@@ -162,16 +166,23 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _measured(
     operations: list[Operation], nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], example: torch.Tensor
-) -> Program:
-    """The program, with what each operation costs on an image and which may overwrite what."""
+) -> Program | str:
+    """The program, with what each operation costs on an image and which may overwrite what.
+
+    Or the layer that changes its input in place, which only one with code of its own can do.
+    """
     plain = Program(operations, modules, sized=True)
     values: list[Any] = [example]
     images = len(example)
     measured = [replace(operations[0], bytes=_bytes(example) // images)]
     for operation, node in zip(operations[1:], nodes[1:], strict=True):
-        value = plain.perform(operation, values.__getitem__, overwrite=False)
-        values.append(value)
         module = modules.get(operation.module)
+        foreign = module is not None and not type(module).__module__.startswith("torch.nn")
+        before = [(read, values[read].clone()) for read in operation.reads if foreign and torch.is_tensor(values[read])]
+        value = plain.perform(operation, values.__getitem__, overwrite=False)
+        if not all(torch.equal(values[read], old) for read, old in before):
+            return f"{operation.module} changes its input in place"
+        values.append(value)
         per_output = module.get_parameter("weight")[0].numel() if isinstance(module, _WEIGHTED) else 0
         macs = value.numel() // images * per_output if per_output else 0
         size = _bytes(value) // images if operation.reads else 0  # parameters take no memory of their own

@@ -50,47 +50,71 @@ def share(session, config):
 
 
 @pytest.fixture(scope="module")
-def executor(config, network, share):
-    subset = draw_subset(open_source(config.data, "train"), config.data, images=40, seed=0)
-    return RayExecutor(put_network(network), network, subset, config, share), subset
+def reference(network):
+    return put_network(network)
 
 
-def test_the_spread_search_gives_the_serial_losses_and_choice(config, network, executor):
-    spread, subset = executor
-    serial = InProcessExecutor(
-        network,
-        LossSubset(subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)),
-        torch.device("cpu"),
-        config.search,
-        config.seed,
-    )
+@pytest.fixture(scope="module")
+def executor(config, network, reference, share):
+    subset = draw_subset(open_source(config.data, "train"), config.data, images=300, seed=0)
+    return RayExecutor(reference, network, subset, config, share), subset
+
+
+def turn_by(who, config, network):
+    """One turn of `who`, and what was heard of it: (done, total, layer or None)."""
     example = torch.zeros(1, *config.model.input_shape)
     baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), config.prune)
-    state = capture(network, Plan.empty())
     heard = []
-    turns = [
-        take_turn(
-            network,
-            state,
-            example,
-            baseline,
-            config.prune,
-            who,
-            turn=1,
-            on_candidate=lambda done, total, entry: heard.append((done, total, entry.layer)),
-        )
-        for who in (serial, spread)
-    ]
-    assert turns[0].decision.layer == turns[1].decision.layer
-    assert turns[0].decision.filters == turns[1].decision.filters
-    assert len(turns[0].ranking) == len(turns[1].ranking) > 30
-    losses = [{(e.layer, e.filters): e.loss for e in turn.ranking} for turn in turns]
-    assert losses[0].keys() == losses[1].keys()
-    for key, loss in losses[0].items():
-        assert math.isclose(loss, losses[1][key], rel_tol=0, abs_tol=1e-6), key
-    # Every candidate was heard of once by each, counted up to the total.
-    total = len(turns[0].ranking)
-    assert [done for done, _, _ in heard] == [*range(1, total + 1)] * 2
+
+    def hear(done, total, entry):
+        heard.append((done, total, entry and entry.layer))
+
+    state = capture(network, Plan.empty())
+    turn = take_turn(network, state, example, baseline, config.prune, who, turn=1, on_candidate=hear)
+    return turn, heard
+
+
+def serial_of(config, network, subset):
+    pictures = LossSubset(
+        subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
+    )
+    return InProcessExecutor(network, pictures, torch.device("cpu"), config.search, config.seed)
+
+
+@pytest.fixture(scope="module", params=["on", "off"])
+def serial_turn(request, config, network, executor):
+    """What the spread search is compared with, once for racing on and off."""
+    search = dataclasses.replace(config.search, racing=request.param, batch_size=120)
+    config = dataclasses.replace(config, search=search)
+    turn, heard = turn_by(serial_of(config, network, executor[1]), config, network)
+    return config, turn, heard
+
+
+@pytest.mark.parametrize("candidates_per_task", [0, 1, 3])
+def test_the_spread_search_gives_the_serial_losses_and_choice(
+    serial_turn, network, reference, share, executor, candidates_per_task
+):
+    config, serial, heard_serial = serial_turn
+    search = dataclasses.replace(config.search, candidates_per_task=candidates_per_task)
+    spread, heard_spread = turn_by(
+        RayExecutor(reference, network, executor[1], dataclasses.replace(config, search=search), share), config, network
+    )
+    assert (serial.decision.layer, serial.decision.filters) == (spread.decision.layer, spread.decision.filters)
+    entries = [{(entry.layer, entry.filters): entry for entry in turn.ranking} for turn in (serial, spread)]
+    assert len(serial.ranking) == len(entries[0]) > 30
+    assert entries[0].keys() == entries[1].keys()
+    for key, entry in entries[0].items():
+        other = entries[1][key]
+        assert math.isclose(entry.loss, other.loss, rel_tol=0, abs_tol=1e-6), key
+        assert (entry.images, entry.dropped_at, entry.error) == (other.images, other.dropped_at, ""), key
+    dropped = sum(entry.dropped_at is not None for entry in serial.ranking)
+    assert dropped > 10 if config.search.racing == "on" else dropped == 0
+    # Every candidate was heard of once by each, and the count went up to the total.
+    for heard in (heard_serial, heard_spread):
+        counts = [done for done, _, _ in heard]
+        assert counts == sorted(counts)
+        assert {total for _, total, _ in heard} == {counts[-1]} == {len(serial.ranking)}
+        assert sum(layer is not None for _, _, layer in heard) == len(serial.ranking)
 
 
 def test_the_network_is_put_into_the_object_store_once_a_turn(network, executor, monkeypatch):

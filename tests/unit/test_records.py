@@ -8,9 +8,9 @@ from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking, decis
 from laasp_ray.search.policy import choose, decide
 
 
-def entry(layer, loss, criterion="l1", also=()):
+def entry(layer, loss, criterion="l1", also=(), **more):
     candidate = Candidate(layer=layer, criterion=criterion, filters=(0, 2), flops_reduction=0.1, also=also)
-    return CandidateLoss(candidate=candidate, loss=loss, images=10)
+    return CandidateLoss(candidate=candidate, loss=loss, images=10, **more)
 
 
 def test_ranking_sorts_by_loss_and_ties_keep_the_order_of_proposal():
@@ -22,6 +22,39 @@ def test_non_finite_losses_come_last_and_are_never_chosen():
     ranking = Ranking([entry("a", math.nan), entry("b", -math.inf), entry("c", 9.0), entry("d", math.inf)])
     assert [item.layer for item in ranking] == ["c", "a", "b", "d"]
     assert choose(ranking).layer == "c"
+
+
+def test_those_that_a_race_dropped_come_after_the_others_and_before_those_without_a_loss():
+    ranking = Ranking(
+        [
+            entry("dropped, low by luck", 0.1, dropped_at=1),
+            entry("dropped late", 0.4, dropped_at=7),
+            entry("diverged", math.inf, dropped_at=1),
+            entry("second", 0.5),
+            entry("failed", math.nan, error="RuntimeError: broken"),
+            entry("best", 0.3),
+            entry("dropped, a tie", 0.1, dropped_at=3),
+        ]
+    )
+    assert [item.layer for item in ranking] == [
+        "best",
+        "second",
+        "dropped, low by luck",
+        "dropped, a tie",
+        "dropped late",
+        "failed",
+        "diverged",
+    ]
+    assert choose(ranking).layer == "best"
+    assert ranking.rank_of("dropped late", "l1") == 5
+
+
+def test_when_all_failed_the_error_names_the_first_and_says_why():
+    failed = [entry("a", math.nan, error="ValueError: odd"), entry("b", math.nan, error="RuntimeError: broken")]
+    with pytest.raises(
+        SearchError, match=r"no candidate's loss could be measured; a by l1 \(2 filters\): ValueError: odd"
+    ):
+        choose(Ranking(failed))
 
 
 def test_no_finite_loss_is_an_error():

@@ -169,3 +169,90 @@ def test_resnet20_proposes_every_convolution_by_every_criterion():
     assert all(math.isfinite(entry.loss) for entry in ranking)
     total = count_macs(model, images[:1]).total
     assert total == pytest.approx(40.81e6, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A network with more filters to choose from, and enough images for a race."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Conv2d(12, 6, 3), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Linear(24, 3)).eval()
+    images = torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        network[-1].weight *= 20  # confident of most images, unsure of a few
+        labels = network(images).argmax(1)
+    return network, images, labels
+
+
+def keys(ranking):
+    return {(entry.layer, entry.filters): entry for entry in ranking}
+
+
+def test_racing_makes_the_exhaustive_choice_with_fewer_images(many):
+    exhaustive, raced = rank(*many, step=0.1), rank(*many, step=0.1, racing=True)
+    assert (raced[0].layer, raced[0].filters) == (exhaustive[0].layer, exhaustive[0].filters)
+    assert keys(raced).keys() == keys(exhaustive).keys()
+    assert {(entry.images, entry.dropped_at) for entry in exhaustive} == {(600, None)}
+    dropped = [entry.dropped_at is not None for entry in raced]
+    assert dropped == sorted(dropped)
+    assert not dropped[0]
+    assert sum(dropped) > len(raced) / 2
+    for entry in raced:
+        assert entry.dropped_at is None or (entry.dropped_at >= 1 and 0 < entry.images < 600)
+        if entry.images == 600:
+            assert entry.loss == pytest.approx(keys(exhaustive)[entry.layer, entry.filters].loss, rel=1e-6)
+    # The images that a candidate saw go up with the look at which it fell.
+    looks = sorted({(entry.dropped_at, entry.images) for entry in raced if entry.dropped_at is not None})
+    assert len({look for look, _ in looks}) == len(looks)
+    assert [images for _, images in looks] == sorted(images for _, images in looks)
+
+
+def test_another_seed_draws_other_samples_and_makes_the_same_choice(many):
+    one, other, again = (rank(*many, step=0.1, racing=True, seed=seed) for seed in (1, 2, 1))
+    assert (one[0].layer, one[0].filters) == (other[0].layer, other[0].filters)
+    losses = [{key: entry.loss for key, entry in keys(ranking).items()} for ranking in (one, other, again)]
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+
+
+@pytest.mark.parametrize("racing", [True, False])
+def test_too_little_memory_is_refused_with_what_is_needed(many, racing):
+    _, images, labels = many
+    with pytest.raises(
+        SearchError, match=r"one image needs \d+\.\d MB of memory, 1\.0 MB may be used: raise search\.mem"
+    ):
+        wide = nn.Sequential(nn.Conv2d(1, 512, 3), nn.ReLU(), nn.Conv2d(512, 4, 6), nn.Flatten(), nn.Linear(4, 3))
+        pictures = functional.interpolate(images[:2], scale_factor=8)
+        wide[2] = nn.Sequential(nn.Conv2d(512, 4, 6), nn.AdaptiveAvgPool2d(1))
+        rank(wide.eval(), pictures, labels[:2], racing=racing, memory_mb=1)
+
+
+class Moody(nn.Module):
+    """Raises when it is run on a batch with fewer channels than it was made for."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, features):
+        if features.shape[1] < self.channels and len(features) > 1:  # the dependency graph tries prunes on one image
+            raise RuntimeError(f"only {features.shape[1]} channels")
+        return functional.relu(features)
+
+
+@pytest.mark.parametrize("racing", [True, False])
+def test_a_candidate_whose_module_raises_comes_last_and_says_why(many, racing):
+    _, images, labels = many
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), Moody(6), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 3)
+    )
+    ranking = rank(network, images, labels, step=0.1, racing=racing)
+    failed = [entry for entry in ranking if entry.error]
+    assert 0 < len(failed) < len(ranking)
+    assert list(ranking[-len(failed) :]) == failed
+    assert {entry.layer for entry in failed} == {"2"}
+    for entry in failed:
+        assert entry.error == f"RuntimeError: only {6 - len(entry.filters)} channels"
+        assert math.isnan(entry.loss)
+    assert math.isfinite(ranking[0].loss)

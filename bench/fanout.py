@@ -1,0 +1,208 @@
+"""What spreading a turn of the search over Ray costs and gives, and what it would give on many GPUs.
+
+    python bench/fanout.py [--data DATA] [--repeats 3] [--gpu-images-per-second 1500] [--network-gigabits 10]
+
+1. One turn of ResNet-20 (racing off) by Ray tasks of one core each, on one and on two workers, against the same units
+   worked off by one and by two plain processes that know nothing of Ray. Medians.
+2. What handing out a unit costs: units of one image, and the scheduling of a turn of 500 candidates with hands that
+   answer at once.
+3. A model of one turn of ResNet-50 at 5,000 images on 8, 64 and 256 GPUs. Its constants are measured here, except for
+   the two flags, which are assumptions: a GPU's forward throughput and a node's network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from machine import machine
+from search import NETWORKS, load, proposals_of
+
+from laasp_ray.config import ClusterConfig
+from laasp_ray.data.subset import Subset
+from laasp_ray.distributed.cluster import LOCAL_ENVIRONMENT, share_of
+from laasp_ray.distributed.executor import RayExecutor
+from laasp_ray.distributed.trainer import put_network
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.recipes import recipe
+from laasp_ray.search.candidates import tasks_of
+from laasp_ray.search.engine import Cost, Engine, Losses, Sites
+from laasp_ray.search.evaluate import LossSubset, LossTask, ready
+from laasp_ray.search.executor import OneHand
+from laasp_ray.search.racing import Race
+from laasp_ray.search.schedule import Settings, Unit, measure
+
+IMAGES, BATCH = 1000, 125
+RACED = 0.08
+"""The share of the evaluations that a race needs, as bench/search.py finds it for ResNet-20."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder of development data (default: noise, random weights)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gpu-images-per-second", type=float, default=1500.0, help="ResNet-50, forward, float32")
+    parser.add_argument("--network-gigabits", type=float, default=10.0, help="of a node, per second")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine("ray"))
+    inputs = turn_inputs(options.data)
+    plain = {workers: plain_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
+    spread = {workers: ray_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
+    speed_ups = [2 * plain[1] / plain[2], spread[1][0] / spread[2][0]]
+    print("| one turn of ResNet-20, seconds | 1 | 2 | speed-up |\n|---|---|---|---|")
+    print(f"| plain processes, a turn each | {plain[1]:.2f} | {plain[2]:.2f} | {speed_ups[0]:.2f} |")
+    print(f"| Ray, one turn | {spread[1][0]:.2f} | {spread[2][0]:.2f} | {speed_ups[1]:.2f} |")
+    print(f"Ray's speed-up is {speed_ups[1] / speed_ups[0]:.3f} of the plain processes'")
+    print(f"a unit costs {spread[2][1] * 1e3:.2f} ms of hand-out and return")
+    print(f"scheduling a turn of 500 candidates, 5,000 images, 64 hands: {scheduling_seconds():.3f} s")
+    model_of_a_turn(options, unit_s=spread[2][1])
+    return 0
+
+
+def turn_inputs(data: Path | None) -> tuple[Any, list[LossTask], torch.Tensor, torch.Tensor]:
+    network = replace(NETWORKS["resnet20"], images=IMAGES)
+    model, images, labels = load(network, data, 1.0, torch.device("cpu"))
+    return model, tasks_of(proposals_of(model, network)[0]), images, labels
+
+
+def plain_seconds(inputs: tuple[Any, ...], workers: int, repeats: int) -> float:
+    """Seconds until each of `workers` processes has worked off a turn of its own, side by side."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(workers), context.Queue()
+    model, tasks, images, labels = inputs
+    arguments = (model, tasks, images.numpy(), labels.numpy(), repeats, barrier, answers)
+    processes = [context.Process(target=work_alone, args=arguments) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    rounds = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return statistics.median(max(seconds) for seconds in zip(*rounds, strict=True))
+
+
+def work_alone(
+    model: Any, tasks: list[LossTask], images: np.ndarray, labels: np.ndarray, repeats: int, barrier: Any, answers: Any
+) -> None:
+    torch.set_num_threads(1)
+    subset = LossSubset(torch.from_numpy(images), torch.from_numpy(labels), BATCH)
+    seconds = []
+    for _ in range(repeats + 1):
+        barrier.wait()
+        started = time.perf_counter()
+        hands = OneHand(Engine(ready(model, torch.device("cpu")), subset), tasks)
+        measure(hands, len(tasks), Settings(len(images), BATCH), lambda position, result: None)
+        seconds.append(time.perf_counter() - started)
+    answers.put(seconds[1:])
+
+
+def ray_seconds(inputs: tuple[Any, ...], workers: int, repeats: int) -> tuple[float, float]:
+    """Seconds of a turn, and of a unit with next to nothing in it, on a cluster of so many cores."""
+    model, tasks, images, labels = inputs
+    config = recipe("resnet20_cifar10")
+    # Prepared images, so that both sides do the same: mean 0 and deviation 1 of pixels from 0 to 1 change nothing.
+    data = replace(config.data, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+    search = replace(config.search, images=len(images), batch_size=BATCH, racing="off")
+    config = replace(config, data=data, search=search)
+    subset = Subset(images, labels, np.arange(len(images)), "")
+    os.environ.update(LOCAL_ENVIRONMENT)
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        share = share_of(ray.cluster_resources(), ClusterConfig(workers=1))
+        network = put_network(model)
+        state = capture(model, Plan.empty())
+        executor = RayExecutor(network, model, subset, config, share)
+        turn = timed(lambda: executor.measure(state, tasks, lambda *_: None, lambda _: None), repeats)
+        alone = replace(config, search=replace(search, candidates_per_task=1))
+        one_image = RayExecutor(network, model, Subset(images[:1], labels[:1], np.arange(1), ""), alone, share)
+        copies = [LossTask(f"copy {number}", Plan.empty(), {}) for number in range(400)]
+        units = timed(lambda: one_image.measure(state, copies, lambda *_: None, lambda _: None), repeats)
+    finally:
+        ray.shutdown()
+    return turn, units / len(copies)
+
+
+def timed(work: Callable[[], object], repeats: int) -> float:
+    """The median of some runs, after one that starts the processes."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+class InstantHands:
+    """Hands that know every answer: what is left is the scheduling."""
+
+    def __init__(self, losses: np.ndarray, slots: int) -> None:
+        self._losses, self.slots, self._queue, self.units = losses, slots, [], 0
+
+    def cost(self, task: int) -> Cost:
+        return Cost(task * 1000, (len(self._losses) - task) * 1000)
+
+    def submit(self, unit: Unit) -> None:
+        self._queue.append(unit)
+        self.units += 1
+
+    def collect(self) -> tuple[Unit, Losses]:
+        unit = self._queue.pop(0)
+        return unit, Losses(self._losses[np.array(unit.tasks)[:, None], unit.images], {}, 0.25)
+
+
+def scheduling_seconds() -> float:
+    draw = np.random.default_rng(0)
+    base = draw.exponential(0.3, 5000)
+    losses = base + base * draw.normal(np.linspace(0, 0.5, 501)[::-1, None] ** 2, 0.3, (501, 5000))
+    settings = Settings(images=5000, batch_size=250, racing=True)
+    return timed(lambda: measure(InstantHands(losses, 64), 501, settings, lambda *_: None), 3)
+
+
+def model_of_a_turn(options: argparse.Namespace, unit_s: float) -> None:
+    network = NETWORKS["resnet50"]
+    model, images, _ = load(replace(network, images=2), None, 1.0, torch.device("cpu"))
+    proposals, picks, graph_s = proposals_of(model, network)
+    tasks = tasks_of(proposals)
+    started = time.perf_counter()
+    sites = Sites(model, images[:1])
+    trace_s = time.perf_counter() - started
+    macs = sites.cost(tasks[-1]).own
+    own = sum(sites.cost(task).own for task in tasks[:-1]) / macs
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    looks = len(Race(np.linspace(0, 1, 5000), 2).samples)
+    count, speed = 5000, options.gpu_images_per_second
+    transfer_s = weight_bytes * 8 / (options.network_gigabits * 1e9)
+    print(f"\nResNet-50: {picks} proposals, {len(proposals)} candidates worth {own:.1f} forward passes an image")
+    print(f"measured here: graph and proposals {graph_s:.2f} s, tracing {trace_s:.2f} s (driver, then workers)")
+    print(
+        f"assumed: {speed:.0f} images/s a GPU, {options.network_gigabits:g} Gbit/s a node: {transfer_s:.2f} s to send"
+    )
+    columns = ("GPUs", "forwards, all", "forwards, race", "fixed", "looks", "turn, all", "turn, race", "reference")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for gpus in (8, 64, 256):
+        nodes = math.ceil(gpus / 8)
+        # Ray hands the network on from node to node, so that the time grows with the logarithm of their number.
+        fixed = graph_s + 2 * trace_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
+        exhaustive = count * (own + 1) / speed / gpus
+        racing = count * (own * RACED + 1) / speed / gpus
+        handling = looks * (gpus * unit_s + 0.05)  # the driver hands out one by one; a look ends with its last unit
+        reference_s = picks * count / speed
+        cells = [exhaustive, racing, fixed, handling, fixed + exhaustive, fixed + racing + handling, reference_s]
+        print(f"| {gpus} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

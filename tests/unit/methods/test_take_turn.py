@@ -1,0 +1,139 @@
+"""One turn: what is told as it goes, and what becomes of candidates that cannot be measured."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray.config import PruneConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.errors import SearchError
+from laasp_ray.methods.laasp import take_turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.search.candidates import measure_baseline
+from laasp_ray.search.evaluate import MeasuredLoss
+
+CONFIG = PruneConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
+
+
+class TellingExecutor:
+    """Tells what it was given: `script` are shares (floats) and (position, result) pairs, in the order of telling."""
+
+    def __init__(self, script):
+        self._script = script
+
+    def measure(self, network, tasks, on_result, on_share):
+        results = [MeasuredLoss(1.0, 10, 0.0)] * len(tasks)
+        for item in self._script(len(tasks)):
+            if isinstance(item, float):
+                on_share(item)
+            else:
+                results[item[0]] = item[1]
+                on_result(*item)
+        return results
+
+    def close(self):
+        return None
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 3)).eval()
+
+
+def turn_of(network, script):
+    example = torch.zeros(1, 1, 8, 8)
+    baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), CONFIG)
+    heard = []
+    turn = take_turn(
+        network,
+        capture(network, Plan.empty()),
+        example,
+        baseline,
+        CONFIG,
+        TellingExecutor(script),
+        turn=4,
+        on_candidate=lambda done, total, entry: heard.append((done, total, entry)),
+    )
+    return turn, heard
+
+
+def ok(loss, **more):
+    return MeasuredLoss(loss, 10, 0.0, **more)
+
+
+def test_results_are_counted_up_to_the_number_of_candidates_the_unpruned_network_not_among_them(network):
+    turn, heard = turn_of(network, lambda tasks: [(p, ok(1 + p)) for p in reversed(range(tasks))])
+    total = len(turn.ranking)
+    assert total > 3
+    assert [(done, of) for done, of, _ in heard] == [(number, total) for number in range(1, total + 1)]
+    assert [entry.loss for _, _, entry in heard] == [1.0 + p for p in reversed(range(total))]
+    assert turn.decision.loss == 1.0
+    assert turn.decision.loss_before == 1.0 + total
+    assert turn.decision.turn == 4
+
+
+def test_shares_are_told_in_candidates_and_the_count_never_goes_back(network):
+    def script(tasks):
+        results = [(position, ok(1 + position)) for position in range(tasks)]
+        return [0.0, 0.5, 0.5, *results[:1], 0.8, *results[1:-1], 1.0, results[-1]]
+
+    turn, heard = turn_of(network, script)
+    total = len(turn.ranking)
+    half, most = int(0.5 * total), int(0.8 * total)
+    expected = [(half, False), (half, True), (most, False), *((max(most, n), True) for n in range(2, total + 1))]
+    assert [(done, entry is not None) for done, _, entry in heard] == expected
+    assert [done for done, _, _ in heard].count(total) == 1
+
+
+def test_a_candidate_that_failed_is_left_out_with_a_warning(network, caplog):
+    failed = MeasuredLoss(math.nan, 10, 0.0, error="RuntimeError: broken")
+    with caplog.at_level(logging.WARNING):
+        turn, heard = turn_of(network, lambda tasks: [(0, failed), *((p, ok(2 + p)) for p in range(1, tasks))])
+    entry = turn.ranking[-1]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{entry.candidate.name} is left out: RuntimeError: broken"
+    ]
+    assert (entry.error, turn.decision.loss) == ("RuntimeError: broken", 3.0)
+    assert heard[-1][0] == len(turn.ranking)
+
+
+def test_a_turn_in_which_all_failed_ends_with_the_first_ones_error(network):
+    def script(tasks):
+        return [(p, MeasuredLoss(math.nan, 10, 0.0, error=f"RuntimeError: number {p}")) for p in range(tasks - 1)]
+
+    with pytest.raises(SearchError, match=r"no candidate's loss could be measured; 0 by l1 \(.* number 0"):
+        turn_of(network, script)
+
+
+def test_candidates_measured_on_copies_are_told_with_the_reasons(network, caplog):
+    def script(tasks):
+        reasons = ["norm over channels", "norm over channels", "a view"]
+        return [(p, ok(1 + p, copied=reasons[p] if p < 3 else "")) for p in range(tasks)]
+
+    with caplog.at_level(logging.INFO, logger="laasp_ray.methods.laasp"):
+        turn, _ = turn_of(network, script)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"3 of {len(turn.ranking)} candidates were measured on pruned copies, which is slower than masks: "
+        "2 because norm over channels; 1 because a view"
+    ]
+
+
+def test_nothing_is_said_of_copies_where_there_are_none(network, caplog):
+    with caplog.at_level(logging.INFO, logger="laasp_ray.methods.laasp"):
+        turn_of(network, lambda tasks: [(p, ok(1 + p)) for p in range(tasks)])
+    assert caplog.records == []
+
+
+def test_the_step_carries_out_the_decision(network):
+    turn, _ = turn_of(network, lambda tasks: [(p, ok(5.0 - (p == 2))) for p in range(tasks)])
+    assert turn.ranking[0].loss == turn.decision.loss == 4.0
+    before = dict(network.named_modules())[turn.decision.layer].out_channels
+    (kept,) = turn.step.tensors[f"{turn.decision.layer}.weight"][0]
+    assert sorted((*kept, *turn.decision.filters)) == list(range(before))

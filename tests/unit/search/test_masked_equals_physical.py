@@ -1,0 +1,91 @@
+"""A candidate's losses, image by image, are those of the physically pruned copy: a spread here, all `exhaustive`."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from laasp_ray.config import DEFAULT_CRITERIA, ModelConfig, PruneConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.models import build
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.plan import apply_plan
+from laasp_ray.pruning.verify import scramble, twin
+from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
+from laasp_ray.search.engine import Engine
+from laasp_ray.search.evaluate import LossSubset, measure, ready
+
+SPREAD = 8
+IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+NETWORKS = [
+    "cifar.resnet20",
+    *(
+        f"torchvision.{name}"
+        for name in (
+            "resnet18",
+            "resnet50",
+            "mobilenet_v2",
+            "vgg16_bn",
+            "densenet121",
+            "efficientnet_b0",
+            "convnext_tiny",
+            "regnet_y_400mf",
+            "resnext50_32x4d",
+        )
+    ),
+]
+
+
+@functools.lru_cache(maxsize=1)
+def prepared(builder, criteria):
+    """A network at whose every channel something happens, the images' losses, and all candidates' tasks."""
+    torch.manual_seed(0)
+    model = build(ModelConfig(builder=builder, arguments={"num_classes": 10})).eval()
+    scramble(model, IMAGES)
+    graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
+    config = PruneConfig(flops_reduction=0.5, criteria=criteria)
+    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
+    return ready(model, torch.device("cpu")), LossSubset(IMAGES, torch.arange(len(IMAGES)) % 10, 4), tasks
+
+
+@torch.inference_mode()
+def losses_of_copy(model, task, subset):
+    """Image by image, what `measure` gives the mean of."""
+    pruned = twin(model)
+    apply_plan(pruned, task.step)
+    return functional.cross_entropy(pruned(subset.images), subset.labels, reduction="none").numpy()
+
+
+def check(builder, model, subset, tasks):
+    """Compares the engine's losses of these tasks with copies', and says which were masked."""
+    engine = Engine(model, subset)
+    found = engine.losses(tasks, np.arange(len(subset)))
+    assert not found.errors
+    copied = []
+    for task, losses in zip(tasks, found.values, strict=True):
+        copied.append(engine.sites.cost(task).copied)
+        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, subset).loss, rel=1e-5), task.name
+        np.testing.assert_allclose(losses, losses_of_copy(model, task, subset), rtol=1e-4, atol=2e-5, err_msg=task.name)
+    assert len({tuple(row) for row in found.values}) > len(tasks) // 2  # the prunes do tell
+    if builder == "torchvision.convnext_tiny":
+        norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+        assert {reason.removesuffix(" normalises over its channels") for reason in copied[:-1]} <= norms
+    else:
+        assert not any(copied)
+
+
+@pytest.mark.parametrize("builder", NETWORKS)
+def test_a_spread_of_candidates(builder):
+    model, subset, tasks = prepared(builder, ("l1",))
+    spread = [tasks[position] for position in np.linspace(0, len(tasks) - 1, SPREAD + 1).round().astype(int)]
+    check(builder, model, subset, spread)  # the last is the network as it stands
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("builder", NETWORKS)
+def test_every_candidate(builder):
+    check(builder, *prepared(builder, DEFAULT_CRITERIA))

@@ -1,0 +1,301 @@
+"""The race: how images are stratified and sampled, who is dropped, and how often the wrong one is."""
+
+import itertools
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from laasp_ray.search import racing
+from laasp_ray.search.racing import Race, strata_of
+
+
+def run(base, losses, **settings):
+    """A race over the rows of `losses`, to its end."""
+    race = Race(base, len(losses), **settings)
+    while not race.decided:
+        race.look(losses[np.ix_(race.survivors, race.samples[race.looks])])
+    return race
+
+
+def choice(race):
+    return min(race.survivors, key=lambda candidate: (race.estimates[candidate], candidate))
+
+
+def hard_and_easy(draw, images):
+    """Losses of an unpruned network: a quarter of the images is hard."""
+    return np.where(draw.random(images) < 0.25, draw.gamma(1.0, 0.8, images), draw.gamma(0.5, 0.02, images))
+
+
+# --- strata ---------------------------------------------------------------------------------------------------------
+
+
+def test_equal_losses_give_strata_of_equal_size():
+    for loss in (0.0, 0.7, math.nan, math.inf):
+        strata = strata_of(np.full(4000, loss))
+        assert [len(stratum) for stratum in strata] == [500] * 8
+        assert np.concatenate(strata).tolist() == list(range(4000))
+
+
+def test_strata_hold_equal_weights_the_easiest_first():
+    # Weights 1 - exp(-loss): of loss ln 2 one half, of loss 0 the least weight, 0.005, of NaN and inf 1.
+    # 400 easy images weigh 2, 8 of one half 4, and 2 without a finite loss 2: 8 in all, 1 in each of 8 strata.
+    base = np.zeros(410)
+    base[[7, 50, 90, 130, 200, 260, 300, 409]] = math.log(2)
+    base[[3, 5]] = math.inf, math.nan
+    strata = strata_of(base)
+    assert [len(stratum) for stratum in strata] == [200, 200, 2, 2, 2, 2, 1, 1]
+    assert [stratum.tolist() for stratum in strata[2:]] == [[7, 50], [90, 130], [200, 260], [300, 409], [3], [5]]
+    assert 0.0 == base[strata[0]].max() == base[strata[1]].max()
+
+
+def test_easy_images_are_sorted_by_loss_too_though_they_weigh_the_same():
+    base = np.linspace(0, 0.004, 80)[::-1]
+    assert np.concatenate(strata_of(base)).tolist() == list(range(79, -1, -1))
+
+
+def test_fewer_images_than_strata_are_a_stratum_each():
+    assert [stratum.tolist() for stratum in strata_of(np.array([2.0, 2.0, 2.0]))] == [[0], [1], [2]]
+    assert [stratum.tolist() for stratum in strata_of(np.array([0.0]))] == [[0]]
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [1, 2, 9, 95, 96, 97, 1000, 4001])
+def test_the_looks_cover_every_image_once(images):
+    race = Race(hard_and_easy(np.random.default_rng(images), images), 5)
+    assert sorted(np.concatenate(race.samples).tolist()) == list(range(images))
+    assert all(len(sample) for sample in race.samples)
+
+
+def test_looks_grow_and_the_first_is_small():
+    known = np.cumsum([len(sample) for sample in Race(hard_and_easy(np.random.default_rng(0), 5000), 5).samples])
+    assert racing.FIRST_LOOK <= known[0] <= racing.FIRST_LOOK + racing.STRATA
+    assert all(after / before < racing.GROWTH + 0.1 for before, after in itertools.pairwise(known))
+
+
+def test_hard_strata_are_sampled_most():
+    base = hard_and_easy(np.random.default_rng(0), 4000)
+    samples = Race(base, 5).samples
+    strata = strata_of(base)
+    shares = [np.isin(stratum, samples[0]).mean() for stratum in strata]
+    assert shares[-1] > 10 * shares[0]
+    sizes = [len(stratum) for stratum in strata]
+    assert [shares[k] for k in np.argsort(sizes, kind="stable")] == sorted(shares, reverse=True)
+
+
+def test_every_stratum_shows_a_variance_or_is_known():
+    for seed in range(20):  # 30,000 easy images and a few that weigh as much as they
+        draw = np.random.default_rng(seed)
+        base = np.concatenate([np.zeros(30_000), draw.gamma(2.0, 1.0, draw.integers(2, 40))])
+        first = Race(base, 5, seed=seed).samples[0]
+        for stratum in strata_of(base):
+            assert np.isin(stratum, first).sum() >= min(len(stratum), 2)
+
+
+def test_samples_follow_from_the_seed():
+    base = hard_and_easy(np.random.default_rng(0), 1000)
+    first, again, other = (Race(base, 5, seed=seed).samples for seed in (1, 1, 2))
+    assert [sample.tolist() for sample in first] == [sample.tolist() for sample in again]
+    assert set(first[0].tolist()) != set(other[0].tolist())
+
+
+# --- decisions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_strata(monkeypatch):
+    """10 easy images, of which the first look has 6, and 2 hard ones, of which it has both; then the rest."""
+    monkeypatch.setattr(racing, "STRATA", 2)
+    monkeypatch.setattr(racing, "FIRST_LOOK", 8)
+    monkeypatch.setattr(racing, "LEAST_IMAGES", 6)
+    monkeypatch.setattr(racing, "GROWTH", 9.0)
+    base = np.zeros(12)
+    base[[10, 11]] = 0.0251  # each weighs five easy ones: 10 * 0.005 = 0.05 = 2 * 0.0248 and a little
+    assert [stratum.tolist() for stratum in strata_of(base)] == [list(range(10)), [10, 11]]
+    return base
+
+
+def drop_at_first_look(base, gap, error):
+    """Whether B falls, which loses `gap` more than A on the hard images, and `gap` +- 0.1 on the easy ones seen."""
+    race = Race(base, 2, error=error)
+    sample = race.samples[0]
+    assert sorted(sample[sample >= 10].tolist()) == [10, 11]
+    assert len(sample) == 8
+    easy = np.flatnonzero(sample < 10)
+    losses = np.zeros((2, 8))
+    losses[1] += gap
+    losses[1, easy[::2]] += 0.1
+    losses[1, easy[1::2]] -= 0.1
+    dropped = race.look(losses)
+    assert race.estimates == pytest.approx([0.0, gap])  # 10/12 * gap + 2/12 * gap
+    assert race.images.tolist() == [8, 8]
+    return dropped == [1]
+
+
+def test_one_is_dropped_just_beyond_the_limit_and_not_just_within(two_strata):
+    # The hard stratum is known. In the easy one six differences gap +- 0.1: variance 6 * 0.01 / 5 = 0.012, pooled with
+    # itself; a part of the greatest square, (gap + 0.1)^2, over 6; times (10/12)^2 (1 - 6/10) / 6. Two looks.
+    for error in (0.01, 0.2):
+        quantile = NormalDist().inv_cdf(1 - error / 2)
+
+        def limit(gap, quantile=quantile):
+            spread = 0.012 + racing.UNSEEN * (gap + 0.1) ** 2 / 6
+            return quantile * math.sqrt((10 / 12) ** 2 * 0.4 * spread / 6)
+
+        within, beyond = 0.0, 1.0
+        while beyond - within > 1e-9:
+            middle = (within + beyond) / 2
+            within, beyond = (middle, beyond) if middle <= limit(middle) else (within, middle)
+        assert not drop_at_first_look(two_strata, within - 1e-6, error)
+        assert drop_at_first_look(two_strata, beyond + 1e-6, error)
+
+
+def test_small_samples_are_pooled_with_the_median_of_the_others(two_strata, monkeypatch):
+    # Candidate 1 differs from 0 by a constant; 2 and 3 by +-0.1 and +-0.3 on the six easy images: variances 0, 0.012
+    # and 0.108. The median is 0.012; with 5 degrees of freedom of its own and 8 of the others, 1 has 8/13 of it.
+    monkeypatch.setattr(racing, "UNSEEN", 0.0)
+    spread = 8 / 13 * 0.012
+    limit = NormalDist().inv_cdf(1 - 0.01 / (3 * 2)) * math.sqrt((10 / 12) ** 2 * 0.4 * spread / 6)
+    for gap, falls in ((limit - 1e-6, False), (limit + 1e-6, True)):
+        race = Race(two_strata, 4)
+        sign = np.where(np.arange(8) % 2, 1.0, -1.0) * (race.samples[0] < 10)
+        assert sign.sum() == 0
+        losses = np.stack([np.zeros(8), np.full(8, gap), 0.2 + 0.1 * sign, 0.2 + 0.3 * sign])
+        assert (1 in race.look(losses)) is falls
+
+
+def test_a_loss_that_is_not_finite_drops_at_once():
+    base = hard_and_easy(np.random.default_rng(0), 1000)
+    for bad in (math.nan, math.inf):
+        race = Race(base, 3)
+        losses = np.zeros((3, len(race.samples[0])))
+        losses[1, 17] = bad
+        assert race.look(losses) == [1]
+        assert (race.survivors, race.fell, race.images.tolist()) == ([0, 2], {1: 1}, [len(race.samples[0])] * 3)
+        assert not math.isfinite(race.estimates[1])
+
+
+def test_all_not_finite_ends_the_race_without_a_winner():
+    race = run(np.zeros(500), np.full((3, 500), math.nan))
+    assert (race.survivors, race.looks, race.fell) == ([], 1, {0: 1, 1: 1, 2: 1})
+
+
+def test_a_loss_that_is_not_finite_at_the_last_image_is_not_chosen():
+    base = hard_and_easy(np.random.default_rng(0), 600)
+    losses = np.stack([base, base])
+    losses[0, Race(base, 2).samples[-1][-1]] = math.nan
+    race = run(base, losses)
+    assert (race.survivors, race.looks) == ([1], len(race.samples))
+
+
+@pytest.mark.parametrize("candidates", [2, 3, 7, 50])
+def test_identical_candidates_stay_to_the_last_look_with_the_mean_over_all_images(candidates):
+    draw = np.random.default_rng(candidates)
+    base = hard_and_easy(draw, 1500)
+    row = base + draw.normal(0, 0.3, 1500)
+    race = run(base, np.tile(row, (candidates, 1)), seed=candidates)
+    assert race.survivors == list(range(candidates))
+    assert race.looks == len(race.samples)
+    assert set(race.images.tolist()) == {1500}
+    assert len(set(race.estimates.tolist())) == 1  # to the last bit: the first wins, as in an exhaustive search
+    assert race.estimates[0] == pytest.approx(row.mean(), rel=1e-12)
+
+
+def test_a_dead_heat_among_others_goes_to_the_first():
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        base = hard_and_easy(draw, 1500)
+        losses = base + draw.normal(0, 0.3, (30, 1500)) * (0.05 + base) + draw.uniform(0.05, 0.5, (30, 1))
+        losses[[4, 11, 29]] = base + 0.01
+        race = run(base, losses, seed=seed)
+        assert race.survivors == [4, 11, 29]
+        assert choice(race) == 4
+
+
+def test_estimates_are_unbiased():
+    draw = np.random.default_rng(0)
+    base = hard_and_easy(draw, 2000)
+    row = base * draw.uniform(0.5, 2.0, 2000)
+    first = []
+    for seed in range(200):
+        race = Race(base, 1, seed=seed)
+        race.look(row[race.samples[0]][None])
+        first.append(race.estimates[0])
+    assert abs(np.mean(first) - row.mean()) < 4 * np.std(first) / math.sqrt(200)
+    # Strata help: an unstratified sample of the same size would scatter several times as much.
+    assert np.std(first) < row.std() / math.sqrt(len(race.samples[0])) / 2
+
+
+# --- agreement ------------------------------------------------------------------------------------------------------
+
+
+def heavy_tails(draw, candidates, images):
+    base = hard_and_easy(draw, images)
+    apart = draw.uniform(0, 0.05, (candidates, 1))
+    return base, base + apart + 0.3 * (0.02 + base) * draw.standard_t(3, (candidates, images))
+
+
+def rare_jumps(draw, candidates, images):
+    """An image in 300 jumps by 3, easy or not, for one half of the candidates."""
+    base = hard_and_easy(draw, images)
+    losses = base + draw.uniform(0, 0.05, (candidates, 1)) + draw.normal(0, 0.3, (candidates, images)) * (0.1 + base)
+    hit = (draw.random((candidates, images)) < 1 / 300) & (draw.random((candidates, 1)) < 0.5)
+    return base, losses + 3 * hit
+
+
+def near_ties(draw, candidates, images):
+    """The first four within a standard error or so of each other."""
+    base = hard_and_easy(draw, images)
+    apart = np.sort(draw.uniform(0, 0.3, (candidates, 1)), 0)
+    apart[:4] = draw.uniform(0, 0.006, (4, 1))
+    return base, base + apart + draw.normal(0, 0.3, (candidates, images)) * (0.05 + base)
+
+
+def skewed(draw, candidates, images):
+    base = hard_and_easy(draw, images)
+    tails = draw.lognormal(0, 1.5, (candidates, images)) - math.exp(1.125) * draw.uniform(0, 1, (candidates, 1))
+    return base, base + 0.02 * (0.05 + base) * tails
+
+
+@pytest.mark.parametrize("make", [heavy_tails, rare_jumps, near_ties, skewed])
+def test_races_end_with_the_exhaustive_choice(make):
+    wrong, regrets, evaluations = 0, [], 0
+    for seed in range(200):
+        base, losses = make(np.random.default_rng(seed), 10, 1000)
+        race = run(base, losses, seed=seed)
+        means = losses.mean(1)
+        wrong += choice(race) != means.argmin()
+        regrets.append(means[choice(race)] - means.min())
+        evaluations += race.images.sum() / losses.size
+    assert wrong <= 2
+    assert max(regrets) < 0.005
+    assert evaluations / 200 < 0.6
+
+
+def equal_means(draw, candidates, images):
+    """Candidates whose means are equal, but for the first's, which is least by next to nothing."""
+    base = hard_and_easy(draw, images)
+    losses = base + draw.normal(0, 0.3, (candidates, images)) * (0.05 + base)
+    losses -= losses.mean(1, keepdims=True)
+    losses[0] -= 1e-9
+    return base, losses
+
+
+def share_that_drops_the_best(candidates, error, races):
+    wrong = 0
+    for seed in range(races):
+        base, losses = equal_means(np.random.default_rng(seed), candidates, 400)
+        wrong += 0 not in run(base, losses, error=error, seed=seed).survivors
+    return wrong / races
+
+
+@pytest.mark.parametrize("candidates", [2, 6])
+def test_the_best_of_equals_is_dropped_less_often_than_the_error_allows(candidates):
+    assert share_that_drops_the_best(candidates, 0.01, 300) < 0.01
+
+
+def test_the_bound_is_not_vacuous():
+    assert 0.02 < share_that_drops_the_best(2, 0.4, 300) < 0.4
