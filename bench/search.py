@@ -29,7 +29,7 @@ import torch
 from machine import machine
 from torch import nn
 
-from laasp_ray.config import ModelConfig, PruneConfig
+from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.sources import open_source
@@ -39,7 +39,7 @@ from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import Proposal, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine, Losses
-from laasp_ray.search.evaluate import LossSubset, ready
+from laasp_ray.search.evaluate import LossSubset, LossTask, ready
 from laasp_ray.search.executor import OneHand
 from laasp_ray.search.schedule import Settings, Unit, measure
 
@@ -102,9 +102,9 @@ class Turn:
 class CountingHand(OneHand):
     """Counts what the units cost, in forward passes of the whole network."""
 
-    def __init__(self, engine: Engine, tasks: Sequence[Any], macs: int) -> None:
+    def __init__(self, engine: Engine, tasks: Sequence[LossTask]) -> None:
         super().__init__(engine, tasks)
-        self._macs, self.image_forwards = macs, 0.0
+        self._macs, self.image_forwards = engine.sites.cost(tasks[-1]).own, 0.0
 
     def collect(self) -> tuple[Unit, Losses]:
         unit, losses = super().collect()
@@ -146,8 +146,8 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
     model, images, labels = load(network, data, scale, device)
     batch_size, memory_format, plain = reference.fastest(model, images, network.batch_sizes)
     proposals, all_picks, prepare_s = proposals_of(model, network)
-    off = turn(model, proposals, images, labels, batch_size, racing=False)
-    on = turn(model, proposals, images, labels, batch_size, racing=True)
+    off = turn(model, proposals, images, labels, racing=False)
+    on = turn(model, proposals, images, labels, racing=True)
     order = sorted(range(len(proposals)), key=lambda position: off.losses[position])
     timed_on = reference_sample(order, network.reference_candidates)
     formatted = images.contiguous(memory_format=memory_format)
@@ -203,17 +203,16 @@ def turn(
     proposals: Sequence[Proposal],
     images: torch.Tensor,
     labels: torch.Tensor,
-    batch_size: int,
     *,
     racing: bool,
 ) -> Turn:
-    """Ours, in this process; the time includes tracing the network."""
+    """Ours, in this process and at the recipes' batch size; the time includes tracing the network."""
+    batch_size = SearchConfig().batch_size
     network = ready(model, images.device)
     tasks = tasks_of(proposals)
     reference.synchronise(images)
     started = time.perf_counter()
-    hands = CountingHand(Engine(network, LossSubset(images, labels, batch_size)), tasks, 1)
-    hands._macs = hands._engine.sites.cost(tasks[-1]).own
+    hands = CountingHand(Engine(network, LossSubset(images, labels, batch_size)), tasks)
     settings = Settings(images=len(images), batch_size=batch_size, racing=racing)
     results = measure(hands, len(tasks), settings, lambda position, result: None)
     seconds = time.perf_counter() - started

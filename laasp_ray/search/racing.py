@@ -15,8 +15,8 @@ from statistics import NormalDist
 import numpy as np
 
 STRATA = 8
-FIRST_LOOK = 96
-GROWTH = 1.2
+FIRST_LOOK = 192
+GROWTH = 1.3
 LEAST_WEIGHT = 0.005
 """A stratum's share of the sample goes by its images' weights, 1 - exp(-loss), the chance that the network gives to
 wrong classes; for easy images at least this."""
@@ -25,7 +25,7 @@ LEAST_IMAGES = 4
 PRIOR_IMAGES = 8
 """The variance of a candidate's differences in a stratum is pooled with that of all candidates as if so many images
 had shown it."""
-UNSEEN = 0.03
+UNSEEN = 0.02
 """Rare, great differences hide among the many easy images, where a small sample that saw none must not pass for
 certainty: to each stratum's sum of squares is added this part of the greatest square that the pair has shown."""
 
