@@ -6,12 +6,16 @@ DATA is the folder of development data (`checkpoints/`, `cifar10_mini`, `imagene
 and weights and BatchNorms random. The reference is timed on a part of its candidates, named in the table, and scaled to
 all. Both sides see the same prepared images. `agree` with racing off: the reference's losses of the candidates it was
 timed on, our two best among them, are ours to 1e-5, and so is their order; with racing on: the choice is the exhaustive
-one. It is null where the two best lie within 1e-5. The factors multiply to the ratio, but for what the base run takes.
+one. It is null where the two best lie within 1e-5. `efficiency` is in forward passes of the whole network a second, of
+those of the plain network at the reference's batch size and memory format, timed in between. `same_filters`,
+`shared_prefix` (deaf layers and the base run included), `no_copies`, `efficiency` and `racing_factor` multiply to the
+ratio with what graph and proposals take. Batched branches are a GPU's; spreading is in bench/fanout.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import statistics
@@ -62,7 +66,7 @@ class Network:
 NETWORKS = {
     "resnet20": Network("cifar.resnet20", "resnet20_epoch130", 32, 4000, 4000, (64, 125, 250, 500), 10),
     "resnet56": Network("cifar.resnet56", "resnet56_epoch60", 32, 4000, 4000, (64, 125, 250, 500), 6),
-    "vgg16": Network("torchvision.vgg16_bn", "", 32, 250, 4000, (50, 125, 250), 8),
+    "vgg16": Network("cifar.vgg16", "", 32, 250, 4000, (50, 125, 250), 8),
     "mobilenet_v2": Network("torchvision.mobilenet_v2", "", 224, 32, 1000, (8, 16, 32), 16),
     "resnet50": Network("torchvision.resnet50", "", 224, 16, 1000, (4, 8, 16), 8),
 }
@@ -144,25 +148,13 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
     network = NETWORKS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, images, labels = load(network, data, scale, device)
-    batch_size, memory_format, plain = reference.fastest(model, images, network.batch_sizes)
+    batch_size, memory_format = reference.fastest(model, images, network.batch_sizes)
     proposals, all_picks, prepare_s = proposals_of(model, network)
     off = turn(model, proposals, images, labels, racing=False)
     on = turn(model, proposals, images, labels, racing=True)
     order = sorted(range(len(proposals)), key=lambda position: off.losses[position])
     timed_on = reference_sample(order, network.reference_candidates)
-    formatted = images.contiguous(memory_format=memory_format)
-    timed = [
-        reference.measure(
-            model,
-            proposals[p].candidate.layer,
-            proposals[p].candidate.filters,
-            formatted,
-            labels,
-            batch_size=batch_size,
-            memory_format=memory_format,
-        )
-        for p in timed_on
-    ]
+    timed, plain = time_reference(model, [proposals[p] for p in timed_on], images, labels, batch_size, memory_format)
     forward_s = statistics.mean(entry.forward_s for entry in timed)
     reference_s = all_picks * (forward_s + statistics.mean(entry.pruning_s for entry in timed))
     differences = [abs(entry.loss - off.losses[p]) / abs(entry.loss) for p, entry in zip(timed_on, timed, strict=True)]
@@ -196,6 +188,30 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def time_reference(
+    model: nn.Module,
+    proposals: Sequence[Proposal],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int,
+    memory_format: torch.memory_format,
+) -> tuple[list[reference.Timed], float]:
+    """The reference on these candidates, and the images a second of the plain network, in turns with it: so both meet
+    the same machine."""
+    formatted = images.contiguous(memory_format=memory_format)
+    plain = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    timed, plain_s = [], []
+    for proposal in proposals:
+        layer, filters = proposal.candidate.layer, proposal.candidate.filters
+        timed.append(
+            reference.measure(
+                model, layer, filters, formatted, labels, batch_size=batch_size, memory_format=memory_format
+            )
+        )
+        plain_s.append(reference.seconds_of(plain, formatted, labels, batch_size))
+    return timed, len(images) / statistics.mean(plain_s)
 
 
 def turn(
