@@ -17,7 +17,7 @@ from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import Removal, Side, plan_of
 from laasp_ray.pruning.plan import apply_plan
 
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 """Greatest difference, relative to the greatest output: far above rounding, far below a wrong channel."""
 
 

@@ -18,6 +18,7 @@ from laasp_ray.progression import initial_state, next_spell
 from laasp_ray.pruning.groups import PruningGraph, reachable
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
+from laasp_ray.recipes_aap import AAP_RECIPES
 from laasp_ray.records import RunState
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
@@ -59,7 +60,7 @@ def network(name):
 
 
 def test_every_recipe_is_here():
-    assert set(RECIPES) == {*MACS, DIGITS}
+    assert set(RECIPES) == {*MACS, DIGITS, *AAP_RECIPES}
     assert all(recipe(name).name == name for name in RECIPES)
 
 
@@ -199,7 +200,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in RECIPES]
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in (*MACS, DIGITS)]
 )
 def test_one_turn_of_each_phase(name, pictures, tmp_path):
     config = tiny(name, pictures, tmp_path)
