@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from laasp_ray.errors import ConfigError
+from laasp_ray.fields import build, check, flatten, to_plain
 
 DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
@@ -36,7 +32,7 @@ class ModelConfig:
     input_shape: tuple[int, int, int] = (3, 224, 224)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             len(self.input_shape) == 3 and min(self.input_shape) >= 1,
             "model.input_shape",
             self.input_shape,
@@ -70,20 +66,20 @@ class DataConfig:
     max_unreadable: int = 20
 
     def __post_init__(self) -> None:
-        _check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
-        _check(
+        check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        check(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
             "data.eval_resize",
             self.eval_resize,
             f"0 or at least data.image_size ({self.image_size})",
         )
-        _check(self.pad >= 0, "data.pad", self.pad, "at least 0")
-        _check(0 < self.scale[0] <= self.scale[1] <= 1, "data.scale", self.scale, "0 < low <= high <= 1")
-        _check(0 < self.ratio[0] <= self.ratio[1], "data.ratio", self.ratio, "0 < low <= high")
-        _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
-        _check(min(self.std) > 0, "data.std", self.std, "positive numbers")
-        _check(self.threads >= 1, "data.threads", self.threads, "at least 1")
-        _check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")
+        check(self.pad >= 0, "data.pad", self.pad, "at least 0")
+        check(0 < self.scale[0] <= self.scale[1] <= 1, "data.scale", self.scale, "0 < low <= high <= 1")
+        check(0 < self.ratio[0] <= self.ratio[1], "data.ratio", self.ratio, "0 < low <= high")
+        check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        check(min(self.std) > 0, "data.std", self.std, "positive numbers")
+        check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +114,19 @@ class PruneConfig:
     pooling: str = "max"
 
     def __post_init__(self) -> None:
-        _check(0 <= self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
-        _check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
-        _check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
-        _check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
-        _check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
-        _check(0 <= self.recover_every < 1, "prune.recover_every", self.recover_every, "a share from 0 to below 1")
-        _check(self.recover_epochs >= 0, "prune.recover_epochs", self.recover_epochs, "at least 0")
-        _check(self.method in typing.get_args(Method), "prune.method", self.method, "'laasp' or 'pls'")
-        _check(self.iterations >= 0, "prune.iterations", self.iterations, "at least 0 (0: no bound)")
-        _check(0 < self.percent < 100, "prune.percent", self.percent, "a percentage between 0 and 100, such as 10")
-        _check(self.components >= 1, "prune.components", self.components, "at least 1")
+        check(0 <= self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
+        check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
+        check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
+        check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
+        check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
+        check(0 <= self.recover_every < 1, "prune.recover_every", self.recover_every, "a share from 0 to below 1")
+        check(self.recover_epochs >= 0, "prune.recover_epochs", self.recover_epochs, "at least 0")
+        check(self.method in typing.get_args(Method), "prune.method", self.method, "'laasp' or 'pls'")
+        check(self.iterations >= 0, "prune.iterations", self.iterations, "at least 0 (0: no bound)")
+        check(0 < self.percent < 100, "prune.percent", self.percent, "a percentage between 0 and 100, such as 10")
+        check(self.components >= 1, "prune.components", self.components, "at least 1")
         whole = POOLING.fullmatch(self.pooling) is not None
-        _check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
+        check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +146,12 @@ class SparsityConfig:
     from_run: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.group >= 2, "sparsity.group", self.group, "at least 2")
+        check(self.group >= 2, "sparsity.group", self.group, "at least 2")
         inside = f"from 1 to below sparsity.group ({self.group})"
-        _check(0 < self.prune < self.group, "sparsity.prune", self.prune, inside)
-        _check(all(0 < p < self.group for p in self.fc_prune), "sparsity.fc_prune", self.fc_prune, inside)
+        check(0 < self.prune < self.group, "sparsity.prune", self.prune, inside)
+        check(all(0 < p < self.group for p in self.fc_prune), "sparsity.fc_prune", self.fc_prune, inside)
         rising = all(a < b for a, b in zip((0, *self.stages), self.stages, strict=False))
-        _check(
+        check(
             rising and self.stages[-1:] in ((), (self.prune,)),
             "sparsity.stages",
             self.stages,
@@ -185,11 +181,11 @@ class SearchConfig:
     candidates_per_task: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.images >= 1, "search.images", self.images, "at least 1")
-        _check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
-        _check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
-        _check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
-        _check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
+        check(self.images >= 1, "search.images", self.images, "at least 1")
+        check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
+        check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
+        check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,25 +209,25 @@ class TrainConfig:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
-        _check(
+        check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        check(
             0 <= self.prune_epoch <= self.epochs,
             "train.prune_epoch",
             self.prune_epoch,
             f"from 0 to train.epochs ({self.epochs})",
         )
-        _check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive")
-        _check(
+        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive")
+        check(
             tuple(sorted(self.drop_epochs)) == tuple(self.drop_epochs),
             "train.drop_epochs",
             self.drop_epochs,
             "rising epochs",
         )
-        _check(self.drop_factor > 0, "train.drop_factor", self.drop_factor, "positive")
-        _check(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
-        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
-        _check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
-        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        check(self.drop_factor > 0, "train.drop_factor", self.drop_factor, "positive")
+        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
+        check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
+        check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
+        check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
 
     def learning_rate_at(self, epoch: int) -> float:
         """The schedule's learning rate in `epoch` (0-based)."""
@@ -256,20 +252,20 @@ class ClusterConfig:
     worker_failures: int = 3
 
     def __post_init__(self) -> None:
-        _check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
-        _check(
+        check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
+        check(
             0.5 < self.trainer_gpu_share < 1,
             "cluster.trainer_gpu_share",
             self.trainer_gpu_share,
             "above one half and below 1",
         )
-        _check(
+        check(
             0 < self.task_gpu_share <= 1 - self.trainer_gpu_share + 1e-9,
             "cluster.task_gpu_share",
             self.task_gpu_share,
             "positive and at most 1 - cluster.trainer_gpu_share",
         )
-        _check(self.worker_failures >= 0, "cluster.worker_failures", self.worker_failures, "at least 0")
+        check(self.worker_failures >= 0, "cluster.worker_failures", self.worker_failures, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,8 +288,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "").replace(".", "")
-        _check(plain.isalnum() and self.name[0].isalnum(), "name", self.name, "letters, digits, '-', '_' and '.'")
-        _check(
+        check(plain.isalnum() and self.name[0].isalnum(), "name", self.name, "letters, digits, '-', '_' and '.'")
+        check(
             self.data.image_size == self.model.input_shape[1] == self.model.input_shape[2],
             "data.image_size",
             self.data.image_size,
@@ -301,16 +297,16 @@ class RunConfig:
         )
         reduction, sparsity = self.prune.flops_reduction, self.sparsity
         if sparsity is None:
-            _check(reduction > 0, "prune.flops_reduction", reduction, "a share between 0 and 1")
+            check(reduction > 0, "prune.flops_reduction", reduction, "a share between 0 and 1")
             return
-        _check(reduction == 0, "prune.flops_reduction", reduction, "0 with sparsity, which removes no filters")
-        _check(
+        check(reduction == 0, "prune.flops_reduction", reduction, "0 with sparsity, which removes no filters")
+        check(
             len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
             "prune.recover_epochs",
             self.prune.recover_epochs,
             "at least 1 with several sparsity.stages: they are trained in between",
         )
-        _check(
+        check(
             sparsity.from_run is None or self.train.pretrained is None,
             "train.pretrained",
             self.train.pretrained,
@@ -318,12 +314,12 @@ class RunConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return _plain(self)
+        return to_plain(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> RunConfig:
         """Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it."""
-        return _build(RunConfig, data, "")
+        return build(RunConfig, data, "")
 
 
 RESUMABLE_KEYS = (
@@ -342,7 +338,7 @@ changes losses by rounding only."""
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out."""
-    mine, other = _flatten(ours), _flatten(theirs)
+    mine, other = flatten(ours), flatten(theirs)
     missing = object()
     return sorted(
         key
@@ -354,72 +350,4 @@ def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[s
 
 def value_at(data: Mapping[str, Any], key: str) -> Any:
     """The value under a dotted key of a `to_dict` form, or None."""
-    return _flatten(data).get(key)
-
-
-def _check(holds: bool, key: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} is {value!r}, must be {wanted}")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _build(cls: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(hints))}"
-            raise ConfigError(f"unknown config key {where}{key}{hint}")
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and f.name not in data:
-            raise ConfigError(f"config key {where}{f.name} is missing")
-    return cls(**{key: _convert(hints[key], value, where + key) for key, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where + ".")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        _check(value in arguments, where, value, f"one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple:
-        _check(isinstance(value, (list, tuple)), where, value, "a list")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        _check(len(value) == len(arguments), where, value, f"a list of {len(arguments)}")
-        pairs = enumerate(zip(arguments, value, strict=True))
-        return tuple(_convert(argument, item, f"{where}[{i}]") for i, (argument, item) in pairs)
-    if origin is not None:  # Mapping[str, Any]
-        _check(isinstance(value, Mapping), where, value, "a mapping")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    wanted = "a finite number" if hint is float else f"of type {hint.__name__}"
-    _check(fits and not (isinstance(value, float) and not math.isfinite(value)), where, value, wanted)
-    return value
+    return flatten(data).get(key)

@@ -1,0 +1,88 @@
+"""Frozen dataclasses to and from plain dictionaries, with every wrong key or value named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from laasp_ray.errors import ConfigError
+
+
+def check(holds: bool, key: str, value: object, wanted: str) -> None:
+    """Raises ConfigError naming the key, its value and what is wanted, unless it `holds`."""
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}, must be {wanted}")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses as dictionaries and tuples as lists, all the way down: what JSON holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def build(cls: Any, data: Any, where: str) -> Any:
+    """The dataclass `cls` from a dictionary; `where` is the dotted prefix of its keys.
+
+    Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown config key {where}{key}{hint}")
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in data:
+            raise ConfigError(f"config key {where}{f.name} is missing")
+    return cls(**{key: _convert(hints[key], value, where + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        check(value in arguments, where, value, f"one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        check(isinstance(value, (list, tuple)), where, value, "a list")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        check(len(value) == len(arguments), where, value, f"a list of {len(arguments)}")
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_convert(argument, item, f"{where}[{i}]") for i, (argument, item) in pairs)
+    if origin is not None:  # Mapping[str, Any]
+        check(isinstance(value, Mapping), where, value, "a mapping")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    wanted = "a finite number" if hint is float else f"of type {hint.__name__}"
+    check(fits and not (isinstance(value, float) and not math.isfinite(value)), where, value, wanted)
+    return value
