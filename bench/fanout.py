@@ -45,7 +45,7 @@ from laasp_ray.search.executor import OneHand
 from laasp_ray.search.racing import Race
 from laasp_ray.search.schedule import Settings, Unit, measure
 
-IMAGES, BATCH = 1000, 125
+IMAGES, BATCH = 1000, 64
 RACED = 0.08
 """The share of the evaluations that a race needs, as bench/search.py finds it for ResNet-20."""
 
@@ -198,7 +198,11 @@ def model_of_a_turn(options: argparse.Namespace, unit_s: float) -> None:
         fixed = graph_s + 2 * trace_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
         exhaustive = count * (own + 1) / speed / gpus
         racing = count * (own * RACED + 1) / speed / gpus
-        handling = looks * (gpus * unit_s + 0.05)  # the driver hands out one by one; a look ends with its last unit
+        # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a look ends with its
+        # last unit. What a look takes beyond its share of the forward passes is told apart.
+        look_s = count * own * RACED / speed / looks
+        units = min(gpus, math.ceil(math.sqrt(look_s / unit_s)))
+        handling = looks * (look_s / units - look_s / gpus + units * unit_s + 0.05)
         reference_s = picks * count / speed
         cells = [exhaustive, racing, fixed, handling, fixed + exhaustive, fixed + racing + handling, reference_s]
         print(f"| {gpus} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")

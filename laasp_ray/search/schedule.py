@@ -23,10 +23,12 @@ from laasp_ray.search.racing import Race
 OnResult = Callable[[int, MeasuredLoss], None]
 OnShare = Callable[[float], None]
 
-UNIT_SECONDS = 0.25
-"""A unit aims at this long: a hundred times what handing it out costs."""
 UNITS_PER_SLOT = 4
 """At most so many units for each hand at a time: the last to end is then late by a small part of the whole."""
+LAST_UNIT = 0.1
+"""Hands are not equally fast, nor units equally dear: by so much of a unit the last hand is expected to be late."""
+HAND_OUT_SECONDS = 0.003
+"""What handing out a unit costs on a cluster (bench/fanout.py); units are handed out one after the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +87,23 @@ def cut(
 ) -> list[Unit]:
     """Units for `tasks` (positions into `costs`) on `images`, dearest first.
 
-    Images are cut into batches; only if that gives too few units are candidates cut apart too, those that branch off
-    at about the same depth staying together. `speed` is in multiply-accumulates a second, 0 if not known.
+    Images are cut into batches, and candidates into as many groups as are expected to be done soonest, those that
+    branch off at about the same depth staying together: every group runs the part that its candidates share anew.
+    `speed` is in multiply-accumulates a second, 0 if not known.
     """
     pieces = np.array_split(images, math.ceil(len(images) / settings.batch_size))
-    whole = len(images) * (max(costs[task].shared for task in tasks) + sum(costs[task].own for task in tasks))
-    wanted = slots * UNITS_PER_SLOT if slots > 1 else 1  # a single hand is never idle, and a cut costs it a prefix
-    if speed:
-        wanted = min(wanted, max(slots, math.ceil(whole / speed / UNIT_SECONDS)))
-    groups = min(len(tasks), math.ceil(wanted / len(pieces)))
+    shared = max(costs[task].shared for task in tasks)
+    own = sum(costs[task].own for task in tasks)
+    hand_out = HAND_OUT_SECONDS * speed * len(pieces) / len(images)  # in the costs of an image
+
+    def end_with(groups: int) -> float:
+        units, unit = len(pieces) * groups, shared + own / groups
+        begun = min(units, slots) * hand_out
+        return max(begun + math.ceil(units / slots) * unit, units * hand_out + unit) + LAST_UNIT * unit
+
+    most = min(len(tasks), math.ceil(slots * UNITS_PER_SLOT / len(pieces)))
+    # A single hand is never idle, and every cut costs it the shared part once more.
+    groups = min(range(1, most + 1), key=end_with) if slots > 1 else 1
     if settings.candidates_per_task:
         groups = max(groups, math.ceil(len(tasks) / settings.candidates_per_task))
     parts = _groups(costs, tasks, groups, settings.candidates_per_task)

@@ -74,9 +74,9 @@ def test_a_cut_covers_every_task_and_image_once_within_its_limits(slots, speed, 
 
 
 def test_candidates_are_cut_into_groups_of_about_equal_cost_by_depth():
-    # By depth: 1 6 8 10 0 3 4 9 5 2 7, which own 100 100 90 80 70 70 70 70 50 30 30, 760 in all. Two slots get 8 groups
-    # of about 95: one is begun whenever those before it have their 95 each.
-    units = cut(COSTS, range(11), np.arange(20), Settings(20, 20), 2, 0.0)
+    # By depth: 1 6 8 10 0 3 4 9 5 2 7, which own 100 100 90 80 70 70 70 70 50 30 30, 760 in all. Eight slots get 8
+    # groups of about 95: one is begun whenever those before it have their 95 each.
+    units = cut(COSTS, range(11), np.arange(20), Settings(20, 20), 8, 0.0)
     assert {unit.tasks for unit in units} == {(1,), (6,), (8,), (10, 0), (3,), (4,), (9, 5), (2, 7)}
     depths = sorted([min(COSTS[t].shared for t in u.tasks), max(COSTS[t].shared for t in u.tasks)] for u in units)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(depths))
@@ -89,12 +89,22 @@ def test_a_single_hand_never_runs_the_shared_part_twice():
         assert all(sorted(unit.tasks) == list(range(11)) for unit in units)
 
 
-def test_fast_hands_get_few_units_and_slow_ones_enough_for_all():
+def test_candidates_are_cut_apart_only_as_far_as_they_are_done_sooner():
+    # All of them cost 70 shared + 760 own. One batch for two slots: 2 groups of 70 + 380 = 450, where 4 would take two
+    # rounds of 70 + 190, 520. Four batches: uncut, two rounds of 830, 1,660; cut in two, four of 450, 1,800.
+    settings = Settings(100, 100)
+    assert len(cut(COSTS, range(11), np.arange(100), settings, 2, 0.0)) == 2
+    assert len(cut(COSTS, range(11), np.arange(100), Settings(100, 25), 2, 0.0)) == 4
+    # Three batches leave a slot idle for a third of 4 * 415 = 1,660 unless they are cut: 3 rounds of 450, 1,350.
+    assert len(cut(COSTS, range(11), np.arange(100), Settings(100, 34), 2, 0.0)) == 6
+
+
+def test_hands_that_are_faster_than_handing_out_get_few_units():
+    # 100 images * 830 = 83,000. At 1e9 a second a second unit would cost 3 ms to save 40 microseconds. If they take
+    # 26.9 ms, 3 ms are worth 92.6 an image: 2 units end at 185 + 450 + 45, 3 at 278 + 323 + 32, 4 at 370 + 260 + 26.
     settings, images = Settings(100, 100), np.arange(100)
-    assert len(cut(COSTS, range(11), images, settings, 2, 1e9)) == 2  # no less than one a slot
-    assert len(cut(COSTS, range(11), images, settings, 2, 1.0)) == 2 * UNITS_PER_SLOT
-    # 100 images * (70 shared + 760 own) = 83,000; at 83,000 a second that is one second, four units of a quarter.
-    assert len(cut(COSTS, range(11), images, settings, 2, 83_000.0)) == 4
+    assert len(cut(COSTS, range(11), images, settings, 2, 1e9)) == 1
+    assert len(cut(COSTS, range(11), images, settings, 64, 83_000 / 0.0269)) == 3
 
 
 def results_of(losses, racing, slots, order, **more):
