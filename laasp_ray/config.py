@@ -198,6 +198,10 @@ class TrainConfig:
     reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead. `batch_size` is
     the global batch, over all workers. `pretrained` names a state dict (.safetensors, .pt or .pth) of the network as
     it stands at `prune_epoch`; training up to there is then left out.
+
+    `label_smoothing` is the share of every label that is spread over all classes. With `ema`, a decay, a spell of
+    training gives an exponential moving average of its weights instead of the last ones. After the first prune the
+    network is trained by `distill` (a share; 0: not) to give what the unpruned one gives at `distill_temperature`.
     """
 
     epochs: int
@@ -211,6 +215,10 @@ class TrainConfig:
     weight_decay: float = 1e-4
     pretrained: str | None = None
     schedule: Schedule = "steps"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    distill: float = 0.0
+    distill_temperature: float = 4.0
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
@@ -233,6 +241,9 @@ class TrainConfig:
         check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
         check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         check(self.schedule in typing.get_args(Schedule), "train.schedule", self.schedule, "'steps' or 'cosine'")
+        for key in ("label_smoothing", "ema", "distill"):
+            check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
+        check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")
 
     def learning_rate_at(self, epoch: int) -> float:
         """The schedule's learning rate in `epoch` (0-based)."""
