@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 StepRule = Literal["flops_share", "layer_share"]
 Method = Literal["laasp", "pls"]
+Schedule = Literal["steps", "cosine"]
 POOLING = re.compile(r"(max|avg)(?:([1-9]\d*)x([1-9]\d*))?")
 """What `prune.pooling` may be: all of a filter's output at once, or windows of height x width."""
 DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
@@ -193,8 +195,13 @@ class TrainConfig:
     """SGD's schedule. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
 
     The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
-    reached. `batch_size` is the global batch, over all workers. `pretrained` names a state dict (.safetensors, .pt or
-    .pth) of the network as it stands at `prune_epoch`; training up to there is then left out.
+    reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead. `batch_size` is
+    the global batch, over all workers. `pretrained` names a state dict (.safetensors, .pt or .pth) of the network as
+    it stands at `prune_epoch`; training up to there is then left out.
+
+    `label_smoothing` is the share of every label that is spread over all classes. With `ema`, a decay, a spell of
+    training gives an exponential moving average of its weights instead of the last ones. After the first prune the
+    network is trained by `distill` (a share; 0: not) to give what the unpruned one gives at `distill_temperature`.
     """
 
     epochs: int
@@ -207,6 +214,11 @@ class TrainConfig:
     nesterov: bool = True
     weight_decay: float = 1e-4
     pretrained: str | None = None
+    schedule: Schedule = "steps"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    distill: float = 0.0
+    distill_temperature: float = 4.0
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
@@ -228,9 +240,15 @@ class TrainConfig:
         check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
         check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
         check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        check(self.schedule in typing.get_args(Schedule), "train.schedule", self.schedule, "'steps' or 'cosine'")
+        for key in ("label_smoothing", "ema", "distill"):
+            check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
+        check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")
 
     def learning_rate_at(self, epoch: int) -> float:
         """The schedule's learning rate in `epoch` (0-based)."""
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
 
 

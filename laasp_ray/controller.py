@@ -65,9 +65,9 @@ class Controller:
     ) -> None:
         self._config, self._unpruned, self._example, self._baseline = config, unpruned, example_input, baseline
         self._parts = parts
-        self._loader_noted = False
+        self._loader_noted = self._taught = False
         self.state = state
-        self._network, self._momentum = self._restore()
+        self._network, self._carried = self._restore()
 
     def run(self) -> nn.Module:
         """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
@@ -90,14 +90,14 @@ class Controller:
         return self._parts.journal.last(name) is not None
 
     def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
-        """The network as the state has it; the optimizer's momentum only in the middle of a spell."""
+        """The network as the state has it, and what is carried from epoch to epoch in the middle of a spell."""
         state = self.state
         checkpoint = load_checkpoint(self._parts.storage, state.checkpoint)
         network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
-        momentum = checkpoint.optimizer if state.spell_epochs_done else {}
+        carried = checkpoint.carried if state.spell_epochs_done else {}
         for step in state.steps:
             network = self._after(network, Plan.from_json(step))
-        return network, momentum
+        return network, carried
 
     def _after(self, network: NetworkState, step: Plan) -> NetworkState:
         model = rebuild(self._unpruned, network)
@@ -140,7 +140,7 @@ class Controller:
             on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
         )
         applied = time.perf_counter()
-        self._network, self._momentum = self._after(self._network, turn.step), {}
+        self._network, self._carried = self._after(self._network, turn.step), {}
         if turn.ranking:
             write_candidates(parts.storage, number, turn.ranking)
         now = time.perf_counter()
@@ -164,13 +164,13 @@ class Controller:
         spell, parts = self._spell(), self._parts
         parts.progress.phase(spell.phase, f"{len(spell.epochs) - spell.done} epochs")
         try:
-            done = parts.trainer().run(self._network, self._momentum, spell, self._epoch_done)
+            done = self._trainer().run(self._network, self._carried, spell, self._epoch_done)
         except TrainingError as error:
             good = f"checkpoints/{self.state.checkpoint}.safetensors"
             raise TrainingError(f"{error}; last good checkpoint: {parts.storage.uri}/{good}") from error
         self._note_unreadable(done.unreadable)
         self._note_loader(done.loader)
-        self._momentum = {}
+        self._carried = {}
         self._record(
             "spell",
             {
@@ -186,15 +186,23 @@ class Controller:
         parts.events.sync()
         return done
 
+    def _trainer(self) -> Trainer:
+        """It distils, if the run does, once there is a network from before the first prune to distil from."""
+        trainer = self._parts.trainer()
+        if self._config.train.distill and self.state.turn and not self._taught:
+            trainer.teach(NetworkState(Plan.empty(), load_checkpoint(self._parts.storage, UNPRUNED).model))
+            self._taught = True
+        return trainer
+
     def _spell(self) -> Spell:
         return next_spell(self.state, self._config)
 
     def _epoch_done(self, done: EpochDone) -> None:
         state, plan, parts = self.state, done.plan, self._parts
         self._network = NetworkState(self._network.plan, done.tensors)
-        self._momentum = done.momentum
+        self._carried = done.carried
         name = f"{state.epochs_trained:06d}"
-        save_checkpoint(parts.storage, name, model=done.tensors, optimizer=done.momentum)
+        save_checkpoint(parts.storage, name, model=done.tensors, carried=done.carried)
         self._note_unreadable(done.unreadable)
         self._record(
             "epoch",

@@ -162,6 +162,8 @@ def _assumptions(config: RunConfig) -> list[str]:
         "- work goes by images over all workers, and by multiply-accumulates over candidates; what workers tell one "
         "another, starting them, and storing are left out",
     ]
+    if config.train.distill:
+        lines.append("- every epoch asks the teacher: those before the first prune do not, and are faster")
     if config.search.racing == "on":
         lines.append("- every candidate sees all images: racing drops most of them long before, so turns are shorter")
     return lines

@@ -30,11 +30,11 @@ class SparseController(Controller):
     """One run whose config has `sparsity`; a stage is one `stage` event, its masks are in the store before it."""
 
     def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
-        network, momentum = super()._restore()
+        network, carried = super()._restore()
         turn = self.state.turn
         self._masks: Mapping[str, bytes] = load_masks(self._parts.storage, turn) if turn else {}
         # A run cut off between a stage and its first epoch has the weights from before the stage.
-        return NetworkState(network.plan, masked(network.tensors, self._masks)), momentum
+        return NetworkState(network.plan, masked(network.tensors, self._masks)), carried
 
     def _turn(self) -> None:
         started = time.perf_counter()
@@ -47,7 +47,7 @@ class SparseController(Controller):
         model = rebuild(self._unpruned, self._network)
         stage = take_stage(model, self._network, config.sparsity, config.prune.ignored, self._masks, number=number)
         save_masks(parts.storage, number, stage.masks)
-        self._network, self._momentum, self._masks = stage.network, {}, stage.masks
+        self._network, self._carried, self._masks = stage.network, {}, stage.masks
         weights = sum(stage.network.tensors[name].numel() for name in stage.masks)
         zeros = sum(int((stage.network.tensors[name] == 0).sum()) for name in stage.masks)
         self._record(

@@ -70,14 +70,18 @@ class RayTrainer:
         self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
         self._group: _Group | None = None
         self._commands = 0
+        self._teacher: Any = None
+
+    def teach(self, teacher: NetworkState) -> None:
+        self._teacher = ray.put((teacher.plan, pack(teacher.tensors)))
 
     def run(
-        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
     ) -> SpellDone:
         attempt = 0
         while True:
             try:
-                return self._run(network, momentum, spell, on_epoch)
+                return self._run(network, carried, spell, on_epoch)
             except _GroupLostError as lost:
                 self._group = None
                 attempt = 1 if self._last is not None else attempt + 1  # progress earns new patience
@@ -88,16 +92,17 @@ class RayTrainer:
                 logger.warning("the worker group was lost (%s); starting another", lost)
             if self._last is not None:
                 network = NetworkState(network.plan, self._last.tensors)
-                momentum, spell = self._last.momentum, replace(spell, done=self._last.position + 1)
+                carried, spell = self._last.carried, replace(spell, done=self._last.position + 1)
 
     def _run(
-        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
     ) -> SpellDone:
         self._last: EpochDone | None = None
         group = self._group = self._group or self._start()
         self._commands += 1
         # The arrays travel as one reference, so that they cross the network once per node, not once per rank.
-        payload = SpellCommand(spell, network.plan, [ray.put((pack(network.tensors), pack(momentum)))])
+        reference = ray.put((pack(network.tensors), pack(carried)))
+        payload = SpellCommand(spell, network.plan, [reference], self._teacher)
         self._ask(group, group.mailbox.submit.remote(self._commands, payload))
         while True:
             kind, value = self._ask(group, group.mailbox.take.remote())
@@ -106,10 +111,10 @@ class RayTrainer:
                 raise value if isinstance(value, LaaspError) else TrainingError(str(value))
             if kind == "done":
                 return value
-            arrays, momentum_arrays, done = value
+            arrays, carried_arrays, done = value
             if done.position < (spell.done if self._last is None else self._last.position + 1):
                 continue  # posted twice, by the last breath of a worker whose successor had begun already
-            done = replace(done, tensors=unpack(arrays, copy=True), momentum=unpack(momentum_arrays, copy=True))
+            done = replace(done, tensors=unpack(arrays, copy=True), carried=unpack(carried_arrays, copy=True))
             self._last = done
             on_epoch(done)
 

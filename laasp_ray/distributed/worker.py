@@ -20,19 +20,24 @@ from laasp_ray.distributed.cluster import usable_cpus
 from laasp_ray.distributed.mailbox import Command
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import LaaspError
-from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+from laasp_ray.train.trainer import rebuild_on
 
 
 @dataclass(frozen=True)
 class SpellCommand:
-    """`arrays` holds one object reference: (state dict, momentum) as numpy arrays."""
+    """`arrays` holds one object reference: (state dict, carried) as numpy arrays.
+
+    `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
+    """
 
     spell: Spell
     plan: Plan
     arrays: list[Any]
+    teacher: Any
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -43,12 +48,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
     unpruned = ray.get(settings["unpruned"][0])
     data: SpellData | None = None
+    teacher: NetworkState | None = None
     finished = -1
     while (command := _next(mailbox, finished)) is not None:
         _check_agreement(command)
         try:
             data = data or _open_data(config, command.payload.spell)
-            for kind, value in _carry_out(command, unpruned, config, data):
+            teacher = teacher or _teacher(command.payload)
+            for kind, value in _carry_out(command, unpruned, teacher, config, data):
                 if rank == 0:
                     ray.get(mailbox.post.remote(command.number, kind, value))
         except ray.exceptions.RayActorError:
@@ -83,6 +90,14 @@ def _check_agreement(command: Command) -> None:
         raise RuntimeError(f"the ranks were given different commands: {theirs}")
 
 
+def _teacher(payload: SpellCommand) -> NetworkState | None:
+    """It is kept, as a view of the object store, so that it comes to this node once."""
+    if payload.teacher is None:
+        return None
+    plan, arrays = ray.get(payload.teacher)
+    return NetworkState(plan, unpack(arrays, copy=False))
+
+
 def _open_data(config: RunConfig, spell: Spell) -> SpellData:
     return SpellData(
         config.data,
@@ -95,37 +110,43 @@ def _open_data(config: RunConfig, spell: Spell) -> SpellData:
     )
 
 
-def _carry_out(command: Command, unpruned: nn.Module, config: RunConfig, data: SpellData) -> Iterator[tuple[str, Any]]:
+def _carry_out(
+    command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: SpellData
+) -> Iterator[tuple[str, Any]]:
     """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy.
 
-    The end is posted when the network is gone: the search, which then begins, shares this GPU.
+    The end is posted when the networks are gone: the search, which then begins, shares this GPU.
     """
     payload: SpellCommand = command.payload
     spell = payload.spell
     if command.resume is None:
-        arrays, momentum_arrays = ray.get(payload.arrays[0])
+        arrays, carried = ray.get(payload.arrays[0])
     else:
-        arrays, momentum_arrays, done = command.resume
+        arrays, carried, done = command.resume
         spell = replace(spell, done=done.position + 1)
-    model = rebuild(unpruned, NetworkState(payload.plan, unpack(arrays, copy=False))).to(data.device)
-    if data.device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    momentum = unpack(momentum_arrays, copy=False)
     ended: SpellDone | None = None
-    for event in run_spell(model, momentum, spell, data=data, config=config.train, seed=config.seed, wrap=_distributed):
+    for event in run_spell(
+        rebuild_on(data.device, unpruned, NetworkState(payload.plan, unpack(arrays, copy=False))),
+        unpack(carried, copy=False),
+        spell,
+        data=data,
+        config=config.train,
+        seed=config.seed,
+        teacher=rebuild_on(data.device, unpruned, teacher) if teacher is not None else None,
+        wrap=_distributed,
+    ):
         event = replace(event, unreadable=_gather(event.unreadable))
         if isinstance(event, SpellDone):
             ended = replace(event, loader=", ".join(_gather((event.loader,))))
         else:
             yield "epoch", _packed(event)
-    del model
     if data.device.type == "cuda":
         torch.cuda.empty_cache()
     yield "done", ended
 
 
 def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
-    return pack(event.tensors), pack(event.momentum), replace(event, tensors={}, momentum={})
+    return pack(event.tensors), pack(event.carried), replace(event, tensors={}, carried={})
 
 
 def _gather(names: tuple[str, ...]) -> tuple[str, ...]:

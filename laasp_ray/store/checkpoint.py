@@ -1,4 +1,4 @@
-"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer/...`."""
+"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `carried/...`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from laasp_ray.store.storage import Storage
 
 _FOLDER = "checkpoints"
 _SUFFIX = ".safetensors"
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
+_MODEL, _CARRIED = "model/", "carried/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, on the CPU."""
+    """What `save_checkpoint` was given, on the CPU; `carried` is an EpochDone's (train/loop.py)."""
 
     model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    carried: dict[str, torch.Tensor]
     metadata: dict[str, str]
 
 
@@ -34,7 +34,7 @@ def save_checkpoint(
     name: str,
     *,
     model: Mapping[str, torch.Tensor | np.ndarray],
-    optimizer: Mapping[str, torch.Tensor | np.ndarray] | None = None,
+    carried: Mapping[str, torch.Tensor | np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint, whole or not at all. Tensors may be on any device, views of each other, or 0-dimensional.
@@ -42,7 +42,7 @@ def save_checkpoint(
     Raises StoreError when it cannot be written, TypeError for a value that is no tensor or array.
     """
     tensors = {_MODEL + key: value for key, value in model.items()}
-    tensors.update({_OPTIMIZER + key: value for key, value in (optimizer or {}).items()})
+    tensors.update({_CARRIED + key: value for key, value in (carried or {}).items()})
     storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
 
 
@@ -50,16 +50,16 @@ def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Raises StoreError if there is no such checkpoint or its file is damaged, naming it."""
     file = _file_name(name)
     tensors, metadata = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
-    parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER: {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _CARRIED: {}}
     for key, tensor in tensors.items():
         part, _, rest = key.partition("/")
         if part + "/" not in parts:
             raise StoreError(
                 f"{file} in {storage.uri} is no checkpoint of laasp_ray: its key {key!r} starts with "
-                f"neither {_MODEL!r} nor {_OPTIMIZER!r}; name another"
+                f"neither {_MODEL!r} nor {_CARRIED!r}; name another"
             )
         parts[part + "/"][rest] = tensor
-    return Checkpoint(parts[_MODEL], parts[_OPTIMIZER], metadata)
+    return Checkpoint(parts[_MODEL], parts[_CARRIED], metadata)
 
 
 def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:

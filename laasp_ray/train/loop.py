@@ -16,11 +16,16 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import TrainConfig
+from laasp_ray.data.feed import Batch
 from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
 from laasp_ray.records import Metrics
+from laasp_ray.train.average import MovingAverage
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.held import HeldMasks
+from laasp_ray.train.loss import training_loss
+
+_MOMENTUM, _WEIGHTS = "momentum/", "weights/"
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,11 @@ class Spell:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """`tensors` and `momentum` (by parameter name) are on the CPU; `position` counts the spell's epochs from 0.
+    """`tensors` are the network's, with `train.ema` the average's; `position` counts the spell's epochs from 0.
 
-    `loss` and `top1` are those of the training images as they were seen, reduced over all ranks.
+    `carried` is what the spell's next epoch needs besides: `momentum/PARAMETER`, and with `train.ema` the weights that
+    are averaged, `weights/NAME`. All are on the CPU. `loss`, which is what was minimised (but for weight decay), and
+    `top1` are those of the training images as they were seen, reduced over all ranks.
     """
 
     position: int
@@ -62,7 +69,7 @@ class EpochDone:
     images: int
     seconds: float
     tensors: Mapping[str, torch.Tensor]
-    momentum: Mapping[str, torch.Tensor]
+    carried: Mapping[str, torch.Tensor]
     unreadable: tuple[str, ...]
 
 
@@ -76,19 +83,36 @@ class SpellDone:
     loader: str
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What all epochs of a spell are trained with; `wrapped` is `model`, made distributed."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.SGD
+    held: HeldMasks
+    average: MovingAverage | None
+    teacher: nn.Module | None
+    data: SpellData
+    config: TrainConfig
+    seed: int
+
+
 def run_spell(
     model: nn.Module,
-    momentum: Mapping[str, torch.Tensor],
+    carried: Mapping[str, torch.Tensor],
     spell: Spell,
     *,
     data: SpellData,
     config: TrainConfig,
     seed: int,
+    teacher: nn.Module | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Iterator[EpochDone | SpellDone]:
-    """Trains `model`, which is on `data.device`, in place. `momentum` belongs to the epoch before (empty: fresh).
+    """Trains `model`, which is on `data.device`, in place. `carried` belongs to the epoch before (empty: fresh).
 
-    `wrap` makes the network distributed. Raises TrainingError, naming the epoch, when loss or weights are not finite.
+    `teacher`, on the same device, is imitated as `config.distill` says. `wrap` makes the network distributed. Raises
+    TrainingError, naming the epoch, when loss or weights are not finite.
     """
     if data.device.type == "cuda":
         # A resumed run must come to what an undisturbed one comes to.
@@ -101,14 +125,26 @@ def run_spell(
             raise TrainingError(
                 "no parameter of the network requires a gradient: set requires_grad on what is to train"
             )
+        average = MovingAverage(model, config.ema) if config.ema else None
+        weights = _part(carried, _WEIGHTS)
+        if weights:  # the network so far is their average
+            model.load_state_dict(weights)
         # Wrapped and given an optimizer only for training: both would be built on parameters that are not there later.
-        wrapped = wrap(model)
-        optimizer = _optimizer(model, config, momentum)
+        wrapped, optimizer = wrap(model), _optimizer(model, config, _part(carried, _MOMENTUM))
+        if teacher is not None:
+            teacher.eval()
+        setup = _Setup(model, wrapped, optimizer, held, average, teacher, data, config, seed)
         for position, plan in enumerate(remaining, spell.done):
-            yield _train_epoch(model, wrapped, optimizer, held, position, plan, data=data, config=config, seed=seed)
+            yield _train_epoch(setup, position, plan)
+        if average is not None:
+            model.load_state_dict(average.tensors)
     started = time.perf_counter()
     metrics = evaluate(model, data)
     yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
+
+
+def _part(carried: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in carried.items() if name.startswith(prefix)}
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, torch.Tensor]) -> torch.optim.SGD:
@@ -126,45 +162,27 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
     return optimizer
 
 
-def _train_epoch(
-    model: nn.Module,
-    wrapped: nn.Module,
-    optimizer: torch.optim.SGD,
-    held: HeldMasks,
-    position: int,
-    plan: EpochPlan,
-    *,
-    data: SpellData,
-    config: TrainConfig,
-    seed: int,
-) -> EpochDone:
+def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
     started = time.perf_counter()
+    data, config, seed = setup.data, setup.config, setup.seed
     torch.manual_seed(derive_seed(seed, f"dropout, epoch {plan.data_epoch}, rank {data.rank}"))
-    for group in optimizer.param_groups:
+    for group in setup.optimizer.param_groups:
         group["lr"] = plan.learning_rate
-    model.train()
+    setup.model.train()
     batches = epoch_batches(data.train_images, batch_size=config.batch_size, seed=seed, epoch=plan.data_epoch)
     sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, correct, images
     shares = [rank_share(batch, data.rank, data.world) for batch in batches]
     loaded = data.train_loader.epoch(shares, plan.data_epoch)
-    for share, images in zip(shares, map(len, batches), strict=True):
+    first = position * len(batches) + 1
+    for number, (share, images) in enumerate(zip(shares, map(len, batches), strict=True), first):
         batch = next(loaded, None)  # a batch of which nothing is left is skipped
         if batch is None or not set(batch.indices.tolist()) <= set(share.tolist()):
             raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
-        with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
-            output = wrapped(data.in_format(batch.images))
-        losses = functional.cross_entropy(output.float(), batch.labels, reduction="sum")
-        optimizer.zero_grad(set_to_none=True)
-        # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
-        (losses * (data.world / images)).backward()
-        optimizer.step()
-        held.apply()
-        correct = (output.detach().argmax(1) == batch.labels).sum()
-        seen = torch.tensor(len(batch.labels), device=data.device)
-        sums += torch.stack([losses.detach().double(), correct.double(), seen.double()])
+        sums += _step(setup, batch, images, number)
     _reduce(sums)
-    _agree_on_buffers(model)
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    _agree_on_buffers(setup)
+    average = setup.average
+    tensors = _on_cpu(setup.model.state_dict() if average is None else average.tensors)
     _check_finite(sums, tensors, plan)
     return EpochDone(
         position=position,
@@ -174,13 +192,50 @@ def _train_epoch(
         images=int(sums[2]),
         seconds=time.perf_counter() - started,
         tensors=tensors,
-        momentum={
-            name: optimizer.state[parameter]["momentum_buffer"].detach().to("cpu", copy=True).contiguous()
-            for name, parameter in model.named_parameters()
-            if "momentum_buffer" in optimizer.state[parameter]
-        },
+        carried=_carried(setup),
         unreadable=data.take_unreadable(),
     )
+
+
+def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:
+    """The spell's optimizer step `number`, on this rank's share of a batch of `images`; sums of loss, correct, seen."""
+    data = setup.data
+    pictures = data.in_format(batch.images)
+    with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
+        output = setup.wrapped(pictures)
+        taught = _taught(setup.teacher, pictures)
+    losses = training_loss(output.float(), batch.labels, setup.config, taught)
+    setup.optimizer.zero_grad(set_to_none=True)
+    # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
+    (losses * (data.world / images)).backward()
+    setup.optimizer.step()
+    setup.held.apply()
+    if setup.average is not None:
+        setup.average.update(number)
+    correct = (output.detach().argmax(1) == batch.labels).sum()
+    seen = torch.tensor(len(batch.labels), device=data.device)
+    return torch.stack([losses.detach().double(), correct.double(), seen.double()])
+
+
+@torch.no_grad()
+def _taught(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
+    return None if teacher is None else teacher(images).float()
+
+
+def _carried(setup: _Setup) -> dict[str, torch.Tensor]:
+    state = setup.optimizer.state
+    carried = {
+        _MOMENTUM + name: state[parameter]["momentum_buffer"]
+        for name, parameter in setup.model.named_parameters()
+        if "momentum_buffer" in state[parameter]
+    }
+    if setup.average is not None:
+        carried |= {_WEIGHTS + name: tensor for name, tensor in setup.model.state_dict().items()}
+    return _on_cpu(carried)
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 @torch.inference_mode()
@@ -203,10 +258,13 @@ def evaluate(model: nn.Module, data: SpellData) -> Metrics:
     return Metrics(loss=loss, top1=top1, top5=top5, images=images)
 
 
-def _agree_on_buffers(model: nn.Module) -> None:
-    """Rank 0's BatchNorm statistics for all: DDP sees to it only when a training step begins, not after the last."""
+def _agree_on_buffers(setup: _Setup) -> None:
+    """Rank 0's BatchNorm statistics for all: DDP sees to it only when a training step begins, not after the last.
+
+    Their averages are each rank's own, too; those of the weights are equal, as the weights are.
+    """
     if dist.is_available() and dist.is_initialized():
-        for buffer in model.buffers():
+        for buffer in [*setup.model.buffers(), *(setup.average.buffers() if setup.average is not None else ())]:
             dist.broadcast(buffer, 0)
 
 

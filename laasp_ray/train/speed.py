@@ -42,11 +42,15 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
     size = config.train.batch_size if device.type == "cuda" else min(config.train.batch_size, CPU_BATCH * world)
     data = SpellData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
     model = _copy_on(unpruned, device)
+    teacher = _copy_on(unpruned, device).eval() if config.train.distill else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             output = model(data.in_format(images))
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher(data.in_format(images))
         optimizer.zero_grad(set_to_none=True)
         functional.cross_entropy(output.float(), labels).backward()
         optimizer.step()

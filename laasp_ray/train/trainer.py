@@ -17,12 +17,16 @@ OnEpoch = Callable[[EpochDone], None]
 
 
 class Trainer(Protocol):
+    def teach(self, teacher: NetworkState) -> None:
+        """From now on what is trained imitates `teacher`, as `train.distill` says; called once."""
+
     def run(
-        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
     ) -> SpellDone:
         """Trains `network` for the epochs of `spell` that are not done, then evaluates it.
 
-        `on_epoch` hears of every epoch, once, in order, with the weights after it; the last one's are the result.
+        `carried` is that of the last epoch done (see EpochDone). `on_epoch` hears of every epoch, once, in order, with
+        the weights after it; the last one's are the result.
         """
 
     def close(self) -> None: ...
@@ -34,11 +38,15 @@ class InProcessTrainer:
     def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device) -> None:
         self._unpruned, self._config, self._device = unpruned, config, device
         self._data: SpellData | None = None
+        self._teacher: NetworkState | None = None
+
+    def teach(self, teacher: NetworkState) -> None:
+        self._teacher = teacher
 
     def run(
-        self, network: NetworkState, momentum: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
+        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
     ) -> SpellDone:
-        config = self._config
+        config, teacher = self._config, self._teacher
         if self._data is None:
             self._data = SpellData(
                 config.data,
@@ -47,10 +55,15 @@ class InProcessTrainer:
                 device=self._device,
                 excluded=spell.excluded,
             )
-        model = rebuild(self._unpruned, network).to(self._device)
-        if self._device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for event in run_spell(model, momentum, spell, data=self._data, config=config.train, seed=config.seed):
+        for event in run_spell(
+            rebuild_on(self._device, self._unpruned, network),
+            carried,
+            spell,
+            data=self._data,
+            config=config.train,
+            seed=config.seed,
+            teacher=rebuild_on(self._device, self._unpruned, teacher) if teacher is not None else None,
+        ):
             if isinstance(event, SpellDone):
                 return event
             on_epoch(event)
@@ -59,3 +72,9 @@ class InProcessTrainer:
     def close(self) -> None:
         if self._data is not None:
             self._data.close()
+
+
+def rebuild_on(device: torch.device, unpruned: nn.Module, network: NetworkState) -> nn.Module:
+    """`network` rebuilt on `device`; channels last on a GPU, as its images are."""
+    model = rebuild(unpruned, network).to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model  # type: ignore[call-overload]

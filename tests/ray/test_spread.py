@@ -203,11 +203,46 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
         resumed = []
         middle = undisturbed[0]
         trainer.run(
-            dataclasses.replace(state, tensors=middle.tensors), middle.momentum, spell(3, 3, done=1), resumed.append
+            dataclasses.replace(state, tensors=middle.tensors), middle.carried, spell(3, 3, done=1), resumed.append
         )
         assert [epoch.position for epoch in resumed] == [1, 2]
         for name, tensor in undisturbed[-1].tensors.items():
             assert torch.equal(tensor, resumed[-1].tensors[name]), name
+    finally:
+        trainer.close()
+
+
+def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, network, share, tmp_path):
+    options = dataclasses.replace(config.train, label_smoothing=0.1, ema=0.9, distill=0.5)
+    trainer = RayTrainer(put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path))
+    state = capture(network, Plan.empty())
+    torch.manual_seed(1)
+    teacher = capture(randomise_batchnorm(models.build(config.model), seed=1), Plan.empty())
+    try:
+        untaught, undisturbed, done, again = [], [], [], []
+        trainer.run(state, {}, spell(0, 1), untaught.append)
+        trainer.teach(teacher)
+        before = trainer.run(state, {}, spell(1, 3), undisturbed.append)
+        assert not torch.equal(untaught[0].tensors["conv1.weight"], undisturbed[0].tensors["conv1.weight"])
+
+        def kill(name, seen):
+            """Kills when the first epoch is heard of: what is resumed is in the middle of its spell."""
+
+            def hear(epoch):
+                seen.append(epoch)
+                if len(seen) == 1:
+                    assert interruptions.kill_one(os.getpid(), name)
+
+            return hear
+
+        for who, seen in (("RayTrainWorker", done), ("ray::Mailbox", again)):
+            after = trainer.run(state, {}, spell(2, 3), kill(who, seen))
+            assert [epoch.position for epoch in seen] == [0, 1, 2] and after.metrics == before.metrics
+            for name, tensor in undisturbed[-1].tensors.items():
+                assert torch.equal(tensor, seen[-1].tensors[name]), (who, name)
+            for name, tensor in undisturbed[-1].carried.items():
+                assert torch.equal(tensor, seen[-1].carried[name]), (who, name)
+        assert not torch.equal(done[-1].tensors["conv1.weight"], done[-1].carried["weights/conv1.weight"])
     finally:
         trainer.close()
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_missing_key_is_named():
         ("prune__criteria", ["l1", "l1"]),
         ("train__batch_size", 1.5),
         ("train__prune_epoch", 161),
+        ("train__schedule", "linear"),
+        ("train__label_smoothing", 1.0),
+        ("train__label_smoothing", -0.1),
+        ("train__ema", 1.0),
+        ("train__ema", -0.1),
+        ("train__distill", 1.0),
+        ("train__distill", -0.1),
+        ("train__distill_temperature", 0.0),
         ("data__loader", "tensorflow"),
         ("search__images", True),
         ("cluster__trainer_gpu_share", 0.5),
@@ -81,6 +90,18 @@ def test_learning_rate_follows_the_paper_schedule():
     train = recipe("resnet20_cifar10").train
     rates = [train.learning_rate_at(epoch) for epoch in (0, 39, 40, 79, 80, 119, 120, 159)]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+
+
+def test_the_cosine_schedule_falls_to_zero_and_knows_no_drops():
+    train = TrainConfig(epochs=4, prune_epoch=0, learning_rate=0.2, schedule="cosine", drop_epochs=(1,))
+    rates = [train.learning_rate_at(epoch) for epoch in range(5)]
+    root = math.sqrt(0.5)
+    assert rates == pytest.approx([0.2, 0.1 * (1 + root), 0.1, 0.1 * (1 - root), 0.0])
+
+
+def test_a_schedule_is_checked_without_a_dictionary_too():
+    with pytest.raises(ConfigError, match=r"train\.schedule is 'linear', must be 'steps' or 'cosine'"):
+        TrainConfig(epochs=4, prune_epoch=0, schedule="linear")  # type: ignore[arg-type]
 
 
 def test_differing_keys_leave_out_what_may_change():

@@ -116,6 +116,9 @@ def test_what_it_says(tmp_path):
     assert f"40 images for each candidate: {40 * work.candidates:,} a turn" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
+    assert "teacher" not in text
+    taught = prepare(small_run(tmp_path, train__distill=0.5))
+    assert "every epoch asks the teacher" in describe(taught, work, MACHINE)
     exhaustive = prepare(small_run(tmp_path, search__racing="off"))
     assert "racing" not in describe(exhaustive, work, MACHINE)
 
@@ -159,3 +162,28 @@ def test_measuring_leaves_the_network_alone(tmp_path):
     assert speed.measure_forward(prepared.unpruned, config, torch.device("cpu")) > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.unpruned.state_dict().items())
     assert prepared.unpruned.training
+
+
+NOTED = []
+
+
+class Noting(nn.Module):
+    """Notes in which mode it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 16 * 16, 10)
+
+    def forward(self, x):
+        NOTED.append((self.training, torch.is_grad_enabled()))
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_the_teacher_is_part_of_what_is_measured(tmp_path, distill):
+    NOTED.clear()
+    speed.measure_training(Noting(), small_run(tmp_path, train__distill=distill), torch.device("cpu"))
+    steps = NOTED.count((True, True))
+    expected = [(True, True), (False, False)] * steps if distill else [(True, True)] * steps
+    assert steps > 1 and NOTED[: len(expected)] == expected
+    assert len(NOTED) > len(expected)  # the evaluation

@@ -1,6 +1,7 @@
 """The state machine of a run, event by event, without anything being trained."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_recovery_comes_when_enough_has_gone_and_trains_at_the_prune_epochs_rate
     assert [plan.learning_rate for plan in spell.epochs] == pytest.approx([0.1, 0.1])  # before the drop at 4
     state = advance(advance(advance(state, *epoch("d"), config()), *epoch("e"), config()), *SPELL, config())
     assert (state.phase, state.recovered_at, state.epochs_trained) == ("prune", 0.0201, 5)
+
+
+def test_recoveries_train_at_the_cosine_schedules_rate_of_the_prune_epoch():
+    base = config(recover_every=0.0, target=0.3)
+    base = dataclasses.replace(base, train=dataclasses.replace(base.train, schedule="cosine"))
+    events = [epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.3)]
+    # Epoch 3 of 6 is the middle of the half cosine.
+    recovery = next_spell(fold(events, base), base)
+    assert [plan.learning_rate for plan in recovery.epochs] == pytest.approx([0.05, 0.05])
+    final = next_spell(fold([*events, epoch("d"), epoch("e"), SPELL], base), base)
+    assert [plan.learning_rate for plan in final.epochs] == pytest.approx([0.05, 0.025, 0.05 * (1 - math.sqrt(0.75))])
 
 
 def test_recover_every_zero_means_after_every_prune():

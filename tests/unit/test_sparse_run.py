@@ -15,6 +15,7 @@ from laasp_ray.store.artifact import read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
+from laasp_ray.train.trainer import InProcessTrainer
 
 EVENTS = ["start", "epoch", "spell", "stage", "epoch", "spell", "stage", "epoch", "spell", "finish"]
 SPARSITY = {"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [4]}
@@ -130,7 +131,7 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_on_top_of_a_filter_pruned_network(tmp_path, pictures):
+def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
     changes = {"train__prune_epoch": 0, "train__epochs": 1, "prune__recover_epochs": 0}
     first = config_of(
         tmp_path, pictures, **changes, name="filters", sparsity=None, prune__flops_reduction=0.03, search__images=6
@@ -138,9 +139,19 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures):
     run(first)
     sparsity = {"group": 8, "prune": 6, "from_run": str(folder_of(first))}
     config = config_of(
-        tmp_path, pictures, **{**changes, "train__prune_epoch": 1, "train__epochs": 2}, sparsity=sparsity
+        tmp_path,
+        pictures,
+        **{**changes, "train__prune_epoch": 1, "train__epochs": 2, "train__distill": 0.5, "train__ema": 0.9},
+        sparsity=sparsity,
     )
+    taught, teach = [], InProcessTrainer.teach
+    monkeypatch.setattr(InProcessTrainer, "teach", lambda self, who: taught.append(who) or teach(self, who))
     result = run(config)
+    # The network that was never pruned teaches.
+    (teacher,) = taught
+    never_pruned = load_checkpoint(Storage.open(str(folder_of(first))), "unpruned").model
+    assert teacher.plan.is_empty and teacher.tensors.keys() == never_pruned.keys()
+    assert all(torch.equal(tensor, never_pruned[name]) for name, tensor in teacher.tensors.items())
     # What the first run made is where this one begins: no training up to the prune epoch.
     names = [event.name for event in journal(config).events()]
     assert names == ["start", "baseline", "stage", "epoch", "spell", "finish"]

@@ -28,16 +28,16 @@ def test_tensors_of_every_kind_come_back(storage):
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "channels_last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
-    optimizer = {"momentum": np.array([[1.5, 2.5]], dtype=np.float32)[:, ::-1], "steps": np.int64(3)}
-    save_checkpoint(storage, "000007", model=model, optimizer=optimizer, metadata={"epoch": "7"})
+    carried = {"momentum": np.array([[1.5, 2.5]], dtype=np.float32)[:, ::-1], "steps": np.int64(3)}
+    save_checkpoint(storage, "000007", model=model, carried=carried, metadata={"epoch": "7"})
     assert storage.list() == ["checkpoints/000007.safetensors"]
     checkpoint = load_checkpoint(storage, "000007")
     assert list(checkpoint.model.keys() ^ model.keys()) == []
     for name, tensor in model.items():
         assert checkpoint.model[name].dtype == tensor.dtype and checkpoint.model[name].shape == tensor.shape
         assert torch.equal(checkpoint.model[name], tensor), name
-    assert checkpoint.optimizer["momentum"].tolist() == [[2.5, 1.5]]
-    assert checkpoint.optimizer["steps"].shape == () and checkpoint.optimizer["steps"].dtype == torch.int64
+    assert checkpoint.carried["momentum"].tolist() == [[2.5, 1.5]]
+    assert checkpoint.carried["steps"].shape == () and checkpoint.carried["steps"].dtype == torch.int64
     assert checkpoint.metadata == {"epoch": "7"}
 
 
@@ -72,7 +72,7 @@ def test_damaged_and_foreign_files_are_named(storage):
         with pytest.raises(StoreError, match=r"checkpoints/a.safetensors in .* is no whole safetensors file"):
             load_checkpoint(storage, "a")
     storage.write("checkpoints/a.safetensors", save({"conv.weight": torch.zeros(1)}))
-    with pytest.raises(StoreError, match=r"its key 'conv.weight' starts with neither 'model/' nor 'optimizer/'"):
+    with pytest.raises(StoreError, match=r"its key 'conv.weight' starts with neither 'model/' nor 'carried/'"):
         load_checkpoint(storage, "a")
     with pytest.raises(StoreError, match=r"cannot read checkpoints/b.safetensors"):
         load_checkpoint(storage, "b")

@@ -1,5 +1,6 @@
 """Masks held through real optimizer steps, with momentum and weight decay."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -48,11 +49,12 @@ def kept_of(model, *names):
     return {name: group_mask(model.get_parameter(name), GroupRule(4, 3)) for name in names}
 
 
-def train(model, kept, *, epochs=2, done=0, momentum=None):
+def train(model, kept, *, epochs=2, done=0, carried=None, ema=0.0):
     plans = tuple(EpochPlan(epoch=i, data_epoch=i, learning_rate=0.1) for i in range(epochs))
     masks = {name: pack_mask(mask) for name, mask in kept.items()}
     spell = Spell(number=0, phase="final", epochs=plans, done=done, masks=masks)
-    *finished, _ = run_spell(model, momentum or {}, spell, data=Pictures(), config=CONFIG, seed=1)
+    config = dataclasses.replace(CONFIG, ema=ema)
+    *finished, _ = run_spell(model, carried or {}, spell, data=Pictures(), config=config, seed=1)
     return finished
 
 
@@ -74,7 +76,7 @@ def test_what_is_pruned_stays_zero_and_everything_else_is_trained():
     # Of every epoch's weights, not only of the last: they are what a run is resumed from.
     assert all((done.tensors["3.weight"][~kept["3.weight"]] == 0).all() for done in epochs)
     # Without the mask momentum and weight decay bring every weight back.
-    assert all(done.momentum["3.weight"].count_nonzero() == kept["3.weight"].numel() for done in epochs)
+    assert all(done.carried["momentum/3.weight"].count_nonzero() == kept["3.weight"].numel() for done in epochs)
 
 
 def test_without_masks_the_weights_come_back():
@@ -100,12 +102,26 @@ def test_on_a_filter_pruned_network():
     check_held(model, kept, before)
 
 
-def test_a_spell_that_is_cut_off_goes_on_to_the_same_weights():
+def test_the_average_and_what_it_is_of_have_the_same_zeros():
+    model = network()
+    kept = kept_of(model, "3.weight", "5.weight")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    epochs = train(model, kept, ema=0.9)
+    check_held(model, kept, before)
+    for done in epochs:
+        for name, mask in kept.items():
+            for tensor in (done.tensors[name], done.carried[f"weights/{name}"]):
+                assert torch.equal(tensor != 0, mask) and not torch.signbit(tensor[~mask]).any()
+    assert torch.equal(model.get_parameter("3.weight"), epochs[-1].tensors["3.weight"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_spell_that_is_cut_off_goes_on_to_the_same_weights(ema):
     whole, cut = network(), network()
     kept = kept_of(whole, "3.weight")
-    first, _ = train(whole, kept)
+    first, _ = train(whole, kept, ema=ema)
     cut.load_state_dict(first.tensors)
-    train(cut, kept, done=1, momentum=first.momentum)
+    train(cut, kept, done=1, carried=first.carried, ema=ema)
     assert all(torch.equal(tensor, cut.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 

@@ -11,94 +11,35 @@ import torch.multiprocessing as mp
 from helpers import write_pictures
 from torch import nn
 from torch.nn import functional
+from training_by_hand import CONFIG, CPU, DECAYING, GRADIENT, PLAIN, ROWS, TWO, FakeData, linear, spell, train
 
-from laasp_ray.config import DataConfig, TrainConfig
-from laasp_ray.data.feed import Batch
+from laasp_ray.config import DataConfig
 from laasp_ray.data.sampling import epoch_batches
 from laasp_ray.errors import TrainingError
 from laasp_ray.train.data import SpellData
-from laasp_ray.train.loop import EpochPlan, Spell, SpellDone, evaluate, run_spell
+from laasp_ray.train.loop import evaluate, run_spell
 
-CPU = torch.device("cpu")
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 22, 19, 3
-CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=8, weight_decay=1e-3)
-# Training batches of 8, 7 and 7: two ranks get 4 + 4 and 4 + 3. Test images: 10 and 9, in batches of 8.
-
-
-class InMemory:
-    """A loader over tensors that does not augment."""
-
-    name = "in memory"
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def epoch(self, batches, epoch=0):
-        for indices in batches:
-            if len(indices):
-                yield Batch(self.images[indices], self.labels[indices], indices)
-
-
-class FakeData:
-    """What `run_spell` needs of a SpellData; images of shape (n, features), the same for training and test."""
-
-    device, in_format = CPU, staticmethod(lambda images: images)
-
-    def __init__(self, images, labels, rank=0, world=1):
-        self.images, self.labels = torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
-        self.rank, self.world = rank, world
-        self.train_images = self.test_images = len(labels)
-        self.train_loader = self.test_loader = InMemory(self.images, self.labels)
-        self.share = -(-len(labels) // 2)
-
-    def take_unreadable(self):
-        return ()
-
-
-def spell(*rates, done=0, excluded=(), first=0):
-    plans = tuple(EpochPlan(epoch=7 + i, data_epoch=first + i, learning_rate=rate) for i, rate in enumerate(rates))
-    return Spell(number=0, phase="train", epochs=plans, done=done, excluded=excluded)
-
-
-def train(model, data, what, *, momentum=None, config=CONFIG, **options):
-    """The epochs of a spell, and its evaluation."""
-    *epochs, last = run_spell(model, momentum or {}, what, data=data, config=config, seed=3, **options)
-    assert isinstance(last, SpellDone)
-    return epochs, last
-
-
-def linear(rows):
-    layer = nn.Linear(len(rows[0]), len(rows), bias=False)
-    layer.weight.data = torch.tensor(rows, dtype=torch.float32)
-    return layer
-
-
-# Two images, (1, 0) of class 0 and (0, 1) of class 1. Equal rows of weights give both classes probability 1/2, so the
-# gradient of the mean cross-entropy is ((-1/4, 1/4), (1/4, -1/4)); with a weight decay of 0.1 on the weights
-# ((1, 2), (1, 2)) it is g = ((-0.15, 0.45), (0.35, -0.05)).
-ROWS = [[1.0, 2.0], [1.0, 2.0]]
-TWO = FakeData([[1.0, 0.0], [0.0, 1.0]], [0, 1])
-GRADIENT = torch.tensor([[-0.15, 0.45], [0.35, -0.05]])
-DECAYING = TrainConfig(epochs=1, prune_epoch=0, batch_size=2, momentum=0.9, nesterov=True, weight_decay=0.1)
-PLAIN = TrainConfig(epochs=1, prune_epoch=0, batch_size=2, momentum=0.0, nesterov=False, weight_decay=0.0)
+OPTIONS = dataclasses.replace(CONFIG, label_smoothing=0.1, ema=0.9, distill=0.5)
+# CONFIG's training batches are of 8, 7 and 7: two ranks get 4 + 4 and 4 + 3. Test images: 10 and 9, in batches of 8.
 
 
 def test_first_step_of_sgd_with_nesterov_momentum_and_weight_decay():
     # The buffer starts as g, the step is g + 0.9 g, the weights lose 0.5 of it.
     (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), config=DECAYING)
     torch.testing.assert_close(epoch.tensors["weight"], torch.tensor([[1.1425, 1.5725], [0.6675, 2.0475]]))
-    torch.testing.assert_close(epoch.momentum["weight"], GRADIENT)
+    torch.testing.assert_close(epoch.carried["momentum/weight"], GRADIENT)
     assert epoch.loss == pytest.approx(math.log(2), abs=1e-6)
     assert (epoch.top1, epoch.images, epoch.position, epoch.plan.epoch) == (0.5, 2, 0, 7)
 
 
 def test_step_with_the_momentum_of_the_epoch_before():
     # Buffer 0.9 v + g, step g + 0.9 of the buffer.
-    before = {"weight": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
-    (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), momentum=before, config=DECAYING)
-    torch.testing.assert_close(epoch.momentum["weight"], torch.tensor([[0.75, 0.45], [0.35, -0.05]]))
+    before = {"momentum/weight": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), carried=before, config=DECAYING)
+    torch.testing.assert_close(epoch.carried["momentum/weight"], torch.tensor([[0.75, 0.45], [0.35, -0.05]]))
     torch.testing.assert_close(epoch.tensors["weight"], torch.tensor([[0.7375, 1.5725], [0.6675, 2.0475]]))
-    assert torch.equal(before["weight"], torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # a copy was trained on
+    assert torch.equal(before["momentum/weight"], torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # a copy was trained on
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.125])
@@ -110,13 +51,14 @@ def test_learning_rate_of_the_epoch_is_the_one_used(rate):
     assert [epoch.plan.learning_rate for epoch in (first, second)] == [rate, 0.0]
 
 
-def test_an_epochs_tensors_are_not_changed_by_the_next_epoch():
-    model = linear(ROWS)
-    running = run_spell(model, {}, spell(0.5, 0.5), data=TWO, config=DECAYING, seed=3)
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_an_epochs_tensors_are_not_changed_by_the_next_epoch(ema):
+    config = dataclasses.replace(DECAYING, ema=ema)
+    running = run_spell(linear(ROWS), {}, spell(0.5, 0.5), data=TWO, config=config, seed=3)
     first = next(running)
-    kept = {name: first.tensors[name].clone() for name in first.tensors}, first.momentum["weight"].clone()
+    kept = {name: tensor.clone() for name, tensor in [*first.tensors.items(), *first.carried.items()]}
     second = next(running)
-    assert torch.equal(first.tensors["weight"], kept[0]["weight"]) and torch.equal(first.momentum["weight"], kept[1])
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in [*first.tensors.items(), *first.carried.items()])
     assert not torch.equal(second.tensors["weight"], first.tensors["weight"])
 
 
@@ -203,6 +145,11 @@ def small_network(*more):
     return nn.Sequential(nn.Conv2d(3, 4, 3), *more, nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
 
 
+def another_network():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES))
+
+
 def with_batchnorm():
     return small_network(nn.BatchNorm2d(4), nn.Dropout(0.3))
 
@@ -212,10 +159,10 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
-def run_alone(config, what, model, momentum=None):
-    data = opened(config, excluded=what.excluded)
+def run_alone(where, what, model, **options):
+    data = opened(where, excluded=what.excluded)
     try:
-        return train(model, data, what, momentum=momentum)
+        return train(model, data, what, **options)
     finally:
         data.close()
 
@@ -227,10 +174,18 @@ def one_of_two(rank, root, out):
         "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=200)
     )
     data = opened(folder_config(root), rank, 2)
+
+    def result(model, *rates, **options):
+        return train(model, data, spell(*rates), wrap=nn.parallel.DistributedDataParallel, **options)
+
     try:
-        distributed = {"wrap": nn.parallel.DistributedDataParallel}
-        result = train(small_network(), data, spell(0.1, 0.05), **distributed)
-        torch.save((*result, train(with_batchnorm(), data, spell(0.1), **distributed)), f"{out}/{rank}.pt")
+        results = {
+            "plain": result(small_network(), 0.1, 0.05),
+            "options": result(small_network(), 0.1, 0.05, config=OPTIONS, teacher=another_network()),
+            "batchnorm": result(with_batchnorm(), 0.1),
+            "batchnorm, averaged": result(with_batchnorm(), 0.1, config=OPTIONS),
+        }
+        torch.save(results, f"{out}/{rank}.pt")
     finally:
         data.close()
         dist.destroy_process_group()
@@ -240,30 +195,43 @@ def second_of_two(_, root, out):
     one_of_two(1, root, out)
 
 
-def test_two_ranks_train_and_measure_what_one_does(folder, tmp_path):
-    other = mp.spawn(second_of_two, (str(folder), str(tmp_path)), nprocs=1, join=False)
-    one_of_two(0, str(folder), str(tmp_path))
+@pytest.fixture(scope="module")
+def ranks(folder, tmp_path_factory):
+    """What each of two ranks came to."""
+    out = tmp_path_factory.mktemp("ranks")
+    other = mp.spawn(second_of_two, (str(folder), str(out)), nprocs=1, join=False)
+    one_of_two(0, str(folder), str(out))
     while not other.join():
         pass
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    epochs, done = run_alone(folder_config(folder), spell(0.1, 0.05), small_network())
-    for their_epochs, their_done, _ in ranks:
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "options"])
+def test_two_ranks_train_and_measure_what_one_does(folder, ranks, kind):
+    options = {"config": OPTIONS, "teacher": another_network()} if kind == "options" else {}
+    epochs, done = run_alone(folder_config(folder), spell(0.1, 0.05), small_network(), **options)
+    for their_epochs, their_done in (rank[kind] for rank in ranks):
         assert len(their_epochs) == len(epochs) == 2
         for theirs, ours in zip(their_epochs, epochs, strict=True):
-            assert theirs.tensors.keys() == ours.tensors.keys()
-            for name, tensor in ours.tensors.items():
-                torch.testing.assert_close(theirs.tensors[name], tensor, rtol=0, atol=1e-6)
-                torch.testing.assert_close(theirs.momentum[name], ours.momentum[name], rtol=0, atol=1e-6)
+            for tensors, expected in ((theirs.tensors, ours.tensors), (theirs.carried, ours.carried)):
+                assert tensors.keys() == expected.keys()
+                for name, tensor in expected.items():
+                    torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
             assert (theirs.images, theirs.top1) == (ours.images, ours.top1)
             assert theirs.loss == pytest.approx(ours.loss, abs=1e-6)
         assert their_done.metrics.images == done.metrics.images == TEST_IMAGES
         assert (their_done.metrics.top1, their_done.metrics.top5) == (done.metrics.top1, 1.0)
         assert their_done.metrics.loss == pytest.approx(done.metrics.loss, abs=1e-6)
-    for one, other in zip(*(result[0] for result in ranks), strict=True):
+    for one, other in zip(*(rank[kind][0] for rank in ranks), strict=True):
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    # BatchNorm's statistics are each rank's own until they are agreed upon: what is measured must be what is saved.
-    ((one,), measured), ((other,), _) = (result[2] for result in ranks)
+
+
+@pytest.mark.parametrize("kind", ["batchnorm", "batchnorm, averaged"])
+def test_two_ranks_agree_on_batchnorms_statistics(folder, ranks, kind):
+    # They are each rank's own until they are agreed upon: what is measured must be what is saved.
+    ((one,), measured), ((other,), _) = (rank[kind] for rank in ranks)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    assert all(torch.equal(one.carried[name], other.carried[name]) for name in one.carried)
     saved = with_batchnorm()
     saved.load_state_dict(one.tensors)
     _, alone = run_alone(folder_config(folder), spell(), saved)
@@ -271,30 +239,34 @@ def test_two_ranks_train_and_measure_what_one_does(folder, tmp_path):
     assert alone.metrics.top1 == measured.metrics.top1
 
 
-@pytest.mark.parametrize("done", [1, 2])
-def test_a_spell_that_was_cut_off_ends_in_the_same_weights(folder, done):
-    config, rates = folder_config(folder), (0.1, 0.1, 0.02)
-    whole, measured = run_alone(config, spell(*rates), with_batchnorm())
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_spell_that_was_cut_off_ends_in_the_same_weights(folder, done, ema):
+    config, rates, options = folder_config(folder), (0.1, 0.1, 0.02), dataclasses.replace(CONFIG, ema=ema)
+    whole, measured = run_alone(config, spell(*rates), with_batchnorm(), config=options)
     last = whole[done - 1]
     resumed = with_batchnorm()
     resumed.load_state_dict(last.tensors)
     torch.manual_seed(99)
-    rest, again = run_alone(config, spell(*rates, done=done), resumed, last.momentum)
+    rest, again = run_alone(config, spell(*rates, done=done), resumed, carried=last.carried, config=options)
     assert [epoch.position for epoch in rest] == list(range(done, 3))
     for ours, theirs in zip(rest, whole[done:], strict=True):
-        assert ours.tensors.keys() == theirs.tensors.keys()
+        assert ours.tensors.keys() == theirs.tensors.keys() and ours.carried.keys() == theirs.carried.keys()
         assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
-        assert all(torch.equal(ours.momentum[name], theirs.momentum[name]) for name in theirs.momentum)
+        assert all(torch.equal(ours.carried[name], theirs.carried[name]) for name in theirs.carried)
         assert (ours.loss, ours.top1, ours.images) == (theirs.loss, theirs.top1, TRAIN_IMAGES)
     assert again.metrics == measured.metrics
 
 
-def test_without_the_momentum_a_spell_goes_on_differently(folder):
-    config = folder_config(folder)
-    whole, _ = run_alone(config, spell(0.1, 0.1), with_batchnorm())
+@pytest.mark.parametrize(("ema", "part"), [(0.0, "momentum/"), (0.9, "momentum/"), (0.9, "weights/")])
+def test_without_what_it_carries_a_spell_goes_on_differently(folder, ema, part):
+    config, options = folder_config(folder), dataclasses.replace(CONFIG, ema=ema)
+    whole, _ = run_alone(config, spell(0.1, 0.1), with_batchnorm(), config=options)
+    assert any(name.startswith(part) for name in whole[0].carried)
+    rest = {name: tensor for name, tensor in whole[0].carried.items() if not name.startswith(part)}
     resumed = with_batchnorm()
     resumed.load_state_dict(whole[0].tensors)
-    (last,), _ = run_alone(config, spell(0.1, 0.1, done=1), resumed)
+    (last,), _ = run_alone(config, spell(0.1, 0.1, done=1), resumed, carried=rest, config=options)
     assert not torch.equal(last.tensors["0.weight"], whole[1].tensors["0.weight"])
 
 
