@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_run
+from helpers import small_run, write_pictures
 
 from laasp_ray import models, prune
 from laasp_ray.cost.latency import Latency
@@ -34,14 +34,29 @@ class Silent:
 
 
 QUICK = {
+    "data__format": "folder",
+    "data__loader": "torchvision",
+    "data__image_size": 8,
+    "data__eval_resize": 8,
+    "model__input_shape": [3, 8, 8],
+    "model__arguments": {"num_classes": 3},
     "train__prune_epoch": 0,
     "train__epochs": 1,
-    "train__batch_size": 256,
+    "train__batch_size": 12,
     "search__racing": "off",
     "prune__criteria": ["l1"],
     "prune__step": 0.05,
     "prune__recover_epochs": 0,
 }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), side=8, train=24, test=3)
+
+
+def config_of(storage, pictures, **changes):
+    return small_run(storage, **(QUICK | {"data__path": str(pictures)} | changes))
 
 
 def run(config, progress=None):
@@ -83,7 +98,7 @@ def clock_of(*medians):
     return pair
 
 
-ALL = QUICK | {
+ALL = {
     "search__reestimate_batchnorm": True,
     "prune__prunes_per_turn": 2,
     "prune__round_to": 4,
@@ -96,8 +111,8 @@ ALL = QUICK | {
 
 
 @pytest.fixture(scope="module")
-def with_all(tmp_path_factory):
-    config = small_run(tmp_path_factory.mktemp("all"), **ALL)
+def with_all(tmp_path_factory, pictures):
+    config = config_of(tmp_path_factory.mktemp("all"), pictures, **ALL)
     return config, run(config)
 
 
@@ -120,11 +135,11 @@ def test_a_run_with_all_of_them_reaches_every_target(with_all):
     assert f"FLOPs reduction {flops[-1]:.2%} of 15.00%, parameters reduction {parameters[-1]:.2%} of 12.00%" in summary
 
 
-def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, monkeypatch):
+def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, pictures, monkeypatch):
     reference, result = with_all
     names = [event.name for event in events(reference)]
     assert "spell" in names[: len(names) - 1 - names[::-1].index("turn")]  # a recovery comes between turns
-    config = small_run(tmp_path, **ALL)
+    config = config_of(tmp_path, pictures, **ALL)
     for position in [place for place, name in enumerate(names) if name in ("turn", "finish")]:
         with monkeypatch.context() as patch:
             cut_off_at(patch, position)
@@ -139,10 +154,10 @@ def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, monkeypatc
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
-def test_statistics_measured_for_scoring_do_not_stay_in_the_network(tmp_path):
+def test_statistics_measured_for_scoring_do_not_stay_in_the_network(tmp_path, pictures):
     # Nothing is trained after pruning, so that what comes out is what was pruned.
-    changes = QUICK | {"train__prune_epoch": 1, "prune__flops_reduction": 0.04}
-    config = small_run(tmp_path, search__reestimate_batchnorm=True, **changes)
+    changes = {"train__prune_epoch": 1, "prune__flops_reduction": 0.04}
+    config = config_of(tmp_path, pictures, search__reestimate_batchnorm=True, **changes)
     result = run(config)
     folder = Path(config.storage) / config.name
     unpruned = models.build(config.model)
@@ -150,13 +165,13 @@ def test_statistics_measured_for_scoring_do_not_stay_in_the_network(tmp_path):
     apply_plan(unpruned, Plan.from_json(json.loads((folder / "pruned" / "plan.json").read_text())))
     assert all(torch.equal(tensor, result.model.state_dict()[name]) for name, tensor in unpruned.state_dict().items())
     # But it was scored with others.
-    plain = small_run(tmp_path, name="plain", **changes)
+    plain = config_of(tmp_path, pictures, name="plain", **changes)
     run(plain)
     assert turns(plain)[0]["decision"]["loss_before"] != turns(config)[0]["decision"]["loss_before"]
 
 
-def test_without_options_a_turn_holds_what_it_always_held(tmp_path):
-    config = small_run(tmp_path, prune__flops_reduction=0.02, **QUICK)
+def test_without_options_a_turn_holds_what_it_always_held(tmp_path, pictures):
+    config = config_of(tmp_path, pictures, prune__flops_reduction=0.02)
     result = run(config)
     (turn,) = turns(config)
     assert turn.keys() == {"decision", "step", "kept_filters", "candidates", "seconds"}
@@ -164,12 +179,12 @@ def test_without_options_a_turn_holds_what_it_always_held(tmp_path):
     assert not {"parameters_reduction", "latency_reduction"} & result.summary.keys()
 
 
-LATENCY = QUICK | {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.06}
+LATENCY = {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.06}
 
 
-def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, monkeypatch):
+def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.02, 0.97, 0.93))
-    config, progress = small_run(tmp_path, **LATENCY), Silent()
+    config, progress = config_of(tmp_path, pictures, **LATENCY), Silent()
     result = run(config, progress)
     reached = [turn["reached"]["latency"] for turn in turns(config)]
     assert reached == pytest.approx([-0.02, 0.03, 0.07])
@@ -181,9 +196,9 @@ def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, monk
     assert "% of FLOPs, 7.00% of latency; in " in progress.told["finished"][0][0]
 
 
-def test_what_the_clock_said_stays_when_the_run_goes_on(tmp_path, monkeypatch):
+def test_what_the_clock_said_stays_when_the_run_goes_on(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.0))
-    config = small_run(tmp_path, **LATENCY)
+    config = config_of(tmp_path, pictures, **LATENCY)
     with monkeypatch.context() as patch, pytest.raises(PowerCutError):
         cut_off_at(patch, 4)  # start, baseline, subset, turn
         run(config)
@@ -200,11 +215,11 @@ def all_but(layer, tmp_path):
     return [name for name, module in modules if isinstance(module, torch.nn.Conv2d) and name != layer]
 
 
-def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(tmp_path, monkeypatch):
+def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.1))
     ignored = all_but("layer3.0.conv1", tmp_path)
     changes = {"prune__ignored": ignored, "prune__max_pruned": 0.25, "prune__step": 0.1}
-    config, progress = small_run(tmp_path, **(LATENCY | changes)), Silent()
+    config, progress = config_of(tmp_path, pictures, **LATENCY, **changes), Silent()
     result = run(config, progress)
     names = [event.name for event in events(config)]
     assert names[names.index("exhausted") - 1] == "turn" and names[-3:] == ["epoch", "spell", "finish"]
@@ -213,7 +228,7 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     (note,) = [text for (text,) in progress.told["note"] if "short" in text]
     assert note.startswith("pruning ends short of its targets (latency +10.00% of 6.00%): no layer has a filter left")
     # Cut off before the final training, it knows.
-    again = small_run(tmp_path / "again", **(LATENCY | changes))
+    again = config_of(tmp_path / "again", pictures, **LATENCY, **changes)
     with monkeypatch.context() as patch, pytest.raises(PowerCutError):
         cut_off_at(patch, names.index("exhausted") + 1)
         run(again)
@@ -222,15 +237,15 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     assert [event.name for event in events(again)] == names
 
 
-def test_without_such_a_target_it_is_an_error(tmp_path):
+def test_without_such_a_target_it_is_an_error(tmp_path, pictures):
     # Bounded by turns, a target may be out of reach; here the filters end before the turns do.
     ignored = all_but("layer3.0.conv1", tmp_path)
     changes = {"prune__ignored": ignored, "prune__max_pruned": 0.25, "prune__step": 0.1, "prune__iterations": 99}
     with pytest.raises(ExhaustedError, match=r"no layer has a filter left to give within prune\.max_pruned=0\.25"):
-        run(small_run(tmp_path, **(QUICK | changes)))
+        run(config_of(tmp_path, pictures, **changes))
 
 
-def test_pls_has_these_targets_and_rounds_too(tmp_path):
+def test_pls_has_these_targets_and_rounds_too(tmp_path, pictures):
     changes = {
         "prune__method": "pls",
         "prune__flops_reduction": 0.0,
@@ -239,7 +254,7 @@ def test_pls_has_these_targets_and_rounds_too(tmp_path):
         "prune__percent": 5.0,
         "search__reestimate_batchnorm": True,
     }
-    config = small_run(tmp_path, **(QUICK | changes))
+    config = config_of(tmp_path, pictures, **changes)
     result = run(config)
     unpruned = sum(parameter.numel() for parameter in models.build(config.model).parameters())
     left = sum(parameter.numel() for parameter in result.model.parameters())
