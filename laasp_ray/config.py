@@ -90,7 +90,7 @@ class PruneConfig:
     `parameters_reduction` and `latency_reduction` are targets for its parameters and its median latency. 0 is no such
     target; pruning ends when all that are given are reached (a run with `sparsity` removes no filters and has none).
     Latency is measured after every prune, at `latency_batch` images, beside the unpruned network's: it is a clock's, so
-    such a run is not repeatable. Where no filter is left to give before latency is reached, pruning ends there.
+    such a run is not repeatable, and one lucky measurement ends pruning. It also ends when no filter is left to give.
 
     `step` is the share of FLOPs that one prune is worth (`step_rule` flops_share), or the share of a layer's current
     filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
