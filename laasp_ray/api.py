@@ -72,7 +72,7 @@ def prune(
         unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
     prepared = prepare(config, model, started=journal.last("start") is not None)
-    progress = progress or make_progress(config.prune.flops_reduction, sys.stderr)
+    progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
             run = _run_on_ray(prepared, storage, journal, progress, ray_address)
@@ -153,7 +153,7 @@ def _control(
         parts = Parts(trainer, executor, storage, journal, progress, events)
         state = fold(((event.name, event.data) for event in journal.events()), config)
         if resumed:
-            progress.resumed(state, config.prune.flops_reduction)
+            progress.resumed(state, config.prune.targets)
         loop = Controller if config.sparsity is None else SparseController
         return loop(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
     finally:

@@ -38,6 +38,16 @@ FLAGS: Flags = {
     "--storage": ("storage", str, "where runs are kept: a folder, or an s3:// or gs:// address"),
     "--name": ("name", str, "the run's name; the same name goes on with the run"),
     "--flops-reduction": ("prune.flops_reduction", float, "target share of multiply-accumulates to remove, 0 to 1"),
+    "--parameters-reduction": (
+        "prune.parameters_reduction",
+        float,
+        "target share of parameters to remove, 0 to 1; without --flops-reduction there is no target for FLOPs then",
+    ),
+    "--latency-reduction": (
+        "prune.latency_reduction",
+        float,
+        "target share by which the measured median latency is to fall; here too the one for FLOPs is left out",
+    ),
     "--pretrained": (
         "train.pretrained",
         str,
@@ -67,7 +77,8 @@ FLAGS: Flags = {
     "--seed": ("seed", int, "the one source of randomness"),
 }
 
-_FILTER_FLAGS = ("--flops-reduction", "--loss-images", "--criteria")
+_OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
+_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--loss-images", "--criteria")
 
 
 def _numbers(text: str) -> list[int]:
@@ -223,8 +234,11 @@ def _repeat(config: RunConfig, options: argparse.Namespace) -> None:
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit."""
     settings = config.to_dict()
-    for flag, (key, _, _) in options.flags.items():
-        value = getattr(options, flag[2:].replace("-", "_"))
+    given = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in options.flags}
+    if given.get("--flops-reduction") is None and any(given.get(flag) for flag in _OTHER_TARGETS):
+        _assign(settings, "prune.flops_reduction", 0)  # the recipe's is no target beside the one that is given
+    for flag, value in given.items():
+        key = options.flags[flag][0]
         if value is not None:
             _assign(settings, key, value.split(",") if key == "prune.criteria" else value)
     for assignment in options.set:

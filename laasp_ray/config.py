@@ -23,6 +23,8 @@ Schedule = Literal["steps", "cosine"]
 POOLING = re.compile(r"(max|avg)(?:([1-9]\d*)x([1-9]\d*))?")
 """What `prune.pooling` may be: all of a filter's output at once, or windows of height x width."""
 DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
+TARGETS = {"FLOPs": "flops_reduction", "parameters": "parameters_reduction", "latency": "latency_reduction"}
+"""What a target may be of -> its key of `prune`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +88,22 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What is removed. `flops_reduction` is the target share of the unpruned network's multiply-accumulates (0 only in
-    a run with `sparsity`, which removes no filters).
+    """What is removed. `flops_reduction` is the target share of the unpruned network's multiply-accumulates;
+    `parameters_reduction` and `latency_reduction` are targets for its parameters and its median latency. 0 is no such
+    target; pruning ends when all that are given are reached (a run with `sparsity` removes no filters and has none).
+    Latency is measured after every prune, at `latency_batch` images, beside the unpruned network's: it is a clock's, so
+    such a run is not repeatable, and one lucky measurement ends pruning. It also ends when no filter is left to give.
 
     `step` is the share of FLOPs that one prune is worth (`step_rule` flops_share), or the share of a layer's current
     filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
     `ignored` names modules (or prefixes of them, ending in a dot) that are left alone. `extra_layers` names linear
     layers that are candidates too. After each `recover_every` of FLOPs (0: after every prune) `recover_epochs` follow.
-    After `iterations` turns (0: no bound) pruning ends even if the target is not reached.
+    After `iterations` turns (0: no bound) pruning ends even if the target is not reached. A prune leaves
+    a layer with a multiple of `round_to` filters.
+
+    Up to `prunes_per_turn` candidates of a turn are carried out together: the best, and the next best whose prune
+    changes nothing that another's does. Those that a race dropped do not count, and it drops most: `search.racing` off
+    lets them all. A race's bound (`search.racing_error`) holds for the best one only. Method laasp only.
 
     `method` pls removes, every turn, the `percent` (of 100) of all filters of layers with no others coupled to them
     that tell least of the classes; `step`, `max_pruned` and `criteria` are not its. It and the criterion pls fit
@@ -114,9 +124,15 @@ class PruneConfig:
     percent: float = 10.0
     components: int = 2
     pooling: str = "max"
+    round_to: int = 1
+    prunes_per_turn: int = 1
+    parameters_reduction: float = 0.0
+    latency_reduction: float = 0.0
+    latency_batch: int = 1
 
     def __post_init__(self) -> None:
-        check(0 <= self.flops_reduction < 1, "prune.flops_reduction", self.flops_reduction, "a share between 0 and 1")
+        for key in TARGETS.values():
+            check(0 <= getattr(self, key) < 1, f"prune.{key}", getattr(self, key), "a share between 0 and 1")
         check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
         check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
         check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
@@ -129,6 +145,16 @@ class PruneConfig:
         check(self.components >= 1, "prune.components", self.components, "at least 1")
         whole = POOLING.fullmatch(self.pooling) is not None
         check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
+        check(self.round_to >= 1, "prune.round_to", self.round_to, "at least 1 (1: any number of filters)")
+        check(self.prunes_per_turn >= 1, "prune.prunes_per_turn", self.prunes_per_turn, "at least 1")
+        one = self.prunes_per_turn == 1 or self.method == "laasp"
+        check(one, "prune.prunes_per_turn", self.prunes_per_turn, "1 with method pls, which prunes many layers at once")
+        check(self.latency_batch >= 1, "prune.latency_batch", self.latency_batch, "at least 1")
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that are given: what of (a key of TARGETS) -> the share of the unpruned network's to be gone."""
+        return {of: getattr(self, key) for of, key in TARGETS.items() if getattr(self, key) > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +198,8 @@ class SearchConfig:
     `racing` on drops candidates that are worse with confidence before they have seen all images; `racing_error` is
     the chance that this drops the best. At most `batch_size` images go through the network at a time, and fewer where
     their values would take more than `memory_mb` (0: a share of the memory that is free). `candidates_per_task` bounds
-    a Ray task's candidates (0: sized by what they cost).
+    a Ray task's candidates (0: sized by what they cost). With `reestimate_batchnorm` a turn scores the network with
+    BatchNorm statistics measured anew on these images (search/batchnorm.py); the network itself keeps its own.
     """
 
     images: int = 5000
@@ -181,6 +208,7 @@ class SearchConfig:
     racing_error: float = 0.01
     memory_mb: int = 0
     candidates_per_task: int = 0
+    reestimate_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         check(self.images >= 1, "search.images", self.images, "at least 1")
@@ -188,6 +216,8 @@ class SearchConfig:
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
         check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
+        enough = self.images >= 2 or not self.reestimate_batchnorm
+        check(enough, "search.images", self.images, "at least 2 with search.reestimate_batchnorm: one has no variance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +343,14 @@ class RunConfig:
             self.data.image_size,
             f"the height and width of model.input_shape {self.model.input_shape}",
         )
-        reduction, sparsity = self.prune.flops_reduction, self.sparsity
+        sparsity = self.sparsity
         if sparsity is None:
-            check(reduction > 0, "prune.flops_reduction", reduction, "a share between 0 and 1")
+            wanted = "a share between 0 and 1, or 0 with another target (prune.parameters_reduction, latency_reduction)"
+            check(bool(self.prune.targets), "prune.flops_reduction", self.prune.flops_reduction, wanted)
             return
-        check(reduction == 0, "prune.flops_reduction", reduction, "0 with sparsity, which removes no filters")
+        for key in TARGETS.values():
+            target = getattr(self.prune, key)
+            check(target == 0, f"prune.{key}", target, "0 with sparsity, which removes no filters")
         check(
             len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
             "prune.recover_epochs",

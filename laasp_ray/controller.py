@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from laasp_ray.config import RunConfig
-from laasp_ray.errors import DataError, TrainingError
+from laasp_ray.config import TARGETS, RunConfig
+from laasp_ray.errors import DataError, ExhaustedError, TrainingError
 from laasp_ray.methods import METHODS
+from laasp_ray.methods.targets import measure_targets
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
@@ -129,20 +130,27 @@ class Controller:
         model = rebuild(self._unpruned, self._network).eval()
         executor = parts.executor(self.state.excluded, lambda name: self._note_unreadable((name,)))
         prepared = time.perf_counter() - started
-        turn = METHODS[self._config.prune.method](
-            model,
-            self._network,
-            self._example,
-            self._baseline,
-            self._config.prune,
-            executor,
-            turn=number,
-            on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
-        )
+        try:
+            turn = METHODS[self._config.prune.method](
+                model,
+                self._network,
+                self._example,
+                self._baseline,
+                self._config.prune,
+                executor,
+                turn=number,
+                on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
+            )
+        except ExhaustedError as error:
+            if not self._config.prune.latency_reduction:
+                raise
+            self._end_short(error)
+            return
         applied = time.perf_counter()
         self._network, self._carried = self._after(self._network, turn.step), {}
         if turn.ranking:
             write_candidates(parts.storage, number, turn.ranking)
+        measured = measure_targets(self._unpruned, self._network, self._config)
         now = time.perf_counter()
         seconds = {"prepare": prepared, **turn.seconds, "apply": now - applied, "total": now - started}
         self._record(
@@ -153,11 +161,21 @@ class Controller:
                 "kept_filters": {layer: len(kept) for layer, kept in self._network.plan.layers.items()},
                 "candidates": len(turn.ranking),
                 "seconds": seconds,
+                **measured.journaled(),
             },
         )
-        parts.progress.decision(turn.decision, self._config.prune.flops_reduction, now - started)
+        reached, targets = self.state.reached, self._config.prune.targets
+        parts.progress.decision(turn.decision, reached, targets, now - started)
         parts.events.scalar("prune/loss", turn.decision.loss, number)
-        parts.events.scalar("prune/flops_reduction", turn.decision.flops_reduction, number)
+        for of in {"FLOPs": 0.0} | targets:
+            parts.events.scalar(f"prune/{TARGETS[of]}", reached[of], number)
+
+    def _end_short(self, error: ExhaustedError) -> None:
+        """No filter is left to give, and latency, which nobody could tell before, is not what it should be."""
+        self._record("exhausted", {"reason": str(error)})
+        reached, targets = self.state.reached, self._config.prune.targets
+        short = ", ".join(f"{of} {-reached[of]:+.2%} of {share:.2%}" for of, share in targets.items())
+        self._parts.progress.note(f"pruning ends short of its targets ({short}): {error}")
 
     def _train(self) -> SpellDone:
         started = time.perf_counter()
@@ -271,6 +289,8 @@ class Controller:
             "parameters_unpruned": sum(parameter.numel() for parameter in self._unpruned.parameters()),
             "metrics": metrics,
         }
+        others = [of for of in self._config.prune.targets if of != "FLOPs"]
+        summary |= {TARGETS[of]: self.state.reached[of] for of in others}
         summary = dict(self._save(model, summary))
         parts.events.sync()
         self._record("finish", {**summary, "seconds": _seconds(parts.journal.events())})
@@ -289,7 +309,8 @@ class Controller:
         return summary
 
     def _result(self, summary: Mapping[str, Any]) -> str:
-        return f"pruned by {summary['flops_reduction']:.2%} of FLOPs"
+        targets = {"FLOPs": 0.0} | self._config.prune.targets
+        return "pruned by " + ", ".join(f"{summary[TARGETS[of]]:.2%} of {of}" for of in targets)
 
 
 def _seconds(events: Iterable[Event]) -> float:

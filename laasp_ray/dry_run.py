@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import PruneConfig, RunConfig
 from laasp_ray.preflight import Prepared, check_workers, prepare
 from laasp_ray.progression import initial_state
 from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.report.pace import format_duration
 from laasp_ray.search.candidates import propose, tasks_of
 from laasp_ray.search.engine import Sites
@@ -69,8 +70,11 @@ def workload_of(prepared: Prepared) -> Workload:
     sites = Sites(copy.deepcopy(prepared.unpruned).eval(), prepared.example_input)
     *costs, whole = (sites.cost(task).own for task in tasks_of(proposals))
     removes = sum(proposal.candidate.flops_reduction for proposal in proposals) / len(proposals)
-    turns = max(1, math.ceil(prune.flops_reduction / removes - 1e-9))
-    between = max(1, math.ceil(prune.recover_every / removes - 1e-9))
+    left = sum(parameters_after(graph.shapes, proposal.step) for proposal in proposals) / len(proposals)
+    each = {"FLOPs": removes, "parameters": 1 - left / prepared.baseline.parameters, "latency": removes}
+    prunes = max(share / each[of] for of, share in prune.targets.items())
+    turns = max(1, math.ceil(prunes / prune.prunes_per_turn - 1e-9))
+    between = max(1, math.ceil(prune.recover_every / (removes * prune.prunes_per_turn) - 1e-9))
     recoveries = turns // between if prune.recover_epochs else 0
     train = config.train
     pruned_first = initial_state(config).phase == "prune"
@@ -78,7 +82,8 @@ def workload_of(prepared: Prepared) -> Workload:
         proposals=sum(1 + len(proposal.candidate.also) for proposal in proposals),
         candidates=len(proposals),
         removes=removes,
-        passes=1 + sum(costs) / whole,
+        # Besides the candidates: the network as it stands, its statistics, what several prunes come to together.
+        passes=1 + config.search.reestimate_batchnorm + 2 * (prune.prunes_per_turn > 1) + sum(costs) / whole,
         loss_images=min(config.search.images, len(prepared.train)),
         turns=turns,
         recoveries=recoveries,
@@ -124,7 +129,7 @@ def describe(prepared: Prepared, workload: Workload, machine: Machine, repeats: 
         ("network", f"{config.model.builder}, {prepared.baseline.macs.total:,} multiply-accumulates"),
         ("images", f"{train_images:,} to train on, {test_images:,} to test on"),
         ("start", f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"),
-        ("turns", f"about {workload.turns}: {prune.flops_reduction:.2%} of FLOPs, {workload.removes:.2%} a candidate"),
+        ("turns", _turns(prune, workload)),
         (
             "candidates",
             f"{workload.proposals} proposals a turn, {workload.candidates} distinct "
@@ -154,6 +159,13 @@ def describe(prepared: Prepared, workload: Workload, machine: Machine, repeats: 
     return "\n".join([*lines, "", *_assumptions(config)])
 
 
+def _turns(prune: PruneConfig, workload: Workload) -> str:
+    targets = " and ".join(f"{share:.2%} of {of}" for of, share in prune.targets.items())
+    together = f", {prune.prunes_per_turn} together" if prune.prunes_per_turn > 1 else ""
+    of_flops = "" if list(prune.targets) == ["FLOPs"] else " of FLOPs"
+    return f"about {workload.turns}: {targets}, {workload.removes:.2%}{of_flops} a candidate{together}"
+
+
 def _assumptions(config: RunConfig) -> list[str]:
     lines = [
         "It is taken that",
@@ -164,6 +176,10 @@ def _assumptions(config: RunConfig) -> list[str]:
     ]
     if config.train.distill:
         lines.append("- every epoch asks the teacher: those before the first prune do not, and are faster")
+    if config.prune.prunes_per_turn > 1:
+        lines.append(f"- every turn makes {config.prune.prunes_per_turn} prunes")
+    if "latency" in config.prune.targets:
+        lines.append("- latency falls as FLOPs do")
     if config.search.racing == "on":
         lines.append("- every candidate sees all images: racing drops most of them long before, so turns are shorter")
     return lines

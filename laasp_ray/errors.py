@@ -24,6 +24,10 @@ class SearchError(LaaspError):
     """A candidate's loss could not be measured, or no candidate is left to choose."""
 
 
+class ExhaustedError(SearchError):
+    """No layer has a filter left to give."""
+
+
 class TrainingError(LaaspError):
     """Training could not go on; the message names the epoch and the last good checkpoint."""
 

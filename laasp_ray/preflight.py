@@ -25,10 +25,11 @@ from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.methods.aap import layer_rules
-from laasp_ray.pruning.groups import PruningGraph, reachable
+from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
+from laasp_ray.search.batchnorm import norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
@@ -96,6 +97,7 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     layers = independent_layers(graph) if config.prune.method == "pls" else tuple(graph.layers)
     _check_target(config, graph, baseline, layers)
     _check_criteria(config, graph, unpruned)
+    _check_search(config, unpruned)
     if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
         shapes = shapes_of(unpruned, example_input, Wanted.of(layers, config.prune))
         check_columns(shapes, config.prune.pooling, example_input.device)
@@ -121,7 +123,13 @@ def _prepare_sparse(
     dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
     for name, reason in dense.items():
         logger.info("layer %s stays dense: %s", name, reason)
-    baseline = Baseline(macs=count_macs(unpruned, example_input), step_sizes={}, filters={}, skipped=dense)
+    baseline = Baseline(
+        macs=count_macs(unpruned, example_input),
+        parameters=sum(parameter.numel() for parameter in unpruned.parameters()),
+        step_sizes={},
+        filters={},
+        skipped=dense,
+    )
     return Prepared(config, unpruned, example_input, baseline, train, test, begun_with)
 
 
@@ -192,6 +200,19 @@ def _check_criteria(config: RunConfig, graph: PruningGraph, unpruned: nn.Module)
             raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
 
 
+def _check_search(config: RunConfig, unpruned: nn.Module) -> None:
+    if config.search.reestimate_batchnorm and not norms_of(unpruned):
+        raise ConfigError(
+            "search.reestimate_batchnorm is True, but the network has no BatchNorm that keeps statistics: leave it out"
+        )
+    if config.prune.prunes_per_turn > 1 and config.search.racing == "on":
+        logger.warning(
+            "prune.prunes_per_turn is %d, but a race drops most candidates, and those that it drops do not count: set "
+            "search.racing=off to have as many",
+            config.prune.prunes_per_turn,
+        )
+
+
 def _of_weights(config: RunConfig) -> list[str]:
     return [name for name in config.prune.criteria if name not in criteria.OF_ACTIVATIONS]
 
@@ -203,9 +224,19 @@ def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, la
     limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
     if prune.method == "pls":  # which knows no limit but that a filter stays
         limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
-    most = reachable(graph, baseline.macs, max_pruned=limit, layers=layers)
-    if prune.flops_reduction > most and prune.iterations == 0:
-        raise ConfigError(
-            f"prune.flops_reduction is {prune.flops_reduction:g}, but with prune.{named} and "
-            f"{len(layers)} prunable layers at most {most:.4f} can be reached: {remedy}"
-        )
+    if prune.round_to > 1:
+        named += f", prune.round_to {prune.round_to}"
+    most = {
+        "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
+        "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
+    }
+    for key, share in most.items():  # latency cannot be told before it is measured
+        target = getattr(prune, key)
+        if target > share and prune.iterations == 0:
+            raise ConfigError(
+                f"prune.{key} is {target:g}, but with prune.{named} and {len(layers)} prunable layers at most "
+                f"{share:.4f} can be reached: {remedy}"
+            )
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.skipped.items())[:3])
+        raise ConfigError(f"no layer of the network can be pruned ({reasons}): ignore fewer layers")

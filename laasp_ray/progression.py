@@ -46,6 +46,8 @@ def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConf
         )
     if name == "turn":
         return _after_turn(state, data, config)
+    if name == "exhausted":  # no filter is left to give, and latency is still not what it should be
+        return replace(state, phase="final")
     if name == "stage":
         return _after_stage(state, config)
     if name == "excluded" and data["image"] not in state.excluded:
@@ -63,18 +65,21 @@ def fold(events: Iterable[tuple[str, Mapping[str, Any]]], config: RunConfig) -> 
 def _after_training(state: RunState, config: RunConfig) -> Phase:
     if config.sparsity is not None:
         return "prune"
-    enough = state.flops_reduction >= config.prune.flops_reduction or 0 < config.prune.iterations <= state.turn
-    return "final" if enough else "prune"
+    met = all(state.reached[of] >= share for of, share in config.prune.targets.items())
+    return "final" if met or 0 < config.prune.iterations <= state.turn else "prune"
 
 
 def _after_turn(state: RunState, data: Mapping[str, Any], config: RunConfig) -> RunState:
     step = Plan.from_json(data["step"])
     before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
     reduction = decision_from_json(data["decision"]).flops_reduction
+    reached = data.get("reached", {})  # of targets besides FLOPs
     state = replace(
         state,
         turn=state.turn + 1,
         flops_reduction=reduction,
+        parameters_reduction=reached.get("parameters", 0.0),
+        latency_reduction=reached.get("latency", 0.0),
         plan=before.then(step).to_json(),
         steps=(*state.steps, data["step"]),
     )

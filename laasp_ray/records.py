@@ -112,11 +112,21 @@ class Ranking(Sequence[CandidateLoss]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerPrune:
+    """These filters of one layer, and the criterion that picked them."""
+
+    layer: str
+    criterion: str
+    filters: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """The prune that a turn chose.
 
-    `filters` of `layer`, and with a method that prunes many layers at once those of the `further` layers, in network
-    order.
+    `filters` of `layer`, picked by `criterion`, and what is pruned together with them: with method pls the other
+    layers, in network order, with several prunes in a turn the next best. The losses, before and after, and
+    `flops_reduction` are those of all of it.
     """
 
     turn: int
@@ -127,7 +137,12 @@ class Decision:
     loss_before: float
     flops_reduction: float
     also: tuple[tuple[str, str], ...] = ()
-    further: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    further: tuple[LayerPrune, ...] = ()
+
+    @property
+    def prunes(self) -> tuple[LayerPrune, ...]:
+        """All of it, layer by layer."""
+        return (LayerPrune(layer=self.layer, criterion=self.criterion, filters=self.filters), *self.further)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +166,7 @@ class RunState:
     weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
     since, to be replayed onto them. `spell_epochs_done` counts the finished epochs of the
     spell of training that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
-    augmentation of the next one.
+    augmentation of the next one. The reductions of parameters and latency are 0 as long as they are no targets.
     """
 
     phase: Phase = "train"
@@ -160,12 +175,23 @@ class RunState:
     spell_epochs_done: int = 0
     epochs_trained: int = 0
     flops_reduction: float = 0.0
+    parameters_reduction: float = 0.0
+    latency_reduction: float = 0.0
     recovered_at: float = 0.0
     plan: Mapping[str, Any] | None = None
     checkpoint: str = "initial"
     checkpoint_plan: Mapping[str, Any] | None = None
     steps: tuple[Mapping[str, Any], ...] = ()
     excluded: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> dict[str, float]:
+        """What is gone of the unpruned network, by what a target may be of (config.TARGETS)."""
+        return {
+            "FLOPs": self.flops_reduction,
+            "parameters": self.parameters_reduction,
+            "latency": self.latency_reduction,
+        }
 
 
 def to_json(value: Any) -> Any:
@@ -189,9 +215,13 @@ def decision_from_json(data: Mapping[str, Any]) -> Decision:
         values = dict(data)
         values["filters"] = tuple(int(index) for index in values["filters"])
         values["also"] = tuple((str(layer), str(criterion)) for layer, criterion in values.get("also", ()))
-        further = values.get("further", ())
-        values["further"] = tuple((str(layer), tuple(int(index) for index in filters)) for layer, filters in further)
+        values["further"] = tuple(_layer_prune(part) for part in values.get("further", ()))
         values["loss"], values["loss_before"] = float(values["loss"]), float(values["loss_before"])
         return Decision(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"not a decision that this version can read: {data!r} ({error})") from error
+
+
+def _layer_prune(data: Mapping[str, Any]) -> LayerPrune:
+    filters = tuple(int(index) for index in data["filters"])
+    return LayerPrune(layer=str(data["layer"]), criterion=str(data["criterion"]), filters=filters)

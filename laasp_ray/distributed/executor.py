@@ -17,11 +17,12 @@ from laasp_ray.data.subset import Subset
 from laasp_ray.distributed import moments
 from laasp_ray.distributed.cluster import Share
 from laasp_ray.distributed.process import PROCESS, device
-from laasp_ray.distributed.transfer import pack
+from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.activations import Wanted, chunks_of
+from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Losses, Sites
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import settings_of
@@ -57,6 +58,14 @@ class RayExecutor:
             **share.task_options,
         }
         self._task = ray.remote(measure_losses).options(**self._options)
+
+    def for_scoring(self, network: NetworkState) -> NetworkState:
+        if not self._search.reestimate_batchnorm:
+            return network
+        turn = ray.put((network.plan, pack(network.tensors)))
+        task = ray.remote(statistics_task).options(**self._options)
+        arrays = _get(task.remote([self._network, turn, self._subset]))
+        return with_statistics(network, unpack(arrays, copy=True))
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
@@ -121,7 +130,7 @@ class _Hands:
         )
 
 
-def _get(reference: Any) -> Losses:
+def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -147,3 +156,12 @@ def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarr
     if device().type == "cuda":
         torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search
     return losses
+
+
+def statistics_task(inputs: list[Any]) -> dict[str, np.ndarray]:
+    """The task that measures the turn's BatchNorm statistics; references inside `inputs` are kept by the process."""
+    model, subset = PROCESS.network(*inputs)
+    arrays = pack(reestimate(model, subset))
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # the trainers share this GPU
+    return arrays

@@ -14,6 +14,7 @@ from torch import nn
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.methods.together import with_next_best
 from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import NetworkState
@@ -39,14 +40,16 @@ def take_turn(
     on_candidate: OnCandidate,
 ) -> Turn:
     """Proposes, measures and chooses; `model` is `network` rebuilt, and is not changed. One dependency graph is built.
+    With `config.prunes_per_turn` the next best candidates go with the best (together.py).
 
-    `on_candidate` hears (how many are done, of how many, which or None) as losses come in. Raises SearchError when
-    there is nothing to propose or nothing to choose.
+    `on_candidate` hears (how many are done, of how many, which or None) as losses come in. Raises SearchError
+    when there is nothing to propose (ExhaustedError) or nothing to choose.
     """
     clock = Stopwatch()
     graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
     macs = count_macs(model, example_input)
     clock.lap("graph")
+    network = executor.for_scoring(network)
     by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
     given = {name: executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
     proposals = propose(model, graph, macs, baseline, config, given)
@@ -68,14 +71,12 @@ def take_turn(
             on_candidate(so_far, len(proposals), None)
 
     results = executor.measure(network, tasks_of(proposals), hear, hear_share)
-    clock.lap("evaluate")
     ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
     _say_copied(ranking)
     decision = decide(ranking, turn=turn, loss_before=results[-1].loss)
-    chosen = next(
-        p for p in proposals if (p.candidate.layer, p.candidate.filters) == (decision.layer, decision.filters)
-    )
-    return Turn(decision, chosen.step, ranking, clock.seconds)
+    decision, step = with_next_best(decision, ranking, graph, macs, baseline, config, network, executor)
+    clock.lap("evaluate")
+    return Turn(decision, step, ranking, clock.seconds)
 
 
 def _say_copied(ranking: Ranking) -> None:

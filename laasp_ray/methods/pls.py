@@ -14,7 +14,7 @@ from torch import nn
 from laasp_ray import criteria
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.groups import PruningGraph
@@ -22,7 +22,7 @@ from laasp_ray.pruning.masks import mask_of
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan, macs_after
 from laasp_ray.pruning.several import independent_layers, removal_of_several
-from laasp_ray.records import Decision, Ranking
+from laasp_ray.records import Decision, LayerPrune, Ranking
 from laasp_ray.search.activations import Wanted
 from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.evaluate import LossTask
@@ -43,20 +43,21 @@ def take_turn(
     """Scores all filters anew, and chooses; `model` is `network` rebuilt, and is not changed.
 
     The decision's losses tell what the prune costs; they do not enter into it. There are no candidates for
-    `on_candidate` to hear of. Raises SearchError when nothing is left to prune or to choose from.
+    `on_candidate` to hear of. Raises ExhaustedError when nothing is left to prune.
     """
     clock = Stopwatch()
     graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
     layers = independent_layers(graph)
     if not layers:
-        raise SearchError(
-            "no layer has a filter left to give: set prune.iterations, lower prune.flops_reduction, or ignore fewer "
-            "layers"
+        raise ExhaustedError(
+            "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
         )
     clock.lap("graph")
+    network = executor.for_scoring(network)
     scores = executor.importance(network, Wanted.of(layers, config))
     clock.lap("score")
-    chosen = choose(scores, {layer: graph.layers[layer].blocks for layer in layers}, config.percent)
+    blocks = {layer: graph.layers[layer].blocks for layer in layers}
+    chosen = choose(scores, blocks, config.percent, config.round_to)
     removal = removal_of_several(graph, chosen)
     step = plan_of(removal)
     tasks = [LossTask("the prune by pls", step, mask_of(removal)), LossTask("the network before", Plan.empty(), {})]
@@ -64,28 +65,31 @@ def take_turn(
     if after.error:
         raise SearchError(f"the network that pls leaves cannot be evaluated: {after.error}")
     clock.lap("evaluate")
-    (layer, filters), *further = chosen.items()
+    prunes = [LayerPrune(layer=layer, criterion="pls", filters=filters) for layer, filters in chosen.items()]
     macs = count_macs(model, example_input)
     decision = Decision(
         turn=turn,
-        layer=layer,
-        criterion="pls",
-        filters=filters,
+        layer=prunes[0].layer,
+        criterion=prunes[0].criterion,
+        filters=prunes[0].filters,
         loss=after.loss,
         loss_before=before.loss,
         flops_reduction=1 - macs_after(macs, step) / baseline.macs.total,
-        further=tuple(further),
+        further=tuple(prunes[1:]),
     )
     return Turn(decision, step, Ranking([]), clock.seconds)
 
 
-def choose(scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], percent: float) -> dict[str, tuple[int, ...]]:
+def choose(
+    scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], percent: float, round_to: int = 1
+) -> dict[str, tuple[int, ...]]:
     """The `percent` (of 100) of all filters that score lowest, by layer; rounded to the nearest, one at least.
 
     `scores` has each layer's (N,), `blocks` into how many equal blocks a layer's filters fall, that must lose the same
-    count each: what does not divide stays. Of equal scores the earlier layer's and the lower index goes first. A layer
-    that would vanish keeps its filters, and the next lowest of other layers go in their place. Raises SearchError if
-    nothing can go.
+    count each: what does not divide stays, and so does what would not leave the layer a multiple of `round_to` filters.
+    If that is all, more are taken, one by one, until a layer can give some. Of equal scores the earlier layer's and the
+    lower index goes first. A layer that would vanish keeps its filters, and the next lowest of other layers go in their
+    place. Raises ExhaustedError if nothing can go.
     """
     wanted = max(1, math.floor(percent / 100 * sum(len(values) for values in scores.values()) + 0.5))
     open_layers = list(scores)
@@ -95,17 +99,24 @@ def choose(scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], percen
         if vanishing:
             open_layers = [layer for layer in open_layers if layer not in vanishing]
             continue
-        whole = {layer: count // blocks[layer] * blocks[layer] for layer, count in counts.items()}
+        whole = {layer: _whole(len(scores[layer]), count, blocks[layer], round_to) for layer, count in counts.items()}
         chosen = {
             layer: criteria.lowest(scores[layer], count, blocks[layer]) for layer, count in whole.items() if count
         }
         if chosen:
             return chosen
-        break
-    raise SearchError(
-        f"of {len(scores)} layers none can give filters when {wanted} are to go: every one would vanish, or lose "
-        "less than one filter of each of its blocks; change prune.percent, or set prune.iterations"
+        wanted += 1
+    raise ExhaustedError(
+        f"of {len(scores)} layers none can give filters when {wanted} are to go: every one would vanish, or lose less "
+        f"than one filter of each of its blocks, or not be left with a multiple of {round_to} (prune.round_to); change "
+        "prune.percent, or set prune.iterations"
     )
+
+
+def _whole(filters: int, count: int, blocks: int, round_to: int) -> int:
+    """At most `count`, so that what is left of the filters falls in equal blocks and is a multiple of `round_to`."""
+    unit = math.lcm(blocks, round_to)
+    return max(0, filters - math.ceil((filters - count) / unit) * unit)
 
 
 def _lowest_counts(scores: Mapping[str, torch.Tensor], wanted: int) -> dict[str, int]:

@@ -7,7 +7,6 @@ the first.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import random
@@ -21,9 +20,10 @@ from torch_pruning import ops
 
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
-from laasp_ray.errors import ConfigError, PruningError
+from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import Side, describe, is_depthwise, parameter_side, plan_of, unite
-from laasp_ray.pruning.plan import Plan, macs_after
+from laasp_ray.pruning.names import candidate_layers, ignored_modules
+from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.pruning.verify import fault_of, scramble, tensors_in, twin
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class PruningGraph:
     kept, and may be in any mode. `example_input` of shape (B, ...) is any input it takes; its values do not matter.
 
     Every layer's coupling is checked by running (see verify.py); one that fails is skipped. `layers` and `skipped`
-    are in the order of named_modules.
+    are in the order of named_modules. `shapes` has those of all parameters, by name.
 
     Raises ConfigError for unknown names, PruningError if the network cannot be traced. (Method: Fang et al., DepGraph,
     CVPR 2023.)
@@ -74,6 +74,7 @@ class PruningGraph:
 
     layers: Mapping[str, ChannelGroup]
     skipped: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -89,9 +90,10 @@ class PruningGraph:
         example = example_input[:1].detach().cpu().clone()
         if example.is_floating_point():
             example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in probe.named_parameters()}
         modules = dict(probe.named_modules())
-        frozen = _ignored_modules(list(modules), ignored)
-        names = _candidates(modules, extra_layers)
+        frozen = ignored_modules(list(modules), ignored)
+        names = candidate_layers(modules, extra_layers)
         tracer = _Tracer(probe, example, frozen)
         self._couplings: dict[str, _Coupling] = {}
         reasons: dict[str, str] = {}
@@ -309,36 +311,6 @@ def _random_half(name: str, coupling: _Coupling) -> list[int]:
     ]
 
 
-def _ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
-    frozen: set[str] = set()
-    for entry in ignored:
-        prefix = entry if entry.endswith(".") else entry + "."
-        found = {name for name in modules if name.startswith(prefix) or name == entry} if entry else set()
-        if not found:
-            raise ConfigError(
-                f"prune.ignored names {entry!r}, which is no module of the network{_hint(entry.rstrip('.'), modules)}"
-            )
-        frozen |= found
-    return frozen
-
-
-def _candidates(modules: Mapping[str, nn.Module], extra_layers: Sequence[str]) -> list[str]:
-    for name in extra_layers:
-        if not isinstance(modules.get(name), nn.Linear):
-            linear = [other for other, module in modules.items() if isinstance(module, nn.Linear)]
-            raise ConfigError(
-                f"prune.extra_layers names {name!r}, which is no linear layer of the network{_hint(name, linear)}"
-            )
-    return [
-        name for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd) or name in extra_layers
-    ]
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
 def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepRule) -> dict[str, int]:
     """Layer -> how many filters one prune takes, computed once, on the unpruned network that `macs` was counted on.
 
@@ -358,35 +330,61 @@ def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepR
 
 
 def filters_to_remove(
-    group: ChannelGroup, *, step_size: int, original: int, step_rule: StepRule, step: float, max_pruned: float
+    group: ChannelGroup,
+    *,
+    step_size: int,
+    original: int,
+    step_rule: StepRule,
+    step: float,
+    max_pruned: float,
+    round_to: int = 1,
 ) -> int:
     """How many filters the layer may lose this turn; 0 if none.
 
     `original` is its number of filters in the unpruned network, of which at most the share `max_pruned` is ever
     removed. `step_size` is what `step_sizes` gave; under the rule `layer_share` the count is the share `step` of the
-    filters that the layer has now instead. A multiple of the layer's blocks; one filter of each block stays.
+    filters that the layer has now instead. A multiple of the layer's blocks that leaves a multiple of `round_to`: the
+    nearest one, of two equally near the smaller; one filter of each block stays.
     """
     wanted = step_size
     if step_rule == "layer_share":
         wanted = group.blocks * max(1, math.floor(step * group.filters / group.blocks + 0.5))
-    allowed = _limit(original, max_pruned) - (original - group.filters)
-    count = min(wanted, allowed, group.filters - group.blocks)
-    return max(0, count // group.blocks * group.blocks)
+    wanted -= wanted % group.blocks
+    most = _limit(original, max_pruned) - (original - group.filters)
+    unit = math.lcm(group.blocks, round_to)
+    allowed = [group.filters - kept for kept in range(unit, group.filters, unit) if group.filters - kept <= most]
+    return min(allowed, key=lambda count: (abs(count - wanted), count), default=0) if wanted else 0
 
 
-def reachable(graph: PruningGraph, macs: Macs, *, max_pruned: float, layers: Collection[str] | None = None) -> float:
+def reachable(
+    graph: PruningGraph, macs: Macs, *, max_pruned: float, layers: Collection[str] | None = None, round_to: int = 1
+) -> float:
     """The share of multiply-accumulates that is gone when `layers` (default: all) of the unpruned network are at their
-    limit."""
+    limit, which leaves each a multiple of `round_to` filters."""
+    return 1 - macs_after(macs, _at_limits(graph, max_pruned, layers, round_to)) / macs.total
+
+
+def reachable_parameters(
+    graph: PruningGraph, *, max_pruned: float, layers: Collection[str] | None = None, round_to: int = 1
+) -> float:
+    """The same for the share of parameters."""
+    left = parameters_after(graph.shapes, _at_limits(graph, max_pruned, layers, round_to))
+    return 1 - left / parameters_after(graph.shapes, Plan.empty())
+
+
+def _at_limits(graph: PruningGraph, max_pruned: float, layers: Collection[str] | None, round_to: int) -> Plan:
     total: dict[Side, set[int]] = {}
     for name in graph.layers if layers is None else layers:
         group = graph.layers[name]
         width = group.filters // group.blocks
         own = next((gone for side, gone in total.items() if side.module == name and side.role == "filters"), set())
-        wanted = min(_limit(group.filters, max_pruned) // group.blocks, width - 1)
+        unit = math.lcm(group.blocks, round_to)
+        least = max(unit, math.ceil((group.filters - _limit(group.filters, max_pruned)) / unit) * unit)
+        wanted = max(0, group.filters - least) // group.blocks
         filters = [index for index in range(group.filters) if index % width < wanted and index not in own]
         if filters and len(own) < wanted * group.blocks:
             unite(total, graph.removal(name, filters))
-    return 1 - macs_after(macs, plan_of(total)) / macs.total
+    return plan_of(total)
 
 
 def _limit(original: int, max_pruned: float) -> int:

@@ -8,6 +8,7 @@ attributes that go with them. Applied to the network it was made for, it removes
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,17 @@ def macs_after(macs: Macs, plan: Plan) -> int:
         for axis, kept in plan.tensors.get(f"{layer}.weight", {}).items():
             numerator, denominator = numerator * len(kept[0]), denominator * shape[axis]
         total += numerator // denominator
+    return total
+
+
+def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:
+    """How many parameters `plan` leaves of a network whose parameters have these `shapes`, by name."""
+    total = 0
+    for name, shape in shapes.items():
+        left = list(shape)
+        for axis, kept in plan.tensors.get(name, {}).items():
+            left[axis] = len(kept[0])
+        total += math.prod(left)
     return total
 
 

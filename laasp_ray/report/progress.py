@@ -27,9 +27,13 @@ _REFRESHES_PER_S = 4
 
 
 class Progress(Protocol):
-    """What the controller tells as it goes. Shares (top1, flops_reduction, target) are from 0 to 1."""
+    """What the controller tells as it goes. Shares are from 0 to 1.
 
-    def resumed(self, state: RunState, target: float) -> None:
+    `targets` and `reached` have the share of the unpruned network's that is to go, and is gone, by what a target may be
+    of (config.TARGETS); `reached` has all, `targets` those that are given.
+    """
+
+    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
         """A run that was cut off goes on from `state`."""
 
     def phase(self, name: str, detail: str) -> None:
@@ -41,7 +45,9 @@ class Progress(Protocol):
     def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
         """`done` of a turn's `total` candidates have their loss, of which `measured` is the latest or the best."""
 
-    def decision(self, decision: Decision, target: float, seconds: float) -> None:
+    def decision(
+        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
+    ) -> None:
         """A turn is over; it took `seconds`."""
 
     def note(self, text: str) -> None:
@@ -53,35 +59,38 @@ class Progress(Protocol):
         """Gives the terminal back; may be called twice."""
 
 
-def make_progress(target: float, stream: TextIO | None = None, clock: Clock = time.monotonic) -> Progress:
-    """A live display if `stream` (stderr) is a terminal, else lines. `target`: the FLOPs reduction aimed at.
+def make_progress(
+    targets: Mapping[str, float], stream: TextIO | None = None, clock: Clock = time.monotonic
+) -> Progress:
+    """A live display if `stream` (stderr) is a terminal, else lines. `targets`: the shares to be gone, by what of.
 
     `clock` gives seconds, for the remaining time.
     """
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
-        return LiveProgress(target, Console(file=stream), clock)
-    return LineProgress(target, stream, clock)
+        return LiveProgress(targets, Console(file=stream), clock)
+    return LineProgress(targets, stream, clock)
 
 
 class _Standing:
     """Where the run stands, and when it will have come to the end of what it is doing."""
 
-    def __init__(self, target: float, clock: Clock) -> None:
-        self.target = target
+    def __init__(self, targets: Mapping[str, float], clock: Clock) -> None:
+        self.targets = targets
         self.phase, self.detail = "starting", ""
         self.turn = 0
-        self.flops_reduction = 0.0
+        self.reached = dict.fromkeys(targets, 0.0)
         self.epoch, self.epochs = 0, 0
         self.done, self.total = 0, 0
         self.least: CandidateLoss | None = None
         self.losses: dict[str, float] = {}
         self._clock = clock
-        self._flops_pace, self._epoch_pace = Pace(clock), Pace(clock)
+        self._paces = {of: Pace(clock) for of in targets}
+        self._epoch_pace = Pace(clock)
 
     def resume(self, state: RunState) -> None:
-        self.turn, self.flops_reduction = state.turn, state.flops_reduction
-        self._flops_pace.update(state.flops_reduction)
+        self.turn = state.turn
+        self._note_reached(state.reached)
 
     def begin(self, phase: str, detail: str) -> None:
         self.phase, self.detail = phase, detail
@@ -104,29 +113,35 @@ class _Standing:
         ):
             self.least = measured
 
-    def note_decision(self, decision: Decision, target: float) -> None:
-        self.turn, self.target, self.flops_reduction = decision.turn, target, decision.flops_reduction
-        self.losses = {"loss": decision.loss}
-        self._flops_pace.update(decision.flops_reduction)
+    def note_decision(self, decision: Decision, reached: Mapping[str, float]) -> None:
+        self.turn, self.losses = decision.turn, {"loss": decision.loss}
+        self._note_reached(reached)
+
+    def _note_reached(self, reached: Mapping[str, float]) -> None:
+        for of, pace in self._paces.items():
+            self.reached[of] = reached[of]
+            pace.update(reached[of])
 
     def remaining(self) -> str:
         """For example `target in 3 min 05 s`; empty as long as there is no pace to tell it from."""
         if self.phase == "prune":
-            what, seconds = "target in", self._flops_pace.seconds_until(self.target)
+            waits = [pace.seconds_until(self.targets[of]) for of, pace in self._paces.items()]
+            what = "target in" if len(waits) < 2 else "targets in"
         else:
-            what, seconds = f"{self.phase} done in", self._epoch_pace.seconds_until(self.epochs)
-        return "" if seconds is None else f"{what} {format_duration(seconds)}"
+            what, waits = f"{self.phase} done in", [self._epoch_pace.seconds_until(self.epochs)]
+        known = [seconds for seconds in waits if seconds is not None]
+        return f"{what} {format_duration(max(known))}" if waits and len(known) == len(waits) else ""
 
 
 class LineProgress:
     """A line per epoch, turn and decision; for logs and pipes."""
 
-    def __init__(self, target: float, stream: TextIO, clock: Clock) -> None:
-        self._standing, self._stream = _Standing(target, clock), stream
+    def __init__(self, targets: Mapping[str, float], stream: TextIO, clock: Clock) -> None:
+        self._standing, self._stream = _Standing(targets, clock), stream
 
-    def resumed(self, state: RunState, target: float) -> None:
+    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
         self._standing.resume(state)
-        self._print(resumed_line(state, target))
+        self._print(resumed_line(state, targets))
 
     def phase(self, name: str, detail: str) -> None:
         if name != self._standing.phase or name != "prune":
@@ -142,9 +157,11 @@ class LineProgress:
         if done == total:
             self._print(f"turn {turn}: {total} candidates measured{_least(self._standing)}")
 
-    def decision(self, decision: Decision, target: float, seconds: float) -> None:
-        self._standing.note_decision(decision, target)
-        self._print(_joined(decision_line(decision, target, seconds), self._standing.remaining()))
+    def decision(
+        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
+    ) -> None:
+        self._standing.note_decision(decision, reached)
+        self._print(_joined(decision_line(decision, reached, targets, seconds), self._standing.remaining()))
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}")
@@ -162,8 +179,8 @@ class LineProgress:
 class LiveProgress:
     """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
 
-    def __init__(self, target: float, console: Console, clock: Clock) -> None:
-        self._standing, self._console = _Standing(target, clock), console
+    def __init__(self, targets: Mapping[str, float], console: Console, clock: Clock) -> None:
+        self._standing, self._console = _Standing(targets, clock), console
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
         )
@@ -174,9 +191,9 @@ class LiveProgress:
         """What the display shows now."""
         standing = self._standing
         bars = Table.grid(padding=(0, 2))
-        if standing.target:  # none where weights, not filters, are pruned
-            reduced = f"{standing.flops_reduction:.2%} of {standing.target:.2%}"
-            bars.add_row("FLOPs reduction", _bar(standing.flops_reduction, standing.target), reduced)
+        for of, target in standing.targets.items():  # none where weights, not filters, are pruned
+            reached = standing.reached[of]
+            bars.add_row(f"{of} reduction", _bar(reached, target), f"{reached:.2%} of {target:.2%}")
         if standing.epochs:
             bars.add_row("epochs", _bar(standing.epoch, standing.epochs), f"{standing.epoch} of {standing.epochs}")
         elif standing.total:
@@ -185,9 +202,9 @@ class LiveProgress:
         facts = _joined(_metrics(standing.losses), _least(standing).removeprefix(", "), standing.remaining())
         return Group(title, bars, Text(facts, style="dim"))
 
-    def resumed(self, state: RunState, target: float) -> None:
+    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
         self._standing.resume(state)
-        self._print(f"[bold yellow]{escape(resumed_line(state, target))}[/]")
+        self._print(f"[bold yellow]{escape(resumed_line(state, targets))}[/]")
 
     def phase(self, name: str, detail: str) -> None:
         self._standing.begin(name, detail)
@@ -201,9 +218,11 @@ class LiveProgress:
         self._standing.note_candidate(done, total, measured, turn)
         self._show()
 
-    def decision(self, decision: Decision, target: float, seconds: float) -> None:
-        self._standing.note_decision(decision, target)
-        self._print(escape(decision_line(decision, target, seconds)))
+    def decision(
+        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
+    ) -> None:
+        self._standing.note_decision(decision, reached)
+        self._print(escape(decision_line(decision, reached, targets, seconds)))
 
     def note(self, text: str) -> None:
         self._print(f"[yellow]note:[/] {escape(text)}")
@@ -235,12 +254,12 @@ class LiveProgress:
         self._live.refresh()
 
 
-def resumed_line(state: RunState, target: float) -> str:
+def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
     """The line that tells where a run goes on."""
     turn = state.turn + (state.phase == "prune")
     return _joined(
         f"going on at turn {turn}" if turn else "going on before the first turn",
-        f"{state.flops_reduction:.1%} of {target:.1%} FLOPs gone" if target else "",
+        *(f"{state.reached[of]:.1%} of {target:.1%} {of} gone" for of, target in targets.items()),
         f"{state.epochs_trained} epochs trained",
     )
 
@@ -249,16 +268,26 @@ def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]
     return _joined(f"{phase}: epoch {epoch} of {epochs}", _metrics(metrics), f"learning rate {learning_rate:g}")
 
 
-def decision_line(decision: Decision, target: float, seconds: float) -> str:
-    """The line that tells a turn: layer, criterion, filters, losses, FLOPs, seconds."""
-    count = len(decision.filters) + sum(len(filters) for _, filters in decision.further)
+def decision_line(
+    decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
+) -> str:
+    """The line that tells a turn: layers, criteria, filters, losses, FLOPs and other targets, seconds."""
+    count = sum(len(prune.filters) for prune in decision.prunes)
     filters = f"{count} filter" + ("s" if count != 1 else "")
-    layers = decision.layer + (f" and {len(decision.further)} more" if decision.further else "")
+    gone = {of: share for of, share in reached.items() if of == "FLOPs" or of in targets}
+    shares = [f"{of} {-share:+.2%}" + (f" of {targets[of]:.2%}" if of in targets else "") for of, share in gone.items()]
     return (
-        f"turn {decision.turn}: {layers} by {decision.criterion}, {filters}, "
-        f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, "
-        f"FLOPs -{decision.flops_reduction:.2%} of {target:.2%}, {format_duration(seconds)}"
+        f"turn {decision.turn}: {_layers(decision)}, {filters}, "
+        f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, {', '.join(shares)}, {format_duration(seconds)}"
     )
+
+
+def _layers(decision: Decision) -> str:
+    """Each layer with its criterion; of many by one criterion the first."""
+    if len({prune.criterion for prune in decision.prunes}) > 1:
+        return " and ".join(f"{prune.layer} by {prune.criterion}" for prune in decision.prunes)
+    more = f" and {len(decision.further)} more" if decision.further else ""
+    return f"{decision.layer}{more} by {decision.criterion}"
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

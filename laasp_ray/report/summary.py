@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Decision, Metrics, decision_from_json
 from laasp_ray.report.pace import format_duration
@@ -14,7 +15,8 @@ from laasp_ray.store.journal import Event
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run so far. What has not happened yet is None or empty.
+    """A run so far. What has not happened yet is None or empty. `targets` and `reached` go by what a target may be of
+    (config.TARGETS); `reached` has FLOPs and what else is a target.
 
     `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
     test metrics before the first prune and at the end. `turn_seconds` has the mean seconds of a turn by where they
@@ -23,12 +25,12 @@ class Summary:
     """
 
     name: str
-    target: float
+    targets: Mapping[str, float]
     macs: int
     parameters: int
+    reached: Mapping[str, float]
     macs_after: int | None = None
     parameters_after: int | None = None
-    flops_reduction: float = 0.0
     before: Metrics | None = None
     after: Metrics | None = None
     decisions: tuple[Decision, ...] = ()
@@ -60,10 +62,9 @@ def summarise(events: Sequence[Event]) -> Summary:
 def format_summary(summary: Summary) -> str:
     """Text tables: the network before and after, the turns and their seconds, the layers."""
     state = "finished" if summary.finished else "not finished"
-    target = f" of {summary.target:.2%}" if summary.target else ""
-    lines = [f"Run {summary.name}: {state}, FLOPs reduction {summary.flops_reduction:.2%}{target}", ""]
+    lines = [f"Run {summary.name}: {state}, {_reductions(summary)}", ""]
     lines += table_lines(_network_rows(summary))
-    lines += ["", *_turn_lines(summary)] if summary.target else [""]
+    lines += ["", *_turn_lines(summary)] if summary.targets else [""]
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
         lines += [f"Training: {summary.epochs} epochs; {spent}"]
@@ -79,19 +80,25 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
     turns = [event.data for event in by_name.get("turn", ())]
     decisions = tuple(decision_from_json(turn["decision"]) for turn in turns)
     finish = by_name["finish"][-1].data if "finish" in by_name else None
-    reached = finish["flops_reduction"] if finish else decisions[-1].flops_reduction if decisions else 0.0
+    prune = start["config"]["prune"]
+    targets = {of: prune[key] for of, key in TARGETS.items() if prune.get(key)}
+    reached = dict.fromkeys({"FLOPs": 0.0} | targets, 0.0)
+    if turns:
+        reached |= {"FLOPs": decisions[-1].flops_reduction, **turns[-1].get("reached", {})}
+    if finish:
+        reached["FLOPs"] = finish["flops_reduction"]
     spells = [event.data for event in by_name.get("spell", ())]
     phases: dict[str, float] = {}
     for spell in spells:
         phases[spell["phase"]] = phases.get(spell["phase"], 0.0) + float(spell["seconds"])
     return Summary(
         name=start["config"]["name"],
-        target=start["config"]["prune"]["flops_reduction"],
+        targets=targets,
         macs=start["macs"],
         parameters=start["parameters"],
         macs_after=finish["macs"] if finish else None,
         parameters_after=finish["parameters"] if finish else None,
-        flops_reduction=reached,
+        reached=reached,
         before=_metrics_before(spells, by_name),
         after=_metrics(finish["metrics"]) if finish else None,
         decisions=decisions,
@@ -124,6 +131,15 @@ def _mean_seconds(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for part, seconds in turn["seconds"].items():
             sums[part] = sums.get(part, 0.0) + float(seconds)
     return {part: seconds / len(turns) for part, seconds in sums.items()}
+
+
+def _reductions(summary: Summary) -> str:
+    targets = summary.targets
+    parts = [
+        f"{of} reduction {share:.2%}" + (f" of {targets[of]:.2%}" if of in targets else "")
+        for of, share in summary.reached.items()
+    ]
+    return ", ".join(parts)
 
 
 def _network_rows(summary: Summary) -> list[tuple[str, ...]]:

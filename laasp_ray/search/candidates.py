@@ -11,11 +11,11 @@ from torch import nn
 from laasp_ray import criteria
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import Macs
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.groups import PruningGraph, filters_to_remove, step_sizes
 from laasp_ray.pruning.masks import Mask, mask_of
-from laasp_ray.pruning.plan import Plan, macs_after
+from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.records import Candidate, CandidateLoss
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 
@@ -28,10 +28,12 @@ NO_SCORES: Scores = {}
 class Baseline:
     """What is measured once, on the unpruned network, and holds for the whole run.
 
-    `step_sizes` is how many filters of a layer one prune takes, before limits; `filters` how many the layer has.
+    `step_sizes` is how many filters of a layer one prune takes, before limits; `filters` how many the layer has;
+    `parameters` how many the network has.
     """
 
     macs: Macs
+    parameters: int
     step_sizes: Mapping[str, int]
     filters: Mapping[str, int]
     skipped: Mapping[str, str]
@@ -50,6 +52,7 @@ def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Ba
     """`graph` and `macs` are those of the unpruned network."""
     return Baseline(
         macs=macs,
+        parameters=parameters_after(graph.shapes, Plan.empty()),
         step_sizes=step_sizes(graph, macs, step=config.step, step_rule=config.step_rule),
         filters={name: group.filters for name, group in graph.layers.items()},
         skipped=dict(graph.skipped),
@@ -70,7 +73,7 @@ def propose(
 
     Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
     candidate, and so do layers of one coupled group whose picks remove the same channels; it is credited to the first
-    of them. Raises SearchError when no layer has a filter left to give.
+    of them. Raises ExhaustedError when no layer has a filter left to give.
     """
     proposals: dict[Hashable, Proposal] = {}
     for layer, group in graph.layers.items():
@@ -81,6 +84,7 @@ def propose(
             step_rule=config.step_rule,
             step=config.step,
             max_pruned=config.max_pruned,
+            round_to=config.round_to,
         )
         if count == 0:
             continue
@@ -104,9 +108,10 @@ def propose(
             )
             proposals[key] = Proposal(candidate, step, mask_of(removal))
     if not proposals:
-        raise SearchError(
-            f"no layer has a filter left to give within prune.max_pruned={config.max_pruned}: "
-            "raise it, lower prune.flops_reduction, or ignore fewer layers"
+        rounded = f" and prune.round_to={config.round_to}" if config.round_to > 1 else ""
+        raise ExhaustedError(
+            f"no layer has a filter left to give within prune.max_pruned={config.max_pruned}{rounded}: "
+            "change that, lower the target, or ignore fewer layers"
         )
     return list(proposals.values())
 

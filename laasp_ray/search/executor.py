@@ -12,12 +12,17 @@ from torch import nn
 from laasp_ray.config import SearchConfig
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
 from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
 class Executor(Protocol):
+    def for_scoring(self, network: NetworkState) -> NetworkState:
+        """The network as a turn scores it: `network` itself, or, with `search.reestimate_batchnorm`, with BatchNorm
+        statistics measured anew (search/batchnorm.py)."""
+
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
@@ -42,19 +47,27 @@ class InProcessExecutor:
         self._unpruned, self._subset, self._device = unpruned, subset.to(device), device
         self._search, self._seed = search, seed
 
+    def for_scoring(self, network: NetworkState) -> NetworkState:
+        if not self._search.reestimate_batchnorm:
+            return network
+        return with_statistics(network, reestimate(self._ready(network), self._subset))
+
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        model = ready(rebuild(self._unpruned, network), self._device)
+        model = self._ready(network)
         hands = OneHand(Engine(model, self._subset, memory_bytes=self._search.memory_mb * 1_000_000), tasks)
         settings = settings_of(self._search, len(self._subset), self._seed)
         return measure(hands, len(tasks), settings, on_result, on_share)
 
     def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
-        return importance(ready(rebuild(self._unpruned, network), self._device), self._subset, wanted)
+        return importance(self._ready(network), self._subset, wanted)
 
     def close(self) -> None:
         return None
+
+    def _ready(self, network: NetworkState) -> nn.Module:
+        return ready(rebuild(self._unpruned, network), self._device)
 
 
 class OneHand:

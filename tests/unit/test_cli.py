@@ -105,18 +105,33 @@ def test_the_flags_of_pls():
     assert (prune.components, prune.pooling) == (3, "max2x2")
 
 
+def test_a_target_by_flag_takes_the_place_of_the_recipes_for_flops():
+    assert config_of().prune.targets == {"FLOPs": 0.5}
+    assert config_of("--parameters-reduction", "0.3").prune.targets == {"parameters": 0.3}
+    assert config_of("--latency-reduction", "0.2").prune.targets == {"latency": 0.2}
+    both = config_of("--parameters-reduction", "0.3", "--latency-reduction", "0.2", "--flops-reduction", "0.4")
+    assert both.prune.targets == {"FLOPs": 0.4, "parameters": 0.3, "latency": 0.2}
+    # 0 is no target, and --set has the last word.
+    assert config_of("--parameters-reduction", "0").prune.targets == {"FLOPs": 0.5}
+    again = config_of("--parameters-reduction", "0.3", "--set", "prune.flops_reduction=0.1")
+    assert again.prune.targets == {"FLOPs": 0.1, "parameters": 0.3}
+    assert config_of("--set", "prune.parameters_reduction=0.3").prune.targets == {"FLOPs": 0.5, "parameters": 0.3}
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
         ("--method", "plsr", r"prune\.method is 'plsr', must be one of 'laasp', 'pls'"),
         ("--iterations", "-1", r"prune\.iterations is -1, must be at least 0"),
+        ("--parameters-reduction", "1", r"prune\.parameters_reduction is 1\.0, must be a share between 0 and 1"),
+        ("--latency-reduction", "-0.1", r"prune\.latency_reduction is -0\.1, must be a share between 0 and 1"),
         ("--percent", "100", r"prune\.percent is 100\.0, must be a percentage between 0 and 100"),
         ("--components", "0", r"prune\.components is 0, must be at least 1"),
         ("--pooling", "2x2", r"prune\.pooling is '2x2', must be 'max' or 'avg'"),
         ("--pooling", "max0x2", r"prune\.pooling is 'max0x2'"),
     ],
 )
-def test_flags_of_pls_that_do_not_fit_are_refused(flag, value, message):
+def test_flags_that_do_not_fit_are_refused(flag, value, message):
     with pytest.raises(ConfigError, match=message):
         config_of(flag, value)
 

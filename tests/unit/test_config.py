@@ -48,6 +48,14 @@ def test_missing_key_is_named():
         ("prune__max_pruned", 1.0),
         ("prune__criteria", []),
         ("prune__criteria", ["l1", "l1"]),
+        ("prune__round_to", 0),
+        ("prune__round_to", 1.5),
+        ("prune__prunes_per_turn", 0),
+        ("prune__parameters_reduction", 1.0),
+        ("prune__parameters_reduction", -0.1),
+        ("prune__latency_reduction", 1.0),
+        ("prune__latency_batch", 0),
+        ("search__reestimate_batchnorm", 1),
         ("train__batch_size", 1.5),
         ("train__prune_epoch", 161),
         ("train__schedule", "linear"),
@@ -68,6 +76,34 @@ def test_missing_key_is_named():
 def test_a_value_out_of_range_is_refused_with_its_key(key, value):
     with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
         RunConfig.from_dict(settings(**{key: value}))
+
+
+def test_a_target_besides_flops_stands_alone_or_with_it():
+    alone = RunConfig.from_dict(settings(prune__flops_reduction=0, prune__parameters_reduction=0.3)).prune
+    assert alone.targets == {"parameters": 0.3}
+    changes = {"prune__flops_reduction": 0.4, "prune__parameters_reduction": 0.3, "prune__latency_reduction": 0.2}
+    assert RunConfig.from_dict(settings(**changes)).prune.targets == {"FLOPs": 0.4, "parameters": 0.3, "latency": 0.2}
+    with pytest.raises(ConfigError, match=r"prune.flops_reduction is 0.0, .* or 0 with another target"):
+        RunConfig.from_dict(settings(prune__flops_reduction=0))
+
+
+def test_options_are_off_in_every_recipe():
+    for name in RECIPES:
+        prune, search = recipe(name).prune, recipe(name).search
+        assert (prune.round_to, prune.prunes_per_turn, search.reestimate_batchnorm) == (1, 1, False)
+        assert set(prune.targets) <= {"FLOPs"}
+
+
+def test_options_that_do_not_fit_together_are_refused():
+    with pytest.raises(ConfigError, match=r"prune.prunes_per_turn is 2, must be 1 with method pls"):
+        RunConfig.from_dict(settings(prune__method="pls", prune__prunes_per_turn=2))
+    with pytest.raises(ConfigError, match=r"search.images is 1, must be at least 2 with search.reestimate_batchnorm"):
+        RunConfig.from_dict(settings(search__images=1, search__reestimate_batchnorm=True))
+    sparse = {"sparsity": {}, "prune__flops_reduction": 0}
+    RunConfig.from_dict(settings(**sparse))
+    for key in ("parameters_reduction", "latency_reduction"):
+        with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
+            RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
 
 
 def test_a_whole_number_is_taken_where_a_float_is_wanted():

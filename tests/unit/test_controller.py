@@ -166,8 +166,8 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
                 run(config)
     before, progress = events(config), Silent()
     again = run(config, progress=progress)
-    ((state, target),) = progress.told["resumed"]
-    assert (state.phase, target) == ("done", 0.12)
+    ((state, targets),) = progress.told["resumed"]
+    assert (state.phase, targets) == ("done", {"FLOPs": 0.12})
     assert state.turn == sum(event.name == "turn" for event in before)
     assert state.epochs_trained == sum(event.name == "epoch" for event in before)
     # The seconds are those of the work that counts, whichever attempt it was done in.
@@ -306,9 +306,9 @@ def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by
     assert spells == ["train", "recover", "recover", "final"] and names.count("turn") == 2 and names[-1] == "finish"
     gone = []
     for decision in decisions(config):
-        layers = [decision["layer"], *(layer for layer, _ in decision["further"])]
+        layers = [decision["layer"], *(prune["layer"] for prune in decision["further"])]
         assert len(layers) > 1 and all(layer.endswith("conv1") and "." in layer for layer in layers)
-        gone.append(len(decision["filters"]) + sum(len(filters) for _, filters in decision["further"]))
+        gone.append(sum(len(prune["filters"]) for prune in (decision, *decision["further"])))
     assert gone == [17, 16]  # 5% of 3 x (16 + 32 + 64) = 336, and of the 319 that are left
     blocks = [block for stage in (1, 2, 3) for block in result.model.get_submodule(f"layer{stage}")]
     assert sum(block.conv1.out_channels for block in blocks) == 336 - sum(gone)

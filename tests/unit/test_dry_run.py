@@ -82,6 +82,25 @@ def test_epochs_by_phase(tmp_path, changes, recoveries, epochs):
     assert (found.recoveries, found.epochs) == (recoveries, epochs)
 
 
+def test_turns_by_the_target_that_is_furthest(tmp_path):
+    # Of 4 * 27 + 4, 4 * 36 + 4 and 4 * 10 + 10 parameters a prune of `a` takes 28 and 36, one of `b` 37 and 10.
+    each = ((28 + 36) + (37 + 10)) / 2 / (112 + 148 + 50)
+    assert each == pytest.approx(0.1790, abs=1e-4)
+    parameters = {"prune__parameters_reduction": 0.7}
+    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).turns == 4  # 3.91
+    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).turns == 4
+    assert workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).turns == 5  # 4.02
+    assert workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).turns == 4  # as FLOPs: 3.56
+
+
+def test_several_prunes_a_turn_and_statistics_measured_anew(tmp_path):
+    plain = workload(tmp_path)
+    several = workload(tmp_path, prune__prunes_per_turn=2)
+    # 0.7 / (2 * 0.1964) = 1.8 turns; a recovery after each, which takes more than 0.3.
+    assert (several.turns, several.recoveries) == (2, 2)
+    assert several.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
+
+
 def test_no_more_images_than_there_are(tmp_path):
     assert workload(tmp_path, search__images=100_000).loss_images == 1442
 
@@ -120,6 +139,12 @@ def test_what_it_says(tmp_path):
     taught = prepare(small_run(tmp_path, train__distill=0.5))
     assert "every epoch asks the teacher" in describe(taught, work, MACHINE)
     exhaustive = prepare(small_run(tmp_path, search__racing="off"))
+    prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_turn": 2}
+    other = describe(prepare(small_run(tmp_path, **prune, search__reestimate_batchnorm=True)), work, MACHINE)
+    shares = "12.00% of FLOPs and 20.00% of parameters and 10.00% of latency"
+    assert f"about {work.turns}: {shares}, {work.removes:.2%} of FLOPs a candidate, 2 together" in other
+    assert "latency falls as FLOPs do" in other and "every turn makes 2 prunes" in other
+    assert "latency" not in text and "every turn makes" not in text
     assert "racing" not in describe(exhaustive, work, MACHINE)
 
 

@@ -162,6 +162,51 @@ def test_the_reachable_maximum_is_what_is_named(tmp_path):
     prepare(small_run(tmp_path, prune__flops_reduction=0.75), network())
 
 
+def test_a_target_for_parameters_is_checked_like_that_for_flops(tmp_path):
+    # 3 of the 4 filters may go: of 4 * 27 + 4 parameters of the convolution 3/4, of 10 * 1024 + 10 of the layer behind
+    # 3/4 of the weights.
+    most = (3 * 28 + 7680) / (112 + 10250)
+    assert f"{most:.4f}" == "0.7493"
+    only = {"prune__flops_reduction": 0.0}
+    prepare(small_run(tmp_path, prune__parameters_reduction=0.749, **only), network())
+    with pytest.raises(
+        ConfigError, match=r"prune\.parameters_reduction is 0\.75, .*max_pruned 0\.75 and 1 .* at most 0\.7493 can"
+    ):
+        prepare(small_run(tmp_path, prune__parameters_reduction=0.75, **only), network())
+    prepare(small_run(tmp_path, prune__parameters_reduction=0.75, prune__iterations=1, **only), network())
+
+
+def test_what_rounding_leaves_out_of_reach_is_named(tmp_path):
+    halves = {"prune__round_to": 2, "prune__max_pruned": 0.7}  # 2 of the 4 filters may go
+    prepare(small_run(tmp_path, prune__flops_reduction=0.5, **halves), network())
+    with pytest.raises(ConfigError, match=r"0\.51, .*max_pruned 0\.7, prune\.round_to 2 and 1 .* at most 0\.5000 can"):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.51, **halves), network())
+    with pytest.raises(ConfigError, match=r"method pls, prune\.round_to 3 and 1 prunable layers at most 0\.2500 can"):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.5, prune__round_to=3, prune__method="pls"), network())
+
+
+def test_what_latency_can_be_reached_nobody_knows_before(tmp_path):
+    latency = {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.99}
+    prepare(small_run(tmp_path, **latency), network())
+    with pytest.raises(ConfigError, match=r"no layer of the network can be pruned \(0: is ignored\)"):
+        prepare(small_run(tmp_path, prune__ignored=["0"], **latency), network())
+
+
+def test_statistics_need_a_batchnorm(tmp_path):
+    with pytest.raises(ConfigError, match=r"search\.reestimate_batchnorm is True, but the network has no BatchNorm"):
+        prepare(small_run(tmp_path, prune__flops_reduction=0.5, search__reestimate_batchnorm=True), network())
+    prepare(small_run(tmp_path, search__reestimate_batchnorm=True))
+
+
+@pytest.mark.parametrize(("racing", "told"), [("on", 1), ("off", 0)])
+def test_several_prunes_a_turn_and_racing_do_not_go_well_together(tmp_path, caplog, racing, told):
+    config = small_run(tmp_path, prune__prunes_per_turn=3, search__racing=racing)
+    with caplog.at_level(logging.WARNING):
+        prepare(config)
+    found = [record.getMessage() for record in caplog.records if "prunes_per_turn is 3" in record.getMessage()]
+    assert len(found) == told and all("set search.racing=off" in text for text in found)
+
+
 def test_what_pls_can_reach_is_what_layers_of_their_own_can_give(tmp_path):
     pls = {"prune__method": "pls"}
     # Of the 4 filters all but one may go, and with them 3/4, whatever prune.max_pruned says.

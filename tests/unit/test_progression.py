@@ -142,3 +142,47 @@ def test_an_unreadable_image_is_noted_once():
 def test_events_without_consequence_change_nothing():
     state = initial_state(config())
     assert advance(state, "subset", {"digest": "0"}, config()) == state
+
+
+def with_targets(**shares):
+    base = config(prune_epoch=0, recover_every=0.5)
+    return dataclasses.replace(base, prune=dataclasses.replace(base.prune, **shares))
+
+
+def reached(reduction, kept=(0, 1), **others):
+    name, data = turn(reduction, kept)
+    return name, data | {"reached": others}
+
+
+def test_pruning_ends_when_every_target_is_reached():
+    three = with_targets(flops_reduction=0.3, parameters_reduction=0.2, latency_reduction=0.1)
+    state = initial_state(three)
+    for shares, phase in (
+        ((0.30, {"parameters": 0.19, "latency": 0.15}), "prune"),
+        ((0.31, {"parameters": 0.20, "latency": 0.09}), "prune"),  # a clock goes back, too
+        ((0.32, {"parameters": 0.21, "latency": 0.10}), "final"),
+    ):
+        state = advance(state, *reached(shares[0], tuple(range(5 - state.turn)), **shares[1]), three)
+        assert state.phase == phase
+        assert state.reached == {"FLOPs": shares[0], **shares[1]}
+
+
+@pytest.mark.parametrize(("of", "key"), [("parameters", "parameters_reduction"), ("latency", "latency_reduction")])
+def test_a_target_may_stand_without_one_for_flops(of, key):
+    alone = with_targets(flops_reduction=0.0, **{key: 0.2})
+    assert advance(initial_state(alone), *reached(0.4, **{of: 0.19}), alone).phase == "prune"
+    assert advance(initial_state(alone), *reached(0.1, **{of: 0.2}), alone).phase == "final"
+
+
+def test_recovery_goes_by_flops_whatever_the_targets_are():
+    alone = with_targets(flops_reduction=0.0, parameters_reduction=0.2, recover_every=0.1)
+    assert advance(initial_state(alone), *reached(0.09, parameters=0.15), alone).phase == "prune"
+    state = advance(initial_state(alone), *reached(0.1, parameters=0.05), alone)
+    assert state.phase == "recover"
+    assert advance(state, *SPELL, alone).phase == "prune"
+
+
+def test_when_no_filter_is_left_the_final_training_follows():
+    alone = with_targets(flops_reduction=0.0, latency_reduction=0.2)
+    state = fold([reached(0.1, latency=0.05), ("exhausted", {"reason": "no layer has a filter left"})], alone)
+    assert (state.phase, state.turn, state.reached["latency"]) == ("final", 1, 0.05)

@@ -3,8 +3,18 @@ import math
 
 import pytest
 
+from laasp_ray.config import TARGETS
 from laasp_ray.errors import SearchError, StoreError
-from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking, decision_from_json, to_json
+from laasp_ray.records import (
+    Candidate,
+    CandidateLoss,
+    Decision,
+    LayerPrune,
+    Ranking,
+    RunState,
+    decision_from_json,
+    to_json,
+)
 from laasp_ray.search.policy import choose, decide
 
 
@@ -93,17 +103,31 @@ def test_a_decision_of_several_layers_survives_json_and_one_without_is_of_one():
         loss=0.5,
         loss_before=0.25,
         flops_reduction=0.1,
-        further=(("b", (1, 2)), ("c", (0,))),
+        further=(
+            LayerPrune(layer="b", criterion="l1", filters=(1, 2)),
+            LayerPrune(layer="c", criterion="pls", filters=(0,)),
+        ),
     )
+    assert [(prune.layer, prune.criterion) for prune in decision.prunes] == [("a", "pls"), ("b", "l1"), ("c", "pls")]
     data = json.loads(json.dumps(to_json(decision)))
     assert decision_from_json(data) == decision
     del data["further"]
     assert decision_from_json(data).further == ()
+    assert decision_from_json(data).prunes == (LayerPrune(layer="a", criterion="pls", filters=(0,)),)
 
 
 def test_a_decision_that_cannot_be_read_says_so():
     with pytest.raises(StoreError, match="not a decision"):
         decision_from_json({"turn": 1})
+    decision = to_json(decide(Ranking([entry("a", 0.25)]), turn=1, loss_before=0.2))
+    with pytest.raises(StoreError, match="not a decision"):
+        decision_from_json(decision | {"further": [{"layer": "b", "filters": [1]}]})
+
+
+def test_a_state_tells_what_is_reached_of_every_target():
+    state = RunState(flops_reduction=0.1, parameters_reduction=0.2, latency_reduction=0.3)
+    assert state.reached == {"FLOPs": 0.1, "parameters": 0.2, "latency": 0.3}
+    assert {of: getattr(state, key) for of, key in TARGETS.items()} == state.reached
 
 
 def test_non_finite_floats_have_a_json_form():

@@ -13,7 +13,7 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.sources import open_source
 from laasp_ray.data.subset import draw_subset
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.pls import choose, take_turn
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import capture, rebuild
@@ -33,6 +33,9 @@ class RandomScores:
 
     def __init__(self):
         self._generator = torch.Generator().manual_seed(0)
+
+    def for_scoring(self, network):
+        return network
 
     def importance(self, network, wanted):
         filters = {name: network.tensors[f"{name}.weight"].shape[0] for name in wanted.layers}
@@ -57,7 +60,7 @@ def turns(model, executor, count, example=EXAMPLE):
 
 
 def removed(turn):
-    return {turn.decision.layer: turn.decision.filters, **dict(turn.decision.further)}
+    return {prune.layer: prune.filters for prune in turn.decision.prunes}
 
 
 def removed_in_all(found):
@@ -100,7 +103,7 @@ def test_resnet56_on_real_images_loses_as_many_filters_as_published(resnet56):
     found = list(turns(model, executor, 9))
     totals = removed_in_all(found)
     assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
-    assert all(turn.decision.criterion == "pls" for turn, _ in found)
+    assert all(prune.criterion == "pls" for turn, _ in found for prune in turn.decision.prunes)
 
 
 def test_scores_choose_over_all_layers_at_once():
@@ -178,3 +181,23 @@ def test_vip_of_real_activations_equals_scikit_learn(resnet56):
         reference = vip_by_scikit_learn(features, subset.labels, components)
         assert float((together - reference).abs().max()) < 1e-6
         assert float(together.square().mean()) == pytest.approx(1, abs=1e-12)
+
+
+def test_what_is_left_of_a_layer_is_a_multiple():
+    scores = {"a": torch.arange(16.0), "b": torch.arange(100.0, 112.0)}
+    ones = dict.fromkeys(scores, 1)
+    # Of 28 filters 12, all of them of `a`: 8 may go, 8 stay.
+    assert choose(scores, ones, 43, 8) == {"a": tuple(range(8))}
+    # 6 are too few: more are taken until `a` can give 8.
+    assert choose(scores, ones, 21, 8) == {"a": tuple(range(8))}
+    # 15 of `a`: 12 may go.
+    assert choose(scores, ones, 54, 4) == {"a": tuple(range(12))}
+    # Two blocks and multiples of 3: `c` keeps 6 of 12, three of each block.
+    blocks = {"c": 2, "d": 1}
+    grouped = {"c": torch.arange(12.0), "d": torch.arange(50.0, 62.0)}
+    assert choose(grouped, blocks, 25, 3) == {"c": (0, 1, 2, 6, 7, 8)}
+
+
+def test_a_multiple_that_no_layer_can_keep_is_named():
+    with pytest.raises(ExhaustedError, match=r"of 1 layers none .* a multiple of 8 \(prune\.round_to\)"):
+        choose({"a": torch.arange(8.0)}, {"a": 1}, 25, 8)

@@ -26,6 +26,9 @@ class TellingExecutor:
     def __init__(self, script):
         self._script = script
 
+    def for_scoring(self, network):
+        return network
+
     def measure(self, network, tasks, on_result, on_share):
         results = [MeasuredLoss(1.0, 10, 0.0)] * len(tasks)
         for item in self._script(len(tasks)):

@@ -7,8 +7,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from laasp_ray.records import Candidate, CandidateLoss, Decision, RunState
-from laasp_ray.report.progress import LineProgress, LiveProgress, decision_line, make_progress
+from laasp_ray.records import Candidate, CandidateLoss, Decision, LayerPrune, RunState
+from laasp_ray.report.progress import LineProgress, LiveProgress, decision_line, make_progress, resumed_line
 
 
 class Clock:
@@ -41,6 +41,14 @@ def decision(turn, reduction, filters=(1, 4)):
     )
 
 
+def gone(flops, parameters=0.0, latency=0.0):
+    return {"FLOPs": flops, "parameters": parameters, "latency": latency}
+
+
+FLOPS = {"FLOPs": 0.25}
+HALF = {"FLOPs": 0.5}
+
+
 def loss(value, layer="a"):
     candidate = Candidate(layer=layer, criterion="l1", filters=(0, 1), flops_reduction=0.1)
     return CandidateLoss(candidate=candidate, loss=value, images=10)
@@ -57,19 +65,19 @@ def tell(progress, clock):
     for done, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, 4.0)):
         progress.candidates(done, 4, loss(value, layer="abcd"[done - 1]), 1)
     clock.now = 40
-    progress.decision(decision(1, 0.05), 0.25, 10.0)
+    progress.decision(decision(1, 0.05), gone(0.05), FLOPS, 10.0)
     progress.phase("recover", "1 epochs")
     progress.note("left out: x.jpg")
     progress.phase("prune", "turn 2")
     progress.candidates(1, 2, loss(5.0), 2)
     progress.candidates(2, 2, None, 2)
     clock.now = 100
-    progress.decision(decision(2, 0.1, (7,)), 0.25, 65.0)
+    progress.decision(decision(2, 0.1, (7,)), gone(0.1), FLOPS, 65.0)
 
 
 def test_lines_where_there_is_no_terminal(clock):
     stream = io.StringIO()
-    progress = make_progress(0.25, stream, clock)
+    progress = make_progress(FLOPS, stream, clock)
     assert isinstance(progress, LineProgress)
     tell(progress, clock)
     progress.finished("done")
@@ -107,22 +115,22 @@ def cut_off(phase, turn, reduction, epochs):
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_a_run_that_goes_on_says_where(clock, stream, state, line):
     shown = stream()
-    progress = make_progress(0.538, shown, clock)
-    progress.resumed(state, 0.538)
+    progress = make_progress({"FLOPs": 0.538}, shown, clock)
+    progress.resumed(state, {"FLOPs": 0.538})
     progress.close()
     assert line in shown.getvalue()
 
 
 def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(clock):
-    progress = LiveProgress(0.5, Console(file=io.StringIO(), width=100), clock)
+    progress = LiveProgress(HALF, Console(file=io.StringIO(), width=100), clock)
     try:
-        progress.resumed(cut_off("prune", 11, 0.3, 9), 0.5)
+        progress.resumed(cut_off("prune", 11, 0.3, 9), HALF)
         with progress._console.capture() as capture:
             progress._console.print(progress.render())
         assert "30.00% of 50.00%" in capture.get()
         clock.now = 60
         progress.phase("prune", "turn 12")
-        progress.decision(decision(12, 0.4), 0.5, 60.0)
+        progress.decision(decision(12, 0.4), gone(0.4), HALF, 60.0)
         assert progress._standing.remaining() == "target in 1 min 00 s"
     finally:
         progress.close()
@@ -136,7 +144,7 @@ def test_log_records_go_above_the_live_display_and_where_they_went_before_after_
         logger.addHandler(handler)
     logging.root.manager.loggerDict["some.library"] = logger
     try:
-        progress = make_progress(0.25, stream, clock)
+        progress = make_progress(FLOPS, stream, clock)
         progress.phase("prune", "turn 1")
         progress.note("drawn")
         before = len(stream.getvalue())
@@ -153,7 +161,7 @@ def test_log_records_go_above_the_live_display_and_where_they_went_before_after_
 
 def test_turns_that_follow_each_other_are_announced_once(clock):
     stream = io.StringIO()
-    progress = LineProgress(0.25, stream, clock)
+    progress = LineProgress(FLOPS, stream, clock)
     for turn in (1, 2, 3):
         progress.phase("prune", f"turn {turn}")
     assert stream.getvalue() == "prune: turn 1\n"
@@ -161,7 +169,7 @@ def test_turns_that_follow_each_other_are_announced_once(clock):
 
 def test_remaining_time_of_a_spell_is_by_epochs_and_starts_anew_with_each_spell(clock):
     stream = io.StringIO()
-    progress = LineProgress(0.25, stream, clock)
+    progress = LineProgress(FLOPS, stream, clock)
     progress.phase("final", "4 epochs")
     for epoch in (1, 2):
         clock.now += 60
@@ -174,7 +182,7 @@ def test_remaining_time_of_a_spell_is_by_epochs_and_starts_anew_with_each_spell(
 
 def test_a_terminal_gets_a_live_display_with_lines_above(clock):
     stream = Terminal()
-    progress = make_progress(0.25, stream, clock)
+    progress = make_progress(FLOPS, stream, clock)
     assert isinstance(progress, LiveProgress)
     tell(progress, clock)
     progress.finished("done [sic]")
@@ -187,7 +195,7 @@ def test_a_terminal_gets_a_live_display_with_lines_above(clock):
 
 def test_what_the_display_holds(clock):
     console = Console(file=io.StringIO(), width=100)
-    progress = LiveProgress(0.25, console, clock)
+    progress = LiveProgress(FLOPS, console, clock)
     try:
         tell(progress, clock)
         console.file.truncate(0)
@@ -205,8 +213,61 @@ def test_what_the_display_holds(clock):
     assert lines[3] == "least loss 0.5000 (x by l1 (2 filters)), target in 3 min 00 s"
 
 
+def further(criterion):
+    return (
+        LayerPrune(layer="b", criterion="pls", filters=(0, 1, 2)),
+        LayerPrune(layer="c", criterion=criterion, filters=(7,)),
+    )
+
+
 def test_a_decision_of_several_layers_counts_them_and_their_filters():
-    several = dataclasses.replace(decision(2, 0.1), criterion="pls", further=(("b", (0, 1, 2)), ("c", (7,))))
-    assert decision_line(several, 0.25, 5.0) == (
+    several = dataclasses.replace(decision(2, 0.1), criterion="pls", further=further("pls"))
+    assert decision_line(several, gone(0.1), FLOPS, 5.0) == (
         "turn 2: layer3.0.conv1 and 2 more by pls, 6 filters, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 5 s"
     )
+
+
+def test_prunes_by_several_criteria_are_named_with_theirs():
+    several = dataclasses.replace(decision(2, 0.1), further=further("l1"))
+    assert decision_line(several, gone(0.1), FLOPS, 5.0) == (
+        "turn 2: layer3.0.conv1 by cosine and b by pls and c by l1, 6 filters, loss 0.1250 -> 0.2500, "
+        "FLOPs -10.00% of 25.00%, 5 s"
+    )
+
+
+def test_every_target_is_shown_that_is_given_and_flops_always(clock):
+    other = {"parameters": 0.4, "latency": 0.2}
+    line = decision_line(decision(2, 0.1), gone(0.1, 0.3, -0.05), other, 5.0)
+    assert line.endswith("FLOPs -10.00%, parameters -30.00% of 40.00%, latency +5.00% of 20.00%, 5 s")
+    state = RunState(phase="prune", turn=1, flops_reduction=0.1, parameters_reduction=0.3, latency_reduction=0.05)
+    assert resumed_line(state, other) == (
+        "going on at turn 2, 30.0% of 40.0% parameters gone, 5.0% of 20.0% latency gone, 0 epochs trained"
+    )
+    console = Console(file=io.StringIO(), width=100)
+    progress = LiveProgress(other, console, clock)
+    try:
+        progress.decision(decision(2, 0.1), gone(0.1, 0.3, -0.05), other, 5.0)
+        with console.capture() as capture:
+            console.print(progress.render())
+    finally:
+        progress.close()
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert lines[1].startswith("parameters reduction") and lines[1].endswith("30.00% of 40.00%")
+    assert lines[2].startswith("latency reduction") and lines[2].endswith("-5.00% of 20.00%")
+
+
+def test_the_remaining_time_is_that_of_the_target_that_is_furthest(clock):
+    targets = {"FLOPs": 0.25, "parameters": 0.25}
+    stream = io.StringIO()
+    progress = LineProgress(targets, stream, clock)
+    progress.phase("prune", "turn 1")
+    progress.decision(decision(1, 0.05), gone(0.05, 0.1), targets, 5.0)
+    assert "targets in" not in stream.getvalue()
+    clock.now = 60
+    # FLOPs: 5% took 60 s, 15% are left. Parameters: 10% took 60 s, 5% are left.
+    progress.decision(decision(2, 0.1), gone(0.1, 0.2), targets, 60.0)
+    assert stream.getvalue().endswith(", targets in 3 min 00 s\n")
+    clock.now = 120
+    # A clock's figure may fall below where it began: then there is no telling.
+    progress.decision(decision(3, 0.15), gone(0.15, 0.1), targets, 60.0)
+    assert stream.getvalue().endswith("1 min 00 s\n") and stream.getvalue().count("targets in") == 1

@@ -68,7 +68,7 @@ def journal(tmp_path, events):
 def test_a_finished_run(tmp_path):
     summary = summarise(journal(tmp_path, FIRST + LAST))
     assert summary.finished and summary.name == "digits" and (summary.macs, summary.macs_after) == (1000000, 740000)
-    assert (summary.parameters, summary.parameters_after, summary.flops_reduction) == (2000, 1500, 0.26)
+    assert (summary.parameters, summary.parameters_after, summary.reached) == (2000, 1500, {"FLOPs": 0.26})
     assert summary.before == Metrics(loss=0.5, top1=0.9625, top5=1.0, images=360)
     assert summary.after == Metrics(loss=0.0625, top1=0.975, top5=1.0, images=360)
     assert [decision.turn for decision in summary.decisions] == [1, 2] and summary.candidates == 30
@@ -101,7 +101,7 @@ def test_a_finished_run(tmp_path):
 
 def test_an_unfinished_run_says_so(tmp_path):
     summary = summarise(journal(tmp_path, FIRST))
-    assert not summary.finished and summary.after is None and summary.flops_reduction == 0.26
+    assert not summary.finished and summary.after is None and summary.reached == {"FLOPs": 0.26}
     text = format_summary(summary)
     assert "not finished" in text and "MACs         1,000,000      -" in text
 
@@ -130,3 +130,17 @@ def test_a_journal_that_lacks_something_is_refused(tmp_path):
         summarise([])
     with pytest.raises(StoreError, match=r"lacks something \(KeyError\('macs'\)\)"):
         summarise(journal(tmp_path, [("start", {"config": START[1]["config"]})]))
+
+
+def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
+    name, data = turn(1, 0.1, {"layer1.0.conv1": 2}, 1.0)
+    prune = {"flops_reduction": 0.0, "parameters_reduction": 0.2, "latency_reduction": 0.3}
+    start = ("start", START[1] | {"config": {"name": "digits", "prune": prune}})
+    events = [start, (name, data | {"reached": {"parameters": 0.15, "latency": 0.25}})]
+    summary = summarise(journal(tmp_path, events))
+    assert summary.targets == {"parameters": 0.2, "latency": 0.3}
+    assert format_summary(summary).splitlines()[0] == (
+        "Run digits: not finished, FLOPs reduction 10.00%, parameters reduction 15.00% of 20.00%, "
+        "latency reduction 25.00% of 30.00%"
+    )
+    assert "Turns: 1" in format_summary(summary)

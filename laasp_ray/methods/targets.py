@@ -1,0 +1,50 @@
+"""How far a prune has come towards the targets of a run (config.TARGETS), apart from FLOPs, which a decision tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.cost.latency import Latency, measure_pair
+from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.plan import Plan, parameters_after
+from laasp_ray.records import to_json
+
+
+@dataclass(frozen=True)
+class Reached:
+    """`shares` of the unpruned network's that are gone, by what is a target; `latency` of it and of the pruned one."""
+
+    shares: Mapping[str, float]
+    latency: tuple[Latency, Latency] | None = None
+
+    def journaled(self) -> dict[str, Any]:
+        """What a turn's event holds of it: nothing where nothing was measured."""
+        latency = {} if self.latency is None else {"latency": to_json(self.latency)}
+        return {"reached": dict(self.shares), **latency} if self.shares else {}
+
+
+def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfig) -> Reached:
+    """Only what is a target is measured. Parameters are counted; latency is measured by turns with the unpruned
+    network's, in this process, on its GPU if it has one, at `prune.latency_batch` images: the medians are compared, and
+    another time they are others."""
+    shares: dict[str, float] = {}
+    latency = None
+    if config.prune.parameters_reduction:
+        shapes = {name: tuple(parameter.shape) for name, parameter in unpruned.named_parameters()}
+        shares["parameters"] = 1 - parameters_after(shapes, network.plan) / parameters_after(shapes, Plan.empty())
+    if config.prune.latency_reduction:
+        latency = measure_pair(
+            unpruned,
+            rebuild(unpruned, network),
+            config.model.input_shape,
+            batch_size=config.prune.latency_batch,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        shares["latency"] = 1 - latency[1].median_ms / latency[0].median_ms
+    return Reached(shares, latency)

@@ -1,0 +1,45 @@
+"""The modules of a network that a config names: those that are left alone, and those that are candidates."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from laasp_ray.errors import ConfigError
+
+
+def ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
+    """What the entries of `ignored` name, with all below it; an entry may be a prefix that ends in a dot.
+
+    Raises ConfigError for one that names nothing.
+    """
+    frozen: set[str] = set()
+    for entry in ignored:
+        prefix = entry if entry.endswith(".") else entry + "."
+        found = {name for name in modules if name.startswith(prefix) or name == entry} if entry else set()
+        if not found:
+            raise ConfigError(
+                f"prune.ignored names {entry!r}, which is no module of the network{_hint(entry.rstrip('.'), modules)}"
+            )
+        frozen |= found
+    return frozen
+
+
+def candidate_layers(modules: Mapping[str, nn.Module], extra_layers: Sequence[str]) -> list[str]:
+    """The convolutions and the `extra_layers`, in network order; raises ConfigError for one that is no linear layer."""
+    for name in extra_layers:
+        if not isinstance(modules.get(name), nn.Linear):
+            linear = [other for other, module in modules.items() if isinstance(module, nn.Linear)]
+            raise ConfigError(
+                f"prune.extra_layers names {name!r}, which is no linear layer of the network{_hint(name, linear)}"
+            )
+    return [
+        name for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd) or name in extra_layers
+    ]
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,74 @@
+"""BatchNorm statistics measured anew on the loss subset, for scoring a network as it stands.
+
+A prune changes what the layers behind it are given; until they are trained again, the running statistics that their
+BatchNorms keep are those of another network, and every loss is measured through them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from laasp_ray.errors import SearchError
+from laasp_ray.pruning.network import NetworkState
+from laasp_ray.pruning.verify import twin
+from laasp_ray.search.evaluate import LossSubset
+
+BATCH = 128
+"""Statistics depend on which images share a batch, so batches are cut by this, whoever measures and however much memory
+there is."""
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
+    """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
+
+    `model` is in eval mode on the subset's device, and is not changed. All images go through it once, in their order,
+    in ceil(images / BATCH) batches whose sizes differ by one at most. BatchNorms normalise by each batch's own mean and
+    variance, as in training, and everything else (dropout, say) is in eval mode. `running_mean` is the mean of the
+    batches' means over places and images, `running_var` that of their unbiased variances, every batch weighted by its
+    number of images: for equal batches what torch gives with `momentum=None`. A BatchNorm that is run several times
+    averages over all its calls; one that keeps no statistics is left out.
+
+    Raises SearchError where a batch takes more memory than a GPU has: `search.memory_mb` does not bound this.
+    """
+    network = twin(model).eval()
+    norms = norms_of(network)
+    seen = dict.fromkeys(norms.values(), 0)
+
+    def weigh(module: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[module] += len(inputs[0])
+        module.momentum = len(inputs[0]) / seen[module]  # the running average of all images so far
+
+    for module in norms.values():
+        module.reset_running_stats()
+        module.train().register_forward_pre_hook(weigh)
+    for positions in np.array_split(np.arange(len(subset)), math.ceil(len(subset) / BATCH)):
+        try:
+            network(subset.at(positions)[0])
+        except torch.OutOfMemoryError as error:
+            raise SearchError(
+                f"BatchNorm statistics are measured on batches of {len(positions)} images, which do not fit into the "
+                "device's memory: leave out search.reestimate_batchnorm"
+            ) from error
+    return {
+        f"{name}.{kind}": module.get_buffer(kind).cpu()
+        for name, module in norms.items()
+        for kind in ("running_mean", "running_var")
+    }
+
+
+def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorms that keep running statistics, by name."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, _BatchNorm) and module.track_running_stats}
+
+
+def with_statistics(network: NetworkState, statistics: Mapping[str, torch.Tensor]) -> NetworkState:
+    """The same network with these of its tensors in place of its own."""
+    return NetworkState(network.plan, {**network.tensors, **statistics})

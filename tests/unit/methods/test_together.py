@@ -1,0 +1,181 @@
+"""Several prunes in one turn: which go together, what is measured, and what the decision says."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from laasp_ray.config import PruneConfig, SearchConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.methods.laasp import take_turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.records import LayerPrune
+from laasp_ray.search.candidates import measure_baseline
+from laasp_ray.search.evaluate import LossSubset, MeasuredLoss, mean_loss
+from laasp_ray.search.executor import InProcessExecutor
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+LAST = f"{__name__}:last"
+
+
+def last(weights):
+    """A criterion that ranks the last filters last."""
+    return -torch.arange(len(weights), dtype=torch.float32)
+
+
+class Scripted:
+    """An executor that tells the losses it was given, by (layer, criterion), and `together` for all at once."""
+
+    def __init__(self, losses, together=0.75):
+        self._losses, self._together = losses, together
+        self.asked = []
+
+    def for_scoring(self, network):
+        return network
+
+    def measure(self, network, tasks, on_result, on_share):
+        self.asked.append(tasks)
+        if len(tasks) == 2 and len(self.asked) == 2:
+            return [MeasuredLoss(self._together, 10, 0.0), MeasuredLoss(0.25, 10, 0.0)]
+        results = []
+        for task in tasks[:-1]:
+            layer, _, rest = task.name.partition(" by ")
+            given = self._losses.get((layer, rest.partition(" (")[0]), 9.0)
+            results.append(given if isinstance(given, MeasuredLoss) else MeasuredLoss(given, 10, 0.0))
+        return [*results, MeasuredLoss(0.25, 10, 0.0)]
+
+
+@pytest.fixture
+def network():
+    """By l1 the first filters of a layer go, for they are the smallest.
+
+    At 8 x 8, multiply-accumulates: 36*8*9 = 2592 in "0", 16*8*8*9 = 9216 in "2", 4*4*8*9 = 1152 in "4", 48 behind:
+    13008. A step of 0.2 is 2 filters of "0" (324 + 1152 each), 2 of "2" (1152 + 144), and of "4" the 3 that may go.
+    Parameters: 80 + 584 + 292 + 51 = 1007.
+    """
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            weight = model[index].weight
+            weight.copy_(weight.sign() * torch.arange(1.0, len(weight) + 1).reshape(-1, 1, 1, 1) / 20)
+    return model
+
+
+def turn_of(model, executor, example=EXAMPLE, **changes):
+    settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_turn": 2, **changes}
+    config = PruneConfig(**settings)
+    baseline = measure_baseline(PruningGraph(model, example), count_macs(model, example), config)
+    state = capture(model, Plan.empty())
+    return take_turn(
+        model, state, example, baseline, config, executor, turn=1, on_candidate=lambda done, total, entry: None
+    )
+
+
+LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8}
+
+
+def test_the_next_best_of_another_group_goes_with_the_best(network):
+    executor = Scripted(LOSSES)
+    turn = turn_of(network, executor)
+    assert (turn.decision.layer, turn.decision.criterion, turn.decision.filters) == ("2", "l1", (0, 1))
+    # The second best is of the same layer; the third is not.
+    assert turn.decision.further == (LayerPrune(layer="0", criterion=LAST, filters=(6, 7)),)
+    assert (turn.decision.loss, turn.decision.loss_before) == (0.75, 0.25)
+    # 36*6*9 + 16*6*6*9 + 4*4*6*9 + 48 are left
+    assert turn.decision.flops_reduction == pytest.approx(1 - (1944 + 5184 + 864 + 48) / 13008, abs=1e-12)
+    assert turn.step.layers == {"2": (2, 3, 4, 5, 6, 7), "0": (0, 1, 2, 3, 4, 5)}
+    together, before = executor.asked[1]
+    assert together.step == turn.step and together.mask == {"4": (0, 1), "2": (6, 7)} and before.unpruned
+    assert len(turn.ranking) == 6 and turn.ranking[0].loss == 0.5
+
+
+def test_as_many_as_are_asked_for_and_no_more_than_there_are(network):
+    for most, layers in ((3, ["2", "0", "4"]), (9, ["2", "0", "4"]), (1, ["2"])):
+        turn = turn_of(network, Scripted(LOSSES), prunes_per_turn=most)
+        assert [prune.layer for prune in turn.decision.prunes] == layers
+        assert set(turn.step.layers) == set(layers)
+
+
+def test_one_prune_a_turn_measures_nothing_more(network):
+    executor = Scripted(LOSSES)
+    turn = turn_of(network, executor, prunes_per_turn=1)
+    assert len(executor.asked) == 1
+    assert (turn.decision.loss, turn.decision.further) == (0.5, ())
+    assert turn.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        # Without 2 filters of "2": 2592 + 16*6*8*9 + 4*4*6*9 + 48 = 10416 of 13008, 80 + 438 + 220 + 51 = 789 of 1007.
+        # Without 2 of "0" as well: 8040 of 13008, 60 + 330 + 220 + 51 = 661 of 1007.
+        ({"flops_reduction": 0.19}, ["2"]),
+        ({"flops_reduction": 0.2}, ["2", "0"]),
+        ({"flops_reduction": 0.39}, ["2", "0", "4"]),
+        ({"flops_reduction": 0.0, "parameters_reduction": 0.21}, ["2"]),
+        ({"flops_reduction": 0.0, "parameters_reduction": 0.22}, ["2", "0"]),
+        ({"flops_reduction": 0.0, "parameters_reduction": 0.35}, ["2", "0", "4"]),
+        ({"flops_reduction": 0.19, "parameters_reduction": 0.34}, ["2", "0"]),
+        # What the clock will say nobody knows before.
+        ({"flops_reduction": 0.0, "latency_reduction": 0.01}, ["2", "0", "4"]),
+        ({"flops_reduction": 0.19, "latency_reduction": 0.01}, ["2", "0", "4"]),
+    ],
+)
+def test_no_more_go_once_the_targets_are_reached(network, targets, layers):
+    turn = turn_of(network, Scripted(LOSSES), prunes_per_turn=3, **targets)
+    assert [prune.layer for prune in turn.decision.prunes] == layers
+
+
+def test_those_that_a_race_dropped_or_that_have_no_loss_stay(network):
+    dropped, failed = MeasuredLoss(0.1, 5, 0.0, dropped_at=1), MeasuredLoss(math.nan, 0, 0.0, error="broken")
+    rest = dict.fromkeys([("0", "l1"), ("4", LAST), ("2", LAST)], failed)
+    executor = Scripted({("2", "l1"): 0.5, ("0", LAST): dropped, ("4", "l1"): dropped, **rest})
+    turn = turn_of(network, executor, prunes_per_turn=3)
+    assert [prune.layer for prune in turn.decision.prunes] == ["2"] and len(executor.asked) == 1
+
+
+class Residual(nn.Module):
+    """`stem` and `second` make the same four channels; `first` is between them and has two of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.second, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.second(self.first(x).relu())).mean((2, 3)))
+
+
+def test_one_of_a_coupled_group():
+    losses = {("stem", "l1"): 0.5, ("second", LAST): 0.6, ("stem", LAST): 0.65, ("first", "l1"): 0.7}
+    torch.manual_seed(0)
+    turn = turn_of(Residual().eval(), Scripted(losses), torch.zeros(1, 3, 4, 4), step=1e-6, prunes_per_turn=4)
+    assert [prune.layer for prune in turn.decision.prunes] == ["stem", "first"]
+
+
+@pytest.mark.parametrize("together", [math.nan, math.inf])
+def test_the_best_goes_alone_where_all_together_have_no_loss(network, caplog, together):
+    with caplog.at_level(logging.WARNING):
+        turn = turn_of(network, Scripted(LOSSES, together))
+    assert (turn.decision.loss, turn.decision.further) == (0.5, ())
+    assert turn.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
+    assert "only the best goes of 2 by l1 (2 filters), 0 by" in caplog.text
+
+
+@pytest.mark.parametrize("racing", ["off", "on"])
+def test_the_loss_is_that_of_the_network_without_all_of_them(network, racing):
+    generator = torch.Generator().manual_seed(1)
+    subset = LossSubset(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 3, 10)
+    executor = InProcessExecutor(network, subset, torch.device("cpu"), SearchConfig(racing=racing), 0)
+    turn = turn_of(network, executor)
+    assert len(turn.decision.further) == 1
+    apply_plan(network, turn.step)
+    assert turn.decision.loss == pytest.approx(mean_loss(network, subset), abs=1e-5)
+    assert turn.decision.loss != turn.ranking[0].loss
