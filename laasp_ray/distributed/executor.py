@@ -17,8 +17,8 @@ from laasp_ray.data.subset import Subset
 from laasp_ray.distributed import moments
 from laasp_ray.distributed.cluster import Share
 from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.tasks import TASK_RETRIES, answer
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.activations import Wanted, chunks_of
@@ -30,11 +30,9 @@ from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 
 logger = logging.getLogger(__name__)
 
-TASK_RETRIES = 5
-"""How often a task whose worker or node was lost is run again."""
-
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 PATIENCE_S = 60
+LESS_MEMORY = "lower search.memory_mb or search.batch_size"
 
 
 class RayExecutor:
@@ -64,7 +62,11 @@ class RayExecutor:
             return network
         turn = ray.put((network.plan, pack(network.tensors)))
         task = ray.remote(statistics_task).options(**self._options)
-        arrays = _get(task.remote([self._network, turn, self._subset]))
+        arrays = answer(
+            task.remote([self._network, turn, self._subset]),
+            "the measurement of BatchNorm statistics",
+            "leave out search.reestimate_batchnorm",
+        )
         return with_statistics(network, unpack(arrays, copy=True))
 
     def measure(
@@ -113,7 +115,7 @@ class _Hands:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=PATIENCE_S)
             if done:
                 self._heard = True
-                return self._pending.pop(done[0]), _get(done[0])
+                return self._pending.pop(done[0]), answer(done[0], "an evaluation task", LESS_MEMORY)
             if not self._heard:
                 self._say_waiting()
 
@@ -128,18 +130,6 @@ class _Hands:
             self._share.task_options,
             ray.available_resources(),
         )
-
-
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from error
-    except ray.exceptions.RayError as error:
-        raise SearchError(
-            f"an evaluation task was lost {TASK_RETRIES + 1} times: {error}; "
-            "its worker may have run out of memory: lower search.memory_mb or search.batch_size"
-        ) from error
 
 
 def slots_of(resources: Mapping[str, float], share: Share) -> int:

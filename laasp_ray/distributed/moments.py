@@ -16,8 +16,8 @@ import torch
 
 from laasp_ray.criteria.pls import Moments
 from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.tasks import answer
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.errors import SearchError
 from laasp_ray.search.activations import Look, Wanted, first_look, moments_of, scores_of
 
 AHEAD = 2
@@ -29,7 +29,7 @@ def spread(
 ) -> dict[str, torch.Tensor]:
     """VIP (N,) of every wanted layer's filters; `inputs` are references to the unpruned network, the turn's (plan and
     tensors) and the subset. Raises what `search.activations.importance` does, SearchError if tasks are lost."""
-    look: Look = _get(ray.remote(look_task).options(**options).remote(inputs, wanted))
+    look: Look = _answer(ray.remote(look_task).options(**options).remote(inputs, wanted))
     shared = ray.put(look)
     task = ray.remote(moments_task).options(**options)
 
@@ -44,7 +44,7 @@ def spread(
                 ]
                 if not pending:
                     return
-                yield Moments(**unpack(_get(pending.pop(0)), copy=False))
+                yield Moments(**unpack(_answer(pending.pop(0)), copy=False))
         finally:
             for reference in pending:
                 ray.cancel(reference, force=False)
@@ -70,13 +70,9 @@ def moments_task(inputs: list[Any], wanted: Wanted, look: list[Any], chunk: np.n
     return arrays
 
 
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from error
-    except ray.exceptions.RayError as error:
-        raise SearchError(
-            f"a task that looks at filters' outputs was lost: {error}; its worker may have run out of memory: lower "
-            "search.batch_size or pool in larger windows (prune.pooling)"
-        ) from error
+def _answer(reference: Any) -> Any:
+    return answer(
+        reference,
+        "a task that looks at filters' outputs",
+        "lower search.batch_size or pool in larger windows (prune.pooling)",
+    )
