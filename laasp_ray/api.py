@@ -19,7 +19,8 @@ from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset, draw_subset
-from laasp_ray.errors import DataError
+from laasp_ray.errors import ConfigError, DataError
+from laasp_ray.methods import METHODS, TakeTurn
 from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
 from laasp_ray.progression import fold
 from laasp_ray.pruning.network import capture
@@ -54,16 +55,21 @@ def prune(
     distributed: bool = True,
     ray_address: str | None = None,
     progress: Progress | None = None,
+    method: TakeTurn | None = None,
 ) -> PruneResult:
     """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
 
     `model` is the unpruned network (any `nn.Module` that the dependency graph can trace), or None to have
     `config.model` built. `distributed` False keeps everything in this process, without Ray. `ray_address` None joins
     the cluster of RAY_ADDRESS, or else starts one on this machine for the length of the run.
+    `method` says what goes next, instead of what `config.prune.method` names; like `model`, it is given again to go on
+    with a run.
 
     Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
     with everything up to the last epoch or turn in the store.
     """
+    if method is not None and config.sparsity is not None:
+        raise ConfigError("a method is given to a run with sparsity, which removes no filters: leave one of them out")
     storage = open_run(config)
     journal = Journal(storage)
     finish = journal.last("finish")
@@ -75,9 +81,9 @@ def prune(
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
-            run = _run_on_ray(prepared, storage, journal, progress, ray_address)
+            run = _run_on_ray(prepared, storage, journal, progress, method, ray_address)
         else:
-            run = _run_here(prepared, storage, journal, progress)
+            run = _run_here(prepared, storage, journal, progress, method)
         finish = journal.last("finish")
         assert finish is not None
         return PruneResult(run, storage.uri, dict(finish.data))
@@ -85,7 +91,9 @@ def prune(
         _close([progress])
 
 
-def _run_here(prepared: Prepared, storage: Storage, journal: Journal, progress: Progress) -> nn.Module:
+def _run_here(
+    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, method: TakeTurn | None
+) -> nn.Module:
     config = prepared.config
     check_workers(config, len(prepared.train), 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,12 +105,23 @@ def _run_here(prepared: Prepared, storage: Storage, journal: Journal, progress: 
         return InProcessExecutor(prepared.unpruned, images, device, config.search, config.seed)
 
     return _control(
-        prepared, storage, journal, progress, lambda: InProcessTrainer(prepared.unpruned, config, device), executor
+        prepared,
+        storage,
+        journal,
+        progress,
+        method,
+        lambda: InProcessTrainer(prepared.unpruned, config, device),
+        executor,
     )
 
 
 def _run_on_ray(
-    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, address: str | None
+    prepared: Prepared,
+    storage: Storage,
+    journal: Journal,
+    progress: Progress,
+    method: TakeTurn | None,
+    address: str | None,
 ) -> nn.Module:
     from laasp_ray.distributed import cluster  # Ray takes seconds to import; whoever runs without it need not wait
     from laasp_ray.distributed.executor import RayExecutor
@@ -118,6 +137,7 @@ def _run_on_ray(
             storage,
             journal,
             progress,
+            method,
             lambda: RayTrainer(network, config, share, scratch),
             lambda subset: RayExecutor(network, prepared.unpruned, subset, config, share),
         )
@@ -128,6 +148,7 @@ def _control(
     storage: Storage,
     journal: Journal,
     progress: Progress,
+    method: TakeTurn | None,
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[Subset], Executor],
 ) -> nn.Module:
@@ -150,7 +171,7 @@ def _control(
 
     made["events"] = events = EventFiles(storage)
     try:
-        parts = Parts(trainer, executor, storage, journal, progress, events)
+        parts = Parts(trainer, executor, method or METHODS[config.prune.method], storage, journal, progress, events)
         state = fold(((event.name, event.data) for event in journal.events()), config)
         if resumed:
             progress.resumed(state, config.prune.targets)

@@ -16,7 +16,7 @@ from torch import nn
 
 from laasp_ray.config import TARGETS, RunConfig
 from laasp_ray.errors import DataError, ExhaustedError, TrainingError
-from laasp_ray.methods import METHODS
+from laasp_ray.methods import TakeTurn
 from laasp_ray.methods.targets import measure_targets
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
@@ -42,10 +42,12 @@ class Parts:
     """What the controller is handed. `trainer` and `executor` are made when first asked for, and then live on.
 
     The executor needs the loss subset drawn: it is told which images to leave out, and tells which it could not read.
+    `method` says what to prune next.
     """
 
     trainer: Callable[[], Trainer]
     executor: Callable[[tuple[str, ...], Callable[[str], None]], Executor]
+    method: TakeTurn
     storage: Storage
     journal: Journal
     progress: Progress
@@ -131,7 +133,7 @@ class Controller:
         executor = parts.executor(self.state.excluded, lambda name: self._note_unreadable((name,)))
         prepared = time.perf_counter() - started
         try:
-            turn = METHODS[self._config.prune.method](
+            turn = parts.method(
                 model,
                 self._network,
                 self._example,

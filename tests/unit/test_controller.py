@@ -1,5 +1,6 @@
 """Whole runs in this process, without Ray; cut off at every single event."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
-from laasp_ray.config import ModelConfig, RunConfig
+from laasp_ray.config import ModelConfig, RunConfig, SparsityConfig
 from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
+from laasp_ray.methods import laasp
 from laasp_ray.models import build
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.journal import Journal
@@ -253,6 +255,22 @@ def test_a_target_beyond_the_limits_names_what_can_be_reached(tmp_path):
 def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="12 outputs, the training data 10 classes"):
         run(small_run(tmp_path, model__arguments={"num_classes": 12}))
+
+
+def test_a_method_that_is_given_decides(tmp_path):
+    def by_l2(model, network, example_input, baseline, config, executor, **rest):
+        config = dataclasses.replace(config, criteria=("l2",))
+        return laasp.take_turn(model, network, example_input, baseline, config, executor, **rest)
+
+    config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
+    prune(None, config, distributed=False, progress=Silent(), method=by_l2)
+    assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
+    assert "l2" not in config.prune.criteria
+    sparse = dataclasses.replace(
+        config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
+    )
+    with pytest.raises(ConfigError, match="a method is given to a run with sparsity"):
+        prune(None, sparse, distributed=False, progress=Silent(), method=by_l2)
 
 
 def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):
