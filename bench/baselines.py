@@ -20,7 +20,7 @@ from laasp_ray import criteria
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import Macs, count_macs
 from laasp_ray.data.sampling import derive_seed
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods import TakeTurn, pls
 from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
 from laasp_ray.pruning.channels import plan_of
@@ -85,20 +85,23 @@ class Standing:
         removal = removal_of_several(self.graph, picks)
         step = plan_of(removal)
         tasks = [LossTask(f"the prune by {criterion}", step, mask_of(removal)), LossTask("before", Plan.empty(), {})]
-        after, before = self.executor.measure(self.network, tasks, _hear_nothing, _hear_nothing)
+        network = self.executor.for_scoring(self.network)
+        after, before = self.executor.measure(network, tasks, _hear_nothing, _hear_nothing)
         if after.error:
             raise SearchError(f"the network that {criterion} leaves cannot be evaluated: {after.error}")
         self.clock.lap("evaluate")
-        (layer, filters), *further = picks.items()
+        first, *further = [
+            LayerPrune(layer=layer, criterion=criterion, filters=filters) for layer, filters in picks.items()
+        ]
         decision = Decision(
             turn=self.turn,
-            layer=layer,
-            criterion=criterion,
-            filters=filters,
+            layer=first.layer,
+            criterion=first.criterion,
+            filters=first.filters,
             loss=after.loss,
             loss_before=before.loss,
             flops_reduction=1 - macs_after(self.macs, step) / self.baseline.macs.total,
-            further=tuple(LayerPrune(layer=name, criterion=criterion, filters=rest) for name, rest in further),
+            further=tuple(further),
         )
         return Turn(decision, step, Ranking([]), self.clock.seconds)
 
@@ -175,7 +178,8 @@ def pls_turn(now: Standing) -> Turn:
     A layer at `prune.max_pruned` keeps what it has: its other filters' scores are infinite.
     """
     rooms = {layer: now.room(layer) for layer in independent_layers(now.graph)}
-    scores = within(now.executor.importance(now.network, Wanted.of(rooms, now.config)), rooms)
+    network = now.executor.for_scoring(now.network)
+    scores = within(now.executor.importance(network, Wanted.of(rooms, now.config)), rooms)
     blocks = {layer: room.blocks for layer, room in rooms.items()}
     filters = sum(room.filters for room in rooms.values())
     percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
@@ -187,7 +191,7 @@ def pls_turn(now: Standing) -> Turn:
         now.example_input,
         now.baseline,
         dataclasses.replace(now.config, percent=percent),
-        _Scored(now.executor, scores),
+        _Scored(now.executor, network, scores),
         turn=now.turn,
         on_candidate=_hear_nothing,
     )
@@ -199,7 +203,7 @@ def pls_turn(now: Standing) -> Turn:
 def worth_about(options: Iterable[Option], worth: Callable[[Option], float], step: float) -> Option:
     """Of options that take ever more, the one worth most nearly `step`; of two as near, the lesser.
 
-    Looks no further than the first that is worth `step` or more. Raises SearchError if there are no options.
+    Looks no further than the first that is worth `step` or more. Raises ExhaustedError if there are no options.
     """
     best: tuple[float, Option] | None = None
     for option in options:
@@ -209,7 +213,7 @@ def worth_about(options: Iterable[Option], worth: Callable[[Option], float], ste
         if value >= step:
             break
     if best is None:
-        raise SearchError("no layer has a filter left to give: raise prune.max_pruned or lower the target")
+        raise ExhaustedError("no layer has a filter left to give: raise prune.max_pruned or lower the target")
     return best[1]
 
 
@@ -237,11 +241,11 @@ def random_pick(
 ) -> tuple[str, tuple[int, ...]]:
     """A layer, all with a step equally likely, and as many of its filters, all equally likely, as many of each block.
 
-    Raises SearchError if no layer has a step.
+    Raises ExhaustedError if no layer has a step.
     """
     open_layers = [layer for layer, step in steps.items() if step]
     if not open_layers:
-        raise SearchError("no layer has a filter left to give: raise prune.max_pruned or lower the target")
+        raise ExhaustedError("no layer has a filter left to give: raise prune.max_pruned or lower the target")
     layer = draw.choice(open_layers)
     room = rooms[layer]
     width = room.filters // room.blocks
@@ -277,13 +281,13 @@ def deciding_layers(graph: PruningGraph) -> list[str]:
 
 
 class _Scored:
-    """An executor that has the scores already; losses are another's to measure."""
+    """An executor that has the network for scoring and its scores already; losses are another's to measure."""
 
-    def __init__(self, executor: Executor, scores: Mapping[str, torch.Tensor]) -> None:
-        self._executor, self._scores = executor, scores
+    def __init__(self, executor: Executor, network: NetworkState, scores: Mapping[str, torch.Tensor]) -> None:
+        self._executor, self._network, self._scores = executor, network, scores
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
-        return self._executor.for_scoring(network)
+        return self._network
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare

@@ -15,7 +15,7 @@ from helpers import randomise_batchnorm
 from laasp_ray import criteria, models
 from laasp_ray.config import ModelConfig, PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan
@@ -74,7 +74,7 @@ def test_the_option_nearest_to_the_step_is_taken_and_none_after_it_looked_at():
     assert taken(1.875) == (2, 4)  # as near as 2.25: the lesser
     assert taken(0.1) == (1, 2)  # one at least
     assert taken(9.0) == (8, None)  # all there are
-    with pytest.raises(SearchError, match="no layer has a filter left to give"):
+    with pytest.raises(ExhaustedError, match="no layer has a filter left to give"):
         baselines.worth_about([], lambda option: 1.0, 0.02)
 
 
@@ -98,7 +98,7 @@ def test_random_picks_take_as_many_of_each_block():
         for first in itertools.combinations(range(3), 2)
         for second in itertools.combinations(range(3), 2)
     }
-    with pytest.raises(SearchError, match="no layer has a filter left to give"):
+    with pytest.raises(ExhaustedError, match="no layer has a filter left to give"):
         baselines.random_pick({"a": room(6)}, {"a": 0}, random.Random(0))
 
 
@@ -212,7 +212,7 @@ def test_pls_turns_are_worth_the_step_and_take_the_lowest_scores_inside_the_bloc
 def test_every_layer_keeps_within_its_limit(resnet20, method, layers):
     config = dataclasses.replace(CONFIG, flops_reduction=0.9, step=0.1, max_pruned=0.13)  # 2 of 16, 4 of 32, 8 of 64
     after = resnet20
-    with pytest.raises(SearchError, match="no layer has a filter left to give"):
+    with pytest.raises(ExhaustedError, match="no layer has a filter left to give"):
         for _, _, now in turns(resnet20, method, config):
             after = now
     original, left = sizes(resnet20), sizes(after)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.distributed import moments
+from laasp_ray.distributed import moments, tasks
 from laasp_ray.errors import SearchError
 from laasp_ray.search.activations import Wanted, chunks_of, importance
 from laasp_ray.search.evaluate import LossSubset
@@ -80,6 +80,7 @@ def spread(monkeypatch, network, subset, slots, ray):
             return network, subset
 
     monkeypatch.setattr(moments, "ray", ray)
+    monkeypatch.setattr(tasks, "ray", ray)
     monkeypatch.setattr(moments, "PROCESS", Process())
     monkeypatch.setattr(moments, "device", lambda: torch.device("cpu"))
     chunks = chunks_of(90, 5)
@@ -99,6 +100,6 @@ def test_any_number_of_workers_gives_the_serial_importance_to_the_last_bit(monke
 
 def test_a_task_that_is_lost_names_the_remedy_and_the_others_are_cancelled(monkeypatch, network, subset):
     ray = FakeRay(lost=(4,))
-    with pytest.raises(SearchError, match=r"was lost: the node died.*prune\.pooling"):
+    with pytest.raises(SearchError, match=r"was lost 6 times: the node died.*prune\.pooling"):
         spread(monkeypatch, network, subset, 2, ray)
     assert ray.cancelled == 3
