@@ -32,7 +32,7 @@ from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.sparse_controller import SparseController
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint, save_checkpoint
-from laasp_ray.store.journal import Journal
+from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
 
@@ -63,7 +63,7 @@ def prune(
     `config.model` built. `distributed` False keeps everything in this process, without Ray. `ray_address` None joins
     the cluster of RAY_ADDRESS, or else starts one on this machine for the length of the run.
     `method` says what goes next, instead of what `config.prune.method` names; like `model`, it is given again to go on
-    with a run.
+    with a run. That the target can be reached within `prune.max_pruned` is checked for it, too.
 
     Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
     with everything up to the last epoch or turn in the store.
@@ -77,7 +77,10 @@ def prune(
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
-    prepared = prepare(config, model, started=journal.last("start") is not None)
+    start = journal.last("start")
+    if start is not None:
+        _check_method(start, method)
+    prepared = prepare(config, model, started=start is not None)
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
@@ -156,7 +159,7 @@ def _control(
     config = prepared.config
     resumed = bool(journal.events())
     if not resumed:
-        _start(prepared, storage, journal)
+        _start(prepared, storage, journal, method)
     made: dict[str, Any] = {}
 
     def trainer() -> Trainer:
@@ -190,7 +193,23 @@ def _close(parts: Iterable[Any]) -> None:
             logger.warning("closing %s failed", type(part).__name__, exc_info=True)
 
 
-def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:
+def _check_method(start: Event, method: TakeTurn | None) -> None:
+    theirs, ours = start.data["method"], _name_of(method)
+    if theirs != ours:
+        raise ConfigError(
+            f"this run was started with {theirs or 'no method of its own'}, now it is given {ours or 'none'}: give the "
+            "same method to go on with it, or start a run under another name"
+        )
+
+
+def _name_of(method: TakeTurn | None) -> str | None:
+    if method is None:
+        return None
+    named = method if hasattr(method, "__qualname__") else type(method)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeTurn | None) -> None:
     """The initial weights are kept, so that a resumed run does not depend on the file they came from."""
     config, baseline = prepared.config, prepared.baseline
     storage.write("config.json", json.dumps(config.to_dict(), indent=2).encode())
@@ -204,6 +223,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal) -> None:
         "start",
         {
             "config": config.to_dict(),
+            "method": _name_of(method),
             "macs": baseline.macs.total,
             "macs_convention": baseline.macs.convention,
             "filters": baseline.filters,

@@ -351,6 +351,11 @@ class RunConfig:
         for key in TARGETS.values():
             target = getattr(self.prune, key)
             check(target == 0, f"prune.{key}", target, "0 with sparsity, which removes no filters")
+        off = "with sparsity, which removes no filters and measures no candidates"
+        check(self.prune.round_to == 1, "prune.round_to", self.prune.round_to, f"1 {off}")
+        check(self.prune.prunes_per_turn == 1, "prune.prunes_per_turn", self.prune.prunes_per_turn, f"1 {off}")
+        reestimate = self.search.reestimate_batchnorm
+        check(not reestimate, "search.reestimate_batchnorm", reestimate, f"false {off}")
         check(
             len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
             "prune.recover_epochs",

@@ -25,6 +25,7 @@ from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.methods.aap import layer_rules
+from laasp_ray.methods.targets import check_latency_batch
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
@@ -98,6 +99,8 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     _check_target(config, graph, baseline, layers)
     _check_criteria(config, graph, unpruned)
     _check_search(config, unpruned)
+    if config.prune.latency_reduction:
+        check_latency_batch(unpruned, config)
     if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
         shapes = shapes_of(unpruned, example_input, Wanted.of(layers, config.prune))
         check_columns(shapes, config.prune.pooling, example_input.device)
@@ -219,13 +222,17 @@ def _of_weights(config: RunConfig) -> list[str]:
 
 def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:
     prune = config.prune
-    if not layers and graph.layers:
+    if not graph.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.skipped.items())[:3])
+        raise ConfigError(f"no layer of the network can be pruned ({reasons}): ignore fewer layers")
+    if not layers:
         raise ConfigError("prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'")
     limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
     if prune.method == "pls":  # which knows no limit but that a filter stays
         limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
     if prune.round_to > 1:
         named += f", prune.round_to {prune.round_to}"
+        remedy += ", or lower prune.round_to"
     most = {
         "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
         "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
@@ -237,6 +244,5 @@ def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, la
                 f"prune.{key} is {target:g}, but with prune.{named} and {len(layers)} prunable layers at most "
                 f"{share:.4f} can be reached: {remedy}"
             )
-    if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.skipped.items())[:3])
-        raise ConfigError(f"no layer of the network can be pruned ({reasons}): ignore fewer layers")
+    if not any(most.values()):
+        raise ConfigError(f"with prune.{named} none of {len(layers)} layers can give a single filter: {remedy}")

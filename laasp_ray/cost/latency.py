@@ -76,7 +76,8 @@ def _measure(
     try:
         for model in models:
             model.to(device).eval()
-        with torch.inference_mode():
+        # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
             for turn in range(warmup + repeats):
                 for model, taken in zip(models, times, strict=True):
                     elapsed = _time_once(model, inputs, device)
@@ -96,6 +97,10 @@ def _time_once(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> 
     model(inputs)
     _wait(device)
     return (time.perf_counter() - start) * 1000
+
+
+def _tf32() -> bool:
+    return bool(torch.backends.cudnn.allow_tf32)
 
 
 def _wait(device: torch.device) -> None:

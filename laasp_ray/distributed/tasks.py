@@ -21,5 +21,6 @@ def answer(reference: Any, task: str, remedy: str) -> Any:
         raise error.as_instanceof_cause() from error
     except ray.exceptions.RayError as error:
         raise SearchError(
-            f"{task} was lost {TASK_RETRIES + 1} times: {error}; its worker may have run out of memory: {remedy}"
+            f"{task} was not finished (one whose worker is lost is tried {TASK_RETRIES + 1} times): {error}; "
+            f"if its worker ran out of memory, {remedy}"
         ) from error

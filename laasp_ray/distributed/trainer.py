@@ -44,7 +44,7 @@ GROUP_ATTEMPTS = 2
 PATIENCE_S = 60
 
 TRAIN_ENVIRONMENT = {
-    # Without these a start and a stop of the group take half as long again (see README, "What Ray costs").
+    # Without these a start and a stop of the group take half as long again.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",

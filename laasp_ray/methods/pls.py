@@ -91,7 +91,7 @@ def choose(
     lower index goes first. A layer that would vanish keeps its filters, and the next lowest of other layers go in their
     place. Raises ExhaustedError if nothing can go.
     """
-    wanted = max(1, math.floor(percent / 100 * sum(len(values) for values in scores.values()) + 0.5))
+    asked = wanted = max(1, math.floor(percent / 100 * sum(len(values) for values in scores.values()) + 0.5))
     open_layers = list(scores)
     while open_layers:
         counts = _lowest_counts({layer: scores[layer] for layer in open_layers}, wanted)
@@ -107,7 +107,7 @@ def choose(
             return chosen
         wanted += 1
     raise ExhaustedError(
-        f"of {len(scores)} layers none can give filters when {wanted} are to go: every one would vanish, or lose less "
+        f"of {len(scores)} layers none can give filters when {asked} are to go: every one would vanish, or lose less "
         f"than one filter of each of its blocks, or not be left with a multiple of {round_to} (prune.round_to); change "
         "prune.percent, or set prune.iterations"
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
+from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan, parameters_after
 from laasp_ray.records import to_json
@@ -39,12 +40,33 @@ def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfi
         shapes = {name: tuple(parameter.shape) for name, parameter in unpruned.named_parameters()}
         shares["parameters"] = 1 - parameters_after(shapes, network.plan) / parameters_after(shapes, Plan.empty())
     if config.prune.latency_reduction:
-        latency = measure_pair(
-            unpruned,
-            rebuild(unpruned, network),
-            config.model.input_shape,
-            batch_size=config.prune.latency_batch,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        latency = _measure(unpruned, rebuild(unpruned, network), config)
         shares["latency"] = 1 - latency[1].median_ms / latency[0].median_ms
     return Reached(shares, latency)
+
+
+def check_latency_batch(unpruned: nn.Module, config: RunConfig) -> None:
+    """Raises ConfigError if a batch of `prune.latency_batch` images does not fit into the device's memory."""
+    try:
+        _measure(unpruned, unpruned, config, repeats=2)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"prune.latency_batch is {config.prune.latency_batch}, which does not fit into the memory of the driver's "
+            f"{torch.cuda.get_device_name()}: lower it"
+        ) from error
+
+
+def _measure(first: nn.Module, second: nn.Module, config: RunConfig, **options: int) -> tuple[Latency, Latency]:
+    on_gpu = torch.cuda.is_available()
+    try:
+        return measure_pair(
+            first,
+            second,
+            config.model.input_shape,
+            batch_size=config.prune.latency_batch,
+            device="cuda" if on_gpu else "cpu",
+            **options,
+        )
+    finally:
+        if on_gpu:
+            torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver outlives them

@@ -42,6 +42,7 @@ class Summary:
     kept_filters: Mapping[str, int] = field(default_factory=dict)
     excluded_images: tuple[str, ...] = ()
     finished: bool = False
+    exhausted: bool = False
 
 
 def summarise(events: Sequence[Event]) -> Summary:
@@ -62,6 +63,8 @@ def summarise(events: Sequence[Event]) -> Summary:
 def format_summary(summary: Summary) -> str:
     """Text tables: the network before and after, the turns and their seconds, the layers."""
     state = "finished" if summary.finished else "not finished"
+    if summary.exhausted:
+        state += " (pruning ended short of its target, with no filter left to give)"
     lines = [f"Run {summary.name}: {state}, {_reductions(summary)}", ""]
     lines += table_lines(_network_rows(summary))
     lines += ["", *_turn_lines(summary)] if summary.targets else [""]
@@ -103,6 +106,7 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
         after=_metrics(finish["metrics"]) if finish else None,
         decisions=decisions,
         candidates=sum(turn["candidates"] for turn in turns),
+        exhausted="exhausted" in by_name,
         turn_seconds=_mean_seconds(turns),
         phase_seconds=phases,
         epochs=len(by_name.get("epoch", ())),

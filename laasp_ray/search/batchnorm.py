@@ -45,7 +45,7 @@ def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
         seen[module] += len(inputs[0])
         module.momentum = len(inputs[0]) / seen[module]  # the running average of all images so far
 
-    for module in norms.values():
+    for module in seen:
         module.reset_running_stats()
         module.train().register_forward_pre_hook(weigh)
     for positions in np.array_split(np.arange(len(subset)), math.ceil(len(subset) / BATCH)):
@@ -64,8 +64,8 @@ def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorms that keep running statistics, by name."""
-    modules = model.named_modules()
+    """The BatchNorms that keep running statistics, by name; one that has several names under each."""
+    modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, _BatchNorm) and module.track_running_stats}
 
 

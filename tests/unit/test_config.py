@@ -104,6 +104,9 @@ def test_options_that_do_not_fit_together_are_refused():
     for key in ("parameters_reduction", "latency_reduction"):
         with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
             RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
+    for key, value in (("prune__round_to", 8), ("prune__prunes_per_turn", 2), ("search__reestimate_batchnorm", True)):
+        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value}, must be (1|false) with sparsity"):
+            RunConfig.from_dict(settings(**sparse, **{key: value}))
 
 
 def test_a_whole_number_is_taken_where_a_float_is_wanted():

@@ -257,7 +257,7 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
         run(small_run(tmp_path, model__arguments={"num_classes": 12}))
 
 
-def test_a_method_that_is_given_decides(tmp_path):
+def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     def by_l2(model, network, example_input, baseline, config, executor, **rest):
         config = dataclasses.replace(config, criteria=("l2",))
         return laasp.take_turn(model, network, example_input, baseline, config, executor, **rest)
@@ -266,6 +266,15 @@ def test_a_method_that_is_given_decides(tmp_path):
     prune(None, config, distributed=False, progress=Silent(), method=by_l2)
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
+    again = dataclasses.replace(config, name="again")
+    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
+        cut_off_at(patch, 3)
+        prune(None, again, distributed=False, progress=Silent(), method=by_l2)
+    for other, named in ((None, "it is given none"), (laasp.take_turn, r"laasp_ray\.methods\.laasp\.take_turn")):
+        with pytest.raises(ConfigError, match=rf"was started with .*by_l2, now .*{named}.*give the same method"):
+            prune(None, again, distributed=False, progress=Silent(), method=other)
+    prune(None, again, distributed=False, progress=Silent(), method=by_l2)
+    assert decisions(again) == decisions(config)
     sparse = dataclasses.replace(
         config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
     )

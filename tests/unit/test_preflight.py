@@ -10,6 +10,7 @@ from torch import nn
 
 from laasp_ray.data import loader as loader_module
 from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.methods import targets
 from laasp_ray.preflight import check_workers, open_run, prepare
 from laasp_ray.search import activations
 
@@ -188,8 +189,24 @@ def test_what_rounding_leaves_out_of_reach_is_named(tmp_path):
 def test_what_latency_can_be_reached_nobody_knows_before(tmp_path):
     latency = {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.99}
     prepare(small_run(tmp_path, **latency), network())
-    with pytest.raises(ConfigError, match=r"no layer of the network can be pruned \(0: is ignored\)"):
-        prepare(small_run(tmp_path, prune__ignored=["0"], **latency), network())
+    for wanted in (latency, {"prune__flops_reduction": 0.5}):
+        with pytest.raises(ConfigError, match=r"no layer of the network can be pruned \(0: is ignored\)"):
+            prepare(small_run(tmp_path, prune__ignored=["0"], **wanted), network())
+    with pytest.raises(
+        ConfigError, match=r"round_to 8 none of 1 layers can give a single filter: .*lower prune\.round_to"
+    ):
+        prepare(small_run(tmp_path, prune__round_to=8, **latency), network())
+
+
+def test_a_latency_batch_that_does_not_fit_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    def too_big(*given, **settings):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(targets, "measure_pair", too_big)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "small GPU")
+    latency = {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.5, "prune__latency_batch": 4096}
+    with pytest.raises(ConfigError, match=r"prune\.latency_batch is 4096, .*small GPU: lower it"):
+        prepare(small_run(tmp_path, **latency), network())
 
 
 def test_statistics_need_a_batchnorm(tmp_path):

@@ -42,6 +42,18 @@ def test_a_pair_is_measured_by_turns():
     assert slow.median_ms >= 6 > quick.spread[0]
 
 
+def test_kernels_are_those_that_whoever_runs_the_network_gets(monkeypatch):
+    class Asks(nn.Module):
+        def forward(self, x):
+            found.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.enabled))
+            return x
+
+    found: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as training in this process leaves it
+    measure_latency(Asks(), (1,), device="cpu", repeats=2, warmup=0)
+    assert found == [(False, True)] * 2 and torch.backends.cudnn.deterministic
+
+
 def test_mode_comes_back_when_the_network_fails():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
     with pytest.raises(RuntimeError):

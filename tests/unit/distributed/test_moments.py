@@ -100,6 +100,6 @@ def test_any_number_of_workers_gives_the_serial_importance_to_the_last_bit(monke
 
 def test_a_task_that_is_lost_names_the_remedy_and_the_others_are_cancelled(monkeypatch, network, subset):
     ray = FakeRay(lost=(4,))
-    with pytest.raises(SearchError, match=r"was lost 6 times: the node died.*prune\.pooling"):
+    with pytest.raises(SearchError, match=r"was not finished .* 6 times\): the node died.*prune\.pooling"):
         spread(monkeypatch, network, subset, 2, ray)
     assert ray.cancelled == 3

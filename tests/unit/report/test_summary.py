@@ -144,3 +144,5 @@ def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
         "latency reduction 25.00% of 30.00%"
     )
     assert "Turns: 1" in format_summary(summary)
+    short = summarise(journal(tmp_path / "short", [*events, ("exhausted", {"reason": "nothing left"})]))
+    assert "short of its target, with no filter left to give), FLOPs reduction" in format_summary(short).splitlines()[0]

@@ -48,6 +48,15 @@ def test_a_norm_that_is_run_twice_averages_over_its_calls():
     assert float(found["norm.running_var"]) == pytest.approx(5 * 20 / 3, rel=1e-6)
 
 
+def test_a_norm_of_two_names_has_its_statistics_under_both():
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    model.again = model[0]
+    found = reestimate(model, subset_of([[0.0, 2.0], [4.0, 6.0]]))
+    assert torch.equal(found["0.running_var"], found["again.running_var"])
+    model.load_state_dict(found, strict=False)
+    assert torch.equal(model[0].running_mean, found["0.running_mean"])
+
+
 def test_norms_without_statistics_are_left_out():
     model = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.GroupNorm(1, 1), nn.BatchNorm2d(1))
     assert list(norms_of(model)) == ["2"]
