@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from laasp_ray.fields import build, check, flatten, to_plain
+from laasp_ray.fields import build, check, to_plain
 
 DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
@@ -318,7 +318,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. When it is resumed the keys of RESUMABLE_KEYS may differ, nothing else may.
+    """Everything that decides a run. When it is resumed some keys may differ (resumable.py), nothing else may.
 
     With `sparsity` the run makes groups sparse instead of removing filters.
     """
@@ -376,34 +376,3 @@ class RunConfig:
     def from_dict(data: Mapping[str, Any]) -> RunConfig:
         """Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it."""
         return build(RunConfig, data, "")
-
-
-RESUMABLE_KEYS = (
-    "storage",
-    "cluster",
-    "data.path",
-    "data.threads",
-    "data.max_unreadable",
-    "search.batch_size",
-    "search.candidates_per_task",
-    "search.memory_mb",
-)
-"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, and what
-changes losses by rounding only."""
-
-
-def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out."""
-    mine, other = flatten(ours), flatten(theirs)
-    missing = object()
-    return sorted(
-        key
-        for key in mine.keys() | other.keys()
-        if mine.get(key, missing) != other.get(key, missing)
-        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
-    )
-
-
-def value_at(data: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key of a `to_dict` form, or None."""
-    return flatten(data).get(key)

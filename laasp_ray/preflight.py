@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria, models
-from laasp_ray.config import RunConfig, SparsityConfig, differing_keys, value_at
+from laasp_ray.config import RunConfig, SparsityConfig
 from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import check_available
@@ -29,6 +29,7 @@ from laasp_ray.methods.targets import check_latency_batch
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
+from laasp_ray.resumable import differing_keys, value_at
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
 from laasp_ray.search.batchnorm import norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline

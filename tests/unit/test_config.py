@@ -3,9 +3,10 @@ import math
 
 import pytest
 
-from laasp_ray.config import ModelConfig, RunConfig, TrainConfig, differing_keys, value_at
+from laasp_ray.config import ModelConfig, RunConfig, TrainConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import RECIPES, recipe
+from laasp_ray.resumable import differing_keys, value_at
 
 
 def settings(**changes):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = [
     {"errors"},
     {"fields"},
-    {"config", "records"},
+    {"config", "records", "resumable"},
     {"cost", "criteria", "data", "models"},
     {"pruning"},
     {"store"},

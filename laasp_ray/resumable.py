@@ -1,0 +1,38 @@
+"""Which settings may differ between a run's start and its resumption, and which of two configs' do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from laasp_ray.fields import flatten
+
+RESUMABLE_KEYS = (
+    "storage",
+    "cluster",
+    "data.path",
+    "data.threads",
+    "data.max_unreadable",
+    "search.batch_size",
+    "search.candidates_per_task",
+    "search.memory_mb",
+)
+"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, and what
+changes losses by rounding only."""
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out."""
+    mine, other = flatten(ours), flatten(theirs)
+    missing = object()
+    return sorted(
+        key
+        for key in mine.keys() | other.keys()
+        if mine.get(key, missing) != other.get(key, missing)
+        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
+    )
+
+
+def value_at(data: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key of a `to_dict` form, or None."""
+    return flatten(data).get(key)
