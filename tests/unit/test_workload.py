@@ -246,6 +246,8 @@ def planned(name, pictures, **prune):
 
 
 HEAVY = {
+    "resnet18_imagenet",
+    "alexnet_aap",
     "resnet56_cifar10",
     "resnet110_cifar10",
     "resnet34_imagenet",
