@@ -201,7 +201,7 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
                 config,
                 distributed=not options.no_ray,
                 ray_address=options.ray_address,
-                repeats=options.repeats or 1,
+                repeats=options.repeats,
             )
         )
     elif options.repeats is None:
@@ -222,8 +222,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
 
 def _repeat(config: RunConfig, options: argparse.Namespace) -> None:
     runs = {}
-    for seed in range(config.seed, config.seed + options.repeats):
-        run = dataclasses.replace(config, name=f"{config.name}-seed{seed}", seed=seed)
+    for run in repeats.runs_of(config, options.repeats):
         runs[run.name] = repeats.figures_of(_run(run, options).summary)
     content, storage = repeats.collected(runs), Storage.open(config.storage)
     storage.write(f"{config.name}-repeats.json", json.dumps(content, indent=2).encode())

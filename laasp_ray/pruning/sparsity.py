@@ -35,6 +35,11 @@ class GroupRule:
         """How many weights a group of `size` (the last may be short) keeps: the same share, rounded up."""
         return -(-size * (self.group - self.prune) // self.group)
 
+    def kept_in(self, shape: Sequence[int]) -> int:
+        """How many weights stay of a weight of this shape, (N, C, *kernel) or (N, C)."""
+        whole, rest = divmod(shape[1], self.group)
+        return math.prod(shape) // shape[1] * (whole * self.kept_of(self.group) + self.kept_of(rest))
+
 
 @dataclass(frozen=True)
 class Layers:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from laasp_ray.config import RunConfig
 from laasp_ray.report.summary import table_lines
 
 FIGURES = ("top1", "top5", "loss", "flops_reduction")
@@ -20,6 +21,12 @@ class Spread:
     std: float | None
     min: float
     max: float
+
+
+def runs_of(config: RunConfig, count: int) -> list[RunConfig]:
+    """`count` runs of `config`, with the seeds from its own on, under names of their own."""
+    seeds = range(config.seed, config.seed + count)
+    return [replace(config, name=f"{config.name}-seed{seed}", seed=seed) for seed in seeds]
 
 
 def spread_of(values: Sequence[float]) -> Spread:

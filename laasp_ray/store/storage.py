@@ -38,6 +38,7 @@ class _Folder(Protocol):
     def delete(self, name: str) -> None: ...
     def delete_leftovers(self, folder: str, older_than_s: float) -> None: ...
     def child(self, name: str) -> _Folder: ...
+    def nearest(self) -> _Folder: ...
 
 
 class Storage:
@@ -123,12 +124,15 @@ class Storage:
             self._folder.delete_leftovers(_checked(folder), older_than_s)
 
     def check_writable(self) -> None:
-        """Writes, reads and removes a small object. Raises StoreError if that does not work."""
+        """Writes, reads and removes a small object. Leaves nothing behind: where a local folder is not there yet, the
+        one that it will be made in is tried. Raises StoreError if that does not work."""
         probe = f"{_PROBE}-{uuid.uuid4().hex}"
-        self.write(probe, probe.encode())
-        if self.read(probe) != probe.encode():
+        with self._explained("write", probe):
+            tried = Storage(self.uri, self._folder.nearest())
+        tried.write(probe, probe.encode())
+        if tried.read(probe) != probe.encode():
             raise StoreError(f"{self.uri} does not give back what was written; name another folder")
-        self.delete(probe)
+        tried.delete(probe)
 
     @contextlib.contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
@@ -152,6 +156,13 @@ class _LocalFolder:
 
     def child(self, name: str) -> _LocalFolder:
         return _LocalFolder(self.path / name)
+
+    def nearest(self) -> _LocalFolder:
+        """This folder, or the closest one above it that exists."""
+        path = next((path for path in (self.path, *self.path.parents) if os.path.lexists(path)), self.path)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path))
+        return _LocalFolder(path)
 
     def write(self, name: str, data: bytes) -> None:
         target = self.path / name
@@ -203,6 +214,10 @@ class _ArrowFolder:
 
     def child(self, name: str) -> _ArrowFolder:
         return _ArrowFolder(self._filesystem, self._path(name))
+
+    def nearest(self) -> _ArrowFolder:
+        """This folder: object storage needs none to be there."""
+        return self
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if self._root and name else self._root or name

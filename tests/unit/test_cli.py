@@ -412,6 +412,22 @@ def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("job", "more", "said"),
+    [
+        (cli.sparsify, ["--group", "8", "--prune", "6", "--stages", "4,6"], "stage 2         6 of 8 in 20 layers"),
+        (cli.prune, ["--method", "pls", "--iterations", "1"], "about 1: 50.00% of FLOPs"),
+        (cli.prune, ["--criteria", "l1,pls"], "42 proposals a turn"),
+    ],
+)
+def test_a_dry_run_of_every_kind_of_run(images, tmp_path, capsys, job, more, said):
+    given = ["resnet20_cifar10", "--no-ray", "--data", str(images), "--storage", str(tmp_path / "runs"), "--dry-run"]
+    assert job([*given, "--batch-size", "12", *more, *settings()]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed and "time, all" in printed
+    assert not (tmp_path / "runs").exists()
+
+
 def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_path, capsys):
     folder, _ = finished
     out = tmp_path / "figures.json"

@@ -1,112 +1,30 @@
-"""What a dry run counts, by hand, and what it says."""
+"""What a dry run says, checks and measures."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from helpers import small_run
 from torch import nn
 
-from laasp_ray.dry_run import Machine, Workload, describe, dry_run, seconds_of, workload_of
-from laasp_ray.errors import ConfigError, DataError
+from laasp_ray.dry_run import Machine, describe, dry_run, seconds_of
+from laasp_ray.errors import ConfigError, DataError, StoreError
 from laasp_ray.preflight import prepare
+from laasp_ray.report.repeats import runs_of
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
 from laasp_ray.train import speed
 from laasp_ray.train.speed import TrainingSpeed
+from laasp_ray.workload import LaaspTurns, SparseStages, workload_of
 
 MACHINE = Machine(
     workers=4, tasks=8, trainer=TrainingSpeed(training=100.0, evaluation=200.0, device="x", loader="y"), forward=500.0
 )
 
 
-class TwoConvolutions(nn.Module):
-    """At 3 x 16 x 16: 27,648 multiply-accumulates in `a`, 36,864 in `b`, 40 in `fc`. One filter of `a` is
-    27,648 / 4 + 36,864 / 4 of them, one of `b` 36,864 / 4 + 10."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 10)
-
-    def forward(self, x):
-        return self.fc(self.b(self.a(x)).mean((2, 3)))
-
-
-A, B, FC = 256 * 4 * 27, 256 * 4 * 36, 40
-TOTAL = A + B + FC
-
-
-def workload(tmp_path, **changes):
-    settings = {
-        "prune__flops_reduction": 0.7,
-        "prune__step": 0.01,
-        "prune__criteria": ["l1", "l2"],
-        "prune__recover_every": 0.3,
-        "prune__recover_epochs": 3,
-        "train__epochs": 9,
-        "train__prune_epoch": 2,
-        **changes,
-    }
-    torch.manual_seed(0)
-    model = TwoConvolutions()
-    with torch.no_grad():
-        for layer in (model.a, model.b):  # the weakest filter by either norm
-            layer.weight[2] *= 1e-3
-    return workload_of(prepare(small_run(tmp_path, **settings), model))
-
-
-def test_what_a_run_consists_of_by_hand(tmp_path):
-    found = workload(tmp_path)
-    # One filter of each layer, the same one by both criteria.
-    assert (found.proposals, found.candidates) == (4, 2)
-    removes = ((A / 4 + B / 4) + (B / 4 + FC / 4)) / 2 / TOTAL
-    assert found.removes == pytest.approx(removes) == pytest.approx(0.1964, abs=1e-4)
-    # 0.7 / 0.1964 = 3.56: 4 turns; 0.3 / 0.1964 = 1.5: a recovery every 2 of them.
-    assert (found.turns, found.recoveries) == (4, 2)
-    assert found.epochs == {"train": 2, "recover": 6, "final": 7}
-    assert found.evaluations == 4
-    assert found.loss_images == 40
-    # A prune of `a` is heard from `b` on, one of `b` from `fc` on; and the network as it stands.
-    assert found.passes == pytest.approx(1 + ((B + FC) + FC) / TOTAL, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("changes", "recoveries", "epochs"),
-    [
-        ({"prune__recover_every": 0.0}, 4, {"train": 2, "recover": 12, "final": 7}),
-        ({"prune__recover_epochs": 0}, 0, {"train": 2, "recover": 0, "final": 7}),
-        ({"train__prune_epoch": 0}, 2, {"train": 0, "recover": 6, "final": 9}),
-        ({"train__prune_epoch": 9}, 2, {"train": 9, "recover": 6, "final": 0}),
-    ],
-)
-def test_epochs_by_phase(tmp_path, changes, recoveries, epochs):
-    found = workload(tmp_path, **changes)
-    assert (found.recoveries, found.epochs) == (recoveries, epochs)
-
-
-def test_turns_by_the_target_that_is_furthest(tmp_path):
-    # Of 4 * 27 + 4, 4 * 36 + 4 and 4 * 10 + 10 parameters a prune of `a` takes 28 and 36, one of `b` 37 and 10.
-    each = ((28 + 36) + (37 + 10)) / 2 / (112 + 148 + 50)
-    assert each == pytest.approx(0.1790, abs=1e-4)
-    parameters = {"prune__parameters_reduction": 0.7}
-    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).turns == 4  # 3.91
-    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).turns == 4
-    assert workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).turns == 5  # 4.02
-    assert workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).turns == 4  # as FLOPs: 3.56
-
-
-def test_several_prunes_a_turn_and_statistics_measured_anew(tmp_path):
-    plain = workload(tmp_path)
-    several = workload(tmp_path, prune__prunes_per_turn=2)
-    # 0.7 / (2 * 0.1964) = 1.8 turns; a recovery after each, which takes more than 0.3.
-    assert (several.turns, several.recoveries) == (2, 2)
-    assert several.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
-
-
-def test_no_more_images_than_there_are(tmp_path):
-    assert workload(tmp_path, search__images=100_000).loss_images == 1442
-
-
 def test_seconds_by_hand():
-    work = Workload(
+    work = LaaspTurns(
         proposals=40,
         candidates=30,
         removes=0.01,
@@ -122,12 +40,16 @@ def test_seconds_by_hand():
     assert seconds_of(work, MACHINE, train_images=4000, test_images=800) == pytest.approx(
         {"train": 50, "turns": 50 * (4 + 2), "recover": 200, "final": 70, "evaluate": 12}
     )
+    stages = SparseStages(epochs=work.epochs, evaluations=3, stages=(), dense={})
+    assert seconds_of(stages, MACHINE, train_images=4000, test_images=800) == pytest.approx(
+        {"train": 50, "recover": 200, "final": 70, "evaluate": 3}
+    )
 
 
 def test_what_it_says(tmp_path):
     prepared = prepare(small_run(tmp_path))
     work = dataclasses.replace(workload_of(prepared), preparing_s=0.0)
-    text = describe(prepared, work, MACHINE, repeats=3)
+    text = describe(prepared, work, MACHINE, runs=3)
     assert "cifar.resnet20, 10,203,776 multiply-accumulates" in text  # a quarter of 40,813,184, less the head
     assert "from scratch, 2 epochs; pruning at epoch 2 of 3" in text
     assert f"about {work.turns}: 12.00% of FLOPs, {work.removes:.2%} a candidate" in text
@@ -146,6 +68,42 @@ def test_what_it_says(tmp_path):
     assert "latency falls as FLOPs do" in other and "every turn makes 2 prunes" in other
     assert "latency" not in text and "every turn makes" not in text
     assert "racing" not in describe(exhaustive, work, MACHINE)
+    assert "at most" not in text.partition("recoveries")[0] and "drawn" not in text
+    pool = prepare(small_run(tmp_path, prune__criteria=["l1", "pls"], prune__iterations=2))
+    bounded = describe(pool, work, MACHINE)
+    assert f"{work.removes:.2%} a candidate; at most 2\n" in bounded and "- pls: its picks" in bounded
+
+
+def test_what_it_says_of_pls(tmp_path):
+    prepared = prepare(small_run(tmp_path, prune__method="pls", prune__iterations=5))
+    work = workload_of(prepared)
+    text = describe(prepared, work, MACHINE)
+    assert f"about 2: 12.00% of FLOPs, {work.removes:.2%} a turn; at most 5\n" in text
+    assert "336 in 9 layers that no others are coupled to; 34 go in the first turn, 10% of those left in each" in text
+    assert "40 images: scored, then the loss" in text and "worth 3 forward passes" in text
+    assert "every layer loses the same share of its filters" in text and "time, turns" in text
+    assert "candidate" not in text and "racing" not in text
+
+
+def test_what_it_says_of_stages(tmp_path):
+    sparsity = {"group": 8, "prune": 6, "stages": [4, 6]}
+    prepared = prepare(small_run(tmp_path, prune__flops_reduction=0.0, sparsity=sparsity))
+    work = workload_of(prepared)
+    text = describe(prepared, work, MACHINE)
+    first, last = work.stages
+    # All but the first of 19 convolutions and two shortcuts; half and three quarters of all weights go.
+    assert first.weights == last.weights == 2 * first.kept == 4 * last.kept
+    for label, stage, pruned in (("stage 1", first, 4), ("stage 2", last, 6)):
+        stay = f"{stage.kept:,} of {stage.weights:,} weights stay; then 1 epochs"
+        assert f"{label}         {pruned} of 8 in 20 layers: {stay}" in text
+    assert "left dense      conv1: 3 inputs a filter, fewer than the group of 8" in text
+    assert "linear, and sparsity.fc_prune is not given" in text
+    assert "time, recover" in text and "time, turns" not in text and "evaluation tasks" not in text
+    begun = dataclasses.replace(prepared.config.sparsity, from_run="there")
+    config = dataclasses.replace(prepared.config, sparsity=begun)
+    work = dataclasses.replace(work, epochs={**work.epochs, "train": 0})
+    text = describe(dataclasses.replace(prepared, config=config), work, MACHINE)
+    assert "the pruned network of there; pruning" in text
 
 
 def test_a_dry_run_measures_and_leaves_nothing_behind(tmp_path):
@@ -159,6 +117,57 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path):
         dry_run(small_run(tmp_path, data__path=str(tmp_path / "none"), data__format="auto"), distributed=False)
     with pytest.raises(ConfigError, match="can be reached"):
         dry_run(small_run(tmp_path, prune__flops_reduction=0.99), distributed=False)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr("laasp_ray.dry_run._here", lambda prepared: MACHINE)
+
+
+def files_in(folder):
+    return sorted(folder.rglob("*"))
+
+
+def started(run):
+    storage = Storage.open(run.storage).child(run.name)
+    storage.write("config.json", json.dumps(run.to_dict()).encode())
+    journal = Journal(storage)
+    journal.append("start", {"checkpoint": "initial"})
+    return journal
+
+
+def test_a_name_that_belongs_to_another_run_is_refused(fast, tmp_path):
+    started(small_run(tmp_path, train__epochs=4))
+    with pytest.raises(ConfigError, match=r"started with another config \(train\.epochs: 4 there, 3 here\)"):
+        dry_run(small_run(tmp_path), distributed=False)
+
+
+def test_of_repeats_the_names_of_all_are_looked_at(fast, tmp_path):
+    config = small_run(tmp_path)
+    started(small_run(tmp_path, train__epochs=4))  # whose name is none of theirs
+    assert "2 runs" in dry_run(config, distributed=False, repeats=2)
+    started(runs_of(small_run(tmp_path, train__epochs=4), 2)[1])
+    with pytest.raises(ConfigError, match=r"the run .small-seed1. in .* was started with another config"):
+        dry_run(config, distributed=False, repeats=2)
+
+
+def test_a_store_that_cannot_be_written_is_refused(fast, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="name another folder"):
+        dry_run(small_run(tmp_path / "file" / "runs"), distributed=False)
+
+
+def test_what_is_in_the_store_is_said_and_left_alone(fast, tmp_path):
+    config = small_run(tmp_path)
+    assert "in the store" not in dry_run(config, distributed=False)
+    journal = started(config)
+    journal.append("epoch", {"checkpoint": "000000"})
+    before = files_in(tmp_path)
+    text = dry_run(config, distributed=False)
+    assert "in the store    small has begun (turns done: 0, epochs: 1), and would go on" in text
+    assert files_in(tmp_path) == before
+    journal.append("finish", {})
+    assert "small is finished, and would be left as it is" in dry_run(config, distributed=False)
 
 
 def test_the_first_batch_warms_up_and_the_budget_ends_it(monkeypatch):

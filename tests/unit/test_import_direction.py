@@ -16,7 +16,7 @@ LEVELS = [
     {"methods"},
     {"progression", "controller", "sparse_controller"},
     {"preflight", "recipes", "recipes_aap", "distributed"},
-    {"api", "evaluation", "dry_run"},
+    {"api", "evaluation", "dry_run", "workload"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -26,6 +26,7 @@ SAME_LEVEL_ALLOWED = {
     ("recipes", "recipes_aap"),
     ("records", "errors"),
     ("api", "evaluation"),
+    ("dry_run", "workload"),
 }
 QUARANTINE = {
     "ray": ("distributed/", "api.py", "cli.py"),

@@ -264,8 +264,8 @@ def test_cluster_and_place_may_differ_when_a_run_is_resumed(tmp_path):
 
 
 def test_nothing_is_left_behind_by_the_check_that_the_store_can_be_written(tmp_path):
-    open_run(small_run(tmp_path))
-    assert list((tmp_path / "small").iterdir()) == []
+    open_run(small_run(tmp_path / "runs"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path):

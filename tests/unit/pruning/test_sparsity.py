@@ -43,6 +43,13 @@ def test_a_short_last_group_keeps_the_same_share_rounded_up():
     assert mask_of(row, GroupRule(8, 6)) == [0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 3, 3), (4, 13, 1, 1), (5, 6), (2, 3, 5, 5), (3, 24)])
+def test_how_many_weights_stay_follows_from_the_shape(shape):
+    for rule in (GroupRule(8, 6), GroupRule(8, 3), GroupRule(4, 1)):
+        assert rule.kept_in(shape) == int(group_mask(torch.ones(shape), rule).sum())
+    assert GroupRule(8, 6).kept_in((4, 13, 3, 3)) == 4 * 9 * (2 + 2)  # of 8 two, of 5 two
+
+
 def test_a_convolution_groups_its_input_channels_at_each_kernel_position():
     # One filter of 4 channels and a kernel of 1 x 2: magnitudes rise with the channel at the left, fall at the right.
     weight = torch.tensor([[[[1.0, 4.0]], [[2.0, 3.0]], [[3.0, 2.0]], [[4.0, 1.0]]]])

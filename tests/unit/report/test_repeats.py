@@ -1,10 +1,12 @@
 """Mean and spread of several runs, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
+from helpers import small_run
 
-from laasp_ray.report.repeats import collected, figures_of, spread_of, table
+from laasp_ray.report.repeats import collected, figures_of, runs_of, spread_of, table
 
 
 def figures(top1, loss):
@@ -32,6 +34,13 @@ def test_the_figures_are_those_of_the_pruned_network():
         "macs": 740000,
     }
     assert figures_of(summary) == {"top1": 0.75, "top5": 0.9, "loss": 0.5, "flops_reduction": 0.26}
+
+
+def test_runs_have_names_and_seeds_of_their_own(tmp_path):
+    config = small_run(tmp_path, seed=3)
+    runs = runs_of(config, 2)
+    assert [(run.name, run.seed) for run in runs] == [("small-seed3", 3), ("small-seed4", 4)]
+    assert all(replace(run, name=config.name, seed=config.seed) == config for run in runs)
 
 
 def test_what_is_stored_and_shown():

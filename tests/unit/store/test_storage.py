@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from laasp_ray.errors import StoreError
-from laasp_ray.store.storage import Storage
+from laasp_ray.store.storage import Storage, _LocalFolder
 
 
 @pytest.fixture(params=["local", "arrow"])
@@ -100,6 +100,20 @@ def test_a_file_is_no_folder(tmp_path):
         Storage.open(str(tmp_path / "file"))
     with pytest.raises(StoreError, match=r"cannot write write-probe.*name another folder"):
         Storage.open(str(tmp_path / "file" / "below")).check_writable()
+
+
+def test_where_a_folder_will_be_made_is_tried_and_none_is_made(tmp_path, monkeypatch):
+    tried = []
+    write = _LocalFolder.write
+    monkeypatch.setattr(_LocalFolder, "write", lambda self, *given: (tried.append(self.path), write(self, *given)))
+    (tmp_path / "runs").mkdir()
+    Storage.open(str(tmp_path / "runs" / "a" / "b")).check_writable()
+    Storage.open(str(tmp_path / "runs")).check_writable()
+    assert tried == [tmp_path / "runs"] * 2
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "gone")  # a volume that is not there, say
+    with pytest.raises(StoreError, match=r"not a folder: .*link"):
+        Storage.open(str(tmp_path / "link" / "run")).check_writable()
 
 
 def test_child_of_a_uri_with_options_keeps_them_at_the_end():
