@@ -14,24 +14,16 @@ from fractions import Fraction
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import PruneConfig
-from laasp_ray.cost.macs import Macs, count_macs
 from laasp_ray.data.sampling import derive_seed
-from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods import TakeTurn, pls
-from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
+from laasp_ray.errors import ExhaustedError
+from laasp_ray.methods import Standing, TakeTurn, Turn, pls
 from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import ChannelGroup, PruningGraph, filters_to_remove
-from laasp_ray.pruning.masks import mask_of
+from laasp_ray.pruning.groups import PruningGraph, filters_to_remove
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.plan import Plan, macs_after
 from laasp_ray.pruning.several import independent_layers, removal_of_several
-from laasp_ray.records import Decision, LayerPrune, Ranking
 from laasp_ray.search.activations import Wanted
-from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.schedule import OnResult, OnShare
@@ -51,153 +43,83 @@ class Room:
     allowed: int
 
 
-@dataclass(frozen=True)
-class Standing:
-    """The network of a turn, `model` being `network` rebuilt, with what the methods here ask of it."""
-
-    model: nn.Module
-    network: NetworkState
-    example_input: torch.Tensor
-    graph: PruningGraph
-    macs: Macs
-    baseline: Baseline
-    config: PruneConfig
-    executor: Executor
-    turn: int
-    clock: Stopwatch
-
-    def room(self, layer: str) -> Room:
-        group = self.graph.layers[layer]
-        original = self.baseline.filters.get(layer, group.filters)
-        return Room(group.filters, original, group.blocks, self._removable(group, group.filters))
-
-    def step_of(self, layer: str) -> int:
-        """How many filters LAASP would take of the layer; 0 if it is at its limit."""
-        return self._removable(self.graph.layers[layer], self.baseline.step_sizes.get(layer, 1))
-
-    def worth(self, picks: Picks) -> float:
-        """The share of the unpruned network's multiply-accumulates that goes with these filters."""
-        left = macs_after(self.macs, plan_of(removal_of_several(self.graph, picks)))
-        return (self.macs.total - left) / self.baseline.macs.total
-
-    def carry_out(self, picks: Picks, criterion: str) -> Turn:
-        """The turn that removes these filters. Its losses tell what that costs; they do not enter into the choice."""
-        removal = removal_of_several(self.graph, picks)
-        step = plan_of(removal)
-        tasks = [LossTask(f"the prune by {criterion}", step, mask_of(removal)), LossTask("before", Plan.empty(), {})]
-        network = self.executor.for_scoring(self.network)
-        after, before = self.executor.measure(network, tasks, _hear_nothing, _hear_nothing)
-        if after.error:
-            raise SearchError(f"the network that {criterion} leaves cannot be evaluated: {after.error}")
-        self.clock.lap("evaluate")
-        first, *further = [
-            LayerPrune(layer=layer, criterion=criterion, filters=filters) for layer, filters in picks.items()
-        ]
-        decision = Decision(
-            turn=self.turn,
-            layer=first.layer,
-            criterion=first.criterion,
-            filters=first.filters,
-            loss=after.loss,
-            loss_before=before.loss,
-            flops_reduction=1 - macs_after(self.macs, step) / self.baseline.macs.total,
-            further=tuple(further),
-        )
-        return Turn(decision, step, Ranking([]), self.clock.seconds)
-
-    def _removable(self, group: ChannelGroup, step_size: int) -> int:
-        return filters_to_remove(
-            group,
-            step_size=step_size,
-            original=self.baseline.filters.get(group.layer, group.filters),
-            step_rule="flops_share",
-            step=self.config.step,
-            max_pruned=self.config.max_pruned,
-        )
-
-
-def _turn(take: Callable[[Standing], Turn]) -> TakeTurn:
-    """A method of what takes a turn of the network as it stands."""
-
-    def take_turn(
-        model: nn.Module,
-        network: NetworkState,
-        example_input: torch.Tensor,
-        baseline: Baseline,
-        config: PruneConfig,
-        executor: Executor,
-        *,
-        turn: int,
-        on_candidate: OnCandidate,
-    ) -> Turn:
-        clock = Stopwatch()
-        graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
-        macs = count_macs(model, example_input)
-        clock.lap("graph")
-        return take(Standing(model, network, example_input, graph, macs, baseline, config, executor, turn, clock))
-
-    return take_turn
-
-
-@_turn
 def uniform_turn(now: Standing) -> Turn:
     """All layers lose the same share of their original filters, lowest l1 first, up to whole filters.
 
     So the filters go one after the other, each from the layer that has lost the least share. Of layers whose filters
     are coupled the first decides for all.
     """
-    rooms = {layer: now.room(layer) for layer in deciding_layers(now.graph)}
+    rooms = rooms_of(now, deciding_layers(now.graph))
+    now.clock.lap("graph")
     scores = {layer: criteria.scores("l1", now.model.get_submodule(layer)) for layer in rooms}
 
     def picks(counts: Mapping[str, int]) -> Picks:
         return {layer: criteria.lowest(scores[layer], count, rooms[layer].blocks) for layer, count in counts.items()}
 
-    chosen = worth_about(map(picks, evenly(rooms)), now.worth, now.config.step)
+    chosen = worth_about(map(picks, evenly(rooms)), lambda picks: worth(now, picks), now.config.step)
     now.clock.lap("propose")
-    return now.carry_out(chosen, "l1")
+    return now.prune(chosen, "l1")
 
 
 def random_turn(seed: int) -> TakeTurn:
     """The method of a run of `seed`: a random layer loses its step's number of random filters."""
 
-    @_turn
-    def take(now: Standing) -> Turn:
-        rooms = {layer: now.room(layer) for layer in now.graph.layers}
+    def take_turn(now: Standing) -> Turn:
+        rooms = rooms_of(now, now.graph.layers)
+        now.clock.lap("graph")
         draw = random.Random(derive_seed(seed, f"random prune, turn {now.turn}"))
-        layer, filters = random_pick(rooms, {name: now.step_of(name) for name in rooms}, draw)
+        steps = {layer: removable(now, layer, now.baseline.step_sizes.get(layer, 1)) for layer in rooms}
+        layer, filters = random_pick(rooms, steps, draw)
         now.clock.lap("propose")
-        return now.carry_out({layer: filters}, "random")
+        return now.prune({layer: filters}, "random")
 
-    return take
+    return take_turn
 
 
-@_turn
 def pls_turn(now: Standing) -> Turn:
     """The library's PLS, at the percentage that makes this turn worth most nearly `prune.step`.
 
     A layer at `prune.max_pruned` keeps what it has: its other filters' scores are infinite.
     """
-    rooms = {layer: now.room(layer) for layer in independent_layers(now.graph)}
-    network = now.executor.for_scoring(now.network)
-    scores = within(now.executor.importance(network, Wanted.of(rooms, now.config)), rooms)
+    rooms = rooms_of(now, independent_layers(now.graph))
+    now.clock.lap("graph")
+    scores = within(now.executor.importance(now.scored, Wanted.of(rooms, now.config)), rooms)
     blocks = {layer: room.blocks for layer, room in rooms.items()}
     filters = sum(room.filters for room in rooms.values())
     percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
-    percent = worth_about(percentages, lambda share: now.worth(pls.choose(scores, blocks, share)), now.config.step)
+    percent = worth_about(percentages, lambda share: worth(now, pls.choose(scores, blocks, share)), now.config.step)
     now.clock.lap("score")
-    taken = pls.take_turn(
-        now.model,
-        now.network,
-        now.example_input,
-        now.baseline,
-        dataclasses.replace(now.config, percent=percent),
-        _Scored(now.executor, network, scores),
-        turn=now.turn,
-        on_candidate=_hear_nothing,
+    config = dataclasses.replace(now.config, percent=percent)
+    return pls.take_turn(dataclasses.replace(now, config=config, executor=_Scored(now.executor, now.scored, scores)))
+
+
+def rooms_of(now: Standing, layers: Iterable[str]) -> dict[str, Room]:
+    """Each layer's room for its whole width."""
+    rooms = {}
+    for layer in layers:
+        group = now.graph.layers[layer]
+        original = now.baseline.filters.get(layer, group.filters)
+        rooms[layer] = Room(group.filters, original, group.blocks, removable(now, layer, group.filters))
+    return rooms
+
+
+def removable(now: Standing, layer: str, step_size: int) -> int:
+    """How many filters LAASP would take of the layer, were `step_size` its step; 0 if it is at its limit."""
+    group = now.graph.layers[layer]
+    return filters_to_remove(
+        group,
+        step_size=step_size,
+        original=now.baseline.filters.get(layer, group.filters),
+        step_rule="flops_share",
+        step=now.config.step,
+        max_pruned=now.config.max_pruned,
     )
-    before = now.clock.seconds
-    spent = {name: before.get(name, 0.0) + seconds for name, seconds in taken.seconds.items()}
-    return dataclasses.replace(taken, seconds=spent)
+
+
+def worth(now: Standing, picks: Picks) -> float:
+    """The share of the unpruned network's multiply-accumulates that goes with these filters."""
+    before = 1 - now.macs.total / now.baseline.macs.total
+    return now.flops_reduction(plan_of(removal_of_several(now.graph, picks))) - before
 
 
 def worth_about(options: Iterable[Option], worth: Callable[[Option], float], step: float) -> Option:
@@ -299,7 +221,3 @@ class _Scored:
 
     def close(self) -> None:
         self._executor.close()
-
-
-def _hear_nothing(*heard: object) -> None:
-    return None

@@ -16,7 +16,7 @@ from torch import nn
 
 from laasp_ray.config import TARGETS, RunConfig
 from laasp_ray.errors import DataError, ExhaustedError, TrainingError
-from laasp_ray.methods import TakeTurn
+from laasp_ray.methods import Standing, TakeTurn
 from laasp_ray.methods.targets import measure_targets
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
@@ -132,17 +132,18 @@ class Controller:
         model = rebuild(self._unpruned, self._network).eval()
         executor = parts.executor(self.state.excluded, lambda name: self._note_unreadable((name,)))
         prepared = time.perf_counter() - started
+        now = Standing(
+            model=model,
+            network=self._network,
+            example_input=self._example,
+            baseline=self._baseline,
+            config=self._config.prune,
+            executor=executor,
+            turn=number,
+            on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
+        )
         try:
-            turn = parts.method(
-                model,
-                self._network,
-                self._example,
-                self._baseline,
-                self._config.prune,
-                executor,
-                turn=number,
-                on_candidate=lambda done, total, entry: parts.progress.candidates(done, total, entry, number),
-            )
+            turn = parts.method(now)
         except ExhaustedError as error:
             if not self._config.prune.latency_reduction:
                 raise
@@ -153,8 +154,8 @@ class Controller:
         if turn.ranking:
             write_candidates(parts.storage, number, turn.ranking)
         measured = measure_targets(self._unpruned, self._network, self._config)
-        now = time.perf_counter()
-        seconds = {"prepare": prepared, **turn.seconds, "apply": now - applied, "total": now - started}
+        ended = time.perf_counter()
+        seconds = {"prepare": prepared, **turn.seconds, "apply": ended - applied, "total": ended - started}
         self._record(
             "turn",
             {
@@ -167,7 +168,7 @@ class Controller:
             },
         )
         reached, targets = self.state.reached, self._config.prune.targets
-        parts.progress.decision(turn.decision, reached, targets, now - started)
+        parts.progress.decision(turn.decision, reached, targets, ended - started)
         parts.events.scalar("prune/loss", turn.decision.loss, number)
         for of in {"FLOPs": 0.0} | targets:
             parts.events.scalar(f"prune/{TARGETS[of]}", reached[of], number)

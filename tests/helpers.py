@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,16 @@ from PIL import Image
 from sklearn.cross_decomposition import PLSRegression
 from torch import nn
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import PruneConfig, RunConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.methods.turn import OnCandidate, Standing, TakeTurn, Turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.verify import twin
 from laasp_ray.recipes import recipe
+from laasp_ray.search.candidates import measure_baseline
+from laasp_ray.search.executor import Executor
 
 SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -93,3 +104,35 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
         else:
             settings[section] = value
     return RunConfig.from_dict(settings)
+
+
+def first_standing(
+    model: nn.Module,
+    example: torch.Tensor,
+    config: PruneConfig,
+    executor: Executor,
+    on_candidate: OnCandidate = lambda done, total, entry: None,
+) -> Standing:
+    """How a run stands before its first turn, `model` being the unpruned network."""
+    return Standing(
+        model=model,
+        network=capture(model, Plan.empty()),
+        example_input=example,
+        baseline=measure_baseline(PruningGraph(model, example), count_macs(model, example), config),
+        config=config,
+        executor=executor,
+        turn=1,
+        on_candidate=on_candidate,
+    )
+
+
+def turns_of(method: TakeTurn, first: Standing) -> Iterator[tuple[Turn, nn.Module, nn.Module]]:
+    """Turn after turn, each on the physically pruned network: (turn, network before, network after)."""
+    now = first
+    for number in itertools.count(2):
+        turn = method(now)
+        after = twin(now.model)
+        apply_plan(after, turn.step)
+        yield turn, now.model, after
+        network = capture(after, now.network.plan.then(turn.step))
+        now = replace(now, model=after, network=network, turn=number)

@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
-import torch
-from torch import nn
-
-from laasp_ray.config import Method, PruneConfig
+from laasp_ray.config import Method
 from laasp_ray.methods import laasp, pls
-from laasp_ray.methods.turn import OnCandidate, Turn
-from laasp_ray.pruning.network import NetworkState
-from laasp_ray.search.candidates import Baseline
-from laasp_ray.search.executor import Executor
+from laasp_ray.methods.turn import Standing, TakeTurn, Turn
 
-
-class TakeTurn(Protocol):
-    def __call__(
-        self,
-        model: nn.Module,
-        network: NetworkState,
-        example_input: torch.Tensor,
-        baseline: Baseline,
-        config: PruneConfig,
-        executor: Executor,
-        *,
-        turn: int,
-        on_candidate: OnCandidate,
-    ) -> Turn:
-        """Chooses what goes next from `model`, which is `network` rebuilt; changes nothing. `turn` counts from 1."""
-
+__all__ = ["METHODS", "Standing", "TakeTurn", "Turn"]
 
 METHODS: Mapping[Method, TakeTurn] = {"laasp": laasp.take_turn, "pls": pls.take_turn}

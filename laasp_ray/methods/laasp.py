@@ -8,59 +8,36 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-import torch
-from torch import nn
-
-from laasp_ray.config import PruneConfig
-from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.methods.together import with_next_best
-from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.network import NetworkState
+from laasp_ray.methods.turn import Standing, Turn
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import Wanted
-from laasp_ray.search.candidates import Baseline, entry_of, propose, tasks_of
+from laasp_ray.search.candidates import entry_of, propose, tasks_of
 from laasp_ray.search.evaluate import MeasuredLoss
-from laasp_ray.search.executor import Executor
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
 
 
-def take_turn(
-    model: nn.Module,
-    network: NetworkState,
-    example_input: torch.Tensor,
-    baseline: Baseline,
-    config: PruneConfig,
-    executor: Executor,
-    *,
-    turn: int,
-    on_candidate: OnCandidate,
-) -> Turn:
-    """Proposes, measures and chooses; `model` is `network` rebuilt, and is not changed. One dependency graph is built.
-    With `config.prunes_per_turn` the next best candidates go with the best (together.py).
-
-    `on_candidate` hears (how many are done, of how many, which or None) as losses come in. Raises SearchError
-    when there is nothing to propose (ExhaustedError) or nothing to choose.
+def take_turn(now: Standing) -> Turn:
+    """Proposes, measures and chooses. With `prune.prunes_per_turn` the next best candidates go with the best
+    (together.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
     """
-    clock = Stopwatch()
-    graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
-    macs = count_macs(model, example_input)
-    clock.lap("graph")
-    network = executor.for_scoring(network)
+    config, graph, macs = now.config, now.graph, now.macs
+    now.clock.lap("graph")
+    network = now.scored
     by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
-    given = {name: executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
-    proposals = propose(model, graph, macs, baseline, config, given)
-    clock.lap("propose")
+    given = {name: now.executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
+    proposals = propose(now.model, graph, macs, now.baseline, config, given)
+    now.clock.lap("propose")
     done = told = 0
 
     def hear(position: int, result: MeasuredLoss) -> None:
         nonlocal done
         if position < len(proposals):
             done += 1
-            on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
+            now.on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
             if result.error:
                 logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
@@ -68,15 +45,14 @@ def take_turn(
         nonlocal told
         if max(done, told) < (so_far := int(share * len(proposals))) < len(proposals):
             told = so_far
-            on_candidate(so_far, len(proposals), None)
+            now.on_candidate(so_far, len(proposals), None)
 
-    results = executor.measure(network, tasks_of(proposals), hear, hear_share)
+    results = now.executor.measure(network, tasks_of(proposals), hear, hear_share)
     ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
     _say_copied(ranking)
-    decision = decide(ranking, turn=turn, loss_before=results[-1].loss)
-    decision, step = with_next_best(decision, ranking, graph, macs, baseline, config, network, executor)
-    clock.lap("evaluate")
-    return Turn(decision, step, ranking, clock.seconds)
+    decision, step = with_next_best(now, decide(ranking, turn=now.turn, loss_before=results[-1].loss), ranking)
+    now.clock.lap("evaluate")
+    return Turn(decision, step, ranking, now.clock.seconds)
 
 
 def _say_copied(ranking: Ranking) -> None:

@@ -9,75 +9,29 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import PruneConfig
-from laasp_ray.cost.macs import count_macs
-from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.turn import OnCandidate, Stopwatch, Turn
-from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.masks import mask_of
-from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.plan import Plan, macs_after
-from laasp_ray.pruning.several import independent_layers, removal_of_several
-from laasp_ray.records import Decision, LayerPrune, Ranking
+from laasp_ray.errors import ExhaustedError
+from laasp_ray.methods.turn import Standing, Turn
+from laasp_ray.pruning.several import independent_layers
 from laasp_ray.search.activations import Wanted
-from laasp_ray.search.candidates import Baseline
-from laasp_ray.search.evaluate import LossTask
-from laasp_ray.search.executor import Executor
 
 
-def take_turn(
-    model: nn.Module,
-    network: NetworkState,
-    example_input: torch.Tensor,
-    baseline: Baseline,
-    config: PruneConfig,
-    executor: Executor,
-    *,
-    turn: int,
-    on_candidate: OnCandidate,
-) -> Turn:
-    """Scores all filters anew, and chooses; `model` is `network` rebuilt, and is not changed.
+def take_turn(now: Standing) -> Turn:
+    """Scores all filters anew, and chooses. There are no candidates for `on_candidate` to hear of.
 
-    The decision's losses tell what the prune costs; they do not enter into it. There are no candidates for
-    `on_candidate` to hear of. Raises ExhaustedError when nothing is left to prune.
+    Raises ExhaustedError when nothing is left to prune.
     """
-    clock = Stopwatch()
-    graph = PruningGraph(model, example_input, ignored=config.ignored, extra_layers=config.extra_layers)
-    layers = independent_layers(graph)
+    layers = independent_layers(now.graph)
     if not layers:
         raise ExhaustedError(
             "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
         )
-    clock.lap("graph")
-    network = executor.for_scoring(network)
-    scores = executor.importance(network, Wanted.of(layers, config))
-    clock.lap("score")
-    blocks = {layer: graph.layers[layer].blocks for layer in layers}
-    chosen = choose(scores, blocks, config.percent, config.round_to)
-    removal = removal_of_several(graph, chosen)
-    step = plan_of(removal)
-    tasks = [LossTask("the prune by pls", step, mask_of(removal)), LossTask("the network before", Plan.empty(), {})]
-    after, before = executor.measure(network, tasks, lambda position, result: None, lambda share: None)
-    if after.error:
-        raise SearchError(f"the network that pls leaves cannot be evaluated: {after.error}")
-    clock.lap("evaluate")
-    prunes = [LayerPrune(layer=layer, criterion="pls", filters=filters) for layer, filters in chosen.items()]
-    macs = count_macs(model, example_input)
-    decision = Decision(
-        turn=turn,
-        layer=prunes[0].layer,
-        criterion=prunes[0].criterion,
-        filters=prunes[0].filters,
-        loss=after.loss,
-        loss_before=before.loss,
-        flops_reduction=1 - macs_after(macs, step) / baseline.macs.total,
-        further=tuple(prunes[1:]),
-    )
-    return Turn(decision, step, Ranking([]), clock.seconds)
+    now.clock.lap("graph")
+    scores = now.executor.importance(now.scored, Wanted.of(layers, now.config))
+    now.clock.lap("score")
+    blocks = {layer: now.graph.layers[layer].blocks for layer in layers}
+    return now.prune(choose(scores, blocks, now.config.percent, now.config.round_to), "pls")
 
 
 def choose(

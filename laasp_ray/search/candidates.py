@@ -22,6 +22,8 @@ from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 Scores = Mapping[str, Mapping[str, torch.Tensor]]
 """Criterion -> layer -> a score for each of its filters (N,)."""
 NO_SCORES: Scores = {}
+NETWORK_BEFORE = LossTask("the network before this turn's prune", Plan.empty(), {})
+"""The network as it stands, whose loss tells what a prune costs."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ def propose(
 
 
 def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:
-    """What is measured for them; the last task is the network as it stands, which tells what a prune costs."""
+    """What is measured for them; the last task is the network as it stands."""
     tasks = [LossTask(proposal.candidate.name, proposal.step, proposal.mask) for proposal in proposals]
-    return [*tasks, LossTask("the network before this turn's prune", Plan.empty(), {})]
+    return [*tasks, NETWORK_BEFORE]
 
 
 def entry_of(proposal: Proposal, result: MeasuredLoss) -> CandidateLoss:

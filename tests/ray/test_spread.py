@@ -9,11 +9,10 @@ import interruptions
 import pytest
 import ray
 import torch
-from helpers import randomise_batchnorm, small_run
+from helpers import first_standing, randomise_batchnorm, small_run
 
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig
-from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.sources import open_source
 from laasp_ray.data.subset import draw_subset
@@ -22,10 +21,8 @@ from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network
 from laasp_ray.errors import ConfigError, TrainingError
 from laasp_ray.methods.laasp import take_turn
-from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import LossSubset, LossTask
 from laasp_ray.search.executor import InProcessExecutor
 from laasp_ray.train.loop import EpochPlan, Spell
@@ -62,16 +59,13 @@ def executor(config, network, reference, share):
 
 def turn_by(who, config, network):
     """One turn of `who`, and what was heard of it: (done, total, layer or None)."""
-    example = torch.zeros(1, *config.model.input_shape)
-    baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), config.prune)
     heard = []
 
     def hear(done, total, entry):
         heard.append((done, total, entry and entry.layer))
 
-    state = capture(network, Plan.empty())
-    turn = take_turn(network, state, example, baseline, config.prune, who, turn=1, on_candidate=hear)
-    return turn, heard
+    example = torch.zeros(1, *config.model.input_shape)
+    return take_turn(first_standing(network, example, config.prune, who, hear)), heard
 
 
 def serial_of(config, network, subset):

@@ -258,9 +258,8 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
 
 
 def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
-    def by_l2(model, network, example_input, baseline, config, executor, **rest):
-        config = dataclasses.replace(config, criteria=("l2",))
-        return laasp.take_turn(model, network, example_input, baseline, config, executor, **rest)
+    def by_l2(now):
+        return laasp.take_turn(dataclasses.replace(now, config=dataclasses.replace(now.config, criteria=("l2",))))
 
     config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
     prune(None, config, distributed=False, progress=Silent(), method=by_l2)

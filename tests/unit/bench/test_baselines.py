@@ -10,15 +10,13 @@ import baselines
 import pytest
 import torch
 from baselines import Room
-from helpers import randomise_batchnorm
+from helpers import first_standing, randomise_batchnorm, turns_of
 
 from laasp_ray import criteria, models
 from laasp_ray.config import ModelConfig, PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.network import capture, rebuild
-from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import MeasuredLoss
 
@@ -138,20 +136,11 @@ def resnet20():
 
 
 def turns(model, method, config=CONFIG):
-    """Turns until the target, each on the physically pruned network; gives (turn, network before, network after)."""
-    baseline = measure_baseline(PruningGraph(model, EXAMPLE), count_macs(model, EXAMPLE), config)
-    network, reduction = capture(model, Plan.empty()), 0.0
-    for number in itertools.count(1):
-        if reduction >= config.flops_reduction:
-            return
-        before = rebuild(model, network).eval()
-        turn = method(
-            before, network, EXAMPLE, baseline, config, FixedScores(), turn=number, on_candidate=lambda *heard: None
-        )
-        after = rebuild(model, network).eval()
-        apply_plan(after, turn.step)
-        network, reduction = capture(after, network.plan.then(turn.step)), turn.decision.flops_reduction
+    """Turns until the target, each on the physically pruned network: (turn, network before, network after)."""
+    for turn, before, after in turns_of(method, first_standing(model, EXAMPLE, config, FixedScores())):
         yield turn, before, after
+        if turn.decision.flops_reduction >= config.flops_reduction:
+            return
 
 
 def removed(turn):

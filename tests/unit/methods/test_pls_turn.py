@@ -1,10 +1,11 @@
 """One turn of PLS: what is chosen, that it is one plan of many layers, and how many filters go turn by turn."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from helpers import randomise_batchnorm, shared_data, vip_by_scikit_learn
+from helpers import first_standing, randomise_batchnorm, shared_data, turns_of, vip_by_scikit_learn
 from torch import nn
 
 from laasp_ray import models
@@ -15,12 +16,8 @@ from laasp_ray.data.sources import open_source
 from laasp_ray.data.subset import draw_subset
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.pls import choose, take_turn
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.network import capture, rebuild
-from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.recipes import recipe
 from laasp_ray.search.activations import Wanted, chunks_of, first_look, moments_of, scores_of
-from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import LossSubset, MeasuredLoss
 from laasp_ray.search.executor import InProcessExecutor
 
@@ -46,17 +43,11 @@ class RandomScores:
 
 
 def turns(model, executor, count, example=EXAMPLE):
-    """Takes `count` turns, each on the physically pruned network; gives (turn, network after it)."""
-    baseline = measure_baseline(PruningGraph(model, example), count_macs(model, example), CONFIG)
-    network = capture(model, Plan.empty())
-    for number in range(1, count + 1):
-        now = rebuild(model, network).eval()
-        turn = take_turn(
-            now, network, example, baseline, CONFIG, executor, turn=number, on_candidate=lambda *heard: None
-        )
-        apply_plan(now, turn.step)
-        network = capture(now, network.plan.then(turn.step))
-        yield turn, now
+    """`count` turns, each on the physically pruned network: (turn, network after it)."""
+    for turn, _, after in itertools.islice(
+        turns_of(take_turn, first_standing(model, example, CONFIG, executor)), count
+    ):
+        yield turn, after
 
 
 def removed(turn):

@@ -1,20 +1,17 @@
 """One turn: what is told as it goes, and what becomes of candidates that cannot be measured."""
 
+import dataclasses
 import logging
 import math
 
 import pytest
 import torch
+from helpers import first_standing
 from torch import nn
 
 from laasp_ray.config import PruneConfig
-from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import SearchError
 from laasp_ray.methods.laasp import take_turn
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.network import capture
-from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import MeasuredLoss
 
 CONFIG = PruneConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
@@ -51,20 +48,15 @@ def network():
 
 
 def turn_of(network, script):
-    example = torch.zeros(1, 1, 8, 8)
-    baseline = measure_baseline(PruningGraph(network, example), count_macs(network, example), CONFIG)
     heard = []
-    turn = take_turn(
+    now = first_standing(
         network,
-        capture(network, Plan.empty()),
-        example,
-        baseline,
+        torch.zeros(1, 1, 8, 8),
         CONFIG,
         TellingExecutor(script),
-        turn=4,
-        on_candidate=lambda done, total, entry: heard.append((done, total, entry)),
+        lambda done, total, entry: heard.append((done, total, entry)),
     )
-    return turn, heard
+    return take_turn(dataclasses.replace(now, turn=4)), heard
 
 
 def ok(loss, **more):

@@ -5,16 +5,14 @@ import math
 
 import pytest
 import torch
+from helpers import first_standing
 from torch import nn
 
 from laasp_ray.config import PruneConfig, SearchConfig
-from laasp_ray.cost.macs import count_macs
 from laasp_ray.methods.laasp import take_turn
 from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.network import capture
-from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune
-from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import LossSubset, MeasuredLoss, mean_loss
 from laasp_ray.search.executor import InProcessExecutor
 
@@ -69,12 +67,7 @@ def network():
 
 def turn_of(model, executor, example=EXAMPLE, **changes):
     settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_turn": 2, **changes}
-    config = PruneConfig(**settings)
-    baseline = measure_baseline(PruningGraph(model, example), count_macs(model, example), config)
-    state = capture(model, Plan.empty())
-    return take_turn(
-        model, state, example, baseline, config, executor, turn=1, on_candidate=lambda done, total, entry: None
-    )
+    return take_turn(first_standing(model, example, PruneConfig(**settings), executor))
 
 
 LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8}
