@@ -70,6 +70,8 @@ def prune(
     """
     if method is not None and config.sparsity is not None:
         raise ConfigError("a method is given to a run with sparsity, which removes no filters: leave one of them out")
+    if method is not None and not config.prunes:
+        raise ConfigError("a method is given to a run that prunes nothing: leave it out, or set prune.flops_reduction")
     storage = open_run(config)
     journal = Journal(storage)
     finish = journal.last("finish")

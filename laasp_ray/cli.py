@@ -37,7 +37,11 @@ FLAGS: Flags = {
     "--data": ("data.path", str, "the data set's folder"),
     "--storage": ("storage", str, "where runs are kept: a folder, or an s3:// or gs:// address"),
     "--name": ("name", str, "the run's name; the same name goes on with the run"),
-    "--flops-reduction": ("prune.flops_reduction", float, "target share of multiply-accumulates to remove, 0 to 1"),
+    "--flops-reduction": (
+        "prune.flops_reduction",
+        float,
+        "target share of multiply-accumulates to remove, 0 to 1; 0 and no other target: the network is only trained",
+    ),
     "--parameters-reduction": (
         "prune.parameters_reduction",
         float,
@@ -78,7 +82,8 @@ FLAGS: Flags = {
 }
 
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
-_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--loss-images", "--criteria")
+_PLS_FLAGS = ("--method", "--iterations", "--percent", "--components", "--pooling")
+_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--loss-images", "--criteria", *_PLS_FLAGS)
 
 
 def _numbers(text: str) -> list[int]:
@@ -137,7 +142,9 @@ def sparsify(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """`jobs/evaluate.py FOLDER`."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measures a run's pruned and unpruned network.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", allow_abbrev=False, description="Measures a run's pruned and unpruned network."
+    )
     parser.add_argument("folder", help="the run's folder, or its s3:// or gs:// address")
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
     parser.add_argument("--batch-size", type=_at_least_1, default=100, help="images a batch for accuracy (default 100)")
@@ -162,7 +169,8 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    # Abbreviations would have jobs/prune.py take --prune, which jobs/sparsify.py has, for --prune-epoch.
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.set_defaults(flags=flags)
     for flag, (key, kind, text) in flags.items():
         parser.add_argument(flag, type=kind, default=None, help=f"{text} [{key}]")
@@ -216,7 +224,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     print(format_summary(summarise(Journal(storage).events())))
     if config.sparsity is not None:
         print(sparsity_table(sparsity_from_json(json.loads(storage.read(REPORT)))))
-    print(f"pruned network: {result.folder}/pruned")
+    print(f"{'pruned' if config.prunes else 'trained'} network: {result.folder}/pruned")
     return result
 
 

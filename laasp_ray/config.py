@@ -320,7 +320,8 @@ class ClusterConfig:
 class RunConfig:
     """Everything that decides a run. When it is resumed some keys may differ (resumable.py), nothing else may.
 
-    With `sparsity` the run makes groups sparse instead of removing filters.
+    With `sparsity` the run makes groups sparse instead of removing filters. Without it and without a target (see
+    PruneConfig) it prunes nothing: it trains the network by the whole schedule, as what pruned ones are compared with.
     """
 
     name: str
@@ -345,13 +346,19 @@ class RunConfig:
         )
         sparsity = self.sparsity
         if sparsity is None:
-            wanted = "a share between 0 and 1, or 0 with another target (prune.parameters_reduction, latency_reduction)"
-            check(bool(self.prune.targets), "prune.flops_reduction", self.prune.flops_reduction, wanted)
+            bound = "0 without a target (prune.flops_reduction and others), when nothing is pruned"
+            check(
+                bool(self.prune.targets) or self.prune.iterations == 0, "prune.iterations", self.prune.iterations, bound
+            )
             return
         for key in TARGETS.values():
             target = getattr(self.prune, key)
             check(target == 0, f"prune.{key}", target, "0 with sparsity, which removes no filters")
         off = "with sparsity, which removes no filters and measures no candidates"
+        check(self.prune.method == "laasp", "prune.method", self.prune.method, f"left out {off}")
+        check(
+            self.prune.iterations == 0, "prune.iterations", self.prune.iterations, f"0 {off}: its turns are the stages"
+        )
         check(self.prune.round_to == 1, "prune.round_to", self.prune.round_to, f"1 {off}")
         check(self.prune.prunes_per_turn == 1, "prune.prunes_per_turn", self.prune.prunes_per_turn, f"1 {off}")
         reestimate = self.search.reestimate_batchnorm
@@ -368,6 +375,11 @@ class RunConfig:
             self.train.pretrained,
             "left out with sparsity.from_run, which brings its weights",
         )
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned, filters or weights."""
+        return self.sparsity is not None or bool(self.prune.targets)
 
     def to_dict(self) -> dict[str, Any]:
         return to_plain(self)

@@ -34,7 +34,7 @@ from laasp_ray.train.loop import EpochDone, Spell, SpellDone
 from laasp_ray.train.trainer import Trainer
 
 UNPRUNED = "unpruned"
-"""The checkpoint of the network just before its first prune; kept, to compare the pruned one with."""
+"""The checkpoint of the network just before its first prune, or trained without any; kept, to compare others with."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,8 @@ class Controller:
     def run(self) -> nn.Module:
         """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
         last: SpellDone | None = None
-        if (
-            self.state.turn == 0
-            and self.state.phase == "prune"
-            and not self._has("baseline")
-            and not self._has("spell")
-        ):
+        given = self.state.phase == "prune" or (not self._config.prunes and self._config.train.pretrained is not None)
+        if given and self.state.turn == 0 and not self._has("baseline") and not self._has("spell"):
             last = self._measure_given_weights()
         while self.state.phase != "done":
             if self.state.phase == "prune":
@@ -278,6 +274,8 @@ class Controller:
 
     def _finish(self, last: SpellDone | None) -> nn.Module:
         parts = self._parts
+        if not self._config.prunes:
+            save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
         model = rebuild(self._unpruned, self._network).eval()
         # A run killed between its last spell and here has that spell's metrics in the journal only.
         metrics = to_json(last.metrics) if last is not None else parts.journal.last("spell").data["metrics"]  # type: ignore[union-attr]
@@ -312,6 +310,8 @@ class Controller:
         return summary
 
     def _result(self, summary: Mapping[str, Any]) -> str:
+        if not self._config.prunes:
+            return "trained, nothing pruned"
         targets = {"FLOPs": 0.0} | self._config.prune.targets
         return "pruned by " + ", ".join(f"{summary[TARGETS[of]]:.2%} of {of}" for of in targets)
 

@@ -80,7 +80,7 @@ def describe(
         *(("in the store", line) for line in stored),
         ("network", f"{config.model.builder}, {prepared.baseline.macs.total:,} multiply-accumulates"),
         ("images", f"{train_images:,} to train on, {test_images:,} to test on"),
-        ("start", f"{_start(config, workload)}; pruning at epoch {config.train.prune_epoch} of {config.train.epochs}"),
+        ("start", _start(config, workload)),
         *_what_is_pruned(prepared, workload),
         ("final", f"{workload.epochs['final']} epochs"),
         ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
@@ -109,18 +109,26 @@ def _stored(run: RunConfig) -> str:
 
 
 def _start(config: RunConfig, workload: Workload) -> str:
+    train = config.train
+    if not config.prunes:
+        return (
+            f"the weights of {train.pretrained}, at epoch {train.prune_epoch}" if train.pretrained else "from scratch"
+        )
     if workload.epochs["train"]:
-        return f"from scratch, {workload.epochs['train']} epochs"
-    if config.sparsity is not None and config.sparsity.from_run is not None:
-        return f"the pruned network of {config.sparsity.from_run}"
-    return f"the weights of {config.train.pretrained}" if config.train.pretrained else "new weights, untrained"
+        start = f"from scratch, {workload.epochs['train']} epochs"
+    elif config.sparsity is not None and config.sparsity.from_run is not None:
+        start = f"the pruned network of {config.sparsity.from_run}"
+    else:
+        start = f"the weights of {train.pretrained}" if train.pretrained else "new weights, untrained"
+    return f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"
 
 
 def _what_is_pruned(prepared: Prepared, workload: Workload) -> Rows:
     prune = prepared.config.prune
     if isinstance(workload, SparseStages):
         return _stages(prepared.config, workload)
-    assert isinstance(workload, Turns)
+    if not isinstance(workload, Turns):
+        return [("pruned", "nothing, without a target")]
     turns = f"about {workload.turns}: " + " and ".join(f"{share:.2%} of {of}" for of, share in prune.targets.items())
     of_flops = "" if list(prune.targets) == ["FLOPs"] else " of FLOPs"
     rows: Rows = []
@@ -184,6 +192,8 @@ def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
     left_out = "what workers tell one another, starting them, and storing are left out"
     if isinstance(workload, SparseStages):
         lines = [f"work goes by images over all workers; making and holding the masks, {left_out}"]
+    elif not isinstance(workload, Turns):
+        lines = [f"work goes by images over all workers; {left_out}"]
     else:
         lines = ["the network stays as slow as it is unpruned: later turns and epochs are faster"]
     if isinstance(workload, LaaspTurns):

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -91,6 +91,8 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     _check_classes(unpruned, example_input, len(train.classes))
     if config.sparsity is not None:
         return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
+    if not config.prunes:
+        return Prepared(config, unpruned, example_input, _plain_baseline(unpruned, example_input), train, test)
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
     macs = count_macs(unpruned, example_input)
     baseline = measure_baseline(graph, macs, config.prune)
@@ -127,14 +129,14 @@ def _prepare_sparse(
     dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
     for name, reason in dense.items():
         logger.info("layer %s stays dense: %s", name, reason)
-    baseline = Baseline(
-        macs=count_macs(unpruned, example_input),
-        parameters=sum(parameter.numel() for parameter in unpruned.parameters()),
-        step_sizes={},
-        filters={},
-        skipped=dense,
-    )
+    baseline = replace(_plain_baseline(unpruned, example_input), skipped=dense)
     return Prepared(config, unpruned, example_input, baseline, train, test, begun_with)
+
+
+def _plain_baseline(unpruned: nn.Module, example_input: torch.Tensor) -> Baseline:
+    """Of a run that removes no filters."""
+    parameters = sum(parameter.numel() for parameter in unpruned.parameters())
+    return Baseline(count_macs(unpruned, example_input), parameters, step_sizes={}, filters={}, skipped={})
 
 
 def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:

@@ -13,7 +13,12 @@ from laasp_ray.train.loop import EpochPlan, Spell
 
 
 def initial_state(config: RunConfig) -> RunState:
-    """A run that is given weights at the prune epoch, or prunes at epoch 0, begins with pruning."""
+    """A run that is given weights at the prune epoch, or prunes at epoch 0, begins with pruning.
+
+    One that prunes nothing has its final training only.
+    """
+    if not config.prunes:
+        return RunState(phase="final")
     given = config.train.pretrained is not None or (
         config.sparsity is not None and config.sparsity.from_run is not None
     )
@@ -103,10 +108,11 @@ def next_spell(state: RunState, config: RunConfig) -> Spell:
     that no two epochs of a run see the same augmentation.
     """
     train = config.train
+    whole = not config.prunes and train.pretrained is None  # in one spell: a new one would begin without momentum
     epochs = {
         "train": range(train.prune_epoch),
         "recover": [train.prune_epoch] * config.prune.recover_epochs,
-        "final": range(train.prune_epoch, train.epochs),
+        "final": range(0 if whole else train.prune_epoch, train.epochs),
     }[state.phase]
     first = state.epochs_trained - state.spell_epochs_done
     plans = tuple(

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.methods.aap import layer_rules
 from laasp_ray.preflight import Prepared
-from laasp_ray.progression import initial_state
+from laasp_ray.progression import initial_state, next_spell
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import rebuild
 from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.pruning.several import independent_layers
+from laasp_ray.records import Phase
 from laasp_ray.search.candidates import propose, tasks_of
 from laasp_ray.search.engine import Sites
 
@@ -33,7 +34,7 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery
-    and at the end."""
+    and at the end. One that prunes nothing has no more than this."""
 
     epochs: Mapping[str, int]
     evaluations: int
@@ -96,6 +97,8 @@ def workload_of(prepared: Prepared) -> Workload:
     config = prepared.config
     if config.sparsity is not None:
         return _sparse(prepared, config.sparsity)
+    if not config.prunes:
+        return Workload(epochs=_epochs(config, 0), evaluations=1 + (config.train.pretrained is not None))
     return _pls(prepared) if config.prune.method == "pls" else _laasp(prepared)
 
 
@@ -198,11 +201,15 @@ def _loss_images(prepared: Prepared) -> int:
 
 def _epochs(config: RunConfig, recoveries: int) -> dict[str, int]:
     """By phase, of a run with so many recoveries."""
-    train = config.train
+    first = initial_state(config)
+
+    def epochs(phase: Phase) -> int:
+        return len(next_spell(replace(first, phase=phase), config).epochs)
+
     return {
-        "train": 0 if initial_state(config).phase == "prune" else train.prune_epoch,
+        "train": epochs("train") if first.phase == "train" else 0,
         "recover": recoveries * config.prune.recover_epochs,
-        "final": train.epochs - train.prune_epoch,
+        "final": epochs("final"),
     }
 
 
