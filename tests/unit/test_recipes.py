@@ -214,6 +214,21 @@ def test_one_turn_of_each_phase(name, pictures, tmp_path):
     assert metrics["images"] == 3 and 0 <= metrics["top1"] <= metrics["top5"] == 1.0
 
 
+def test_the_variant_recovers_for_six_epochs_after_every_fiftieth(pictures, tmp_path):
+    whole = recipe("resnet20_cifar10", "2023")
+    prune = dataclasses.replace(whole.prune, flops_reduction=0.05)
+    _, events = run_here(dataclasses.replace(tiny(whole, pictures, tmp_path), prune=prune))
+    expected, recovered_at, waited = ["start", "epoch", "spell", "subset"], 0.0, 0
+    for event in events:
+        if event.name == "turn":
+            reduction = event.data["decision"]["flops_reduction"]
+            due = reduction - recovered_at >= 0.02
+            expected += ["turn", *["epoch"] * 6, "spell"] if due else ["turn"]
+            recovered_at, waited = (reduction if due else recovered_at), waited + (not due)
+    assert [event.name for event in events] == [*expected, "epoch", "spell", "finish"]
+    assert recovered_at > 0 and waited > 0
+
+
 def convolutions(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
