@@ -20,7 +20,7 @@ from laasp_ray.store.storage import Storage
 # The smallest images that they take, up to a multiple of 16; of the grouped AlexNet's linear layers it is their own.
 SIDES = {"alexnet_grouped_aap": 224, "alexnet_aap": 64}
 HEAVY = set(AAP_RECIPES) - {"squeezenet1_0_aap", "mobilenet_v1_aap"}
-"""They have 25 to 138 million weights, of which every phase writes a checkpoint."""
+"""They have 23 to 134 million weights, of which every phase writes a checkpoint."""
 
 
 @pytest.fixture(scope="module")
