@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.cross_decomposition import PLSRegression
+from sklearn.datasets import load_digits
 from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig
@@ -75,6 +76,19 @@ def write_pictures(root: Path, *, side: int, train: int, test: int) -> Path:
             path = root / split / "abc"[number % 3] / f"{number:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
+    return root
+
+
+def write_digits(root: Path, *, side: int, train: int, test: int) -> Path:
+    """A folder data set of three classes 0, 1 and 2: handwritten digits, enlarged from 8 x 8 to side x side."""
+    digits = load_digits(n_class=3)
+    unused = [iter(digits.images[digits.target == label]) for label in range(3)]
+    for split, count in (("train", train), ("val", test)):
+        for number in range(count):
+            grey = Image.fromarray(np.rint(next(unused[number % 3]) * (255 / 16)).astype(np.uint8))
+            path = root / split / str(number % 3) / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey.resize((side, side), Image.Resampling.BICUBIC).convert("RGB").save(path)
     return root
 
 

@@ -11,8 +11,10 @@ from laasp_ray.pruning.groups import PruningGraph
 def independent_layers(graph: PruningGraph) -> tuple[str, ...]:
     """The layers whose filters are coupled to no other layer's filters, in network order.
 
-    In a residual network those inside the blocks: what a shortcut ties together is left out. Depthwise convolutions
-    that lie behind do not count: they have one filter for each that comes in, and none of their own to choose.
+    In a residual network those inside the blocks: what a shortcut ties together is left out. The first convolution of
+    one whose first block has a convolution in its shortcut (ResNet-50) is tied to nothing and is one of them, too.
+    Depthwise convolutions that lie behind do not count: they have one filter for each that comes in, and none of their
+    own to choose.
     """
     return tuple(name for name in graph.layers if not any(_tied(side, name) for side in _one_prune(graph, name)))
 

@@ -1,5 +1,7 @@
 """The importance of filters and the statistics for scoring on Ray tasks, against the serial ones."""
 
+import dataclasses
+
 import pytest
 import ray
 import torch
@@ -9,6 +11,7 @@ from laasp_ray import models
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.sources import open_source
 from laasp_ray.data.subset import draw_subset
+from laasp_ray.distributed import executor
 from laasp_ray.distributed.cluster import share_of
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import put_network
@@ -20,36 +23,55 @@ from laasp_ray.search.executor import InProcessExecutor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
+WANTED = Wanted(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
 
-def test_the_spread_importance_is_the_serial_one(session, tmp_path):
-    config = small_run(tmp_path, search__images=60, search__batch_size=10)
+
+def setting(storage, **search):
+    """The run's config, a network, and the images as they are drawn and as losses are measured on them."""
+    config = small_run(storage, **{f"search__{key}": value for key, value in search.items()})
     torch.manual_seed(0)
     network = randomise_batchnorm(models.build(config.model)).eval()
-    drawn = draw_subset(open_source(config.data, "train"), config.data, images=60, seed=0)
-    subset = LossSubset(drawn.images, drawn.labels, 10, lambda batch: normalise(batch, config.data))
+    drawn = draw_subset(open_source(config.data, "train"), config.data, images=config.search.images, seed=0)
+    size = config.search.batch_size
+    subset = LossSubset(drawn.images, drawn.labels, size, lambda batch: normalise(batch, config.data))
+    return config, network, drawn, subset
+
+
+def test_the_spread_importance_is_the_serial_one(session, tmp_path):
+    config, network, drawn, subset = setting(tmp_path, images=60, batch_size=10)
     share = share_of(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
     serial = InProcessExecutor(network, subset, torch.device("cpu"), config.search, config.seed)
-    wanted = Wanted(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
     state = capture(network, Plan.empty())
-    found, expected = (executor.importance(state, wanted) for executor in (spread, serial))
-    for layer in wanted.layers:
+    found, expected = (one.importance(state, WANTED) for one in (spread, serial))
+    for layer in WANTED.layers:
         torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=1e-6)
-    again = spread.importance(state, wanted)
-    assert all(torch.equal(found[layer], again[layer]) for layer in wanted.layers)
+    again = spread.importance(state, WANTED)
+    assert all(torch.equal(found[layer], again[layer]) for layer in WANTED.layers)
+
+
+def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, tmp_path, monkeypatch):
+    config, network, drawn, _ = setting(tmp_path, images=110, batch_size=10)
+    share = share_of(ray.cluster_resources(), config.cluster)
+    memory, reference, state = ray.cluster_resources()["memory"], put_network(network), capture(network, Plan.empty())
+    found = []
+    # Of two tasks that want more than half of the memory each, one waits for the other.
+    for slots, task in ((1, {"memory": int(0.6 * memory)}), (2, {}), (4, {"num_cpus": 0.45})):
+        monkeypatch.setattr(executor, "slots_of", lambda resources, share, slots=slots: slots)
+        cut = dataclasses.replace(share, task_options={**share.task_options, **task})
+        found.append(RayExecutor(reference, network, drawn, config, cut).importance(state, WANTED))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][layer], other[layer]) for layer in WANTED.layers)
+    assert all(values.std() > 0 for values in found[0].values())
 
 
 def test_the_statistics_for_scoring_are_the_serial_ones(session, tmp_path):
-    config = small_run(tmp_path, search__images=300, search__reestimate_batchnorm=True)
-    torch.manual_seed(0)
-    network = randomise_batchnorm(models.build(config.model)).eval()
-    drawn = draw_subset(open_source(config.data, "train"), config.data, images=300, seed=0)
-    subset = LossSubset(drawn.images, drawn.labels, 20, lambda batch: normalise(batch, config.data))
+    config, network, drawn, subset = setting(tmp_path, images=300, reestimate_batchnorm=True)
     share = share_of(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
     serial = InProcessExecutor(network, subset, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
-    found, expected = (executor.for_scoring(state).tensors for executor in (spread, serial))
+    found, expected = (one.for_scoring(state).tensors for one in (spread, serial))
     assert found.keys() == expected.keys() == state.tensors.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)

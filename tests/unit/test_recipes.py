@@ -5,10 +5,11 @@ import functools
 
 import pytest
 import torch
-from helpers import randomise_batchnorm, write_pictures
+from helpers import randomise_batchnorm, write_digits
+from tiny_recipes import run_here, tiny
 from torch import nn
 
-from laasp_ray import load_pruned, prune
+from laasp_ray import load_pruned
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
@@ -19,9 +20,7 @@ from laasp_ray.pruning.groups import PruningGraph, reachable
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
 from laasp_ray.recipes_aap import AAP_RECIPES
-from laasp_ray.records import RunState
-from laasp_ray.store.journal import Journal
-from laasp_ray.store.storage import Storage
+from laasp_ray.records import RunState, decision_from_json
 
 # Millions of multiply-accumulates, as printed.
 MACS = {
@@ -47,8 +46,11 @@ ROWS = {
     "mobilenet_v2_imagenet": (0.300, 0.545),
 }
 DIGITS = "resnet50_digits"
-HEAVY = {"resnet110_cifar10", "resnet34_imagenet", "resnet50_imagenet", DIGITS}
+HEAVY = {"resnet110_cifar10", "resnet34_imagenet", "resnet50_imagenet", "resnet50_imagenet-pls", DIGITS}
 """Their turns take longest; resnet56_cifar10 and resnet18_imagenet are of the same make."""
+# A tenth of the filters that no other layer's are coupled to: of ResNet-56 9 x (16 + 32 + 64); of ResNet-50, whose
+# blocks have two such convolutions and whose first one is another, 2 x (3 x 64 + 4 x 128 + 6 x 256 + 3 x 512) + 64.
+BY_PLS = {"resnet56_cifar10-pls": 101, "resnet50_imagenet-pls": 762}
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,53 +169,44 @@ def test_the_three_starts():
         assert len(spell(config, "final")) == 100 - first
 
 
-class Silent:
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
-def tiny(name, pictures, storage) -> RunConfig:
-    """The recipe at 3 classes of a few pictures and an epoch a phase; what is pruned and how is left as it is."""
-    config = recipe(name)
-    side = config.data.image_size if config.data.image_size <= 32 else 32
-    data = dataclasses.replace(
-        config.data, path=str(pictures), format="folder", image_size=side, eval_resize=side, threads=1
-    )
-    return dataclasses.replace(
-        config,
-        storage=str(storage),
-        model=dataclasses.replace(
-            config.model, arguments={**config.model.arguments, "num_classes": 3}, input_shape=(3, side, side)
-        ),
-        data=data,
-        prune=dataclasses.replace(config.prune, flops_reduction=0.001, recover_every=0.0, recover_epochs=1),
-        search=dataclasses.replace(config.search, images=6, batch_size=6),
-        train=dataclasses.replace(
-            config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6, learning_rate=0.001
-        ),
-    )
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"), side=32, train=6, test=3)
+    return write_digits(tmp_path_factory.mktemp("pictures"), side=32, train=6, test=3)
+
+
+def by_pls(name):
+    config = recipe(name)
+    return dataclasses.replace(config, name=f"{name}-pls", prune=dataclasses.replace(config.prune, method="pls"))
+
+
+RUNS = {
+    **{name: functools.partial(recipe, name) for name in (*MACS, DIGITS)},
+    "resnet20_cifar10-2023": lambda: recipe("resnet20_cifar10", "2023"),
+    **{f"{name}-pls": functools.partial(by_pls, name) for name in ("resnet56_cifar10", "resnet50_imagenet")},
+}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in (*MACS, DIGITS)]
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in RUNS]
 )
 def test_one_turn_of_each_phase(name, pictures, tmp_path):
-    config = tiny(name, pictures, tmp_path)
-    result = prune(None, config, distributed=False, progress=Silent())
-    events = Journal(Storage.open(config.storage).child(config.name)).events()
+    config = tiny(RUNS[name](), pictures, tmp_path)
+    assert config.name == name
+    result, events = run_here(config)
     assert [event.name for event in events] == (
         ["start", "epoch", "spell", "subset", "turn", "epoch", "spell", "epoch", "spell", "finish"]
     )
     assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "recover", "final"]
-    decision = next(event for event in events if event.name == "turn").data["decision"]
+    decision = decision_from_json(next(event for event in events if event.name == "turn").data["decision"])
     filters = {layer: module.out_channels for layer, module in convolutions(build(config.model)).items()}
     kept = {layer: module.out_channels for layer, module in convolutions(result.model).items()}
-    assert kept[decision["layer"]] == filters[decision["layer"]] - len(decision["filters"])
+    assert all(kept[prune.layer] == filters[prune.layer] - len(prune.filters) for prune in decision.prunes)
+    if config.prune.method == "pls":
+        assert len(decision.further) > 0
+        assert sum(len(prune.filters) for prune in decision.prunes) == BY_PLS[name]
+        assert sum(filters.values()) - sum(kept.values()) == BY_PLS[name]
+    else:
+        assert decision.further == ()
     images = torch.randn(2, *config.model.input_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(load_pruned(tmp_path / config.name)(images), result.model(images))
@@ -221,17 +214,32 @@ def test_one_turn_of_each_phase(name, pictures, tmp_path):
     assert metrics["images"] == 3 and 0 <= metrics["top1"] <= metrics["top5"] == 1.0
 
 
+def test_the_variant_recovers_for_six_epochs_after_every_fiftieth(pictures, tmp_path):
+    whole = recipe("resnet20_cifar10", "2023")
+    prune = dataclasses.replace(whole.prune, flops_reduction=0.05)
+    _, events = run_here(dataclasses.replace(tiny(whole, pictures, tmp_path), prune=prune))
+    expected, recovered_at, waited = ["start", "epoch", "spell", "subset"], 0.0, 0
+    for event in events:
+        if event.name == "turn":
+            reduction = event.data["decision"]["flops_reduction"]
+            due = reduction - recovered_at >= 0.02
+            expected += ["turn", *["epoch"] * 6, "spell"] if due else ["turn"]
+            recovered_at, waited = (reduction if due else recovered_at), waited + (not due)
+    assert [event.name for event in events] == [*expected, "epoch", "spell", "finish"]
+    assert recovered_at > 0 and waited > 0
+
+
 def convolutions(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def test_vgg_takes_a_tenth_of_a_layers_filters(pictures, tmp_path):
-    sizes = prepare(tiny("vgg16_cifar10", pictures, tmp_path)).baseline.step_sizes
+    sizes = prepare(tiny(recipe("vgg16_cifar10"), pictures, tmp_path)).baseline.step_sizes
     assert sorted(sizes.values()) == [6] * 2 + [13] * 2 + [26] * 3 + [51] * 6  # of 64, 128, 256 and 512
 
 
 def test_mobilenets_depthwise_convolutions_go_with_their_neighbours(pictures, tmp_path):
-    config = tiny("mobilenet_v2_imagenet", pictures, tmp_path)
+    config = tiny(recipe("mobilenet_v2_imagenet"), pictures, tmp_path)
     torch.manual_seed(0)
     model = randomise_batchnorm(build(config.model)).eval()
     example = torch.randn(2, *config.model.input_shape, generator=torch.Generator().manual_seed(0))

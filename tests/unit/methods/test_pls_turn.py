@@ -16,6 +16,8 @@ from laasp_ray.data.sources import open_source
 from laasp_ray.data.subset import draw_subset
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.pls import choose, take_turn
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.several import independent_layers
 from laasp_ray.recipes import recipe
 from laasp_ray.search.activations import Wanted, chunks_of, first_look, moments_of, scores_of
 from laasp_ray.search.evaluate import LossSubset, MeasuredLoss
@@ -74,6 +76,38 @@ def test_resnet56_loses_as_many_filters_as_published_turn_by_turn():
     assert sum(last.get_submodule(name).out_channels for name in allowed) == 1008 - 618
     macs = count_macs(models.build(recipe("resnet56_cifar10").model).eval(), EXAMPLE).total
     assert last_turn.decision.flops_reduction == pytest.approx(1 - count_macs(last, EXAMPLE).total / macs, abs=1e-12)
+
+
+def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
+    torch.manual_seed(0)
+    model = randomise_batchnorm(models.build(recipe("resnet50_imagenet").model)).eval()
+    example = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    # Two of each bottleneck's three convolutions are coupled to nothing, of stages of 3, 4, 6 and 3 blocks.
+    widths = {
+        f"layer{stage}.{block}.conv{number}": 32 * 2**stage
+        for stage, blocks in enumerate((3, 4, 6, 3), 1)
+        for block in range(blocks)
+        for number in (1, 2)
+    }
+    # Nor is the first convolution, which lies before all blocks: its outputs are read by a shortcut, not added to one.
+    assert independent_layers(PruningGraph(model, example)) == ("conv1", *widths)
+    config = dataclasses.replace(CONFIG, ignored=("conv1",))
+    turn, _, pruned = next(turns_of(take_turn, first_standing(model, example, config, RandomScores())))
+    gone = {layer: len(filters) for layer, filters in removed(turn).items()}
+    assert sum(widths.values()) == 7552 and sum(gone.values()) == 755
+    assert gone.keys() <= widths.keys()
+    left = {layer: width - gone.get(layer, 0) for layer, width in widths.items()}
+    for name, module in pruned.named_modules():
+        if isinstance(module, nn.Conv2d):
+            before, (block, _, own) = model.get_submodule(name), name.rpartition(".")
+            read = {"conv2": f"{block}.conv1", "conv3": f"{block}.conv2"}.get(own)
+            shape = (left.get(name, before.out_channels), left[read] if read else before.in_channels)
+            assert (module.out_channels, module.in_channels) == module.weight.shape[:2] == shape, name
+    with torch.inference_mode():
+        outputs = pruned(example)
+    assert outputs.shape == (1, 1000) and outputs.isfinite().all()
+    reduction = 1 - count_macs(pruned, example).total / count_macs(model, example).total
+    assert turn.decision.flops_reduction == pytest.approx(reduction, abs=1e-12)
 
 
 @pytest.fixture(scope="module")

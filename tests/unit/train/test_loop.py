@@ -16,6 +16,7 @@ from training_by_hand import CONFIG, CPU, DECAYING, GRADIENT, PLAIN, ROWS, TWO, 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.sampling import epoch_batches
 from laasp_ray.errors import TrainingError
+from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.loop import evaluate, run_spell
 
@@ -145,6 +146,14 @@ def small_network(*more):
     return nn.Sequential(nn.Conv2d(3, 4, 3), *more, nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
 
 
+def kept_weights():
+    return group_mask(small_network().get_parameter("3.weight"), GroupRule(8, 6))
+
+
+def masked(what):
+    return dataclasses.replace(what, masks={"3.weight": pack_mask(kept_weights())})
+
+
 def another_network():
     torch.manual_seed(7)
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES))
@@ -175,15 +184,16 @@ def one_of_two(rank, root, out):
     )
     data = opened(folder_config(root), rank, 2)
 
-    def result(model, *rates, **options):
-        return train(model, data, spell(*rates), wrap=nn.parallel.DistributedDataParallel, **options)
+    def result(model, what, **options):
+        return train(model, data, what, wrap=nn.parallel.DistributedDataParallel, **options)
 
     try:
         results = {
-            "plain": result(small_network(), 0.1, 0.05),
-            "options": result(small_network(), 0.1, 0.05, config=OPTIONS, teacher=another_network()),
-            "batchnorm": result(with_batchnorm(), 0.1),
-            "batchnorm, averaged": result(with_batchnorm(), 0.1, config=OPTIONS),
+            "plain": result(small_network(), spell(0.1, 0.05)),
+            "options": result(small_network(), spell(0.1, 0.05), config=OPTIONS, teacher=another_network()),
+            "masked": result(small_network(), masked(spell(0.1, 0.05))),
+            "batchnorm": result(with_batchnorm(), spell(0.1)),
+            "batchnorm, averaged": result(with_batchnorm(), spell(0.1), config=OPTIONS),
         }
         torch.save(results, f"{out}/{rank}.pt")
     finally:
@@ -206,10 +216,11 @@ def ranks(folder, tmp_path_factory):
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "options"])
+@pytest.mark.parametrize("kind", ["plain", "options", "masked"])
 def test_two_ranks_train_and_measure_what_one_does(folder, ranks, kind):
     options = {"config": OPTIONS, "teacher": another_network()} if kind == "options" else {}
-    epochs, done = run_alone(folder_config(folder), spell(0.1, 0.05), small_network(), **options)
+    what = masked(spell(0.1, 0.05)) if kind == "masked" else spell(0.1, 0.05)
+    epochs, done = run_alone(folder_config(folder), what, small_network(), **options)
     for their_epochs, their_done in (rank[kind] for rank in ranks):
         assert len(their_epochs) == len(epochs) == 2
         for theirs, ours in zip(their_epochs, epochs, strict=True):
@@ -224,6 +235,14 @@ def test_two_ranks_train_and_measure_what_one_does(folder, ranks, kind):
         assert their_done.metrics.loss == pytest.approx(done.metrics.loss, abs=1e-6)
     for one, other in zip(*(rank[kind][0] for rank in ranks), strict=True):
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_what_is_masked_is_zero_on_both_ranks(ranks):
+    for epochs, _ in (rank["masked"] for rank in ranks):
+        for epoch in epochs:
+            assert torch.equal(epoch.tensors["3.weight"] != 0, kept_weights())
+            # It is held, not merely never moved.
+            assert epoch.carried["momentum/3.weight"][~kept_weights()].count_nonzero() > 0
 
 
 @pytest.mark.parametrize("kind", ["batchnorm", "batchnorm, averaged"])

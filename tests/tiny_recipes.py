@@ -1,0 +1,54 @@
+"""Recipes cut down to a few pictures and an epoch a phase, to be run whole in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from laasp_ray import prune
+from laasp_ray.api import PruneResult
+from laasp_ray.config import RunConfig
+from laasp_ray.store.journal import Event, Journal
+from laasp_ray.store.storage import Storage
+
+
+class Silent:
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) -> RunConfig:
+    """A recipe at 3 classes of a few pictures, of at most `side` x `side` pixels, and an epoch a phase.
+
+    What is pruned and how is left as it is; group sparsity has two stages, so that there is training in between.
+    """
+    side = min(side, config.data.image_size)
+    sparsity: dict[str, Any] = {}
+    if config.sparsity is not None:
+        last = config.sparsity.prune
+        sparsity = {"sparsity": dataclasses.replace(config.sparsity, stages=(last // 2, last))}
+    return dataclasses.replace(
+        config,
+        storage=str(storage),
+        model=dataclasses.replace(
+            config.model, arguments={**config.model.arguments, "num_classes": 3}, input_shape=(3, side, side)
+        ),
+        data=dataclasses.replace(
+            config.data, path=str(pictures), format="folder", image_size=side, eval_resize=side, threads=1
+        ),
+        prune=dataclasses.replace(
+            config.prune, flops_reduction=0.0 if sparsity else 0.001, recover_every=0.0, recover_epochs=1
+        ),
+        search=dataclasses.replace(config.search, images=6, batch_size=6),
+        train=dataclasses.replace(
+            config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6, learning_rate=0.001
+        ),
+        **sparsity,
+    )
+
+
+def run_here(config: RunConfig) -> tuple[PruneResult, list[Event]]:
+    """The whole run, in this process, and its journal."""
+    result = prune(None, config, distributed=False, progress=Silent())
+    return result, Journal(Storage.open(config.storage).child(config.name)).events()
