@@ -32,8 +32,8 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery
-    and at the end."""
+    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery,
+    at the end, and between the epochs before and after pruning as `train.test_every` says."""
 
     epochs: Mapping[str, int]
     evaluations: int
@@ -124,7 +124,7 @@ def _laasp(prepared: Prepared) -> LaaspTurns:
     recoveries = turns // between if prune.recover_epochs else 0
     return LaaspTurns(
         epochs=_epochs(config, recoveries),
-        evaluations=recoveries + 2,
+        evaluations=_evaluations(config, recoveries),
         turns=turns,
         recoveries=recoveries,
         removes=removes,
@@ -150,7 +150,7 @@ def _pls(prepared: Prepared) -> PlsTurns:
     recoveries = _recoveries(gone, prune)
     return PlsTurns(
         epochs=_epochs(config, recoveries),
-        evaluations=recoveries + 2,
+        evaluations=_evaluations(config, recoveries),
         turns=len(gone),
         recoveries=recoveries,
         removes=gone[-1] / len(gone),
@@ -181,7 +181,10 @@ def _sparse(prepared: Prepared, sparsity: SparsityConfig) -> SparseStages:
             )
         )
     return SparseStages(
-        epochs=_epochs(config, len(earlier)), evaluations=len(earlier) + 2, stages=tuple(stages), dense=layers.dense
+        epochs=_epochs(config, len(earlier)),
+        evaluations=_evaluations(config, len(earlier)),
+        stages=tuple(stages),
+        dense=layers.dense,
     )
 
 
@@ -204,6 +207,15 @@ def _epochs(config: RunConfig, recoveries: int) -> dict[str, int]:
         "recover": recoveries * config.prune.recover_epochs,
         "final": train.epochs - train.prune_epoch,
     }
+
+
+def _evaluations(config: RunConfig, recoveries: int) -> int:
+    """On the test images, of a run with so many recoveries; the last epoch of a spell is followed by one anyway."""
+    train = config.train
+    before = range(train.prune_epoch) if _epochs(config, recoveries)["train"] else range(0)
+    after = range(train.prune_epoch, train.epochs)
+    between = sum(train.is_tested(epoch) for epochs in (before, after) for epoch in epochs[:-1])
+    return 2 + recoveries + between
 
 
 def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:
