@@ -64,6 +64,7 @@ BUDGET = (
     "prune.recover_epochs=1",
     "search.images=1000",
     "data.threads=1",
+    "train.test_every=0",
 )
 
 

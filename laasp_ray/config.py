@@ -232,6 +232,9 @@ class TrainConfig:
     `label_smoothing` is the share of every label that is spread over all classes. With `ema`, a decay, a spell of
     training gives an exponential moving average of its weights instead of the last ones. After the first prune the
     network is trained by `distill` (a share; 0: not) to give what the unpruned one gives at `distill_temperature`.
+
+    Before and after pruning, but not in recoveries, the test images are evaluated after every `test_every` epochs of
+    the schedule (0: never), at the end of each spell of training in any case. Nothing is decided by it.
     """
 
     epochs: int
@@ -249,6 +252,7 @@ class TrainConfig:
     ema: float = 0.0
     distill: float = 0.0
     distill_temperature: float = 4.0
+    test_every: int = 1
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
@@ -274,12 +278,17 @@ class TrainConfig:
         for key in ("label_smoothing", "ema", "distill"):
             check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
         check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")
+        check(self.test_every >= 0, "train.test_every", self.test_every, "at least 0 (0: at the end of a spell only)")
 
     def learning_rate_at(self, epoch: int) -> float:
         """The schedule's learning rate in `epoch` (0-based)."""
         if self.schedule == "cosine":
             return self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
+
+    def is_tested(self, epoch: int) -> bool:
+        """Whether `test_every` asks for an evaluation after `epoch` (0-based) of the schedule."""
+        return self.test_every > 0 and (epoch + 1) % self.test_every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

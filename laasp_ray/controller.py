@@ -21,7 +21,7 @@ from laasp_ray.methods.targets import measure_targets
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
-from laasp_ray.records import RunState, to_json
+from laasp_ray.records import Metrics, RunState, to_json
 from laasp_ray.report.progress import Progress
 from laasp_ray.report.tensorboard import EventFiles
 from laasp_ray.search.candidates import Baseline
@@ -232,17 +232,22 @@ class Controller:
                 "loss": done.loss,
                 "top1": done.top1,
                 "images": done.images,
+                "metrics": None if done.metrics is None else to_json(done.metrics),
                 "seconds": done.seconds,
+                "test_seconds": done.test_seconds,
                 "checkpoint": name,
             },
         )
         delete_checkpoints(parts.storage, keep=[name, UNPRUNED])
         epochs = len(next_spell(state, self._config).epochs)
         metrics = {"loss": done.loss, "top1": done.top1}
-        parts.progress.epoch(state.phase, done.position + 1, epochs, metrics, plan.learning_rate)
+        shown = metrics if done.metrics is None else metrics | {"test top1": done.metrics.top1}
+        parts.progress.epoch(state.phase, done.position + 1, epochs, shown, plan.learning_rate)
         for key, value in metrics.items():
             parts.events.scalar(f"train/{key}", value, state.epochs_trained + 1)
         parts.events.scalar("learning_rate", plan.learning_rate, state.epochs_trained + 1)
+        if done.metrics is not None:
+            self._plot_metrics(done.metrics)
 
     def _note_unreadable(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -269,6 +274,9 @@ class Controller:
             f"after {phase}: test top-1 {metrics.top1:.2%}, top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} "
             f"on {metrics.images} images"
         )
+        self._plot_metrics(metrics)
+
+    def _plot_metrics(self, metrics: Metrics) -> None:
         for key in ("loss", "top1", "top5"):
             self._parts.events.scalar(f"test/{key}", getattr(metrics, key), self.state.epochs_trained)
 
@@ -289,6 +297,7 @@ class Controller:
             "parameters": parameters,
             "parameters_unpruned": sum(parameter.numel() for parameter in self._unpruned.parameters()),
             "metrics": metrics,
+            "best": _best(parts.journal.events()),
         }
         others = [of for of in self._config.prune.targets if of != "FLOPs"]
         summary |= {TARGETS[of]: self.state.reached[of] for of in others}
@@ -316,10 +325,26 @@ class Controller:
         return "pruned by " + ", ".join(f"{summary[TARGETS[of]]:.2%} of {of}" for of in targets)
 
 
+def _best(events: Iterable[Event]) -> dict[str, Any] | None:
+    """The epoch of the final training with the highest test top-1, the first of equals; None if that had no epochs.
+
+    `epoch` is the schedule's, from 0. Only epochs count that were tested; the last one was, at the end of its spell.
+    """
+    tested: list[dict[str, Any]] = []
+    epoch: int | None = None
+    for event in events:
+        data = event.data
+        if event.name in ("epoch", "spell") and data["phase"] == "final":
+            epoch = data.get("epoch", epoch)
+            if epoch is not None and data["metrics"] is not None:
+                tested.append({"epoch": epoch, "metrics": data["metrics"]})
+    return max(tested, key=lambda found: found["metrics"]["top1"], default=None)
+
+
 def _seconds(events: Iterable[Event]) -> float:
     """What the run's epochs, turns and evaluations took, whichever attempt they were made in."""
     parts = {
-        "epoch": lambda data: data["seconds"],
+        "epoch": lambda data: data["seconds"] + data["test_seconds"],
         "turn": lambda data: data["seconds"]["total"],
         "spell": lambda data: data["evaluation_seconds"],
         "baseline": lambda data: data["seconds"],

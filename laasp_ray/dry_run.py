@@ -83,6 +83,7 @@ def describe(
         ("start", _start(config, workload)),
         *_what_is_pruned(prepared, workload),
         ("final", f"{workload.epochs['final']} epochs"),
+        ("evaluations", f"about {workload.evaluations} on the test images"),
         ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
         ("measured", measured),
         *((f"time, {part}", format_duration(spent)) for part, spent in seconds.items()),

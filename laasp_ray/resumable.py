@@ -16,9 +16,10 @@ RESUMABLE_KEYS = (
     "search.batch_size",
     "search.candidates_per_task",
     "search.memory_mb",
+    "train.test_every",
 )
-"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, and what
-changes losses by rounding only."""
+"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, what changes
+losses by rounding only, and what is only reported."""
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from laasp_ray.pruning.several import independent_layers
 from laasp_ray.records import Phase
 from laasp_ray.search.candidates import propose, tasks_of
 from laasp_ray.search.engine import Sites
+from laasp_ray.train.loop import EpochPlan
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of every layer's filters that PLS's prunes are counted at; what lies between is on a straight line."""
@@ -33,8 +34,9 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery
-    and at the end. One that prunes nothing has no more than this."""
+    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery,
+    at the end, and between the epochs before and after pruning as `train.test_every` says. One that prunes nothing has
+    no more than this."""
 
     epochs: Mapping[str, int]
     evaluations: int
@@ -98,7 +100,7 @@ def workload_of(prepared: Prepared) -> Workload:
     if config.sparsity is not None:
         return _sparse(prepared, config.sparsity)
     if not config.prunes:
-        return Workload(epochs=_epochs(config, 0), evaluations=1 + (config.train.pretrained is not None))
+        return Workload(epochs=_epochs(config, 0), evaluations=_evaluations(config, 0))
     return _pls(prepared) if config.prune.method == "pls" else _laasp(prepared)
 
 
@@ -127,7 +129,7 @@ def _laasp(prepared: Prepared) -> LaaspTurns:
     recoveries = turns // between if prune.recover_epochs else 0
     return LaaspTurns(
         epochs=_epochs(config, recoveries),
-        evaluations=recoveries + 2,
+        evaluations=_evaluations(config, recoveries),
         turns=turns,
         recoveries=recoveries,
         removes=removes,
@@ -153,7 +155,7 @@ def _pls(prepared: Prepared) -> PlsTurns:
     recoveries = _recoveries(gone, prune)
     return PlsTurns(
         epochs=_epochs(config, recoveries),
-        evaluations=recoveries + 2,
+        evaluations=_evaluations(config, recoveries),
         turns=len(gone),
         recoveries=recoveries,
         removes=gone[-1] / len(gone),
@@ -184,7 +186,10 @@ def _sparse(prepared: Prepared, sparsity: SparsityConfig) -> SparseStages:
             )
         )
     return SparseStages(
-        epochs=_epochs(config, len(earlier)), evaluations=len(earlier) + 2, stages=tuple(stages), dense=layers.dense
+        epochs=_epochs(config, len(earlier)),
+        evaluations=_evaluations(config, len(earlier)),
+        stages=tuple(stages),
+        dense=layers.dense,
     )
 
 
@@ -201,16 +206,26 @@ def _loss_images(prepared: Prepared) -> int:
 
 def _epochs(config: RunConfig, recoveries: int) -> dict[str, int]:
     """By phase, of a run with so many recoveries."""
-    first = initial_state(config)
-
-    def epochs(phase: Phase) -> int:
-        return len(next_spell(replace(first, phase=phase), config).epochs)
-
+    spells = _spells(config)
     return {
-        "train": epochs("train") if first.phase == "train" else 0,
+        "train": len(spells.get("train", ())),
         "recover": recoveries * config.prune.recover_epochs,
-        "final": epochs("final"),
+        "final": len(spells["final"]),
     }
+
+
+def _evaluations(config: RunConfig, recoveries: int) -> int:
+    """On the test images, of a run with so many recoveries; the last epoch of a spell is followed by one anyway."""
+    between = sum(config.train.is_tested(plan.epoch) for epochs in _spells(config).values() for plan in epochs[:-1])
+    before = config.prunes or config.train.pretrained is not None
+    return before + recoveries + between + 1
+
+
+def _spells(config: RunConfig) -> dict[Phase, tuple[EpochPlan, ...]]:
+    """The epochs of the spells of training before and after pruning."""
+    first = initial_state(config)
+    phases: tuple[Phase, ...] = ("train", "final") if first.phase == "train" else ("final",)
+    return {phase: next_spell(replace(first, phase=phase), config).epochs for phase in phases}
 
 
 def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.pace import Pace, format_duration
 
 Clock = Callable[[], float]
-_SHARES = ("top1", "top5")
+_SHARES = ("top1", "top5", "test top1")
 _BAR_WIDTH = 32
 _REFRESHES_PER_S = 4
 
@@ -40,7 +40,8 @@ class Progress(Protocol):
         """A spell of training, a turn, or something else begins."""
 
     def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
-        """`epoch` of the `epochs` of this spell are finished."""
+        """`epoch` of the `epochs` of this spell are finished; `metrics` are loss and top1 in training, and `test top1`
+        where the test images were evaluated."""
 
     def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
         """`done` of a turn's `total` candidates have their loss, of which `measured` is the latest or the best."""

@@ -10,7 +10,15 @@ from typing import Any
 from laasp_ray.config import RunConfig
 from laasp_ray.report.summary import table_lines
 
-FIGURES = ("top1", "top5", "loss", "flops_reduction")
+FIGURES = {
+    "top1": "top-1",
+    "best_top1": "best top-1",
+    "top5": "top-5",
+    "loss": "loss",
+    "flops_reduction": "FLOPs reduction",
+}
+"""What is told of a run -> its heading. `best_top1` is the best epoch's of the final training, the others the last's;
+runs without a final training have none."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +48,29 @@ def spread_of(values: Sequence[float]) -> Spread:
 def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     """FIGURES of a run's `finish` event: test metrics of the pruned network, and the FLOPs reduction reached."""
     values = {**summary["metrics"], "flops_reduction": summary["flops_reduction"]}
-    return {figure: float(values[figure]) for figure in FIGURES}
+    if summary["best"] is not None:
+        values["best_top1"] = summary["best"]["metrics"]["top1"]
+    return {figure: float(values[figure]) for figure in FIGURES if figure in values}
 
 
 def collected(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What is stored: each run's figures by its name, and the spread of each figure over the runs."""
-    spread = {figure: asdict(spread_of([run[figure] for run in runs.values()])) for figure in FIGURES}
+    figures = [figure for figure in FIGURES if all(figure in run for run in runs.values())]
+    spread = {figure: asdict(spread_of([run[figure] for run in runs.values()])) for figure in figures}
     return {"runs": {name: dict(run) for name, run in runs.items()}, "spread": spread}
 
 
 def table(content: Mapping[str, Any]) -> str:
     """What `collected` gives, as text: a line for each run, then those of the spread."""
-    rows: list[tuple[str, ...]] = [("", "top-1", "top-5", "loss", "FLOPs reduction")]
-    rows += [(name, *_cells(run)) for name, run in content["runs"].items()]
+    spread = content["spread"]
+    rows: list[tuple[str, ...]] = [("", *(FIGURES[figure] for figure in spread))]
+    rows += [(name, *(_cell(figure, run[figure]) for figure in spread)) for name, run in content["runs"].items()]
     for part in ("mean", "std", "min", "max"):
-        rows.append((part, *_cells({figure: content["spread"][figure][part] for figure in FIGURES})))
+        rows.append((part, *(_cell(figure, values[part]) for figure, values in spread.items())))
     return "\n".join(table_lines(rows))
 
 
-def _cells(values: Mapping[str, float | None]) -> list[str]:
-    return [
-        "-" if (value := values[figure]) is None else f"{value:.4f}" if figure == "loss" else f"{value:.2%}"
-        for figure in FIGURES
-    ]
+def _cell(figure: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if figure == "loss" else f"{value:.2%}"

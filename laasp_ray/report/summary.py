@@ -14,14 +14,24 @@ from laasp_ray.store.journal import Event
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """`epoch`, from 0, of the `epochs` of the whole schedule, and the test metrics after it."""
+
+    epoch: int
+    epochs: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """A run so far. What has not happened yet is None or empty. `targets` and `reached` go by what a target may be of
     (config.TARGETS); `reached` has FLOPs and what else is a target.
 
     `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
-    test metrics before the first prune and at the end. `turn_seconds` has the mean seconds of a turn by where they
-    went, `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer,
-    `filters` those that every prunable layer began with.
+    test metrics before the first prune and at the end, `best` is the epoch of the final training with the highest
+    top-1 on the test images. `turn_seconds` has the mean seconds of a turn by where they went, `phase_seconds` the
+    seconds of training by phase, `kept_filters` the filters left in each pruned layer, `filters` those that every
+    prunable layer began with.
     """
 
     name: str
@@ -33,6 +43,7 @@ class Summary:
     parameters_after: int | None = None
     before: Metrics | None = None
     after: Metrics | None = None
+    best: BestEpoch | None = None
     decisions: tuple[Decision, ...] = ()
     candidates: int = 0
     turn_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -71,6 +82,8 @@ def format_summary(summary: Summary) -> str:
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
         lines += [f"Training: {summary.epochs} epochs; {spent}"]
+    if summary.best is not None:
+        lines += [_best_line(summary.best)]
     if summary.excluded_images:
         lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
     if summary.kept_filters:
@@ -104,6 +117,7 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
         reached=reached,
         before=_metrics_before(spells, by_name),
         after=_metrics(finish["metrics"]) if finish else None,
+        best=_best(finish["best"], start["config"]) if finish and finish["best"] else None,
         decisions=decisions,
         candidates=sum(turn["candidates"] for turn in turns),
         exhausted="exhausted" in by_name,
@@ -123,6 +137,10 @@ def _metrics_before(spells: Sequence[Mapping[str, Any]], by_name: Mapping[str, S
     if trained:
         return _metrics(trained[-1]["metrics"])
     return _metrics(by_name["baseline"][-1].data["metrics"]) if "baseline" in by_name else None
+
+
+def _best(data: Mapping[str, Any], config: Mapping[str, Any]) -> BestEpoch:
+    return BestEpoch(epoch=data["epoch"], epochs=config["train"]["epochs"], metrics=_metrics(data["metrics"]))
 
 
 def _metrics(data: Mapping[str, Any]) -> Metrics:
@@ -155,6 +173,14 @@ def _network_rows(summary: Summary) -> list[tuple[str, ...]]:
     rows.append(("loss", *(f"{m.loss:.4f}" if m else "-" for m in (summary.before, summary.after))))
     rows.append(("test images", *(f"{m.images:,}" if m else "-" for m in (summary.before, summary.after))))
     return rows
+
+
+def _best_line(best: BestEpoch) -> str:
+    metrics = best.metrics
+    return (
+        f"Best tested epoch of the final training: {best.epoch + 1} of {best.epochs}, top-1 {metrics.top1:.2%}, "
+        f"top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} (the table has the last)"
+    )
 
 
 def _turn_lines(summary: Summary) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from laasp_ray.train.held import HeldMasks
 from laasp_ray.train.loss import training_loss
 
 _MOMENTUM, _WEIGHTS = "momentum/", "weights/"
+_TESTED_PHASES = ("train", "final")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class EpochDone:
 
     `carried` is what the spell's next epoch needs besides: `momentum/PARAMETER`, and with `train.ema` the weights that
     are averaged, `weights/NAME`. All are on the CPU. `loss`, which is what was minimised (but for weight decay), and
-    `top1` are those of the training images as they were seen, reduced over all ranks.
+    `top1` are those of the training images as they were seen, reduced over all ranks. `metrics` are those of `tensors`
+    on the test images, if they were evaluated after this epoch, which took `test_seconds` besides `seconds`.
     """
 
     position: int
@@ -71,6 +73,8 @@ class EpochDone:
     tensors: Mapping[str, torch.Tensor]
     carried: Mapping[str, torch.Tensor]
     unreadable: tuple[str, ...]
+    metrics: Metrics | None = None
+    test_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,19 @@ def run_spell(
             teacher.eval()
         setup = _Setup(model, wrapped, optimizer, held, average, teacher, data, config, seed)
         for position, plan in enumerate(remaining, spell.done):
-            yield _train_epoch(setup, position, plan)
+            done = _train_epoch(setup, position, plan)
+            yield _test_epoch(setup, done) if _is_tested(spell, position, config) else done
         if average is not None:
             model.load_state_dict(average.tensors)
     started = time.perf_counter()
     metrics = evaluate(model, data)
     yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
+
+
+def _is_tested(spell: Spell, position: int, config: TrainConfig) -> bool:
+    """Not after the last epoch, which the evaluation at the spell's end follows."""
+    last = position + 1 == len(spell.epochs)
+    return spell.phase in _TESTED_PHASES and not last and config.is_tested(spell.epochs[position].epoch)
 
 
 def _part(carried: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -195,6 +206,22 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
         carried=_carried(setup),
         unreadable=data.take_unreadable(),
     )
+
+
+def _test_epoch(setup: _Setup, done: EpochDone) -> EpochDone:
+    """`done` with the metrics of its tensors. The network has the weights that it had, and is in eval mode."""
+    started = time.perf_counter()
+    model, average = setup.model, setup.average
+    if average is None:
+        metrics = evaluate(model, setup.data)
+    else:
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(average.tensors)
+        metrics = evaluate(model, setup.data)
+        model.load_state_dict(own)
+    seconds = time.perf_counter() - started
+    unreadable = (*done.unreadable, *setup.data.take_unreadable())
+    return replace(done, metrics=metrics, test_seconds=seconds, unreadable=unreadable)
 
 
 def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:

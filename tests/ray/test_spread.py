@@ -232,6 +232,9 @@ def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, netw
         for who, seen in (("RayTrainWorker", done), ("ray::Mailbox", again)):
             after = trainer.run(state, {}, spell(2, 3), kill(who, seen))
             assert [epoch.position for epoch in seen] == [0, 1, 2] and after.metrics == before.metrics
+            # The averages of the first two epochs were tested, by all ranks.
+            assert [epoch.metrics for epoch in seen] == [epoch.metrics for epoch in undisturbed]
+            assert [epoch.metrics and epoch.metrics.images for epoch in seen] == [before.metrics.images] * 2 + [None]
             for name, tensor in undisturbed[-1].tensors.items():
                 assert torch.equal(tensor, seen[-1].tensors[name]), (who, name)
             for name, tensor in undisturbed[-1].carried.items():

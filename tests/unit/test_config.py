@@ -67,6 +67,8 @@ def test_missing_key_is_named():
         ("train__distill", 1.0),
         ("train__distill", -0.1),
         ("train__distill_temperature", 0.0),
+        ("train__test_every", -1),
+        ("train__test_every", 0.5),
         ("data__loader", "tensorflow"),
         ("search__images", True),
         ("cluster__trainer_gpu_share", 0.5),
@@ -154,6 +156,7 @@ def test_differing_keys_leave_out_what_may_change():
         search__batch_size=7,
         search__candidates_per_task=3,
         cluster__workers=4,
+        train__test_every=5,
         prune__step=0.02,
         seed=7,
     )

@@ -176,6 +176,7 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
     work = [event.data for event in before if event.name in ("epoch", "turn", "spell")]
     took = [data.get("evaluation_seconds", data["seconds"]) for data in work]
     took = [seconds["total"] if isinstance(seconds, dict) else seconds for seconds in took]
+    took += [data.get("test_seconds", 0.0) for data in work]
     assert events(config)[-1].data["seconds"] == pytest.approx(sum(took))
     assert decisions(config) == decisions(reference)
     assert [event.name for event in events(config)] == [event.name for event in events(reference)]

@@ -55,6 +55,8 @@ def test_what_it_says(tmp_path):
     assert f"about {work.turns}: 12.00% of FLOPs, {work.removes:.2%} a candidate" in text
     assert f"42 proposals a turn, {work.candidates} distinct (21 layers, 2 criteria)" in text
     assert f"40 images for each candidate: {40 * work.candidates:,} a turn" in text
+    # Before pruning, after recoveries, at the end, and after the first of the two epochs that come before pruning.
+    assert f"evaluations     about {3 + work.recoveries} on the test images" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
     assert "teacher" not in text

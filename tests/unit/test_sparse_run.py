@@ -100,6 +100,11 @@ def test_the_result_is_sparse_and_loads_to_the_same_outputs(undisturbed):
     assert result.summary["weights_bytes"] == size < 0.35 * result.summary["weights_bytes_dense"]
 
 
+def test_the_best_epoch_of_one_is_the_last(undisturbed):
+    _, result = undisturbed
+    assert result.summary["best"] == {"epoch": 1, "metrics": result.summary["metrics"]}
+
+
 def test_the_report_is_in_the_runs_folder(undisturbed):
     config, _ = undisturbed
     report = json.loads((folder_of(config) / "sparsity.json").read_text())

@@ -68,7 +68,8 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
     # 0.7 / 0.1964 = 3.56: 4 turns; 0.3 / 0.1964 = 1.5: a recovery every 2 of them.
     assert (found.turns, found.recoveries) == (4, 2)
     assert found.epochs == {"train": 2, "recover": 6, "final": 7}
-    assert found.evaluations == 4
+    # Before the first prune, after two recoveries and at the end; of 2 and 7 epochs around them after all but the last.
+    assert found.evaluations == 4 + 1 + 6
     assert found.loss_images == 40
     assert found.passes == pytest.approx(1 + ONE_EACH, rel=0.01)  # and the network as it stands
 
@@ -85,6 +86,24 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
 def test_epochs_by_phase(tmp_path, changes, recoveries, epochs):
     found = workload(tmp_path, **changes)
     assert (found.recoveries, found.epochs) == (recoveries, epochs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "between"),
+    [
+        ({"train__test_every": 0}, 0),
+        ({"train__test_every": 2}, 3),  # the schedule's epochs 4, 6 and 8; the 2nd is the last before the first prune
+        ({"train__test_every": 4}, 2),
+        ({"train__test_every": 9}, 0),  # the last of all
+        ({"train__prune_epoch": 0}, 8),
+        ({"train__prune_epoch": 9}, 8),
+        ({"train__prune_epoch": 9, "train__test_every": 2}, 4),
+        ({"train__pretrained": "given.pt"}, 6),
+    ],
+)
+def test_evaluations_between_epochs(tmp_path, changes, between):
+    found = workload(tmp_path, **changes)
+    assert found.evaluations == 2 + found.recoveries + between
 
 
 def test_turns_by_the_target_that_is_furthest(tmp_path):
@@ -148,7 +167,7 @@ def test_what_pls_takes_by_hand(tmp_path):
     assert (found.turns, found.recoveries) == (3, 2)
     assert found.removes == pytest.approx(gone[-1] / 3)
     assert found.epochs == {"train": 2, "recover": 6, "final": 7}
-    assert found.evaluations == 4
+    assert found.evaluations == 4 + 1 + 6
     assert found.passes == 3  # the scores, and the losses without what goes and with it
     assert found.loss_images == 40
 
@@ -208,7 +227,7 @@ def test_stages_by_hand(tmp_path):
     )
     assert found.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
     assert found.epochs == {"train": 2, "recover": 4, "final": 1}
-    assert found.evaluations == 3
+    assert found.evaluations == 3 + 1  # of 2 epochs before, 4 in between and 1 after
 
 
 def test_stages_of_a_network_that_was_pruned_before(tmp_path):

@@ -37,6 +37,7 @@ def test_all_that_are_compared_have_one_budget(tmp_path):
         assert prune_config.criteria == (
             (name,) if name in ("l1", "l2", "euclidean", "cosine") else ("l1", "l2", "euclidean", "cosine")
         )
+        assert config.train.test_every == 0
         assert prune_config.method == ("pls" if name == "pls" else "laasp")
     assert len({json.dumps(config.to_dict()["train"]) for config in configs.values()}) == 1
     assert configs["laasp"].train.learning_rate == 0.1

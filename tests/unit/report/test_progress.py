@@ -58,7 +58,7 @@ def tell(progress, clock):
     """A short run: two epochs, a turn, a recovery, a turn."""
     progress.phase("train", "2 epochs")
     clock.now = 10
-    progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5}, 0.1)
+    progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5, "test top1": 0.625}, 0.1)
     clock.now = 30
     progress.epoch("train", 2, 2, {"loss": 1.5, "top1": 0.755}, 0.01)
     progress.phase("prune", "turn 1")
@@ -84,7 +84,7 @@ def test_lines_where_there_is_no_terminal(clock):
     progress.close()
     assert stream.getvalue().splitlines() == [
         "train: 2 epochs",
-        "train: epoch 1 of 2, loss 2.0000, top1 50.00%, learning rate 0.1",
+        "train: epoch 1 of 2, loss 2.0000, top1 50.00%, test top1 62.50%, learning rate 0.1",
         "train: epoch 2 of 2, loss 1.5000, top1 75.50%, learning rate 0.01, train done in 0 s",
         "prune: turn 1",
         "turn 1: 4 candidates measured, least loss 2.0000 (c by l1 (2 filters))",

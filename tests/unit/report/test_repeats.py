@@ -9,8 +9,12 @@ from helpers import small_run
 from laasp_ray.report.repeats import collected, figures_of, runs_of, spread_of, table
 
 
-def figures(top1, loss):
-    return {"top1": top1, "top5": 1.0, "loss": loss, "flops_reduction": 0.5}
+def figures(top1, loss, best=1.0):
+    return {"top1": top1, "best_top1": best, "top5": 1.0, "loss": loss, "flops_reduction": 0.5}
+
+
+def without_best(run):
+    return {figure: value for figure, value in run.items() if figure != "best_top1"}
 
 
 def test_spread_by_hand():
@@ -32,8 +36,11 @@ def test_the_figures_are_those_of_the_pruned_network():
         "metrics": {"loss": 0.5, "top1": 0.75, "top5": 0.9, "images": 360},
         "flops_reduction": 0.26,
         "macs": 740000,
+        "best": {"epoch": 7, "metrics": {"loss": 0.625, "top1": 0.8125, "top5": 0.95, "images": 360}},
     }
-    assert figures_of(summary) == {"top1": 0.75, "top5": 0.9, "loss": 0.5, "flops_reduction": 0.26}
+    expected = {"top1": 0.75, "best_top1": 0.8125, "top5": 0.9, "loss": 0.5, "flops_reduction": 0.26}
+    assert figures_of(summary) == expected
+    assert figures_of(summary | {"best": None}) == without_best(expected)
 
 
 def test_runs_have_names_and_seeds_of_their_own(tmp_path):
@@ -44,18 +51,25 @@ def test_runs_have_names_and_seeds_of_their_own(tmp_path):
 
 
 def test_what_is_stored_and_shown():
-    content = collected({"net-seed3": figures(0.9, 0.25), "net-seed4": figures(0.8, 0.75)})
-    assert content["runs"]["net-seed4"] == figures(0.8, 0.75)
+    runs = {"net-seed3": figures(0.9, 0.25, 0.95), "net-seed4": figures(0.8, 0.75, 0.85)}
+    content = collected(runs)
+    assert content["runs"]["net-seed4"] == figures(0.8, 0.75, 0.85)
     assert content["spread"]["loss"] == pytest.approx({"mean": 0.5, "std": math.sqrt(0.125), "min": 0.25, "max": 0.75})
+    assert content["spread"]["best_top1"]["mean"] == pytest.approx(0.9)
     assert content["spread"]["flops_reduction"] == {"mean": 0.5, "std": 0.0, "min": 0.5, "max": 0.5}
     lines = table(content).splitlines()
-    assert lines[0].split() == ["top-1", "top-5", "loss", "FLOPs", "reduction"]
+    assert lines[0].split() == ["top-1", "best", "top-1", "top-5", "loss", "FLOPs", "reduction"]
     assert [line.split() for line in lines[2:]] == [
-        ["net-seed3", "90.00%", "100.00%", "0.2500", "50.00%"],
-        ["net-seed4", "80.00%", "100.00%", "0.7500", "50.00%"],
-        ["mean", "85.00%", "100.00%", "0.5000", "50.00%"],
-        ["std", "7.07%", "0.00%", "0.3536", "0.00%"],
-        ["min", "80.00%", "100.00%", "0.2500", "50.00%"],
-        ["max", "90.00%", "100.00%", "0.7500", "50.00%"],
+        ["net-seed3", "90.00%", "95.00%", "100.00%", "0.2500", "50.00%"],
+        ["net-seed4", "80.00%", "85.00%", "100.00%", "0.7500", "50.00%"],
+        ["mean", "85.00%", "90.00%", "100.00%", "0.5000", "50.00%"],
+        ["std", "7.07%", "7.07%", "0.00%", "0.3536", "0.00%"],
+        ["min", "80.00%", "85.00%", "100.00%", "0.2500", "50.00%"],
+        ["max", "90.00%", "95.00%", "100.00%", "0.7500", "50.00%"],
     ]
-    assert table(collected({"net-seed0": figures(0.9, 0.25)})).splitlines()[4].split() == ["std", "-", "-", "-", "-"]
+    # Runs that end with pruning have no final epochs.
+    lines = table(collected({name: without_best(run) for name, run in runs.items()})).splitlines()
+    assert lines[0].split() == ["top-1", "top-5", "loss", "FLOPs", "reduction"]
+    assert lines[2].split() == ["net-seed3", "90.00%", "100.00%", "0.2500", "50.00%"]
+    alone = table(collected({"net-seed0": figures(0.9, 0.25)})).splitlines()
+    assert alone[4].split() == ["std", "-", "-", "-", "-", "-"]

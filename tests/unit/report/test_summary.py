@@ -4,7 +4,7 @@ import pytest
 
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Metrics
-from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.report.summary import BestEpoch, format_summary, summarise
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -35,7 +35,7 @@ def turn(number, reduction, kept, seconds):
 START = (
     "start",
     {
-        "config": {"name": "digits", "prune": {"flops_reduction": 0.25}},
+        "config": {"name": "digits", "prune": {"flops_reduction": 0.25}, "train": {"epochs": 200}},
         "macs": 1000000,
         "parameters": 2000,
         "filters": {"layer1.0.conv1": 64, "layer1.0.conv2": 64},
@@ -54,7 +54,16 @@ FIRST = [
 ]
 LAST = [
     ("spell", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
-    ("finish", {"macs": 740000, "parameters": 1500, "flops_reduction": 0.26, "metrics": metrics(0.975, 0.0625)}),
+    (
+        "finish",
+        {
+            "macs": 740000,
+            "parameters": 1500,
+            "flops_reduction": 0.26,
+            "metrics": metrics(0.975, 0.0625),
+            "best": {"epoch": 186, "metrics": metrics(0.98125, 0.09375)},
+        },
+    ),
 ]
 
 
@@ -72,6 +81,8 @@ def test_a_finished_run(tmp_path):
     assert summary.before == Metrics(loss=0.5, top1=0.9625, top5=1.0, images=360)
     assert summary.after == Metrics(loss=0.0625, top1=0.975, top5=1.0, images=360)
     assert [decision.turn for decision in summary.decisions] == [1, 2] and summary.candidates == 30
+    best = Metrics(loss=0.09375, top1=0.98125, top5=1.0, images=360)
+    assert summary.best == BestEpoch(epoch=186, epochs=200, metrics=best)
     assert summary.turn_seconds == {"graph": 1.5, "evaluate": 4.5, "total": 7.5}
     assert summary.phase_seconds == {"train": 10.0, "recover": 2.0, "final": 90.0} and summary.epochs == 2
     assert summary.kept_filters == {"layer1.0.conv1": 1, "layer2.0.conv1": 3}
@@ -90,6 +101,8 @@ def test_a_finished_run(tmp_path):
         "",
         "Turns: 2, 15 candidates each, 7.50 s each (graph 1.50, evaluate 4.50)",
         "Training: 2 epochs; train 10 s, recover 2 s, final 1 min 30 s",
+        "Best tested epoch of the final training: 187 of 200, top-1 98.12%, top-5 100.00%, loss 0.0938 "
+        "(the table has the last)",
         "Images left out: x.jpg",
         "",
         "layer           filters kept  of",
@@ -99,9 +112,16 @@ def test_a_finished_run(tmp_path):
     ]
 
 
+def test_without_a_final_training_there_is_no_best_epoch(tmp_path):
+    name, finish = LAST[-1]
+    summary = summarise(journal(tmp_path, [*FIRST, (name, finish | {"best": None})]))
+    assert summary.finished and summary.best is None
+    assert "est tested epoch" not in format_summary(summary)
+
+
 def test_an_unfinished_run_says_so(tmp_path):
     summary = summarise(journal(tmp_path, FIRST))
-    assert not summary.finished and summary.after is None and summary.reached == {"FLOPs": 0.26}
+    assert not summary.finished and summary.after is summary.best is None and summary.reached == {"FLOPs": 0.26}
     text = format_summary(summary)
     assert "not finished" in text and "MACs         1,000,000      -" in text
 

@@ -230,6 +230,10 @@ def test_two_ranks_train_and_measure_what_one_does(folder, ranks, kind):
                     torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
             assert (theirs.images, theirs.top1) == (ours.images, ours.top1)
             assert theirs.loss == pytest.approx(ours.loss, abs=1e-6)
+        # After the first epoch all ranks ask the test images together; the last one's is the evaluation at the end.
+        assert their_epochs[0].metrics.loss == pytest.approx(epochs[0].metrics.loss, abs=1e-6)
+        assert (their_epochs[0].metrics.top1, their_epochs[0].metrics.images) == (epochs[0].metrics.top1, TEST_IMAGES)
+        assert their_epochs[1].metrics is epochs[1].metrics is None
         assert their_done.metrics.images == done.metrics.images == TEST_IMAGES
         assert (their_done.metrics.top1, their_done.metrics.top5) == (done.metrics.top1, 1.0)
         assert their_done.metrics.loss == pytest.approx(done.metrics.loss, abs=1e-6)
@@ -274,6 +278,7 @@ def test_a_spell_that_was_cut_off_ends_in_the_same_weights(folder, done, ema):
         assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
         assert all(torch.equal(ours.carried[name], theirs.carried[name]) for name in theirs.carried)
         assert (ours.loss, ours.top1, ours.images) == (theirs.loss, theirs.top1, TRAIN_IMAGES)
+        assert ours.metrics == theirs.metrics and (ours.metrics is None) == (ours.position == 2)
     assert again.metrics == measured.metrics
 
 
@@ -300,9 +305,13 @@ def test_unreadable_images_are_left_out_and_told_once(tmp_path, loader):
     bad, bad_test = "train/a/003.png", "val/b/004.png"
     config = folder_config(make_folder(tmp_path, junk=(bad, bad_test)), loader)
     epochs, done = run_alone(config, spell(0.01, 0.01), small_network())
-    assert [epoch.unreadable for epoch in epochs] == [(bad,), ()]
+    assert [epoch.unreadable for epoch in epochs] == [(bad, bad_test), ()]
     assert [epoch.images for epoch in epochs] == [TRAIN_IMAGES - 1] * 2
-    assert done.unreadable == (bad_test,) and done.metrics.images == TEST_IMAGES - 1
+    assert done.unreadable == () and epochs[0].metrics.images == done.metrics.images == TEST_IMAGES - 1
+    # If they are evaluated at the end only, what cannot be read of the test images is told then.
+    untested = dataclasses.replace(CONFIG, test_every=0)
+    epochs, done = run_alone(config, spell(0.01, 0.01), small_network(), config=untested)
+    assert [epoch.unreadable for epoch in epochs] == [(bad,), ()] and done.unreadable == (bad_test,)
     # One who knows of them from the start tells nothing, and from then on trains the same.
     known, _ = run_alone(config, spell(0.01, 0.01, excluded=(bad, bad_test)), small_network())
     assert [epoch.unreadable for epoch in known] == [(), ()]
