@@ -333,6 +333,12 @@ def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
     )
 
 
+def test_a_flag_of_another_job_is_not_taken_for_the_beginning_of_one(capsys):
+    with pytest.raises(SystemExit):
+        cli.prune(["resnet50_aap", "--prune", "6"])  # not --prune-epoch
+    assert "unrecognized arguments: --prune 6" in capsys.readouterr().err
+
+
 def test_a_flag_that_is_not_a_number_is_argparses_to_refuse(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.prune(["resnet20_cifar10", "--epochs", "many"])

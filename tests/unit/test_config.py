@@ -41,7 +41,6 @@ def test_missing_key_is_named():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("prune__flops_reduction", 0.0),
         ("prune__flops_reduction", 1.0),
         ("prune__flops_reduction", "half"),
         ("prune__flops_reduction", float("nan")),
@@ -86,8 +85,12 @@ def test_a_target_besides_flops_stands_alone_or_with_it():
     assert alone.targets == {"parameters": 0.3}
     changes = {"prune__flops_reduction": 0.4, "prune__parameters_reduction": 0.3, "prune__latency_reduction": 0.2}
     assert RunConfig.from_dict(settings(**changes)).prune.targets == {"FLOPs": 0.4, "parameters": 0.3, "latency": 0.2}
-    with pytest.raises(ConfigError, match=r"prune.flops_reduction is 0.0, .* or 0 with another target"):
-        RunConfig.from_dict(settings(prune__flops_reduction=0))
+
+
+def test_without_a_target_nothing_is_pruned():
+    assert not RunConfig.from_dict(settings(prune__flops_reduction=0)).prunes
+    for changes in ({}, {"prune__latency_reduction": 0.1}, {"sparsity": {}}):
+        assert RunConfig.from_dict(settings(prune__flops_reduction=0 if changes else 0.5, **changes)).prunes
 
 
 def test_options_are_off_in_every_recipe():
@@ -107,8 +110,9 @@ def test_options_that_do_not_fit_together_are_refused():
     for key in ("parameters_reduction", "latency_reduction"):
         with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
             RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
-    for key, value in (("prune__round_to", 8), ("prune__prunes_per_turn", 2), ("search__reestimate_batchnorm", True)):
-        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value}, must be (1|false) with sparsity"):
+    off = {"prune__method": "pls", "prune__iterations": 2, "prune__round_to": 8, "prune__prunes_per_turn": 2}
+    for key, value in (off | {"search__reestimate_batchnorm": True}).items():
+        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value!r}, must be .* with sparsity"):
             RunConfig.from_dict(settings(**sparse, **{key: value}))
 
 
