@@ -12,10 +12,10 @@ prunes. The run to one target is the run to the next one up to its final epochs,
 - `laasp`: all layers, criteria l1, l2, euclidean, cosine. `l1` to `cosine`: that criterion alone.
 - `pls`: by VIP over the layers inside the blocks, at the percentage that makes each turn worth most nearly 2%.
 - `uniform`: all layers lose the same share of their filters, lowest l1 first. `random`: random filters of any layer.
-- `laasp-...`: LAASP with one option. The cosine schedule begins its final epochs at the others' learning rate. Where
-  parameters or latency are the target, it is a third or two thirds of that for FLOPs: a run to 31% fewer FLOPs had 11%
-  fewer parameters and 21% less latency. Three prunes a turn are taken from all candidates on all images: racing
-  would drop most of them.
+- `laasp-...`: LAASP with one option, or without one criterion of its pool. The cosine schedule begins its final epochs
+  at the others' learning rate. Where parameters or latency are the target, it is a third or two thirds of that for
+  FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency. Three prunes a turn are taken from all
+  candidates on all images: racing would drop most of them.
 
 A row is a method, target and seed: test top-1 and loss after the last epoch, what is gone, and seconds of turns, epochs
 and evaluations (of `--processes` runs side by side). FILE has the rows so far; with the same FILE those are not made
@@ -98,6 +98,7 @@ OPTIONS = {
     "laasp-latency": Method(
         target=lambda share: ("prune.flops_reduction=0", f"prune.latency_reduction={share * 2 / 3:.3f}")
     ),
+    "laasp-without_cosine": Method(('prune.criteria=["l1", "l2", "euclidean"]',)),
     "laasp-three_prunes": Method(("prune.prunes_per_turn=3", "search.racing=off")),
 }
 METHODS = COMPARED | OPTIONS

@@ -15,6 +15,7 @@ from laasp_ray import prune
 from laasp_ray.errors import ConfigError
 from laasp_ray.progression import next_spell
 from laasp_ray.records import RunState
+from laasp_ray.resumable import differing_keys
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -41,6 +42,32 @@ def test_all_that_are_compared_have_one_budget(tmp_path):
         assert prune_config.method == ("pls" if name == "pls" else "laasp")
     assert len({json.dumps(config.to_dict()["train"]) for config in configs.values()}) == 1
     assert configs["laasp"].train.learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("laasp-distillation", {"train.distill"}),
+        ("laasp-label_smoothing", {"train.label_smoothing"}),
+        ("laasp-ema", {"train.ema"}),
+        ("laasp-cosine_schedule", {"train.schedule", "train.learning_rate"}),
+        ("laasp-batchnorm", {"search.reestimate_batchnorm"}),
+        ("laasp-round_to_8", {"prune.round_to"}),
+        ("laasp-parameters", {"prune.flops_reduction", "prune.parameters_reduction"}),
+        ("laasp-latency", {"prune.flops_reduction", "prune.latency_reduction"}),
+        ("laasp-without_cosine", {"prune.criteria"}),
+        ("laasp-three_prunes", {"prune.prunes_per_turn", "search.racing"}),
+    ],
+)
+def test_a_row_of_an_option_differs_from_laasps_in_that_alone(tmp_path, name, keys):
+    laasp, option = (methods.config_of(method, 1, 0.3, place(tmp_path)) for method in ("laasp", name))
+    assert set(differing_keys(laasp.to_dict(), option.to_dict())) == {"name", *keys}
+    assert option.train.learning_rate_at(option.train.prune_epoch) == pytest.approx(0.0008)
+
+
+def test_every_option_has_such_a_row():
+    tested = test_a_row_of_an_option_differs_from_laasps_in_that_alone.pytestmark[0].args[1]
+    assert {name for name, _ in tested} == set(methods.OPTIONS)
 
 
 def test_an_option_that_changes_the_schedule_begins_at_the_same_rate(tmp_path, monkeypatch):
