@@ -187,7 +187,6 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
             {"train__pretrained": "w.pt", "sparsity": {"from_run": "runs/x"}},
             r"train\.pretrained is 'w\.pt', must be left",
         ),
-        ({"sparsity": None}, r"prune\.flops_reduction is 0\.0, must be a share between 0 and 1"),
         ({"sparsity": {"grup": 8}}, r"unknown config key sparsity\.grup; did you mean sparsity\.group"),
     ],
 )
