@@ -258,6 +258,11 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
             value = text  # a bare word is a string
         _assign(settings, key, value)
     config = RunConfig.from_dict(settings)
+    if config.sparsity is not None and given.get("--flops-reduction") is not None:
+        raise ConfigError(
+            f"--flops-reduction is {given['--flops-reduction']:g}, but {config.name} makes groups sparse and removes "
+            "no filters: leave it out, or add --set sparsity=null (with 0 the network is only trained then)"
+        )
     # Ray workers and jobs change their working directory: what was meant relative to here must say so.
     return dataclasses.replace(
         config,

@@ -330,7 +330,8 @@ class RunConfig:
     """Everything that decides a run. When it is resumed some keys may differ (resumable.py), nothing else may.
 
     With `sparsity` the run makes groups sparse instead of removing filters. Without it and without a target (see
-    PruneConfig) it prunes nothing: it trains the network by the whole schedule, as what pruned ones are compared with.
+    PruneConfig) it prunes nothing: it trains the network by the whole schedule, or given weights from the prune epoch
+    on, to compare pruned ones with.
     """
 
     name: str
@@ -355,10 +356,11 @@ class RunConfig:
         )
         sparsity = self.sparsity
         if sparsity is None:
-            bound = "0 without a target (prune.flops_reduction and others), when nothing is pruned"
-            check(
-                bool(self.prune.targets) or self.prune.iterations == 0, "prune.iterations", self.prune.iterations, bound
-            )
+            if not self.prunes:
+                off = "without a target (prune.flops_reduction and others), when nothing is pruned"
+                check(self.prune.iterations == 0, "prune.iterations", self.prune.iterations, f"0 {off}")
+                check(self.prune.method == "laasp", "prune.method", self.prune.method, f"left out {off}")
+                check(self.train.distill == 0, "train.distill", self.train.distill, f"0 {off}")
             return
         for key in TARGETS.values():
             target = getattr(self.prune, key)

@@ -36,6 +36,9 @@ from laasp_ray.train.trainer import Trainer
 UNPRUNED = "unpruned"
 """The checkpoint of the network just before its first prune, or trained without any; kept, to compare others with."""
 
+_SYNC_S = 300
+"""How often, in seconds, a long spell's scalars are copied into the run's folder: each time adds files."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -248,6 +251,7 @@ class Controller:
         parts.events.scalar("learning_rate", plan.learning_rate, state.epochs_trained + 1)
         if done.metrics is not None:
             self._plot_metrics(done.metrics)
+        parts.events.sync(at_most_every=_SYNC_S)
 
     def _note_unreadable(self, names: tuple[str, ...]) -> None:
         for name in names:

@@ -38,7 +38,8 @@ class Measured:
 def evaluate_run(
     folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1
 ) -> tuple[Measured, Measured]:
-    """The unpruned network, with its weights from just before the first prune, and the pruned one.
+    """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
+    twice where nothing was pruned.
 
     `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path. Test images,
     float32, on the GPU if there is one. Raises StoreError if the folder holds no finished run.

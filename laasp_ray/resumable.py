@@ -23,14 +23,19 @@ losses by rounding only, and what is only reported."""
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out."""
+    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out.
+
+    A key that only one of them has counts, whichever it is: that one was written by another version.
+    """
     mine, other = flatten(ours), flatten(theirs)
     missing = object()
     return sorted(
         key
         for key in mine.keys() | other.keys()
         if mine.get(key, missing) != other.get(key, missing)
-        and not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
+        and not (
+            key in mine and key in other and any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)
+        )
     )
 
 

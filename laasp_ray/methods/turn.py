@@ -12,7 +12,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import Macs, count_macs
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.pruning.masks import mask_of
@@ -99,8 +99,11 @@ class Standing:
     def prune(self, filters: Mapping[str, tuple[int, ...]], criterion: str) -> Turn:
         """The turn in which these filters (rising) of each layer go, chosen without a look at losses.
 
-        Its losses tell what that costs. Raises SearchError if the network that is left cannot be evaluated.
+        Its losses tell what that costs. Raises ExhaustedError if there are none, SearchError if the network that is
+        left cannot be evaluated.
         """
+        if not filters:
+            raise ExhaustedError(f"{criterion} chose no filter in turn {self.turn}: there is nothing to prune")
         removal = removal_of_several(self.graph, filters)
         step = plan_of(removal)
         after, before = self.measure(removal, f"the prune by {criterion}")

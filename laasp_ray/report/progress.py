@@ -258,8 +258,9 @@ class LiveProgress:
 def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
     """The line that tells where a run goes on."""
     turn = state.turn + (state.phase == "prune")
+    before = "going on before the first turn" if state.phase == "train" else "going on"  # nothing will be pruned
     return _joined(
-        f"going on at turn {turn}" if turn else "going on before the first turn",
+        f"going on at turn {turn}" if turn else before,
         *(f"{state.reached[of]:.1%} of {target:.1%} {of} gone" for of, target in targets.items()),
         f"{state.epochs_trained} epochs trained",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ class EventFiles:
         self._storage = storage.child(_FOLDER)
         self._scratch = tempfile.TemporaryDirectory(prefix="laasp_ray-tensorboard-")
         self._writer: SummaryWriter | None = None
+        self._synced = time.monotonic()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """`tag` as in `train/loss`; `step` is an epoch's or a turn's number."""
@@ -32,10 +34,14 @@ class EventFiles:
             self._writer = self._next_writer()
         self._writer.add_scalar(tag, value, step)
 
-    def sync(self) -> None:
-        """Copies what is new into the run's folder. Raises StoreError when that does not work."""
-        if self._writer is None:
+    def sync(self, *, at_most_every: float = 0.0) -> None:
+        """Copies what is new into the run's folder, unless that was done less than `at_most_every` seconds ago.
+
+        Raises StoreError when that does not work.
+        """
+        if self._writer is None or time.monotonic() - self._synced < at_most_every:
             return
+        self._synced = time.monotonic()
         self._writer.close()
         self._writer = None
         for file in sorted(Path(self._scratch.name).iterdir()):

@@ -33,7 +33,6 @@ def base_run(storage, **changes):
         "train__prune_epoch": 1,
         "train__learning_rate": 0.1,
         "train__drop_epochs": [2],
-        "train__test_every": 0,
         "prune__flops_reduction": 0.0,
     }
     return small_run(storage, **{**settings, **changes})
@@ -61,7 +60,9 @@ def test_the_whole_schedule_is_one_spell(trained):
     assert [epoch["learning_rate"] for epoch in epochs] == pytest.approx([0.1, 0.1, 0.02])
     summary = result.summary
     assert summary["flops_reduction"] == 0 and summary["macs"] == summary["macs_unpruned"]
-    assert summary["best"] == {"epoch": 2, "metrics": summary["metrics"]}  # the only one that was tested
+    tested = [*(epoch["metrics"] for epoch in epochs[:-1]), summary["metrics"]]
+    assert summary["best"] in [{"epoch": number, "metrics": metrics} for number, metrics in enumerate(tested)]
+    assert summary["best"]["metrics"]["top1"] == max(metrics["top1"] for metrics in tested)
 
 
 def test_the_network_loads_and_is_evaluated_as_any_other(trained):
@@ -97,8 +98,10 @@ def test_a_run_that_is_cut_off_comes_to_the_same_weights(trained, tmp_path, monk
     with monkeypatch.context() as patch, pytest.raises(PowerCutError):
         patch.setattr(Journal, "append", cut_off)
         run(config)
-    found, expected = run(config).model.state_dict(), trained[1].model.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    found, expected = run(config), trained[1]
+    weights = found.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.model.state_dict().items())
+    assert found.summary | {"seconds": 0} == expected.summary | {"seconds": 0}
 
 
 def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch(trained, tmp_path):
@@ -115,7 +118,7 @@ def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch
 
 
 def test_the_plan_of_a_dry_run(tmp_path):
-    config = base_run(tmp_path, train__test_every=1)
+    config = base_run(tmp_path)
     prepared = prepare(config)
     workload = workload_of(prepared)
     assert type(workload) is Workload
@@ -134,3 +137,7 @@ def test_what_chooses_prunes_is_refused(tmp_path):
         prune(None, base_run(tmp_path), distributed=False, method=take_turn)
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
+    with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left out without a target"):
+        base_run(tmp_path, prune__method="pls")
+    with pytest.raises(ConfigError, match=r"train\.distill is 0\.5, must be 0 without a target"):
+        base_run(tmp_path, train__distill=0.5)

@@ -1,5 +1,6 @@
 """Flags and settings, what bad ones get, and a whole run with its evaluation, in one process."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -331,6 +332,18 @@ def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
     assert "with 3 training images, train.batch_size 2 and 1 workers" in refused(
         arguments(small, tmp_path / "runs", "--batch-size", "2"), capsys
     )
+
+
+def test_a_sparse_recipe_has_no_target_for_flops_not_even_none():
+    flags = {"--flops-reduction": cli.FLAGS["--flops-reduction"]}
+
+    def config(*settings):
+        given = argparse.Namespace(flags=flags, flops_reduction=0.0, set=list(settings))
+        return cli.overridden(recipe("mobilenet_v1_aap"), given)
+
+    with pytest.raises(ConfigError, match=r"--flops-reduction is 0, but mobilenet_v1_aap makes .* --set sparsity=null"):
+        config()
+    assert not config("sparsity=null").prunes
 
 
 def test_a_flag_of_another_job_is_not_taken_for_the_beginning_of_one(capsys):

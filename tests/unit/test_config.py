@@ -166,6 +166,8 @@ def test_differing_keys_leave_out_what_may_change():
     )
     assert differing_keys(ours, theirs) == ["prune.step", "seed"]
     assert value_at(theirs, "prune.step") == 0.02
+    del theirs["train"]["test_every"]  # from before there was this key
+    assert differing_keys(ours, theirs) == differing_keys(theirs, ours) == ["prune.step", "seed", "train.test_every"]
 
 
 def test_unknown_recipe_lists_the_known_ones():

@@ -10,7 +10,7 @@ from helpers import first_standing
 from torch import nn
 
 from laasp_ray.config import PruneConfig
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.laasp import take_turn
 from laasp_ray.search.evaluate import MeasuredLoss
 
@@ -132,3 +132,9 @@ def test_the_step_carries_out_the_decision(network):
     before = dict(network.named_modules())[turn.decision.layer].out_channels
     (kept,) = turn.step.tensors[f"{turn.decision.layer}.weight"][0]
     assert sorted((*kept, *turn.decision.filters)) == list(range(before))
+
+
+def test_a_method_that_chooses_nothing_is_told_before_anything_is_measured(network):
+    now = first_standing(network, torch.zeros(1, 1, 8, 8), CONFIG, executor=None)
+    with pytest.raises(ExhaustedError, match="mine chose no filter in turn 1: there is nothing to prune"):
+        now.prune({}, "mine")

@@ -121,6 +121,10 @@ def test_a_run_that_goes_on_says_where(clock, stream, state, line):
     assert line in shown.getvalue()
 
 
+def test_a_run_that_prunes_nothing_has_no_first_turn():
+    assert resumed_line(cut_off("final", 0, 0.0, 3), {}) == "going on, 3 epochs trained"
+
+
 def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(clock):
     progress = LiveProgress(HALF, Console(file=io.StringIO(), width=100), clock)
     try:

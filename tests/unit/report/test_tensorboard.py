@@ -1,5 +1,6 @@
 """Event files arrive in the run's folder and can be read back; a resumed run adds to them."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def test_object_storage_gets_them_too():
         events.scalar("test/top1", 0.5, 4)
     (name,) = storage.list()
     assert name.startswith("tensorboard/events.out.tfevents.") and len(storage.read(name)) > 100
+
+
+def test_now_and_then_is_not_each_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    storage = Storage.open(str(tmp_path))
+    with closing(EventFiles(storage)) as events:
+        for at, files in ((100.0, 0), (399.0, 0), (400.0, 1), (699.0, 1), (700.0, 2)):
+            now[0] = at
+            events.scalar("test/top1", 0.5, 4)
+            events.sync(at_most_every=300)
+            assert len(list(storage.list())) == files, at
 
 
 def test_the_local_folder_is_removed_even_when_the_store_fails(tmp_path):
