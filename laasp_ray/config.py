@@ -330,8 +330,7 @@ class RunConfig:
     """Everything that decides a run. When it is resumed some keys may differ (resumable.py), nothing else may.
 
     With `sparsity` the run makes groups sparse instead of removing filters. Without it and without a target (see
-    PruneConfig) it prunes nothing: it trains the network by the whole schedule, or given weights from the prune epoch
-    on, to compare pruned ones with.
+    PruneConfig) it prunes nothing: it trains by the whole schedule, or given weights from the prune epoch on.
     """
 
     name: str
@@ -358,22 +357,14 @@ class RunConfig:
         if sparsity is None:
             if not self.prunes:
                 off = "without a target (prune.flops_reduction and others), when nothing is pruned"
-                check(self.prune.iterations == 0, "prune.iterations", self.prune.iterations, f"0 {off}")
-                check(self.prune.method == "laasp", "prune.method", self.prune.method, f"left out {off}")
-                check(self.train.distill == 0, "train.distill", self.train.distill, f"0 {off}")
+                self._check_unused(off, "prune.iterations", "prune.method", "train.distill")
             return
         for key in TARGETS.values():
             target = getattr(self.prune, key)
             check(target == 0, f"prune.{key}", target, "0 with sparsity, which removes no filters")
         off = "with sparsity, which removes no filters and measures no candidates"
-        check(self.prune.method == "laasp", "prune.method", self.prune.method, f"left out {off}")
-        check(
-            self.prune.iterations == 0, "prune.iterations", self.prune.iterations, f"0 {off}: its turns are the stages"
-        )
-        check(self.prune.round_to == 1, "prune.round_to", self.prune.round_to, f"1 {off}")
-        check(self.prune.prunes_per_turn == 1, "prune.prunes_per_turn", self.prune.prunes_per_turn, f"1 {off}")
-        reestimate = self.search.reestimate_batchnorm
-        check(not reestimate, "search.reestimate_batchnorm", reestimate, f"false {off}")
+        self._check_unused(off, "prune.method", "prune.iterations", "prune.round_to", "prune.prunes_per_turn")
+        self._check_unused(off, "search.reestimate_batchnorm")
         check(
             len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
             "prune.recover_epochs",
@@ -386,6 +377,13 @@ class RunConfig:
             self.train.pretrained,
             "left out with sparsity.from_run, which brings its weights",
         )
+
+    def _check_unused(self, off: str, *keys: str) -> None:
+        for key in keys:
+            section, name = key.split(".")
+            part = getattr(self, section)
+            default = getattr(type(part), name)  # a dataclass keeps plain defaults as class attributes
+            check(getattr(part, name) == default, key, getattr(part, name), f"left at {default!r} {off}")
 
     @property
     def prunes(self) -> bool:

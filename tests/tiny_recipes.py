@@ -6,16 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from whole_runs import Silent, events_of
+
 from laasp_ray import prune
 from laasp_ray.api import PruneResult
 from laasp_ray.config import RunConfig
-from laasp_ray.store.journal import Event, Journal
-from laasp_ray.store.storage import Storage
-
-
-class Silent:
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
+from laasp_ray.store.journal import Event
 
 
 def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) -> RunConfig:
@@ -51,4 +47,4 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
 def run_here(config: RunConfig) -> tuple[PruneResult, list[Event]]:
     """The whole run, in this process, and its journal."""
     result = prune(None, config, distributed=False, progress=Silent())
-    return result, Journal(Storage.open(config.storage).child(config.name)).events()
+    return result, events_of(config)

@@ -61,9 +61,8 @@ def rank(
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, PruningError for networks and SearchError for candidates that do not work.
     """
-    # rank() has no target; PruneConfig wants one, and checks all the rest.
     config = PruneConfig(
-        flops_reduction=0.5,
+        flops_reduction=0.0,
         step=step,
         step_rule=step_rule,
         max_pruned=max_pruned,

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import small_run
-from tiny_recipes import Silent
+from whole_runs import Silent, events_of, power_cut
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.dry_run import Machine, describe
@@ -16,14 +16,9 @@ from laasp_ray.preflight import prepare
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.artifact import read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
-from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.speed import TrainingSpeed
 from laasp_ray.workload import Workload, workload_of
-
-
-class PowerCutError(Exception):
-    pass
 
 
 def base_run(storage, **changes):
@@ -42,10 +37,6 @@ def run(config):
     return prune(None, config, distributed=False, progress=Silent())
 
 
-def events(config):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     config = base_run(tmp_path_factory.mktemp("base"))
@@ -54,8 +45,8 @@ def trained(tmp_path_factory):
 
 def test_the_whole_schedule_is_one_spell(trained):
     config, result = trained
-    assert [event.name for event in events(config)] == ["start", *["epoch"] * 3, "spell", "finish"]
-    epochs = [event.data for event in events(config) if event.name == "epoch"]
+    assert [event.name for event in events_of(config)] == ["start", *["epoch"] * 3, "spell", "finish"]
+    epochs = [event.data for event in events_of(config) if event.name == "epoch"]
     assert [(epoch["phase"], epoch["epoch"]) for epoch in epochs] == [("final", 0), ("final", 1), ("final", 2)]
     assert [epoch["learning_rate"] for epoch in epochs] == pytest.approx([0.1, 0.1, 0.02])
     summary = result.summary
@@ -79,24 +70,16 @@ def test_the_network_loads_and_is_evaluated_as_any_other(trained):
 
 def test_the_summary_has_nothing_before_and_no_turns(trained):
     config, _ = trained
-    summary = summarise(events(config))
+    summary = summarise(events_of(config))
     assert summary.before is None and summary.targets == {}
     text = format_summary(summary)
     assert "FLOPs reduction 0.00%" in text and "Turns" not in text
 
 
-@pytest.mark.parametrize("count", [3, 5])
-def test_a_run_that_is_cut_off_comes_to_the_same_weights(trained, tmp_path, monkeypatch, count):
+@pytest.mark.parametrize("position", [3, 5])
+def test_a_run_that_is_cut_off_comes_to_the_same_weights(trained, tmp_path, monkeypatch, position):
     config = dataclasses.replace(trained[0], storage=str(tmp_path))
-    append = Journal.append
-
-    def cut_off(journal, name, data):
-        append(journal, name, data)
-        if len(journal.events()) == count:
-            raise PowerCutError
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(Journal, "append", cut_off)
+    with power_cut(monkeypatch, position):
         run(config)
     found, expected = run(config), trained[1]
     weights = found.model.state_dict()
@@ -108,11 +91,11 @@ def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch
     weights = f"{trained[0].storage}/{trained[0].name}/pruned/model.safetensors"
     config = base_run(tmp_path, train__pretrained=weights, train__prune_epoch=2)
     run(config)
-    assert [event.name for event in events(config)] == ["start", "baseline", "epoch", "spell", "finish"]
-    baseline, epoch = (next(e.data for e in events(config) if e.name == name) for name in ("baseline", "epoch"))
+    assert [event.name for event in events_of(config)] == ["start", "baseline", "epoch", "spell", "finish"]
+    baseline, epoch = (next(e.data for e in events_of(config) if e.name == name) for name in ("baseline", "epoch"))
     assert baseline["metrics"] == trained[1].summary["metrics"]
     assert (epoch["epoch"], epoch["learning_rate"]) == (2, pytest.approx(0.02))
-    assert summarise(events(config)).before is not None
+    assert summarise(events_of(config)).before is not None
     start = load_checkpoint(Storage.open(config.storage).child(config.name), "unpruned").model
     assert not torch.equal(start["conv1.weight"], trained[1].model.state_dict()["conv1.weight"])
 
@@ -135,9 +118,9 @@ def test_the_plan_of_a_dry_run(tmp_path):
 def test_what_chooses_prunes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a method is given to a run that prunes nothing"):
         prune(None, base_run(tmp_path), distributed=False, method=take_turn)
-    with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be 0 without a target"):
+    with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
-    with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left out without a target"):
+    with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):
         base_run(tmp_path, prune__method="pls")
-    with pytest.raises(ConfigError, match=r"train\.distill is 0\.5, must be 0 without a target"):
+    with pytest.raises(ConfigError, match=r"train\.distill is 0\.5, must be left at 0\.0 without a target"):
         base_run(tmp_path, train__distill=0.5)

@@ -5,20 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import small_run, write_pictures
+from helpers import write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import prune
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import _best, _seconds
 from laasp_ray.report.progress import LineProgress
 from laasp_ray.report.summary import format_summary, summarise
-from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
-
-
-class PowerCutError(Exception):
-    pass
 
 
 def metrics(top1):
@@ -77,33 +73,19 @@ def pictures(tmp_path_factory):
 def config_of(storage, pictures, **changes) -> RunConfig:
     """Epochs 0 to 2, two turns with a recovery each, epochs 3 to 6."""
     settings = {
-        "data__path": str(pictures),
-        "data__format": "folder",
-        "data__loader": "torchvision",
-        "data__image_size": 8,
-        "data__eval_resize": 8,
-        "model__input_shape": [3, 8, 8],
-        "model__arguments": {"num_classes": 3},
-        "train__batch_size": 6,
         "train__prune_epoch": 3,
         "train__epochs": 7,
         "train__learning_rate": 0.02,
         "train__ema": 0.5,
-        "prune__criteria": ["l1"],
         "prune__recover_every": 0.0,
         "prune__recover_epochs": 2,
         "prune__flops_reduction": 0.05,
-        "search__images": 6,
     }
-    return small_run(storage, **(settings | changes))
+    return on_pictures(storage, pictures, **(settings | changes))
 
 
 def run(config, progress=None):
     return prune(None, config, distributed=False, progress=progress)
-
-
-def events_of(config):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
 
 
 def metrics_of(config):
@@ -175,21 +157,13 @@ def test_the_plots_have_every_test_once(undisturbed):
 
 def test_a_run_cut_off_in_its_final_epochs_ends_as_if_it_never_was(undisturbed, tmp_path, pictures, monkeypatch):
     reference, result, _ = undisturbed
-    config, append = config_of(tmp_path, pictures), Journal.append
+    config = config_of(tmp_path, pictures)
     count = len(events_of(reference))
     assert [event.name for event in events_of(reference)][-6:] == ["epoch"] * 4 + ["spell", "finish"]
     # The power fails when an event is about to be written, all work for it done.
     for position in range(count - 5, count):
-
-        def failing(self, name, data, position=position):
-            if len(self.events()) == position:
-                raise PowerCutError
-            return append(self, name, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Journal, "append", failing)
-            with pytest.raises(PowerCutError):
-                run(config)
+        with power_cut(monkeypatch, position):
+            run(config)
     again = run(config)
     assert metrics_of(config) == metrics_of(reference)
     assert (again.summary["best"], again.summary["metrics"]) == (result.summary["best"], result.summary["metrics"])
@@ -202,15 +176,7 @@ def test_without_tests_the_run_is_the_same_and_the_last_epoch_the_best_that_is_k
 ):
     reference, result, _ = undisturbed
     config = config_of(tmp_path, pictures, train__test_every=0)
-    append = Journal.append
-
-    def failing(self, name, data):
-        if name == "epoch" and data["epoch"] == 1:
-            raise PowerCutError
-        return append(self, name, data)
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(Journal, "append", failing)
+    with power_cut(monkeypatch, 2):  # the second epoch
         run(config_of(tmp_path, pictures, train__test_every=2))  # it may change when a run goes on
     other = run(config)
     assert all(found is None for _, _, found in metrics_of(config))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import small_run, write_pictures
 from safetensors.torch import load_file, save_file
+from whole_runs import Silent, events_of, power_cut
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
@@ -17,34 +18,14 @@ from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
 from laasp_ray.methods import laasp
 from laasp_ray.models import build
 from laasp_ray.report.summary import format_summary, summarise
-from laasp_ray.store.journal import Journal
-from laasp_ray.store.storage import Storage
-
-
-class PowerCutError(Exception):
-    pass
-
-
-class Silent:
-    """A Progress that shows nothing and remembers what it was told, by method."""
-
-    def __init__(self):
-        self.told = {}
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.told.setdefault(name, []).append(args)
 
 
 def run(config: RunConfig, model=None, progress=None):
     return prune(model, config, distributed=False, progress=progress or Silent())
 
 
-def events(config: RunConfig):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
-
-
 def decisions(config: RunConfig):
-    return [event.data["decision"] for event in events(config) if event.name == "turn"]
+    return [event.data["decision"] for event in events_of(config) if event.name == "turn"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +34,7 @@ def undisturbed(tmp_path_factory):
     result = run(config, progress=progress)
     assert "resumed" not in progress.told
     # Every spell says it to the journal; who watches is told once.
-    loaders = [event.data["loader"] for event in events(config) if event.name == "spell"]
+    loaders = [event.data["loader"] for event in events_of(config) if event.name == "spell"]
     assert len(loaders) > 2 and set(loaders) == {"dali-cpu"}
     noted = [text for (text,) in progress.told["note"] if "decoded" in text]
     assert noted == ["the trainers' images are decoded by dali-cpu"]
@@ -62,7 +43,7 @@ def undisturbed(tmp_path_factory):
 
 def test_a_run_meets_its_target_and_writes_down_what_it_did(undisturbed):
     config, result = undisturbed
-    names = [event.name for event in events(config)]
+    names = [event.name for event in events_of(config)]
     # Two epochs of training and the spell's end come first; the run's end comes last.
     assert names[:4] == ["start", "epoch", "epoch", "spell"]
     assert names[-3:] == ["epoch", "spell", "finish"]
@@ -96,10 +77,10 @@ def test_the_saved_network_is_the_one_that_was_trained(undisturbed):
 
 def test_a_finished_run_is_left_alone(undisturbed, caplog):
     config, result = undisturbed
-    before = len(events(config))
+    before = len(events_of(config))
     again = run(config)
     assert "is finished; nothing to do" in caplog.text
-    assert len(events(config)) == before
+    assert len(events_of(config)) == before
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
 
@@ -130,7 +111,7 @@ def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, tmp_p
 
 def test_a_turn_is_written_down_with_what_is_left_of_each_layer(undisturbed):
     config, _ = undisturbed
-    turns = [event.data for event in events(config) if event.name == "turn"]
+    turns = [event.data for event in events_of(config) if event.name == "turn"]
     plan = json.loads((Path(config.storage) / config.name / "pruned" / "plan.json").read_text())
     assert turns[-1]["kept_filters"] == {layer: len(kept) for layer, kept in plan["layers"].items()}
     assert all("plan" not in turn for turn in turns)
@@ -143,30 +124,13 @@ def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed
         run(other)
 
 
-def cut_off_at(monkeypatch, position):
-    """The power fails when the journal's event `position` is about to be written, all work for it done.
-
-    To fail just after an event would leave the same store behind, but for the work that is then done twice.
-    """
-    append = Journal.append
-
-    def failing(self, name, data):
-        if len(self.events()) == position:
-            raise PowerCutError
-        return append(self, name, data)
-
-    monkeypatch.setattr(Journal, "append", failing)
-
-
 def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_path, monkeypatch):
     reference, result = undisturbed
     config = small_run(tmp_path)
-    for position in range(len(events(reference))):
-        with monkeypatch.context() as patch:
-            cut_off_at(patch, position)
-            with pytest.raises(PowerCutError):
-                run(config)
-    before, progress = events(config), Silent()
+    for position in range(len(events_of(reference))):
+        with power_cut(monkeypatch, position):
+            run(config)
+    before, progress = events_of(config), Silent()
     again = run(config, progress=progress)
     ((state, targets),) = progress.told["resumed"]
     assert (state.phase, targets) == ("done", {"FLOPs": 0.12})
@@ -177,9 +141,9 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
     took = [data.get("evaluation_seconds", data["seconds"]) for data in work]
     took = [seconds["total"] if isinstance(seconds, dict) else seconds for seconds in took]
     took += [data.get("test_seconds", 0.0) for data in work]
-    assert events(config)[-1].data["seconds"] == pytest.approx(sum(took))
+    assert events_of(config)[-1].data["seconds"] == pytest.approx(sum(took))
     assert decisions(config) == decisions(reference)
-    assert [event.name for event in events(config)] == [event.name for event in events(reference)]
+    assert [event.name for event in events_of(config)] == [event.name for event in events_of(reference)]
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
@@ -191,10 +155,10 @@ def test_given_weights_are_measured_first_and_the_first_training_left_out(undist
     save_file({name.removeprefix("model/"): tensor for name, tensor in unpruned.items()}, weights)
     config = small_run(tmp_path / "runs", train__pretrained=str(weights), prune__flops_reduction=0.02)
     run(config)
-    names = [event.name for event in events(config)]
+    names = [event.name for event in events_of(config)]
     assert names[:4] == ["start", "baseline", "subset", "turn"]
-    before = next(event for event in events(reference) if event.name == "spell").data["metrics"]
-    assert events(config)[1].data["metrics"]["top1"] == pytest.approx(before["top1"])
+    before = next(event for event in events_of(reference) if event.name == "spell").data["metrics"]
+    assert events_of(config)[1].data["metrics"]["top1"] == pytest.approx(before["top1"])
     # The same weights and the same images: the same first decision.
     assert decisions(config)[0]["layer"] == decisions(reference)[0]["layer"]
     assert decisions(config)[0]["filters"] == decisions(reference)[0]["filters"]
@@ -217,7 +181,7 @@ def test_a_run_with_too_many_unreadable_images_goes_on_when_more_are_allowed(tmp
             run(small_run(tmp_path, **changes, data__max_unreadable=0))
     config = small_run(tmp_path, **changes, data__max_unreadable=1)
     run(config)
-    left_out = [event.data for event in events(config) if event.name == "excluded"]
+    left_out = [event.data for event in events_of(config) if event.name == "excluded"]
     assert left_out == [{"image": "train/a/000.png", "reason": "cannot be read or decoded"}]
 
 
@@ -233,9 +197,9 @@ def test_a_part_that_cannot_be_closed_keeps_none_of_the_others_open(caplog):
             if self.name != "b":
                 raise OSError(f"{self.name} hangs")
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(KeyboardInterrupt):
         try:
-            raise PowerCutError
+            raise KeyboardInterrupt
         finally:
             _close([Part("a"), Part("b"), Part("c")])
     assert closed == ["a", "b", "c"]
@@ -267,8 +231,7 @@ def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
     again = dataclasses.replace(config, name="again")
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        cut_off_at(patch, 3)
+    with power_cut(monkeypatch, 3):
         prune(None, again, distributed=False, progress=Silent(), method=by_l2)
     for other, named in ((None, "it is given none"), (laasp.take_turn, r"laasp_ray\.methods\.laasp\.take_turn")):
         with pytest.raises(ConfigError, match=rf"was started with .*by_l2, now .*{named}.*give the same method"):
@@ -297,10 +260,8 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path):
 
 def test_the_subset_is_checked_to_be_the_one_the_run_began_with(tmp_path, monkeypatch):
     config = small_run(tmp_path)
-    with monkeypatch.context() as patch:
-        cut_off_at(patch, 6)  # the subset is drawn and journaled before the first turn
-        with pytest.raises(PowerCutError):
-            run(config)
+    with power_cut(monkeypatch, 6):  # the subset is drawn and journaled before the first turn
+        run(config)
     path = next((tmp_path / "small" / "journal").glob("*-subset.json"))
     event = json.loads(path.read_text())
     event["data"]["digest"] = "0" * 64
@@ -328,8 +289,8 @@ def by_pls(tmp_path_factory):
 
 def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by_pls):
     config, result = by_pls
-    names = [event.name for event in events(config)]
-    spells = [event.data["phase"] for event in events(config) if event.name == "spell"]
+    names = [event.name for event in events_of(config)]
+    spells = [event.data["phase"] for event in events_of(config) if event.name == "spell"]
     assert spells == ["train", "recover", "recover", "final"] and names.count("turn") == 2 and names[-1] == "finish"
     gone = []
     for decision in decisions(config):
@@ -341,7 +302,7 @@ def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by
     assert sum(block.conv1.out_channels for block in blocks) == 336 - sum(gone)
     assert decisions(config)[-1]["flops_reduction"] == pytest.approx(result.summary["flops_reduction"])
     assert not (Path(config.storage) / config.name / "candidates").exists()
-    summary = format_summary(summarise(events(config)))
+    summary = format_summary(summarise(events_of(config)))
     assert "Turns: 2, " in summary and "candidates" not in summary
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -351,16 +312,14 @@ def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by
 def test_a_run_by_pls_cut_off_at_its_turns_ends_as_if_it_never_was(by_pls, tmp_path, monkeypatch):
     reference, result = by_pls
     config = small_run(tmp_path, **PLS)
-    names = [event.name for event in events(reference)]
+    names = [event.name for event in events_of(reference)]
     second_turn = len(names) - 1 - names[::-1].index("turn")
     for position in (second_turn, second_turn + 1, len(names) - 1):
-        with monkeypatch.context() as patch:
-            cut_off_at(patch, position)
-            with pytest.raises(PowerCutError):
-                run(config)
+        with power_cut(monkeypatch, position):
+            run(config)
     again = run(config)
     assert decisions(config) == decisions(reference)
-    assert [event.name for event in events(config)] == names
+    assert [event.name for event in events_of(config)] == names
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 

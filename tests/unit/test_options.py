@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import small_run, write_pictures
+from whole_runs import Silent, events_of, on_pictures, power_cut
 
 from laasp_ray import models, prune
 from laasp_ray.cost.latency import Latency
@@ -15,36 +16,13 @@ from laasp_ray.progression import fold
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.store.checkpoint import load_checkpoint
-from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
-
-class PowerCutError(Exception):
-    pass
-
-
-class Silent:
-    """A Progress that shows nothing and remembers what it was told, by method."""
-
-    def __init__(self):
-        self.told = {}
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.told.setdefault(name, []).append(args)
-
-
 QUICK = {
-    "data__format": "folder",
-    "data__loader": "torchvision",
-    "data__image_size": 8,
-    "data__eval_resize": 8,
-    "model__input_shape": [3, 8, 8],
-    "model__arguments": {"num_classes": 3},
     "train__prune_epoch": 0,
     "train__epochs": 1,
     "train__batch_size": 12,
     "search__racing": "off",
-    "prune__criteria": ["l1"],
     "prune__step": 0.05,
     "prune__recover_epochs": 0,
 }
@@ -56,35 +34,19 @@ def pictures(tmp_path_factory):
 
 
 def config_of(storage, pictures, **changes):
-    return small_run(storage, **(QUICK | {"data__path": str(pictures)} | changes))
+    return on_pictures(storage, pictures, **(QUICK | {"search__images": 40} | changes))
 
 
 def run(config, progress=None):
     return prune(None, config, distributed=False, progress=progress or Silent())
 
 
-def events(config):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
-
-
 def turns(config):
-    return [event.data for event in events(config) if event.name == "turn"]
+    return [event.data for event in events_of(config) if event.name == "turn"]
 
 
 def state_of(config):
-    return fold(((event.name, event.data) for event in events(config)), config)
-
-
-def cut_off_at(monkeypatch, position):
-    """The power fails when the journal's event `position` is about to be written, all work for it done."""
-    append = Journal.append
-
-    def failing(self, name, data):
-        if len(self.events()) == position:
-            raise PowerCutError
-        return append(self, name, data)
-
-    monkeypatch.setattr(Journal, "append", failing)
+    return fold(((event.name, event.data) for event in events_of(config)), config)
 
 
 def clock_of(*medians):
@@ -133,22 +95,20 @@ def test_a_run_with_all_of_them_reaches_every_target(with_all):
     # Two at a time, of groups apart, each leaving a multiple of 4.
     assert all(len(turn["decision"]["further"]) == 1 for turn in steps[:-1])
     assert all(kept % 4 == 0 for turn in steps for kept in turn["kept_filters"].values())
-    summary = format_summary(summarise(events(config)))
+    summary = format_summary(summarise(events_of(config)))
     assert f"FLOPs reduction {flops[-1]:.2%} of 15.00%, parameters reduction {parameters[-1]:.2%} of 12.00%" in summary
 
 
 def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, pictures, monkeypatch):
     reference, result = with_all
-    names = [event.name for event in events(reference)]
+    names = [event.name for event in events_of(reference)]
     assert "spell" in names[: len(names) - 1 - names[::-1].index("turn")]  # a recovery comes between turns
     config = config_of(tmp_path, pictures, **ALL)
     for position in [place for place, name in enumerate(names) if name in ("turn", "finish")]:
-        with monkeypatch.context() as patch:
-            cut_off_at(patch, position)
-            with pytest.raises(PowerCutError):
-                run(config)
+        with power_cut(monkeypatch, position):
+            run(config)
     again = run(config)
-    assert [event.name for event in events(config)] == names
+    assert [event.name for event in events_of(config)] == names
     assert [turn["decision"] for turn in turns(config)] == [turn["decision"] for turn in turns(reference)]
     assert state_of(config) == state_of(reference)
     assert state_of(config).reached["parameters"] == turns(reference)[-1]["reached"]["parameters"]
@@ -201,8 +161,7 @@ def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, pict
 def test_what_the_clock_said_stays_when_the_run_goes_on(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.0))
     config = config_of(tmp_path, pictures, **LATENCY)
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        cut_off_at(patch, 4)  # start, baseline, subset, turn
+    with power_cut(monkeypatch, 4):  # start, baseline, subset, turn
         run(config)
     (before,) = turns(config)
     # The machine is another now, and its clock counts from the next turn on.
@@ -223,7 +182,7 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     changes = {"prune__ignored": ignored, "prune__max_pruned": 0.25, "prune__step": 0.1}
     config, progress = config_of(tmp_path, pictures, **LATENCY, **changes), Silent()
     result = run(config, progress)
-    names = [event.name for event in events(config)]
+    names = [event.name for event in events_of(config)]
     assert names[names.index("exhausted") - 1] == "turn" and names[-3:] == ["epoch", "spell", "finish"]
     assert result.model.get_submodule("layer3.0.conv1").out_channels == 48
     assert result.summary["latency_reduction"] == pytest.approx(-0.1)
@@ -231,12 +190,11 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     assert note.startswith("pruning ends short of its targets (latency +10.00% of 6.00%): no layer has a filter left")
     # Cut off before the final training, it knows.
     again = config_of(tmp_path / "again", pictures, **LATENCY, **changes)
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        cut_off_at(patch, names.index("exhausted") + 1)
+    with power_cut(monkeypatch, names.index("exhausted") + 1):
         run(again)
     assert state_of(again).phase == "final"
     run(again)
-    assert [event.name for event in events(again)] == names
+    assert [event.name for event in events_of(again)] == names
 
 
 def test_without_such_a_target_it_is_an_error(tmp_path, pictures):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import small_run, write_pictures
+from helpers import write_pictures
+from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import cli, load_pruned, models, prune
 from laasp_ray.config import ModelConfig
@@ -13,16 +14,11 @@ from laasp_ray.evaluation import evaluate_run
 from laasp_ray.pruning.sparsity import GroupRule, satisfies
 from laasp_ray.store.artifact import read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
-from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer
 
 EVENTS = ["start", "epoch", "spell", "stage", "epoch", "spell", "stage", "epoch", "spell", "finish"]
 SPARSITY = {"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [4]}
-
-
-class PowerCutError(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +29,17 @@ def pictures(tmp_path_factory):
 def config_of(storage, pictures, **changes):
     tiny = {
         "name": "sparse",
-        "data__path": str(pictures),
-        "data__format": "folder",
-        "data__loader": "torchvision",
-        "data__image_size": 8,
-        "data__eval_resize": 8,
-        "model__input_shape": [3, 8, 8],
-        "model__arguments": {"num_classes": 3},
-        "train__batch_size": 6,
         "train__prune_epoch": 1,
         "train__epochs": 2,
         "train__weight_decay": 0.01,
         "prune__flops_reduction": 0.0,
         "sparsity": SPARSITY,
     }
-    return small_run(storage, **{**tiny, **changes})
+    return on_pictures(storage, pictures, **(tiny | changes))
 
 
 def run(config):
     return prune(None, config, distributed=False)
-
-
-def journal(config):
-    return Journal(Storage.open(config.storage).child(config.name))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +54,7 @@ def folder_of(config):
 
 def test_stages_are_trained_in_between_and_the_last_for_the_rest_of_the_schedule(undisturbed):
     config, _ = undisturbed
-    events = journal(config).events()
+    events = events_of(config)
     assert [event.name for event in events] == EVENTS
     assert [event.data["phase"] for event in events if event.name == "spell"] == ["train", "recover", "final"]
     first, second = (event.data for event in events if event.name == "stage")
@@ -118,20 +102,11 @@ def test_the_report_is_in_the_runs_folder(undisturbed):
 def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_path, pictures, monkeypatch):
     _, result = undisturbed
     config = config_of(tmp_path, pictures)
-    append = Journal.append
     for position in range(len(EVENTS)):
-
-        def failing(self, name, data, position=position):
-            if len(self.events()) == position:
-                raise PowerCutError
-            return append(self, name, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Journal, "append", failing)
-            with pytest.raises(PowerCutError):
-                run(config)
+        with power_cut(monkeypatch, position):
+            run(config)
     again = run(config)
-    assert [event.name for event in journal(config).events()] == EVENTS
+    assert [event.name for event in events_of(config)] == EVENTS
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
@@ -158,7 +133,7 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
     assert teacher.plan.is_empty and teacher.tensors.keys() == never_pruned.keys()
     assert all(torch.equal(tensor, never_pruned[name]) for name, tensor in teacher.tensors.items())
     # What the first run made is where this one begins: no training up to the prune epoch.
-    names = [event.name for event in journal(config).events()]
+    names = [event.name for event in events_of(config)]
     assert names == ["start", "baseline", "stage", "epoch", "spell", "finish"]
     before, after = load_pruned(folder_of(first)), load_pruned(folder_of(config))
     assert {name: t.shape for name, t in after.state_dict().items()} == {

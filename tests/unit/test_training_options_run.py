@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import small_run, write_pictures
+from helpers import write_pictures
+from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import prune
-from laasp_ray.store.journal import Journal
-from laasp_ray.store.storage import Storage
 from laasp_ray.train import trainer
 from laasp_ray.train.loop import EpochDone, run_spell
 
@@ -24,10 +23,6 @@ OPTIONS = {
     "train__prune_epoch": 2,
     "train__epochs": 4,
 }
-
-
-class PowerCutError(Exception):
-    pass
 
 
 @dataclass
@@ -60,28 +55,8 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), side=8, train=12, test=3)
 
 
-def config_of(storage, pictures, **changes):
-    tiny = {
-        "data__path": str(pictures),
-        "data__format": "folder",
-        "data__loader": "torchvision",
-        "data__image_size": 8,
-        "data__eval_resize": 8,
-        "model__input_shape": [3, 8, 8],
-        "model__arguments": {"num_classes": 3},
-        "train__batch_size": 6,
-        "prune__criteria": ["l1"],
-        "search__images": 6,
-    }
-    return small_run(storage, **{**tiny, **changes})
-
-
 def run(config):
     return prune(None, config, distributed=False)
-
-
-def events(config):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
 
 
 def same(one, other):
@@ -90,7 +65,7 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, pictures):
-    config = config_of(tmp_path_factory.mktemp("undisturbed"), pictures, **OPTIONS)
+    config = on_pictures(tmp_path_factory.mktemp("undisturbed"), pictures, **OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
         heard = listen(patch)
         return config, run(config), heard
@@ -98,7 +73,7 @@ def undisturbed(tmp_path_factory, pictures):
 
 def test_the_teacher_is_the_network_just_before_its_first_prune(undisturbed):
     config, result, heard = undisturbed
-    assert sum(event.name == "turn" for event in events(config)) >= 2
+    assert sum(event.name == "turn" for event in events_of(config)) >= 2
     first, *later = heard
     assert (first.phase, first.teacher) == ("train", None)
     assert [spell.phase for spell in later] == ["recover"] * (len(later) - 1) + ["final"] and len(later) >= 3
@@ -108,27 +83,19 @@ def test_the_teacher_is_the_network_just_before_its_first_prune(undisturbed):
 
 def test_a_run_cut_off_in_its_spells_ends_as_if_it_never_was(undisturbed, tmp_path, pictures, monkeypatch):
     reference, result, (first, *_) = undisturbed
-    names = [event.name for event in events(reference)]
+    names = [event.name for event in events_of(reference)]
     # Of every spell one epoch of two is written down; of the last one both are, but not its evaluation.
     positions = [number for number in range(1, len(names)) if names[number - 1 : number + 1] == ["epoch", "epoch"]]
     assert len(positions) >= 4 and names[-2:] == ["spell", "finish"]
-    config, append = config_of(tmp_path, pictures, **OPTIONS), Journal.append
+    config = on_pictures(tmp_path, pictures, **OPTIONS)
     for position in (*positions, len(names) - 2):
-
-        def failing(self, name, data, position=position):
-            if len(self.events()) == position:
-                raise PowerCutError
-            return append(self, name, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Journal, "append", failing)
-            with pytest.raises(PowerCutError):
-                run(config)
+        with power_cut(monkeypatch, position):
+            run(config)
     heard = listen(monkeypatch)
     again = run(config)
-    assert [event.name for event in events(config)] == names
+    assert [event.name for event in events_of(config)] == names
     decisions = [
-        [event.data["decision"] for event in events(each) if event.name == "turn"] for each in (config, reference)
+        [event.data["decision"] for event in events_of(each) if event.name == "turn"] for each in (config, reference)
     ]
     assert decisions[0] == decisions[1]
     assert same(again.model.state_dict(), result.model.state_dict())
@@ -140,6 +107,6 @@ def test_a_run_cut_off_in_its_spells_ends_as_if_it_never_was(undisturbed, tmp_pa
 def test_nobody_teaches_a_run_that_does_not_distil(tmp_path, pictures, monkeypatch):
     heard = listen(monkeypatch)
     changes = {"prune__flops_reduction": 0.02, "train__prune_epoch": 0, "train__epochs": 1}
-    run(config_of(tmp_path, pictures, **changes))
+    run(on_pictures(tmp_path, pictures, **changes))
     assert [spell.phase for spell in heard][-1] == "final"
     assert all(spell.teacher is None for spell in heard)

@@ -10,6 +10,7 @@ import torch
 from baselines import uniform_turn
 from helpers import small_run
 from methods import Chain, Method, Place
+from whole_runs import events_of
 
 from laasp_ray import prune
 from laasp_ray.errors import ConfigError
@@ -99,12 +100,8 @@ def small(storage, target, name):
     return small_run(storage, **changes)
 
 
-def events(config):
-    return Journal(Storage.open(config.storage).child(config.name)).events()
-
-
 def decided(config):
-    return [event.data["decision"] for event in events(config) if event.name == "turn"]
+    return [event.data["decision"] for event in events_of(config) if event.name == "turn"]
 
 
 def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_further(tmp_path):
@@ -112,8 +109,8 @@ def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_furt
     log = io.StringIO()
     prune(None, first, distributed=False, progress=methods.Forking(first, further, log), method=uniform_turn)
     assert "final: 1 epochs" in log.getvalue()
-    copied = events(further)
-    assert [event.data for event in copied[1:]] == [event.data for event in events(first)[1 : len(copied)]]
+    copied = events_of(further)
+    assert [event.data for event in copied[1:]] == [event.data for event in events_of(first)[1 : len(copied)]]
     assert copied[0].data["config"] == further.to_dict() and copied[-1].name in ("turn", "spell")
     forked = prune(None, further, distributed=False, progress=methods.Forking(further, None, log), method=uniform_turn)
     alone = small(tmp_path / "alone", 0.05, "to-0.05")
