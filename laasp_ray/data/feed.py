@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +25,22 @@ logger = logging.getLogger(__name__)
 BATCHES_READ_AHEAD = 2
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)
 """How long it is waited before each further try of what could not be read."""
+
+OTHERS = 5
+"""How many other images are tried before one is blamed that could not be read; most of them must be given."""
+
+_PLACES = 64
+_NEVER_AN_IMAGES_FAULT = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN"),
+        *("ENETUNREACH", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED"),
+    )
+    if hasattr(errno, name)
+)
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
+"""How files begin -> what is found within their last _END bytes, if they are whole."""
+_END = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,7 @@ class UnreadableImages:
         if len(self._names) > self._bound:
             raise DataError(
                 f"{len(self._names)} images are unreadable, data.max_unreadable allows {self._bound}: "
-                f"{_some(list(self._names))}; repair or remove them, or raise data.max_unreadable"
+                f"{_some(list(self._names))}; repair them, or raise data.max_unreadable to go on without them"
             )
 
 
@@ -116,9 +133,9 @@ class ImageFeed:
     def read(self, batches: Sequence[np.ndarray]) -> Iterator[EncodedBatch]:
         """The batches in order, without their unreadable images; a batch of which nothing is left is skipped.
 
-        A storage's hiccup is no broken image: what cannot be read is tried again. Raises DataError when of several
-        images read together not one can be read, and when too many are unreadable; ValueError for a batch larger than
-        `max_batch`.
+        A storage's hiccup is no broken image: what cannot be read is tried again, and is left out only while other
+        images can be read. Raises DataError when the storage is at fault, and when too many images are unreadable;
+        ValueError for a batch larger than `max_batch`.
         """
         ahead: deque[list[Future[_Chunk]]] = deque()
         remaining = iter(batches)
@@ -142,73 +159,128 @@ class ImageFeed:
         return [self._pool.submit(self._read_chunk, part) for part in parts]
 
     def _read_chunk(self, indices: np.ndarray) -> _Chunk:
-        files, failures = self._read_files([int(index) for index in indices])
-        chunk = _Chunk([], [], failures)
-        for index, data in files.items():
-            try:
-                if self._sizes[index, 0] == 0:
-                    self._sizes[index] = header_size(data)
-            except OSError as error:
-                failures[index] = str(error)
-                continue
-            chunk.indices.append(index)
-            chunk.encoded.append(data)
-        return chunk
-
-    def _read_files(self, indices: list[int]) -> tuple[dict[int, bytes], dict[int, str]]:
-        """What could be read, and why the rest could not, even when it was tried again."""
-        files, failures = self._try_files(indices)
+        chunk = self._try([int(index) for index in indices])
         for pause in RETRY_PAUSES_S:
-            if not failures:
+            if not chunk.unread:
                 break
-            index, reason = next(iter(failures.items()))
+            index, error = next(iter(chunk.unread.items()))
             logger.warning(
                 "%d of %d images could not be read (%s: %s); trying again",
-                len(failures),
-                len(indices),
+                len(chunk.unread),
+                len(chunk.wanted),
                 self._source.name(index),
-                reason,
+                error,
             )
             time.sleep(pause)
-            found, failures = self._try_files(list(failures))
-            files |= found
-        if len(failures) == len(indices) > 1:
-            index, reason = next(iter(failures.items()))
-            raise DataError(
-                f"the storage cannot be read: {len(indices)} of {len(indices)} images failed, the first "
-                f"{self._source.name(index)}: {reason}; no image is left out for that: see to the storage, then start "
-                "the run again"
-            )
-        return {index: files[index] for index in indices if index in files}, failures
+            chunk = chunk.after(self._try(list(chunk.unread)))
+        return chunk
 
-    def _try_files(self, indices: list[int]) -> tuple[dict[int, bytes], dict[int, str]]:
-        files: dict[int, bytes] = {}
-        failures: dict[int, str] = {}
+    def _try(self, indices: list[int]) -> _Chunk:
+        chunk = _Chunk(indices)
         for index in indices:
             try:
-                files[index] = self._source.read(index)
+                data = self._source.read(index)
             except OSError as error:
-                failures[index] = str(error)
-        return files, failures
+                chunk.unread[index] = error
+                continue
+            try:
+                if self._sizes[index, 0] == 0:
+                    self._sizes[index] = checked_size(data)
+                chunk.files[index] = data
+            except OSError as error:
+                chunk.broken[index] = error
+        return chunk
 
     def _finish(self, futures: list[Future[_Chunk]]) -> EncodedBatch:
-        chunks = [future.result() for future in futures]
-        for chunk in chunks:
-            for index, reason in chunk.failures.items():
-                self._unreadable.leave_out(index, reason)
-        indices = np.array([index for chunk in chunks for index in chunk.indices], np.int64)
-        encoded = [data for chunk in chunks for data in chunk.encoded]
-        batch = EncodedBatch(indices, encoded, self._sizes[indices].astype(np.int64))
-        # What was found unreadable while these files were being read.
-        left_out = set(indices.tolist()) - set(self._unreadable.readable(indices).tolist())
-        return batch.without(left_out) if left_out else batch
+        chunk = _Chunk.of([future.result() for future in futures])
+        if chunk.failures:
+            chunk = self._blamed(chunk)
+        for index, error in chunk.failures.items():
+            self._unreadable.leave_out(index, str(error))
+        found = np.array([index for index in chunk.wanted if index in chunk.files], np.int64)
+        # Without what was found unreadable while these files were being read.
+        indices = self._unreadable.readable(found)
+        encoded = [chunk.files[int(index)] for index in indices]
+        return EncodedBatch(indices, encoded, self._sizes[indices].astype(np.int64))
+
+    def _blamed(self, chunk: _Chunk) -> _Chunk:
+        """`chunk` with those failures only that are the images' own: others could be read, before and after."""
+        self._check_storage(chunk)
+        chunk = chunk.after(self._try(list(chunk.failures)))
+        if chunk.failures:
+            self._check_storage(chunk)
+        return chunk
+
+    def _check_storage(self, chunk: _Chunk) -> None:
+        machine = next((index for index, error in chunk.unread.items() if error.errno in _NEVER_AN_IMAGES_FAULT), None)
+        others = self._others(chunk.failures)
+        failed = sum(not self._gives(index) for index in others)
+        alive = 2 * failed < len(others) or not (others or chunk.unread)
+        if machine is None and alive:
+            return
+        index = machine if machine is not None else next(iter(chunk.failures))
+        tried = f", and {failed} of {len(others)} others that were tried then" if failed else ""
+        raise DataError(
+            f"the storage cannot be read: {len(chunk.failures)} of {len(chunk.wanted)} images failed, the first "
+            f"{self._source.name(index)}: {chunk.failures[index]}{tried}; no image is left out for that: see to the "
+            "storage, then start the run again"
+        )
+
+    def _others(self, failures: Mapping[int, OSError]) -> list[int]:
+        """A few images that have not failed so far, from all over the source."""
+        count, first = len(self._source), next(iter(failures))
+        places = (first + np.arange(1, min(count, _PLACES)) * max(1, count // _PLACES)) % count
+        candidates = self._unreadable.readable(places[[int(index) not in failures for index in places]])
+        return candidates[:: max(1, len(candidates) // OTHERS)][:OTHERS].tolist()
+
+    def _gives(self, index: int) -> bool:
+        """Whether the storage gives anything for an image, be it broken or not."""
+        try:
+            return len(self._source.read(index)) > 0
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    indices: list[int]
-    encoded: list[bytes]
-    failures: dict[int, str]
+    """The images `wanted`, each in one of: `files`, `unread` (not given by the storage), `broken` (given, no image)."""
+
+    wanted: list[int]
+    files: dict[int, bytes] = field(default_factory=dict)
+    unread: dict[int, OSError] = field(default_factory=dict)
+    broken: dict[int, OSError] = field(default_factory=dict)
+
+    @staticmethod
+    def of(parts: Sequence[_Chunk]) -> _Chunk:
+        whole = _Chunk([index for part in parts for index in part.wanted])
+        for part in parts:
+            whole.files.update(part.files)
+            whole.unread.update(part.unread)
+            whole.broken.update(part.broken)
+        return whole
+
+    @property
+    def failures(self) -> dict[int, OSError]:
+        return self.unread | self.broken
+
+    def after(self, again: _Chunk) -> _Chunk:
+        """What is known when some of the images have been tried `again`."""
+        unread = {index: error for index, error in self.unread.items() if index not in again.wanted}
+        broken = {index: error for index, error in self.broken.items() if index not in again.wanted}
+        return _Chunk(self.wanted, self.files | again.files, unread | again.unread, broken | again.broken)
+
+
+def checked_size(data: bytes) -> tuple[int, int]:
+    """`header_size`, of a file that does not end too early: decoders differ in what of such a file they still show.
+
+    Where the end does not tell, it is decoded. OSError if it is broken.
+    """
+    size = header_size(data)
+    if not any(data.startswith(start) and end in data[-_END:] for start, end in _ENDS.items()):
+        whole_bitmap = data[:2] == b"BM" and int.from_bytes(data[2:6], "little") == len(data)
+        if not whole_bitmap:
+            decode_rgb(data)
+    return size
 
 
 def header_size(data: bytes) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """DALI and torchvision: each image once, the same pixels whatever the batches, and unreadable files left out."""
 
 import dataclasses
+import errno
 import io
 import logging
 import shutil
@@ -331,11 +332,12 @@ def test_a_file_that_vanishes_is_left_out(folder, name, monkeypatch):
 
 
 class Storage:
-    """A source whose `read` fails for `images`: the first `times` times that each is asked for."""
+    """A source whose `read` fails for `images`, the first `times` times that each is asked for; from the moment that
+    image `gone_at` is asked for, for all."""
 
-    def __init__(self, source, images, times):
-        self._source, self._images, self._times = source, images, times
-        self._asked = dict.fromkeys(images, 0)
+    def __init__(self, source, images=(), times=None, gone_at=None, error=None, content=None):
+        self._source, self._times, self._gone_at, self._content = source, times, gone_at, content
+        self._asked, self._error, self.gone = dict.fromkeys(images, 0), error, False
 
     def __getattr__(self, name):
         return getattr(self._source, name)
@@ -344,41 +346,92 @@ class Storage:
         return len(self._source)
 
     def read(self, index):
-        if index in self._images and self._asked[index] < self._times:
-            self._asked[index] += 1
-            raise OSError(5, f"Input/output error {index}")
+        self.gone = self.gone or index == self._gone_at
+        if self.gone or (index in self._asked and (self._times is None or self._asked[index] < self._times)):
+            self._asked[index] = self._asked.get(index, 0) + 1
+            if self._content is not None:
+                return self._content
+            raise self._error or OSError(5, f"Input/output error {index}")
         return self._source.read(index)
 
 
-def feed_of(folder, failing, times, monkeypatch, **changes):
-    """Batches of four through one reading thread over a storage that fails, and whom it left out."""
+def feed_of(folder, monkeypatch, *, batch=4, threads=1, max_unreadable=20, count=COUNT, **failing):
+    """Batches through reading threads over a storage that fails, and whom it left out."""
     monkeypatch.setattr(feed_module, "RETRY_PAUSES_S", (0.0, 0.0, 0.0))
-    config = configured(folder, "torchvision", **changes)
-    source, told = Storage(open_source(config, "train"), failing, times), []
+    config = configured(folder, "torchvision", max_unreadable=max_unreadable)
+    source, told = Storage(open_source(config, "train"), **failing), []
     unreadable = UnreadableImages(source, config.max_unreadable, (), told.append)
-    feed = feed_module.ImageFeed(source, unreadable, threads=1, max_batch=4)
+    feed = feed_module.ImageFeed(source, unreadable, threads=threads, max_batch=batch)
+    batches = []
     try:
-        batches = [batch.indices.tolist() for batch in feed.read(np.array_split(np.arange(COUNT), COUNT // 4))]
+        for read in feed.read(np.array_split(np.arange(count), -(-count // batch))):
+            batches.append(read.indices.tolist())
     finally:
         feed.close()
+        told_so_far.clear()
+        told_so_far.extend(told)
     return batches, told
 
 
+told_so_far: list[str] = []
+"""Whom the last `feed_of` left out, also if it raised."""
+
+
 def test_a_storage_that_recovers_costs_no_image(folder, monkeypatch, caplog):
-    batches, told = feed_of(folder, {1, 2, 3, 5}, 3, monkeypatch)
+    batches, told = feed_of(folder, monkeypatch, images={1, 2, 3, 5}, times=3)
     assert batches == [list(range(first, first + 4)) for first in range(0, COUNT, 4)] and told == []
     assert "1 of 4 images could not be read (train/a/010.JPEG: [Errno 5] Input/output error 5)" in caplog.text
 
 
 def test_an_image_that_cannot_be_read_for_good_is_left_out(folder, monkeypatch, caplog):
-    batches, told = feed_of(folder, {5}, 4, monkeypatch)
+    batches, told = feed_of(folder, monkeypatch, images={5})
     assert batches[1] == [4, 6, 7] and told == ["train/a/010.JPEG"]
     assert "010.JPEG is left out from now on: [Errno 5] Input/output error 5" in caplog.text
 
 
-def test_a_storage_that_is_gone_ends_the_run_and_blames_no_image(folder, monkeypatch):
-    with pytest.raises(DataError, match=r"storage cannot be read: 4 of 4 images failed, .*a/008\.JPEG.*error 4.*again"):
-        feed_of(folder, {4, 5, 6, 7}, 4, monkeypatch, max_unreadable=0)
+@pytest.mark.parametrize(("batch", "threads"), [(4, 1), (4, 4), (16, 16), (1, 2), (5, 2)])
+def test_a_storage_that_is_gone_ends_the_run_and_blames_no_image(folder, monkeypatch, batch, threads):
+    with pytest.raises(DataError, match=r"storage cannot be read: .* images failed, .*\.JPEG: .*error \d.*again"):
+        feed_of(folder, monkeypatch, batch=batch, threads=threads, gone_at=4)
+    assert told_so_far == []
+
+
+def test_a_storage_gone_in_the_middle_of_a_batch_blames_no_image(folder, monkeypatch):
+    # Three of four images were read before it was gone: by hand the fourth looks like one broken image.
+    with pytest.raises(DataError, match=r"1 of 4 images failed, the first .*: .*, and 5 of 5 others that were tried"):
+        feed_of(folder, monkeypatch, gone_at=3, count=4)
+    assert told_so_far == []
+
+
+def test_a_storage_that_gives_empty_files_blames_no_image(folder, monkeypatch):
+    with pytest.raises(DataError, match=r"storage cannot be read: 1 of 4 .*the file is empty, and 5 of 5 others"):
+        feed_of(folder, monkeypatch, gone_at=3, content=b"", count=4)
+    assert told_so_far == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENOMEM])
+def test_what_the_machine_lacks_blames_no_image(folder, monkeypatch, number):
+    with pytest.raises(DataError, match=rf"storage cannot be read: 1 of 4 .*Errno {number}\] the machine's; no image"):
+        feed_of(folder, monkeypatch, images={5}, error=OSError(number, "the machine's"))
+    assert told_so_far == []
+
+
+def test_the_storage_back_when_images_are_about_to_be_blamed_costs_none(folder, monkeypatch):
+    batches, told = feed_of(folder, monkeypatch, batch=16, threads=16, images=range(16), times=4)
+    assert [len(batch) for batch in batches] == [12, 12] and told == []
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_whole_batch_that_cannot_be_read_is_left_out_while_all_others_can(folder, monkeypatch, threads):
+    batches, told = feed_of(folder, monkeypatch, images={4, 5, 6, 7}, threads=threads)
+    assert len(told) == 4 and [4, 5, 6, 7] not in batches and sum(map(len, batches)) == COUNT - 4
+
+
+def test_an_only_image_that_cannot_be_read_is_no_broken_one(tmp_path, monkeypatch):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.JPEG").write_bytes(encoded(picture(1)))
+    with pytest.raises(DataError, match="1 of 1 images failed"):
+        feed_of(tmp_path, monkeypatch, images={0}, count=1)
 
 
 @BOTH
