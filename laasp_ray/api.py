@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,14 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
+from laasp_ray.data.identity import identify
 from laasp_ray.data.loader import normalise
+from laasp_ray.data.places import find_places
+from laasp_ray.data.source import SPLITS, Split
 from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
-from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
+from laasp_ray.preflight import Prepared, check_workers, open_run, prepare, restore_config, write_config
 from laasp_ray.progression import fold
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
@@ -73,6 +76,7 @@ def prune(
     if method is not None and not config.prunes:
         raise ConfigError("a method is given to a run that prunes nothing: leave it out, or set prune.flops_reduction")
     storage = open_run(config)
+    restore_config(storage)
     journal = Journal(storage)
     finish = journal.last("finish")
     if finish is not None:
@@ -80,9 +84,12 @@ def prune(
         unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
     start = journal.last("start")
-    if start is not None:
+    if start is None:
+        prepared = prepare(config, model)
+    else:
         _check_method(start, method)
-    prepared = prepare(config, model, started=start is not None)
+        state = fold(((event.name, event.data) for event in journal.events()), config)
+        prepared = prepare(config, model, started=True, images=_images(start), state=state)
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
@@ -159,7 +166,7 @@ def _control(
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and lets the controller go on from there."""
     config = prepared.config
-    resumed = bool(journal.events())
+    resumed = journal.last("start") is not None
     if not resumed:
         _start(prepared, storage, journal, method)
     made: dict[str, Any] = {}
@@ -176,7 +183,16 @@ def _control(
 
     made["events"] = events = EventFiles(storage)
     try:
-        parts = Parts(trainer, executor, method or METHODS[config.prune.method], storage, journal, progress, events)
+        parts = Parts(
+            trainer,
+            executor,
+            method or METHODS[config.prune.method],
+            storage,
+            journal,
+            progress,
+            events,
+            locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
+        )
         state = fold(((event.name, event.data) for event in journal.events()), config)
         if resumed:
             progress.resumed(state, config.prune.targets)
@@ -212,11 +228,15 @@ def _name_of(method: TakeTurn | None) -> str | None:
 
 
 def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeTurn | None) -> None:
-    """The initial weights are kept, so that a resumed run does not depend on the file they came from."""
+    """The initial weights are kept, so that a resumed run does not depend on the file they came from.
+
+    They have a name of their own, and config.json comes last: of two drivers that start a run at once, one finds the
+    other's event and leaves nothing that is then taken for that one's.
+    """
     config, baseline = prepared.config, prepared.baseline
-    storage.write("config.json", json.dumps(config.to_dict(), indent=2).encode())
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
-    save_checkpoint(storage, "initial", model=begun_with.tensors)
+    initial = f"initial-{uuid.uuid4().hex[:8]}"
+    save_checkpoint(storage, initial, model=begun_with.tensors)
     if config.sparsity is not None and config.sparsity.from_run is not None:
         # The network to compare with in the end is the one that was never pruned, not the one this run begins with.
         theirs = load_checkpoint(Storage.open(config.sparsity.from_run), UNPRUNED)
@@ -235,10 +255,18 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeT
             "skipped_layers": baseline.skipped,
             "train_images": len(prepared.train),
             "test_images": len(prepared.test),
-            "checkpoint": "initial",
+            "images": {"train": identify(prepared.train), "test": identify(prepared.test)},
+            "checkpoint": initial,
             "plan": None if begun_with.plan.is_empty else begun_with.plan.to_json(),
         },
     )
+    write_config(storage, config.to_dict())
+
+
+def _images(start: Event) -> dict[Split, Any]:
+    """The identities of the images that the run began with; an older version wrote down how many they were."""
+    data = start.data
+    return {split: data.get("images", {}).get(split, {"images": data[f"{split}_images"]}) for split in SPLITS}
 
 
 def _subset(
@@ -247,16 +275,22 @@ def _subset(
     """Drawn anew on a resume, from the same seed and with the same images left out, and checked to be the same."""
     config = prepared.config
     known = journal.last("subset")
+    left_out = list(excluded)
+
+    def leave_out(name: str) -> None:
+        left_out.append(name)
+        on_unreadable(name)
+
     subset = draw_subset(
         prepared.train,
         config.data,
         images=config.search.images,
         seed=config.seed,
         excluded=excluded if known is None else known.data["excluded"],
-        on_unreadable=on_unreadable,
+        on_unreadable=leave_out,
     )
     if known is None:
-        journal.append("subset", {"images": len(subset.labels), "digest": subset.digest, "excluded": list(excluded)})
+        journal.append("subset", {"images": len(subset.labels), "digest": subset.digest, "excluded": left_out})
         logger.info("losses are measured on %d training images", len(subset.labels))
     elif known.data["digest"] != subset.digest:
         raise DataError(

@@ -7,7 +7,7 @@ spell are each one event of the journal, written last; a run that is cut off goe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from laasp_ray.methods.targets import measure_targets
 from laasp_ray.progression import advance, next_spell
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
-from laasp_ray.records import Metrics, RunState, to_json
+from laasp_ray.records import Metrics, Place, RunState, to_json
 from laasp_ray.report.progress import Progress
 from laasp_ray.report.tensorboard import EventFiles
 from laasp_ray.search.candidates import Baseline
@@ -45,7 +45,7 @@ class Parts:
     """What the controller is handed. `trainer` and `executor` are made when first asked for, and then live on.
 
     The executor needs the loss subset drawn: it is told which images to leave out, and tells which it could not read.
-    `method` says what to prune next.
+    `method` says what to prune next. `locate` says where the images of these names are in the data set.
     """
 
     trainer: Callable[[], Trainer]
@@ -55,6 +55,7 @@ class Parts:
     journal: Journal
     progress: Progress
     events: EventFiles
+    locate: Callable[[Sequence[str]], Mapping[str, Place]]
 
 
 class Controller:
@@ -114,7 +115,8 @@ class Controller:
     def _measure_given_weights(self) -> SpellDone:
         """What the network can do before the first prune, where training up to there is left out."""
         self._parts.progress.phase("evaluate", "the weights given")
-        spell = Spell(number=self.state.spells_done, phase="baseline", excluded=self.state.excluded)
+        state = self.state
+        spell = Spell(number=state.spells_done, phase="baseline", excluded=state.excluded, places=state.places)
         done = self._parts.trainer().run(self._network, {}, spell, self._epoch_done)
         self._note_unreadable(done.unreadable)
         self._note_loader(done.loader)
@@ -254,9 +256,13 @@ class Controller:
         parts.events.sync(at_most_every=_SYNC_S)
 
     def _note_unreadable(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            if name not in self.state.excluded:
-                self._record("excluded", {"image": name, "reason": "cannot be read or decoded"})
+        new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]
+        if new:
+            places = self._parts.locate(new)
+            for name in new:
+                where = to_json(places[name]) if name in places else {}
+                where.pop("name", None)
+                self._record("excluded", {"image": name, "reason": "cannot be read or decoded", **where})
                 self._parts.progress.note(f"left out from now on, cannot be read or decoded: {name}")
         bound = self._config.data.max_unreadable
         if len(self.state.excluded) > bound:

@@ -10,8 +10,9 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,21 +21,26 @@ from laasp_ray import criteria, models
 from laasp_ray.config import RunConfig, SparsityConfig
 from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.identity import check_identity
 from laasp_ray.data.loader import check_available
+from laasp_ray.data.places import with_places
 from laasp_ray.data.sampling import derive_seed
-from laasp_ray.data.sources import ImageSource, open_source
+from laasp_ray.data.source import SPLITS
+from laasp_ray.data.sources import ImageSource, Split, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.methods.aap import layer_rules
 from laasp_ray.methods.targets import check_latency_batch
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
+from laasp_ray.records import RunState
 from laasp_ray.resumable import differing_keys, value_at
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
 from laasp_ray.search.batchnorm import norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.journal import started_config
 from laasp_ray.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -57,35 +63,79 @@ class Prepared:
 
 
 def open_run(config: RunConfig) -> Storage:
-    """The run's folder. Refuses a name that belongs to a run of another config, naming the keys that differ."""
+    """The run's folder. Refuses a name that belongs to a run of another config, naming the keys that differ.
+
+    The journal's first event says which config that is, `config.json` only where there is none yet.
+    """
     storage = Storage.open(config.storage).child(config.name)
     storage.check_writable()
-    if storage.exists("config.json"):
-        try:
-            theirs = json.loads(storage.read("config.json"))
-        except ValueError as error:
-            raise StoreError(f"{storage.uri}/config.json is not JSON ({error}): give another --name") from error
-        ours = config.to_dict()
-        keys = differing_keys(ours, theirs)
-        if keys:
-            listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
-            raise ConfigError(
-                f"the run {config.name!r} in {storage.uri} was started with another config ({listed}): "
-                "give the same settings to go on with it, or another --name"
-            )
+    theirs = started_config(storage)
+    if theirs is None and storage.exists("config.json"):
+        theirs = stored_config(storage)
+    if theirs is None:
+        return storage
+    ours = config.to_dict()
+    keys = differing_keys(ours, theirs)
+    if keys:
+        listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+        raise ConfigError(
+            f"the run {config.name!r} in {storage.uri} was started with another config ({listed}): "
+            "give the same settings to go on with it, or another --name"
+        )
     return storage
 
 
-def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool = False) -> Prepared:
+def stored_config(storage: Storage) -> Mapping[str, Any]:
+    """What `config.json` of a run's folder says; raises StoreError if that is no settings."""
+    try:
+        content = json.loads(storage.read("config.json"))
+    except ValueError as error:
+        raise StoreError(f"{storage.uri}/config.json is not JSON ({error}): give another --name") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{storage.uri}/config.json is not a run's settings: give another --name")
+    return content
+
+
+def restore_config(storage: Storage) -> None:
+    """Writes `config.json` of a run that has begun as the journal has it, where it is lost or is another's."""
+    config = started_config(storage)
+    if config is None:
+        return
+    try:
+        there = stored_config(storage) if storage.exists("config.json") else None
+    except StoreError:
+        there = None
+    if there != config:
+        logger.warning("%s/config.json is not what the run was started with: it is written anew", storage.uri)
+        write_config(storage, config)
+
+
+def write_config(storage: Storage, config: Mapping[str, Any]) -> None:
+    storage.write("config.json", json.dumps(config, indent=2).encode())
+
+
+def prepare(
+    config: RunConfig,
+    model: nn.Module | None = None,
+    *,
+    started: bool = False,
+    images: Mapping[Split, Mapping[str, Any]] | None = None,
+    state: RunState | None = None,
+) -> Prepared:
     """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
 
     A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
-    `model` that is not on the CPU is copied there.
+    `model` that is not on the CPU is copied there. `images` are the identities (data/identity.py) of those that the run
+    began with, `state` is where it stands.
     """
     for name in _of_weights(config):
         criteria.get(name)
     check_available(config.data.loader)
-    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    state = state or RunState()
+    train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)
+    for split, source in zip(SPLITS, (train, test), strict=True):
+        if images is not None:
+            check_identity(images[split], source, split, state.excluded)
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))

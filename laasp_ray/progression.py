@@ -8,7 +8,7 @@ from typing import Any
 
 from laasp_ray.config import RunConfig, TrainConfig
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.records import Phase, RunState, decision_from_json
+from laasp_ray.records import Phase, Place, RunState, decision_from_json
 from laasp_ray.train.loop import EpochPlan, Spell
 
 
@@ -56,7 +56,11 @@ def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConf
     if name == "stage":
         return _after_stage(state, config)
     if name == "excluded" and data["image"] not in state.excluded:
-        return replace(state, excluded=(*state.excluded, data["image"]))
+        places = state.places
+        if "index" in data:
+            where = {key: data[key] for key in ("split", "index", "label")}
+            places = (*places, Place(name=data["image"], **where))
+        return replace(state, excluded=(*state.excluded, data["image"]), places=places)
     return state
 
 
@@ -120,7 +124,12 @@ def next_spell(state: RunState, config: RunConfig) -> Spell:
         for position, epoch in enumerate(epochs)
     )
     return Spell(
-        number=state.spells_done, phase=state.phase, epochs=plans, done=state.spell_epochs_done, excluded=state.excluded
+        number=state.spells_done,
+        phase=state.phase,
+        epochs=plans,
+        done=state.spell_epochs_done,
+        excluded=state.excluded,
+        places=state.places,
     )
 
 

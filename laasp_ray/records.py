@@ -155,6 +155,16 @@ class Metrics:
     images: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """An image that was left out: its number `index` among those that the `split` had at the run's start."""
+
+    name: str
+    split: Literal["train", "test"]
+    index: int
+    label: int
+
+
 Phase = Literal["train", "prune", "recover", "final", "done"]
 
 
@@ -166,7 +176,8 @@ class RunState:
     weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
     since, to be replayed onto them. `spell_epochs_done` counts the finished epochs of the
     spell of training that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
-    augmentation of the next one. The reductions of parameters and latency are 0 as long as they are no targets.
+    augmentation of the next one. `excluded` names the images that are left out, `places` says where they are: they
+    may be removed. The reductions of parameters and latency are 0 as long as they are no targets.
     """
 
     phase: Phase = "train"
@@ -183,6 +194,7 @@ class RunState:
     checkpoint_plan: Mapping[str, Any] | None = None
     steps: tuple[Mapping[str, Any], ...] = ()
     excluded: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
     @property
     def reached(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 from laasp_ray.errors import DataError
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class ImageSource(Protocol):

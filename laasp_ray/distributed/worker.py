@@ -107,6 +107,7 @@ def _open_data(config: RunConfig, spell: Spell) -> SpellData:
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         excluded=spell.excluded,
+        places=spell.places,
     )
 
 

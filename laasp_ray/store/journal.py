@@ -129,6 +129,23 @@ class Journal:
         )
 
 
+def started_config(storage: Storage) -> Mapping[str, Any] | None:
+    """The settings that the run in `storage` was started with, as its first event has them; None before that.
+
+    `config.json` is a copy for people to read: it may be lost, or be that of a driver that came second.
+    """
+    start = Journal(storage).last("start")
+    if start is None:
+        return None
+    config = start.data.get("config") if isinstance(start.data, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise StoreError(
+            f"the first event of the journal in {storage.uri} has no config; restore it from a copy or start the run "
+            "under another name"
+        )
+    return config
+
+
 def _file_name(sequence: int, name: str) -> str:
     return f"{_FOLDER}{sequence:06d}-{name}.json"
 

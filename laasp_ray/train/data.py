@@ -8,7 +8,9 @@ import torch
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.loader import make_loader
+from laasp_ray.data.places import with_places
 from laasp_ray.data.sources import open_source
+from laasp_ray.records import Place
 
 
 class SpellData:
@@ -25,10 +27,12 @@ class SpellData:
         rank: int = 0,
         world: int = 1,
         excluded: Collection[str] = (),
+        places: Collection[Place] = (),
     ) -> None:
         self.device, self.rank, self.world = device, rank, world
         self._unreadable: list[str] = []
-        train, test = open_source(config, "train"), open_source(config, "test")
+        train = with_places(open_source(config, "train"), "train", places)
+        test = with_places(open_source(config, "test"), "test", places)
         self.train_images, self.test_images = len(train), len(test)
         self.share = share = -(-batch_size // world)
         self.train_loader = make_loader(

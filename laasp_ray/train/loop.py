@@ -19,7 +19,7 @@ from laasp_ray.config import TrainConfig
 from laasp_ray.data.feed import Batch
 from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
-from laasp_ray.records import Metrics
+from laasp_ray.records import Metrics, Place
 from laasp_ray.train.average import MovingAverage
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.held import HeldMasks
@@ -42,8 +42,8 @@ class EpochPlan:
 class Spell:
     """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
 
-    `excluded` names images that were found unreadable before. `masks` (parameter -> packed mask, see
-    pruning/sparsity.py) say which weights are zero and stay so.
+    `excluded` names images that were found unreadable before, `places` where they were. `masks` (parameter -> packed
+    mask, see pruning/sparsity.py) say which weights are zero and stay so.
     """
 
     number: int
@@ -51,6 +51,7 @@ class Spell:
     epochs: tuple[EpochPlan, ...] = ()
     done: int = 0
     excluded: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
     masks: Mapping[str, bytes] = field(default_factory=dict)
 
 

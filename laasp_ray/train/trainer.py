@@ -54,6 +54,7 @@ class InProcessTrainer:
                 seed=config.seed,
                 device=self._device,
                 excluded=spell.excluded,
+                places=spell.places,
             )
         for event in run_spell(
             rebuild_on(self._device, self._unpruned, network),

@@ -102,7 +102,10 @@ def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, tmp_p
     config, result = undisturbed
     shutil.copytree(config.storage, tmp_path / "runs")
     mine = small_run(tmp_path / "runs", model__builder=f"{__name__}:my_network", model__arguments={"num_classes": 10})
-    (tmp_path / "runs" / "small" / "config.json").write_text(json.dumps(mine.to_dict()))
+    start = tmp_path / "runs" / "small" / "journal" / "000001-start.json"
+    event = json.loads(start.read_text())
+    event["data"]["config"] = mine.to_dict()
+    start.write_text(json.dumps(event))
     arch = tmp_path / "runs" / "small" / "pruned" / "arch.json"
     arch.write_text(json.dumps(json.loads(arch.read_text()) | {"builder": mine.model.builder}))
     again = run(mine).model
@@ -182,7 +185,8 @@ def test_a_run_with_too_many_unreadable_images_goes_on_when_more_are_allowed(tmp
     config = small_run(tmp_path, **changes, data__max_unreadable=1)
     run(config)
     left_out = [event.data for event in events_of(config) if event.name == "excluded"]
-    assert left_out == [{"image": "train/a/000.png", "reason": "cannot be read or decoded"}]
+    place = {"split": "train", "index": 0, "label": 0}
+    assert left_out == [{"image": "train/a/000.png", "reason": "cannot be read or decoded", **place}]
 
 
 def test_a_part_that_cannot_be_closed_keeps_none_of_the_others_open(caplog):

@@ -134,7 +134,7 @@ def started(run):
     storage = Storage.open(run.storage).child(run.name)
     storage.write("config.json", json.dumps(run.to_dict()).encode())
     journal = Journal(storage)
-    journal.append("start", {"checkpoint": "initial"})
+    journal.append("start", {"checkpoint": "initial", "config": run.to_dict()})
     return journal
 
 
