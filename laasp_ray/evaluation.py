@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.sources import open_test_source
 from laasp_ray.errors import StoreError
+from laasp_ray.preflight import stored_config
 from laasp_ray.records import Metrics
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.journal import Journal, started_config
 from laasp_ray.store.storage import Storage
-from laasp_ray.train.data import SpellData
+from laasp_ray.train.data import EvaluationData
 from laasp_ray.train.loop import evaluate
 
 
@@ -41,24 +44,19 @@ def evaluate_run(
     """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
     twice where nothing was pruned.
 
-    `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path. Test images,
-    float32, on the GPU if there is one. Raises StoreError if the folder holds no finished run.
+    `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path, of which the test
+    images alone must be there. float32, on the GPU if there is one. Raises StoreError if it holds no finished run.
     """
     storage = Storage.open(str(folder))
-    if not storage.exists("config.json"):
-        raise StoreError(f"{folder} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
-    try:
-        settings = json.loads(storage.read("config.json"))
-    except ValueError as error:
-        raise StoreError(f"{folder}/config.json is not JSON ({error}): give the folder of a run") from error
-    config = RunConfig.from_dict(settings)
+    config = RunConfig.from_dict(dict(_settings(storage)))
     data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pruned = load_pruned(folder, models.build(config.model)).to(device)
     unpruned = models.build(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
-    images = SpellData(data_config, batch_size=batch_size, seed=config.seed, device=device)
+    test = open_test_source(data_config, _classes(storage))
+    images = EvaluationData(test, data_config, batch_size=batch_size, seed=config.seed, device=device)
     try:
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
     finally:
@@ -71,6 +69,20 @@ def evaluate_run(
         )
     )
     return first, second
+
+
+def _settings(storage: Storage) -> Mapping[str, Any]:
+    settings = started_config(storage)
+    if settings is None and not storage.exists("config.json"):
+        raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
+    return stored_config(storage) if settings is None else settings
+
+
+def _classes(storage: Storage) -> tuple[str, ...] | None:
+    """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
+    start = Journal(storage).last("start")
+    images = {} if start is None else start.data.get("images", {})
+    return tuple(row[0] for row in images["train"]["classes"]) if "train" in images else None
 
 
 def _measured(

@@ -10,12 +10,12 @@ from laasp_ray.data.digits import ensure_digits
 from laasp_ray.data.source import ImageSource, Split
 from laasp_ray.data.sources_cifar import BATCHES_FOLDER, CifarBatchesSource, batches_folder
 from laasp_ray.data.sources_flat import open_flat
-from laasp_ray.data.sources_folder import FolderSource, class_names, train_folders
+from laasp_ray.data.sources_folder import TEST_FOLDERS, FolderSource, class_names, train_folders
 from laasp_ray.data.sources_parquet import ParquetSource, parquet_files
 from laasp_ray.data.sources_tar import TRAIN_TARS, open_train_tar, train_classes, train_tar
 from laasp_ray.errors import ConfigError, DataError
 
-__all__ = ["ImageSource", "Split", "open_source"]
+__all__ = ["ImageSource", "Split", "open_source", "open_test_source"]
 
 
 def open_source(config: DataConfig, split: Split) -> ImageSource:
@@ -39,6 +39,22 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
         return open_train_tar(root) if found == "tar" else FolderSource(root, split)
     classes = train_classes(root) if found == "tar" else train_folders(root)
     return open_flat(root, classes) or FolderSource(root, split, classes)
+
+
+def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> ImageSource:
+    """The test images alone, for training images that may not be there: `classes` are known from elsewhere.
+
+    None, and formats whose test images say their classes themselves: as `open_source`, and raises as that does.
+    """
+    root = None if config.path is None else Path(config.path).expanduser()
+    if classes is None or root is None or not root.is_dir() or config.format in ("digits", "parquet", "cifar_batches"):
+        return open_source(config, "test")
+    if config.format == "auto":
+        if batches_folder(root) is not None or parquet_files(root, "train"):
+            return open_source(config, "test")
+        if parquet_files(root, "test") and not any((root / name).is_dir() for name in TEST_FOLDERS):
+            return ParquetSource(root, "test")
+    return open_flat(root, classes) or FolderSource(root, "test", classes)
 
 
 def _digits(config: DataConfig) -> Path:

@@ -21,7 +21,7 @@ from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, ra
 from laasp_ray.errors import TrainingError
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.average import MovingAverage
-from laasp_ray.train.data import SpellData
+from laasp_ray.train.data import EvaluationData, SpellData
 from laasp_ray.train.held import HeldMasks
 from laasp_ray.train.loss import training_loss
 
@@ -267,7 +267,7 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: SpellData) -> Metrics:
+def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
     """Loss, top-1 and top-5 on the test images, in float32, each counted once over all ranks; shares in 0..1."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -477,6 +478,32 @@ def test_evaluation_on_other_data(finished, images, tmp_path, capsys):
     # A folder may be given by its address, too.
     assert cli.evaluate([f"file://{finished[0]}", "--data", str(tmp_path / "other")]) == 0
     assert f"{TRAIN_IMAGES} test images" in capsys.readouterr().out
+
+
+def test_evaluation_needs_the_test_images_alone(finished, images, tmp_path, capsys):
+    recorded = json.loads((finished[0] / "pruned" / "metrics.json").read_text())["metrics"]
+    (tmp_path / "other" / "val").mkdir(parents=True)
+    for name in ("a", "c"):  # no image of b: what a class is called says its number, not its place among those there
+        (tmp_path / "other" / "val" / name).symlink_to(images / "val" / name)
+    out = tmp_path / "figures.json"
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "other"), "--json", str(out)]) == 0
+    parts = [json.loads(out.read_text())["pruned"]["metrics"]]
+    (tmp_path / "b" / "val").mkdir(parents=True)
+    (tmp_path / "b" / "val" / "b").symlink_to(images / "val" / "b")
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "b"), "--json", str(out)]) == 0
+    parts.append(json.loads(out.read_text())["pruned"]["metrics"])
+    counts = [part["images"] for part in parts]
+    assert sum(counts) == TEST_IMAGES == recorded["images"]
+    for figure in ("loss", "top1"):
+        whole = sum(part[figure] * count for part, count in zip(parts, counts, strict=True)) / TEST_IMAGES
+        assert whole == pytest.approx(recorded[figure], abs=1e-5)
+
+
+def test_evaluation_goes_by_the_journal_if_the_config_is_lost(finished, images, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    assert cli.evaluate([str(tmp_path / "run"), "--data", str(images)]) == 0
+    assert f"{TEST_IMAGES} test images" in capsys.readouterr().out
 
 
 def test_evaluation_of_a_folder_that_is_no_runs(tmp_path, capsys):

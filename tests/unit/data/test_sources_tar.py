@@ -12,7 +12,7 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data import sources_tar
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.sources import open_source, open_test_source
 from laasp_ray.errors import DataError
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -256,6 +256,21 @@ def test_a_file_of_class_numbers_that_does_not_fit_is_named(imagenet, content, m
     (imagenet / "class_numbers.txt").write_text(content)
     with pytest.raises(DataError, match=message):
         open_source(DataConfig(path=str(imagenet), image_size=32), "test")
+
+
+@pytest.mark.parametrize("format", ["auto", "tar", "folder"])
+@pytest.mark.parametrize("training", ["there", "gone", "damaged"])
+def test_test_images_are_opened_without_the_training_tar(imagenet, monkeypatch, format, training):
+    expected = open_source(DataConfig(path=str(imagenet), image_size=32), "test")
+    path = imagenet / "ILSVRC2012_img_train.tar"
+    path.write_bytes(b"") if training == "damaged" else path.unlink() if training == "gone" else None
+    indexed, made = [], sources_tar._made
+    monkeypatch.setattr(sources_tar, "_made", lambda tar, nested: indexed.append(tar.name) or made(tar, nested))
+    config = DataConfig(path=str(imagenet), image_size=32, format=format)
+    found = open_test_source(config, CLASSES)
+    assert found.classes == CLASSES and found.labels.tolist() == expected.labels.tolist()
+    assert [found.name(index) for index in range(5)] == [expected.name(index) for index in range(5)]
+    assert path.name not in indexed
 
 
 def damaged(root, how):
