@@ -20,7 +20,7 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.feed import Batch, EncodedBatch, ImageFeed, UnreadableImages, decode_error
-from laasp_ray.data.geometry import Placement, place
+from laasp_ray.data.geometry import Placement, longest_side, place
 from laasp_ray.data.sampling import Windows
 from laasp_ray.data.source import ImageSource
 from laasp_ray.errors import DataError
@@ -28,13 +28,24 @@ from laasp_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 PREFETCH = 2
+_SIGNATURES = (
+    b"\xff\xd8",  # JPEG
+    b"\x89PNG",
+    b"BM",
+    b"RIFF",  # WebP
+    *(b"II*\0", b"MM\0*"),  # TIFF
+    *(b"P%d" % number for number in range(1, 7)),
+    *(b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51"),  # JPEG 2000
+)
+"""How the files begin that DALI decodes."""
 
 
 class DaliLoader:
     """Batches through one DALI pipeline that lives for many epochs; see loader.make_loader.
 
-    DALI gives a pipeline up when one file of a batch cannot be decoded. The loader then looks for the broken files
-    among the batches in flight, leaves them out from then on, builds a new pipeline and feeds it those batches again.
+    DALI gives a pipeline up when one file of a batch cannot be decoded. The loader then looks for such files among the
+    batches in flight, builds a new pipeline and feeds it those batches again. As without DALI, Pillow says what is
+    broken and left out from then on; what it can decode and DALI can't comes as a bitmap.
     """
 
     def __init__(
@@ -57,7 +68,14 @@ class DaliLoader:
         self._max_batch = max_batch
         self._seed = seed
         self._uint8 = uint8
-        self._feed = ImageFeed(source, unreadable, threads=config.threads, max_batch=max_batch)
+        self._feed = ImageFeed(
+            source,
+            unreadable,
+            threads=config.threads,
+            max_batch=max_batch,
+            longest=longest_side(config, training=training),
+            takes=_takes,
+        )
         self._labels = torch.from_numpy(np.asarray(source.labels, np.int64))
         self._pipeline: _DecodePipeline | None = None
         self._in_flight: deque[EncodedBatch] = deque()
@@ -138,8 +156,15 @@ class DaliLoader:
         batches = list(self._in_flight)
         self._in_flight.clear()
         self._pipeline = None
-        reasons = self._undecodable_by_pillow(batches) or self._undecodable_alone(batches, epoch)
+        reasons, here = self._undecodable_by_pillow(batches), set[int]()
         if not reasons:
+            others = self._undecodable_alone(batches, epoch)
+            reasons = {index: reason for index, reason in others.items() if self._feed.decodes_here(index)}
+            here = set(others) - set(reasons)
+            for index in here:
+                logger.info("image number %d is decoded by Pillow: %s", index, others[index])
+            batches = [self._feed.decode_here(batch, here) for batch in batches]
+        if not reasons and not here:
             raise DataError(
                 f"DALI failed on {len(batches)} batches of which every image can be decoded alone; data.loader "
                 f"'torchvision' works without DALI. DALI says: {_last_line(error)}"
@@ -157,7 +182,7 @@ class DaliLoader:
             return {index: reason for (index, _), reason in zip(suspects, errors, strict=True) if reason is not None}
 
     def _undecodable_alone(self, batches: Sequence[EncodedBatch], epoch: int) -> dict[int, str]:
-        """The images that Pillow can decode and DALI can't (a GIF under another name, say), tried one at a time."""
+        """The images that Pillow can decode and DALI can't (a PNG cut off at its end, say), tried one at a time."""
         reasons: dict[int, str] = {}
         pipeline = self._new_pipeline(1)
         for alone in (batch.only(position) for batch in batches for position in range(len(batch))):
@@ -265,6 +290,10 @@ class _DecodePipeline:
             mirror=flip,
             output_layout="CHW",
         )
+
+
+def _takes(data: bytes) -> bool:
+    return data.startswith(_SIGNATURES)
 
 
 def _resize(images: Any, size: Any) -> Any:

@@ -121,7 +121,20 @@ class UnreadableImages:
 class ImageFeed:
     """Reads the files of batches ahead of their use, in `threads` threads; lives for many epochs."""
 
-    def __init__(self, source: ImageSource, unreadable: UnreadableImages, *, threads: int, max_batch: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        unreadable: UnreadableImages,
+        *,
+        threads: int,
+        max_batch: int,
+        longest: int | None = None,
+        takes: Callable[[bytes], bool] = lambda data: True,
+    ) -> None:
+        """`longest`: longer images than this many times their shorter side are cut to their centre. `takes` says of a
+        file whether the decoder knows its format. Both come as bitmaps, decoded here."""
+        self._longest, self._takes = longest, takes
+        self._as_bitmaps: set[int] = set()
         self._source = source
         self._unreadable = unreadable
         self._threads = threads
@@ -184,12 +197,36 @@ class ImageFeed:
                 chunk.unread[index] = error
                 continue
             try:
-                if self._sizes[index, 0] == 0:
-                    self._sizes[index] = checked_size(data)
-                chunk.files[index] = data
+                chunk.files[index] = self._prepared(index, data)
             except OSError as error:
                 chunk.broken[index] = error
         return chunk
+
+    def _prepared(self, index: int, data: bytes) -> bytes:
+        """The file as the decoder is given it; OSError if it is broken."""
+        if self._sizes[index, 0] == 0:
+            size = checked_size(data)
+            kept = size if self._longest is None else centre_size(size, self._longest)
+            if kept != size or not self._takes(data):
+                self._as_bitmaps.add(index)
+            self._sizes[index] = kept
+        if index not in self._as_bitmaps:
+            return data
+        height, width = self._sizes[index]
+        return bitmap_of(data, (int(height), int(width)))
+
+    def decode_here(self, batch: EncodedBatch, indices: Collection[int]) -> EncodedBatch:
+        """`batch` with bitmaps for the images `indices`, which from now on always come so."""
+        self._as_bitmaps.update(indices)
+        encoded = [
+            bitmap_of(data, (int(size[0]), int(size[1]))) if int(index) in indices else data
+            for index, data, size in zip(batch.indices, batch.encoded, batch.sizes, strict=True)
+        ]
+        return EncodedBatch(batch.indices, encoded, batch.sizes)
+
+    def decodes_here(self, index: int) -> bool:
+        """Whether the image comes as a bitmap already."""
+        return index in self._as_bitmaps
 
     def _finish(self, futures: list[Future[_Chunk]]) -> EncodedBatch:
         chunk = _Chunk.of([future.result() for future in futures])
@@ -293,11 +330,42 @@ def decode_rgb(data: bytes) -> Image.Image:
     """The fully decoded RGB image (EXIF orientation ignored); OSError if the file is broken."""
     with open_image(data) as image:
         try:
-            return image.convert("RGB")
-        except MemoryError:
+            return _eight_bits(image).convert("RGB")
+        except (MemoryError, OSError):
             raise
         except Exception as error:  # Pillow's decoders meet junk with any exception: ValueError, IndexError, ...
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8, which Pillow would cut off at 255; OSError for pixels whose range is not known."""
+    if image.mode == "F":
+        raise OSError("its pixels are floating point numbers, of no known range: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+        raise OSError("its pixels have more than 16 bits, of no known range: save it with 8 or 16")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def centre_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Height and width of the centre of an image, at most `longest` times as long as its shorter side.
+
+    As many rows or columns go on both sides, so that the middle stays the middle.
+    """
+    bound = longest * min(size)
+    height, width = (side if side <= bound else bound - (side - bound) % 2 for side in size)
+    return height, width
+
+
+def bitmap_of(data: bytes, size: tuple[int, int]) -> bytes:
+    """A BMP file of the centre of `size` (height, width) of an image file's pixels; OSError if that is broken."""
+    image = decode_rgb(data)
+    top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
+    file = io.BytesIO()
+    image.crop((left, top, left + size[1], top + size[0])).save(file, "BMP")
+    return file.getvalue()
 
 
 def decode_error(data: bytes) -> str | None:

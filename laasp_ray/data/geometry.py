@@ -9,6 +9,10 @@ import numpy as np
 from laasp_ray.config import DataConfig
 from laasp_ray.data.sampling import Windows, windows
 
+LONGEST = 16
+"""How many times its shorter side an image may be long in evaluation; the centre of longer ones is at most half a pixel
+from where torchvision has it."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -31,6 +35,15 @@ def place(
         return centre(sizes, config)
     drawn = windows(indices, sizes, config=config, seed=seed, epoch=epoch)
     return Placement(windows=drawn, resized=sizes if config.train_transform == "pad_crop" else None)
+
+
+def longest_side(config: DataConfig, *, training: bool) -> int | None:
+    """How many times its shorter side an image may be long; of longer ones the centre is taken first.
+
+    Where the shorter side is resized, a line of pixels would be blown up to gigabytes of which all but the centre is
+    then cut away.
+    """
+    return LONGEST if config.eval_resize and not training else None
 
 
 def centre(sizes: np.ndarray, config: DataConfig) -> Placement:

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as transforms
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.feed import Batch, EncodedBatch, ImageFeed, UnreadableImages, decode_rgb, normalise
-from laasp_ray.data.geometry import Placement, place
+from laasp_ray.data.geometry import Placement, longest_side, place
 from laasp_ray.data.source import ImageSource
 
 DECODED_AHEAD = 1
@@ -43,7 +43,13 @@ class TorchvisionLoader:
         self._device = device
         self._seed = seed
         self._uint8 = uint8
-        self._feed = ImageFeed(source, unreadable, threads=config.threads, max_batch=max_batch)
+        self._feed = ImageFeed(
+            source,
+            unreadable,
+            threads=config.threads,
+            max_batch=max_batch,
+            longest=longest_side(config, training=training),
+        )
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="image-decoder")
         self._labels = torch.from_numpy(np.asarray(source.labels, np.int64))
         self._current: object = None

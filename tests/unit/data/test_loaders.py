@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from laasp_ray.config import DataConfig
 from laasp_ray.data import feed as feed_module
 from laasp_ray.data import loader as loader_module
+from laasp_ray.data import torchvision_loader
 from laasp_ray.data.feed import UnreadableImages
 from laasp_ray.data.loader import make_loader, normalise
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share, windows
@@ -468,11 +470,102 @@ def test_too_many_unreadable_images_end_the_run_by_name(folder, name):
         Opened(folder, name, config=configured(folder, name, max_unreadable=1), excluded=["x", "y"])
 
 
-def test_an_image_that_only_dali_cannot_decode_is_found(folder):
-    picture(6).save(file_of(folder, 6), "GIF")
-    with Opened(folder, "dali") as opened:
-        assert opened.pixels(epoch_of(5)).keys() == set(range(COUNT)) - {index_of(opened.source, 6)}
-        assert opened.told == ["train/a/006.JPEG"]
+def grey_png(values):
+    """A 16-bit grey PNG file."""
+    return encoded(Image.fromarray(values.astype(np.uint16)), "PNG")
+
+
+def odd_files():
+    """Files at which decoders differ, by what they are."""
+    whole = encoded(picture(6), "PNG")
+    return {
+        "GIF": encoded(picture(6).quantize(), "GIF"),
+        "TGA": encoded(picture(6), "TGA"),
+        "PNG without its end": whole[:-12],
+        "PNG with a wrong check sum": whole[:-14] + b"????" + whole[-10:],
+    }
+
+
+@pytest.mark.parametrize("kind", [*odd_files(), "JPEG without its end", "PNG cut off"])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_loaders_leave_out_the_same_images(folder, kind, training):
+    """What Pillow decodes is admitted by DALI too, with the same pixels."""
+    content = odd_files().get(kind)
+    if content is None:
+        content = encoded(picture(6))[:-2] if kind.startswith("JPEG") else encoded(picture(6), "PNG")[:-300]
+    file_of(folder, 6, "train" if training else "val").write_bytes(content)
+    found, told = {}, {}
+    for name in ("dali", "torchvision"):
+        with Opened(folder, name, training=training, uint8=True) as opened:
+            for _ in range(2):
+                found[name] = opened.pixels(epoch_of(5))
+            told[name] = opened.told
+            index = index_of(opened.source, 6)
+    assert told["dali"] == told["torchvision"] and found["dali"].keys() == found["torchvision"].keys()
+    assert (index in found["dali"]) == (kind in odd_files())
+    if index in found["dali"]:
+        assert (found["dali"][index].float() - found["torchvision"][index].float()).abs().mean() < 0.5
+    assert len(found["dali"]) >= COUNT - 1
+
+
+def test_bytes_after_a_jpeg_do_no_harm(folder):
+    file_of(folder, 6).write_bytes(encoded(picture(6)) + b"what a camera adds" * 50)
+    for name in ("dali", "torchvision"):
+        with Opened(folder, name) as opened:
+            assert len(opened.pixels(epoch_of(5))) == COUNT and opened.told == []
+
+
+@BOTH
+def test_grey_of_16_bits_keeps_its_shades(tmp_path, name):
+    values = np.arange(16 * 16).reshape(16, 16) * 257  # 0 to 65535: 257 steps each for one of 8 bits
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "1.png").write_bytes(grey_png(values))
+    config = configured(tmp_path, name, image_size=16, eval_resize=0)
+    with Opened(tmp_path, name, training=False, config=config, uint8=True) as opened:
+        image = opened.pixels([np.array([0])])[0]
+    for channel in image:
+        assert channel.flatten().tolist() == list(range(256))
+
+
+def test_pixels_of_no_known_range_are_refused():
+    numbers = Image.fromarray(np.full((4, 4), 0.5, np.float32))
+    with pytest.raises(OSError, match=r"floating point numbers, of no known range: save it with 8 or 16 bits"):
+        feed_module.decode_rgb(encoded(numbers, "TIFF"))
+    large = Image.fromarray(np.full((4, 4), 70_000, np.int32))
+    with pytest.raises(OSError, match="more than 16 bits"):
+        feed_module.decode_rgb(encoded(large, "TIFF"))
+
+
+@BOTH
+@pytest.mark.parametrize(("height", "width"), [(1, 8000), (8000, 1), (3, 1001)])
+def test_a_line_of_pixels_is_evaluated_without_blowing_it_up(tmp_path, name, height, width, monkeypatch):
+    longer = max(height, width)
+    ramp = np.linspace(0, 255, longer).round().astype(np.uint8)
+    pixels = np.broadcast_to(ramp[:, None, None] if height > width else ramp[None, :, None], (height, width, 3))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "1.png").write_bytes(encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG"))
+    placed, place = [], torchvision_loader.place
+    module = torchvision_loader if name == "torchvision" else sys.modules["laasp_ray.data.dali"]
+    monkeypatch.setattr(module, "place", lambda *args, **kw: placed.append(place(*args, **kw)) or placed[-1])
+    config = configured(tmp_path, name, image_size=24, eval_resize=32)
+    with Opened(tmp_path, name, training=False, config=config, uint8=True) as opened:
+        for _ in range(2):
+            image = opened.pixels([np.array([0])])[0]
+    assert max(placement.resized.max() for placement in placed) <= 32 * 16
+    # By hand: the middle of the image, 24/32 of its shorter side long, where the ramp is half of 255.
+    assert (image.float() - 127.5).abs().max() <= 1.5
+
+
+def test_the_centre_of_a_long_image_has_its_middle():
+    assert feed_module.centre_size((1, 8000), 16) == (1, 16)
+    assert feed_module.centre_size((1, 8001), 16) == (1, 15)
+    assert feed_module.centre_size((33, 2), 16) == (31, 2)
+    assert feed_module.centre_size((32, 2), 16) == (32, 2)
+    numbers = np.arange(40, dtype=np.uint8).reshape(1, 40)
+    strip = feed_module.bitmap_of(encoded(Image.fromarray(numbers), "PNG"), feed_module.centre_size((1, 40), 16))
+    assert np.asarray(Image.open(io.BytesIO(strip)))[0, :, 0].tolist() == list(range(12, 28))
 
 
 def test_a_failure_without_a_broken_image_is_told(folder, monkeypatch):
