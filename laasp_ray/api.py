@@ -34,7 +34,7 @@ from laasp_ray.search.evaluate import LossSubset
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.sparse_controller import SparseController
 from laasp_ray.store.artifact import load_pruned
-from laasp_ray.store.checkpoint import load_checkpoint, save_checkpoint
+from laasp_ray.store.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
@@ -169,6 +169,8 @@ def _control(
     resumed = journal.last("start") is not None
     if not resumed:
         _start(prepared, storage, journal, method)
+    if config.sparsity is not None and config.sparsity.from_run is not None:
+        _keep_unpruned(config.sparsity.from_run, storage)
     made: dict[str, Any] = {}
 
     def trainer() -> Trainer:
@@ -237,10 +239,6 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeT
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
     initial = f"initial-{uuid.uuid4().hex[:8]}"
     save_checkpoint(storage, initial, model=begun_with.tensors)
-    if config.sparsity is not None and config.sparsity.from_run is not None:
-        # The network to compare with in the end is the one that was never pruned, not the one this run begins with.
-        theirs = load_checkpoint(Storage.open(config.sparsity.from_run), UNPRUNED)
-        save_checkpoint(storage, UNPRUNED, model=theirs.model)
     journal.append(
         "start",
         {
@@ -261,6 +259,12 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeT
         },
     )
     write_config(storage, config.to_dict())
+
+
+def _keep_unpruned(from_run: str, storage: Storage) -> None:
+    """The network to compare with in the end is the one that was never pruned, not the one this run begins with."""
+    if not has_checkpoint(storage, UNPRUNED):
+        save_checkpoint(storage, UNPRUNED, model=load_checkpoint(Storage.open(from_run), UNPRUNED).model)
 
 
 def _images(start: Event) -> dict[Split, Any]:

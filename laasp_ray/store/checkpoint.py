@@ -46,6 +46,10 @@ def save_checkpoint(
     storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
 
 
+def has_checkpoint(storage: Storage, name: str) -> bool:
+    return storage.exists(_file_name(name))
+
+
 def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Raises StoreError if there is no such checkpoint or its file is damaged, naming it."""
     file = _file_name(name)

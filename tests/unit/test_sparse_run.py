@@ -1,6 +1,7 @@
 """Whole runs of group sparsity in this process: cut off at every event, on top of a pruned network, and by the job."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,14 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
     parameters = sum(p.numel() for p in models.build(config.model).parameters())
     assert (unpruned.parameters, pruned.parameters < parameters) == (parameters, True)
     assert pruned.metrics.top1 == result.summary["metrics"]["top1"]
+    # Killed just after its first event, a run has not kept that network yet.
+    cut = replace(config, name="cut")
+    with power_cut(monkeypatch, 1):
+        run(cut)
+    (folder_of(cut) / "checkpoints" / "unpruned.safetensors").unlink()
+    run(cut)
+    kept = load_checkpoint(Storage.open(str(folder_of(cut))), "unpruned").model
+    assert all(torch.equal(tensor, never_pruned[name]) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize(
