@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import sys
@@ -17,6 +16,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
+from laasp_ray.copying import deep_copy
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.errors import ConfigError, DataError
@@ -77,7 +77,7 @@ def prune(
     finish = journal.last("finish")
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
+        unpruned = deep_copy(model).cpu() if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
     start = journal.last("start")
     if start is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import RunConfig
+from laasp_ray.copying import deep_copy
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
 from laasp_ray.train.data import SpellData
 
@@ -107,7 +107,7 @@ def _rate(
 
 
 def _copy_on(unpruned: nn.Module, device: torch.device) -> nn.Module:
-    return copy.deepcopy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    return deep_copy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
 
 def _name(device: torch.device) -> str:
