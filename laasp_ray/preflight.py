@@ -33,10 +33,10 @@ from laasp_ray.resumable import differing_keys, value_at
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
 from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
-from laasp_ray.search.evaluate import in_eval_mode
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.storage import Storage
+from laasp_ray.untouched import in_eval_mode
 
 logger = logging.getLogger(__name__)
 

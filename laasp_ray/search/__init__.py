@@ -22,6 +22,7 @@ from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import LossSubset, Prepare
 from laasp_ray.search.executor import OneHand, settings_of
 from laasp_ray.search.schedule import measure
+from laasp_ray.untouched import random_state_kept
 
 __all__ = ["rank"]
 
@@ -79,7 +80,7 @@ def rank(
     )
     subset = LossSubset(*checked_data(images, labels), batch_size, prepare)
     check_statistics(model)
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):  # a network's noise is its own
+    with random_state_kept():  # which a network may draw from
         return _rank(deep_copy(model), subset, config, search, reference, seed)
 
 

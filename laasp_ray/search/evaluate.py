@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +18,9 @@ from laasp_ray.errors import SearchError, UnmaskedError
 from laasp_ray.pruning.masks import Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin
+from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
+from laasp_ray.untouched import in_eval_mode
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
@@ -123,28 +124,20 @@ def ready_with(model: nn.Module, subset: LossSubset) -> tuple[nn.Module, LossSub
 
     `x.view(len(x), -1)` behind a convolution does not run channels last.
     """
-    model = ready(model, subset.labels.device)
+    model = ready(model, subset.labels.device, subset.memory_format)
     try:
-        with torch.inference_mode():
-            model(subset.at(np.arange(1))[0])
+        _try(model, subset)
     except RuntimeError as error:
-        if "view" not in str(error):
+        if "view" not in str(error) or subset.memory_format == torch.contiguous_format:
             raise
-        subset = replace(subset, memory_format=torch.contiguous_format)
-        model = ready(model, subset.labels.device, subset.memory_format)
+        return ready_with(model, replace(subset, memory_format=torch.contiguous_format))
     return model, subset
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode; afterwards every module is in the mode that it was in itself."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+@torch.inference_mode()
+def _try(model: nn.Module, subset: LossSubset) -> None:
+    image = subset.at(np.arange(1))[0]
+    retried(lambda: model(image), "one image, in the network,")
 
 
 @full_precision()

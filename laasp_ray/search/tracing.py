@@ -220,13 +220,18 @@ def _measured(
         over = [
             read
             for read in operation.reads
-            if operations[read].fresh and len(nodes[read].users) == 1 and values[read].shape == value.shape
+            if operations[read].fresh and len(nodes[read].users) == 1 and _alike(values[read], value)
         ]
         overwrite = _overwriting(node, operation, over[0], modules) if over else None
         if overwrite is not None:
             measured[-1] = replace(measured[-1], overwrite=overwrite, overwritten=over[0])
     sized = any(not isinstance(value, torch.Tensor) for value in values)
     return Program(measured, modules, sized)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return tensors and one.shape == other.shape and one.dtype == other.dtype
 
 
 def _bytes(value: Any) -> int:

@@ -22,7 +22,7 @@ BLANK = torch.zeros(1, 3, 8, 8)
 
 class Direct(Body):
     def middle(self, x):
-        return self.conv(torch.Tensor.relu_(x)) + x
+        return self.conv(x.relu_()) + x
 
 
 class ThroughView(Body):
