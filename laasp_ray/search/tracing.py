@@ -23,7 +23,7 @@ from laasp_ray.search.program import Operation, Program, Value
 _TOLERANCE = 1e-4
 """Greatest difference between a program's output and the network's, relative to the greatest output: in float32 far
 above rounding."""
-_NOISE_IMAGES = 4
+_NOISE_IMAGES = 3
 """What a first image does not show, such as a blank one, these do."""
 
 
@@ -35,16 +35,16 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
     Its program must give what it gives, for `example` (B, ...) and for noise. A network whose forward pass depends on
     its input's values has none, nor has one that gives more than one tensor, or something else every time.
     """
-    model(example)  # what it raises is its own
-    network, images = model, example
+    network, first = model, example
     if example.device.type != "cpu":
-        network, images = twin(model).cpu(), example.cpu()
         try:
-            network(images)
+            network, first = twin(model).cpu(), example.cpu()
+            network(first)
         except Exception:  # code that is tied to its device is checked there
-            network, images = model, example
-    program = trace(network, images)
-    return program if isinstance(program, str) else _fault(network, program, _with_noise(network, images))
+            network, first = model, example
+    images, wanted = _outputs(network, first)
+    program = trace(network, first)
+    return program if isinstance(program, str) else _fault(network, program, images, wanted)
 
 
 @full_precision()
@@ -52,11 +52,11 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
 def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
     """The program of a network in eval mode, not compared with it (`verdict` does that); or why there is none."""
     network = twin(model).eval()
-    in_place = []
-    for name, module in network.named_modules(remove_duplicate=False):
-        torchs = type(module).__module__.startswith("torch.nn")
-        if (torchs and getattr(module, "inplace", None) is True) or name in in_place:
-            in_place.append(name)  # whose values are shared by branches
+    in_place = [
+        name
+        for name, module in network.named_modules(remove_duplicate=False)
+        if type(module).__module__.startswith("torch.nn") and getattr(module, "inplace", None) is True
+    ]
     for name in in_place:
         cast(Any, network.get_submodule(name)).inplace = False
     try:
@@ -88,11 +88,22 @@ def _program_of(graph: fx.Graph, network: nn.Module, in_place: Sequence[str], ex
     return _measured(operations, [inputs[0], *body], modules, example)
 
 
-def _fault(model: nn.Module, program: Program, images: torch.Tensor) -> str:
-    """How the program's outputs differ from the network's, or nothing."""
-    wanted, again = model(images.clone()), model(images.clone())
-    scale = float(wanted.abs().max())
-    if wanted.shape != again.shape or not float((again - wanted).abs().max()) <= _TOLERANCE * scale:
+def _outputs(model: nn.Module, example: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """`example`, with noise where the network takes that, and what the network gives for it; raises what it raises."""
+    if example.is_floating_point():
+        noise = torch.randn(_NOISE_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+        images = torch.cat([example, noise.to(example)]).contiguous(memory_format=_format_of(example))
+        try:
+            return images, model(images.clone())
+        except Exception as error:  # a network may refuse what is no image
+            if is_out_of_memory(error):
+                raise
+    return example, model(example.clone())
+
+
+def _fault(model: nn.Module, program: Program, images: torch.Tensor, wanted: Any) -> str:
+    """How the program's outputs differ from `wanted`, the network's, or nothing."""
+    if not _same(model(images.clone()), wanted):
         return "it is not deterministic in eval mode: the same images give something else every time"
     try:
         found = next(program.run(images, {}, whole=True))[2]
@@ -100,27 +111,15 @@ def _fault(model: nn.Module, program: Program, images: torch.Tensor) -> str:
         if is_out_of_memory(error):
             raise
         return f"its traced operations do not run ({_told(error)})"
-    assert isinstance(found, torch.Tensor)
-    if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= _TOLERANCE * scale:
-        return "its traced operations do not give what it gives"
-    return ""
+    return "" if _same(found, wanted) else "its traced operations do not give what it gives"
 
 
-def _with_noise(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """`example`, and noise in its format, where the network takes that."""
-    if not example.is_floating_point():
-        return example
-    noise = torch.randn(_NOISE_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    images = torch.empty_like(example[:1]).expand(len(example) + _NOISE_IMAGES, *example.shape[1:])
-    images = torch.empty_like(images, memory_format=_format_of(example))
-    images[: len(example)], images[len(example) :] = example, noise.to(example)
-    try:
-        model(images.clone())
-    except Exception as error:  # a network may refuse what is no image
-        if is_out_of_memory(error):
-            raise
-        return example
-    return images
+def _same(found: Any, wanted: Any) -> bool:
+    """But for rounding. What is not finite must be the same: the losses of such a network show it."""
+    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    scale = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * scale, equal_nan=True)
 
 
 def _format_of(tensor: torch.Tensor) -> torch.memory_format:

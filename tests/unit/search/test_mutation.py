@@ -116,7 +116,7 @@ def test_what_a_blank_image_does_not_show_noise_does():
 
 class ByValue(Body):
     def middle(self, x):
-        return self.conv(x) if float(x.mean()) > -100 else x
+        return self.conv(x) if float(x.detach().mean()) > -100 else x
 
 
 def test_branches_by_value_are_measured_on_copies_and_say_why():
@@ -172,3 +172,11 @@ def test_modules_of_a_network_keep_their_mode_of_working():
     assert not isinstance(trace(model, IMAGES[:1]), str)
     assert model[1].inplace
     assert model[2].inplace
+
+
+def test_a_network_whose_outputs_are_not_finite_is_traced_like_any_other():
+    model = made(Direct)
+    with torch.no_grad():
+        model.head.bias[1] = float("nan")
+        model.head.bias[2] = float("inf")
+    assert verdict(model, IMAGES[:1]) == ""
