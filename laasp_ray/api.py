@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
+from laasp_ray.copying import deep_copy
 from laasp_ray.data.identity import identify
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.places import find_places
@@ -81,7 +81,7 @@ def prune(
     finish = journal.last("finish")
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
+        unpruned = deep_copy(model).cpu() if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
     start = journal.last("start")
     if start is None:

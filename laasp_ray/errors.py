@@ -24,6 +24,14 @@ class SearchError(LaaspError):
     """A candidate's loss could not be measured, or no candidate is left to choose."""
 
 
+class MemoryShortError(SearchError):
+    """Memory ran out in the search, again and again: the device's fault, or of who shares it, not a candidate's."""
+
+
+class UnmaskedError(SearchError):
+    """A prune that came without its plan cannot be masked by the process that was given it."""
+
+
 class ExhaustedError(SearchError):
     """No layer has a filter left to give."""
 

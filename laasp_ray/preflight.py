@@ -5,7 +5,6 @@ What this finds is raised as a ConfigError, DataError or StoreError that names t
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import logging
@@ -20,6 +19,7 @@ from torch import nn
 from laasp_ray import criteria, models
 from laasp_ray.config import RunConfig, SparsityConfig
 from laasp_ray.controller import UNPRUNED
+from laasp_ray.copying import deep_copy
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.identity import check_identity
 from laasp_ray.data.loader import check_available
@@ -36,12 +36,13 @@ from laasp_ray.pruning.several import independent_layers
 from laasp_ray.records import RunState
 from laasp_ray.resumable import differing_keys, value_at
 from laasp_ray.search.activations import Wanted, check_columns, shapes_of
-from laasp_ray.search.batchnorm import norms_of
+from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.journal import started_config
 from laasp_ray.store.storage import Storage
+from laasp_ray.untouched import in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def prepare(
         return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
     if not config.prunes:
         return Prepared(config, unpruned, example_input, _plain_baseline(unpruned, example_input), train, test)
+    check_statistics(unpruned)
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
     macs = count_macs(unpruned, example_input)
     baseline = measure_baseline(graph, macs, config.prune)
@@ -197,7 +199,7 @@ def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[
             "recipe that made it, or set model.* to match"
         )
     load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
-    return arch, load_pruned(folder, copy.deepcopy(unpruned))
+    return arch, load_pruned(folder, deep_copy(unpruned))
 
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
@@ -213,7 +215,7 @@ def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
 
 def _on_cpu(model: nn.Module) -> nn.Module:
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return model if all(tensor.is_cpu for tensor in tensors) else copy.deepcopy(model).cpu()
+    return model if all(tensor.is_cpu for tensor in tensors) else deep_copy(model).cpu()
 
 
 def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
@@ -226,17 +228,13 @@ def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
 
 
 def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
+        with in_eval_mode(model), torch.inference_mode():
             output = model(example_input)
     except Exception as error:
         raise ConfigError(
             f"the network does not take an input of model.input_shape {tuple(example_input.shape[1:])}: {error}"
         ) from error
-    finally:
-        model.train(was_training)
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise ConfigError("the network must give one tensor of shape (images, classes)")
     if output.shape[1] != classes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig, SparsityConfig
+from laasp_ray.copying import deep_copy
 from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.methods.aap import layer_rules
@@ -117,7 +117,7 @@ def _laasp(prepared: Prepared) -> LaaspTurns:
     drawn = {name: _drawn_scores(graph, name, config.seed) for name in prune.criteria if name in OF_ACTIVATIONS}
     proposals = propose(prepared.unpruned, graph, prepared.baseline.macs, prepared.baseline, prune, drawn)
     preparing = time.perf_counter() - started
-    sites = Sites(copy.deepcopy(prepared.unpruned).eval(), prepared.example_input)
+    sites = Sites(deep_copy(prepared.unpruned).eval(), prepared.example_input)
     *costs, whole = (sites.cost(task).own for task in tasks_of(proposals))
     removes = sum(proposal.candidate.flops_reduction for proposal in proposals) / len(proposals)
     left = sum(parameters_after(graph.shapes, proposal.step) for proposal in proposals) / len(proposals)

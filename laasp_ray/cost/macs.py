@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+from laasp_ray.copying import deep_copy
 
 CONVENTION = "multiply-accumulates of convolutions and linear layers, one input"
 _COUNTED_OPERATORS = ("conv", "linear", "addmm", "matmul")
@@ -35,7 +36,7 @@ def count_macs(model: nn.Module, example_input: torch.Tensor) -> Macs:
 
     Works on a copy in eval mode; `model` is left alone. The input must be on the model's device.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = deep_copy(model).eval()
     with torch.no_grad():
         analysis = FlopCountAnalysis(probe, example_input[:1]).unsupported_ops_warnings(False)
         analysis = analysis.uncalled_modules_warnings(False).tracer_warnings("none")

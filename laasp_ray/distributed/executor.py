@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
+from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset
 from laasp_ray.distributed import moments
 from laasp_ray.distributed.cluster import Share
 from laasp_ray.distributed.process import PROCESS, device
 from laasp_ray.distributed.tasks import TASK_RETRIES, answer
 from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.errors import MemoryShortError, UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.activations import Wanted, chunks_of
@@ -26,13 +28,13 @@ from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Losses, Sites
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import settings_of
+from laasp_ray.search.memory import REMEDY, retried
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 
 logger = logging.getLogger(__name__)
 
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 PATIENCE_S = 60
-LESS_MEMORY = "lower search.memory_mb or search.batch_size"
 
 
 class RayExecutor:
@@ -46,10 +48,11 @@ class RayExecutor:
         """`network` is the object reference of `unpruned`."""
         self._network, self._unpruned, self._search, self._share = network, unpruned, config.search, share
         self._images, self._seed = len(subset.labels), config.seed
-        self._example = torch.zeros(1, *config.model.input_shape)
+        self._example = normalise(subset.images[:1], config.data)
         self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), config.data, config.search))
         self._options = {
             "max_retries": TASK_RETRIES,
+            "retry_exceptions": [MemoryShortError],  # another device, or this one later, may have more
             "scheduling_strategy": "SPREAD",
             # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it must see all GPUs, and be told.
             "runtime_env": {"env_vars": SEE_ALL_GPUS} if share.gpus else None,
@@ -77,8 +80,12 @@ class RayExecutor:
         # What is masked needs no plan, which is many times larger than a mask.
         pairs = zip(tasks, costs, strict=True)
         light = [task if cost.copied else replace(task, step=Plan.empty()) for task, cost in pairs]
-        turn = ray.put((network.plan, pack(network.tensors), light))
-        hands = _Hands(self._task, [self._network, turn, self._subset], costs, self._share)
+        arrays = pack(network.tensors)
+
+        def inputs_with(some: Sequence[LossTask]) -> list[Any]:
+            return [self._network, ray.put((network.plan, arrays, some, sites.untraced)), self._subset]
+
+        hands = _Hands(self._task, inputs_with(light), lambda: inputs_with(tasks), costs, self._share)
         try:
             return measure(hands, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share)
         finally:
@@ -97,10 +104,21 @@ class RayExecutor:
 class _Hands:
     """Units as Ray tasks (search/schedule.py says what hands are)."""
 
-    def __init__(self, task: Any, inputs: list[Any], costs: Sequence[Cost], share: Share) -> None:
-        """References inside the list `inputs` are not fetched by Ray for every task anew; the processes keep them."""
+    def __init__(
+        self,
+        task: Any,
+        inputs: list[Any],
+        inputs_with_plans: Callable[[], list[Any]],
+        costs: Sequence[Cost],
+        share: Share,
+    ) -> None:
+        """References inside the list `inputs` are not fetched by Ray for every task anew; the processes keep them.
+
+        `inputs_with_plans` gives those that every prune can be cut by, for a worker that cannot mask.
+        """
         self._task, self._inputs, self._costs, self._share = task, inputs, costs, share
-        self._pending: dict[Any, Unit] = {}
+        self._inputs_with_plans, self._with_plans = inputs_with_plans, False
+        self._pending: dict[Any, tuple[Unit, bool]] = {}
         self._heard = False
         self.slots = slots_of(ray.cluster_resources(), share)
 
@@ -108,16 +126,29 @@ class _Hands:
         return self._costs[task]
 
     def submit(self, unit: Unit) -> None:
-        self._pending[self._task.remote(self._inputs, unit.tasks, unit.images)] = unit
+        self._pending[self._task.remote(self._inputs, unit.tasks, unit.images)] = unit, self._with_plans
 
     def collect(self) -> tuple[Unit, Losses]:
         while True:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=PATIENCE_S)
             if done:
                 self._heard = True
-                return self._pending.pop(done[0]), answer(done[0], "an evaluation task", LESS_MEMORY)
-            if not self._heard:
+                unit, with_plans = self._pending.pop(done[0])
+                try:
+                    return unit, answer(done[0], "an evaluation task", REMEDY)
+                except UnmaskedError as error:
+                    if with_plans:
+                        raise
+                    self._send_plans(error)
+                    self.submit(unit)
+            elif not self._heard:
                 self._say_waiting()
+
+    def _send_plans(self, error: UnmaskedError) -> None:
+        """From now on tasks have plans too: what the driver can mask, a worker could not."""
+        if not self._with_plans:
+            logger.warning("a worker cannot mask what the driver can, and is sent plans to cut by: %s", error)
+            self._inputs, self._with_plans = self._inputs_with_plans(), True
 
     def cancel(self) -> None:
         for reference in self._pending:
@@ -141,7 +172,7 @@ def slots_of(resources: Mapping[str, float], share: Share) -> int:
 
 def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
     """The task itself: the losses of some of the turn's tasks on some of the subset's images."""
-    engine, tasks = PROCESS.load(*inputs)
+    engine, tasks = retried(lambda: PROCESS.load(*inputs), "the network of an evaluation task")
     losses = engine.losses([tasks[position] for position in positions], images)
     if device().type == "cuda":
         torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search

@@ -16,7 +16,7 @@ from laasp_ray.distributed.transfer import unpack
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, LossTask, ready
+from laasp_ray.search.evaluate import LossSubset, LossTask, ready_with
 
 
 class Process:
@@ -36,7 +36,7 @@ class Process:
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
         images, _ = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
-        return self._once("network", turn, lambda: _network(base, *ray.get(turn))), images
+        return self._once("network", turn, lambda: _network(base, images, *ray.get(turn)))
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
         key = f"{reference.hex()} on {device()}"  # a process may be given another GPU from task to task
@@ -66,14 +66,23 @@ def threads() -> int:
 
 
 def _engine(
-    unpruned: nn.Module, subset: LossSubset, search: SearchConfig, plan: Plan, arrays: dict[str, Any], tasks: Any
+    unpruned: nn.Module,
+    subset: LossSubset,
+    search: SearchConfig,
+    plan: Plan,
+    arrays: dict[str, Any],
+    tasks: list[LossTask],
+    untraced: str,
 ) -> tuple[Engine, list[LossTask]]:
-    model = _network(unpruned, plan, arrays)
-    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks
+    """`untraced` is the driver's word on the network (search/tracing.py): what it stripped of plans is masked here."""
+    model, subset = _network(unpruned, subset, plan, arrays)
+    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000, untraced=untraced), tasks
 
 
-def _network(unpruned: nn.Module, plan: Plan, arrays: dict[str, Any]) -> nn.Module:
-    return ready(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), device())
+def _network(
+    unpruned: nn.Module, subset: LossSubset, plan: Plan, arrays: dict[str, Any]
+) -> tuple[nn.Module, LossSubset]:
+    return ready_with(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), subset)
 
 
 def _subset(images: Any, labels: Any, data: DataConfig, search: SearchConfig) -> tuple[LossSubset, SearchConfig]:

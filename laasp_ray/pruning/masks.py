@@ -57,7 +57,7 @@ def run_deaf_from(
     # Slices: selecting by index is many times slower where channels lie last in memory.
     few = torch.cat([inputs.narrow(axis, channel, 1) for channel in channels], axis)
     weight = torch.cat([weight.narrow(1, channel, 1) for channel in channels], 1)
-    if few.ndim == 4:
+    if few.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last):
         few = few.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
     return _apply(module, few, weight.neg_(), None).add_(output)

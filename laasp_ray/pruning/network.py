@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from laasp_ray.copying import deep_copy
 from laasp_ray.pruning.plan import Plan, apply_plan
 
 
@@ -31,7 +31,7 @@ def rebuild(unpruned: nn.Module, state: NetworkState) -> nn.Module:
 
     They may be views of Ray's object store, which must not be written to.
     """
-    model = copy.deepcopy(unpruned)
+    model = deep_copy(unpruned)
     apply_plan(model, state.plan)
     model.load_state_dict(state.tensors, strict=True, assign=False)
     return model

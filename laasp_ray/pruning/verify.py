@@ -7,12 +7,12 @@ give the outputs of the network whose layers are deaf to those channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from laasp_ray.copying import deep_copy
 from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import Removal, Side, plan_of
 from laasp_ray.pruning.plan import apply_plan
@@ -29,7 +29,7 @@ def twin(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()
     }
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def scramble(model: nn.Module, example: torch.Tensor) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
+from laasp_ray.copying import deep_copy
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.arguments import checked_data, checked_search, taken_by
+from laasp_ray.search.batchnorm import check_statistics
 from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, Prepare, ready
+from laasp_ray.search.evaluate import LossSubset, Prepare
 from laasp_ray.search.executor import OneHand, settings_of
 from laasp_ray.search.schedule import measure
+from laasp_ray.untouched import random_state_kept
 
 __all__ = ["rank"]
 
@@ -59,8 +63,10 @@ def rank(
     Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
-    Raises ConfigError for settings, PruningError for networks and SearchError for candidates that do not work.
+    Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks and
+    SearchError for candidates that do not work.
     """
+    search = checked_search(batch_size, memory_mb, racing=racing, racing_error=racing_error)
     config = PruneConfig(
         flops_reduction=0.0,
         step=step,
@@ -72,9 +78,23 @@ def rank(
         components=components,
         pooling=pooling,
     )
-    subset = LossSubset(images, labels, batch_size, prepare)
-    example = next(subset.batches())[0][:1]
-    model = ready(copy.deepcopy(model), images.device)
+    subset = LossSubset(*checked_data(images, labels), batch_size, prepare)
+    check_statistics(model)
+    with random_state_kept():  # which a network may draw from
+        return _rank(deep_copy(model), subset, config, search, reference, seed)
+
+
+def _rank(
+    model: nn.Module,
+    subset: LossSubset,
+    config: PruneConfig,
+    search: SearchConfig,
+    reference: nn.Module | None,
+    seed: int,
+) -> Ranking:
+    """`model` is a copy, which this may change."""
+    model, subset = taken_by(model, subset)
+    example = subset.at(np.arange(1))[0]
 
     def graph_of(network: nn.Module) -> PruningGraph:
         return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)
@@ -87,13 +107,7 @@ def rank(
     by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
     given = {name: importance(model, subset, Wanted.of(graph.layers, config)) for name in by_activations}
     proposals = propose(model, graph, macs, baseline, config, given)
-    search = SearchConfig(
-        batch_size=batch_size,
-        racing="on" if racing else "off",
-        racing_error=racing_error,
-        memory_mb=memory_mb,
-    )
     tasks = tasks_of(proposals)
-    hands = OneHand(Engine(model, subset, memory_bytes=memory_mb * 1_000_000), tasks)
+    hands = OneHand(Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks)
     results = measure(hands, len(tasks), settings_of(search, len(subset), seed), lambda position, result: None)
     return Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])

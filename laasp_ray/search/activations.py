@@ -20,6 +20,9 @@ from laasp_ray.config import POOLING, PruneConfig
 from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.memory import retried
+from laasp_ray.search.precision import full_precision
+from laasp_ray.untouched import in_eval_mode
 
 CHUNKS = 32
 """At most so many chunks: each one's products travel to where they are added up."""
@@ -67,21 +70,23 @@ def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
 
 
+@full_precision()
 @torch.no_grad()
 def first_look(model: nn.Module, subset: LossSubset, wanted: Wanted) -> Look:
     images, labels = subset.at(np.arange(min(subset.batch_size, len(subset))))
-    shapes, features = _features(model, images, wanted)
+    shapes, features = _features_of_batch(model, images, wanted)
     check_columns(shapes, wanted.pooling, labels.device)
     return Look(features.double().mean(dim=0), shapes, int(subset.labels.max()) + 1)
 
 
+@full_precision()
 @torch.no_grad()
 def moments_of(model: nn.Module, subset: LossSubset, wanted: Wanted, look: Look, chunk: np.ndarray) -> Moments:
     """The moments of the images at `chunk` (n,), batch by batch, on the subset's device."""
     moments = Moments.empty(look.pilot.to(subset.labels.device), look.classes)
     for start in range(0, len(chunk), subset.batch_size):
         images, labels = subset.at(chunk[start : start + subset.batch_size])
-        moments.add(_features(model, images, wanted)[1], labels)
+        moments.add(_features_of_batch(model, images, wanted)[1], labels)
     return moments
 
 
@@ -100,12 +105,9 @@ def scores_of(parts: Iterable[Moments], look: Look, components: int) -> dict[str
 
 @torch.no_grad()
 def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: Wanted) -> dict[str, tuple[int, int]]:
-    """Layer -> its filters and the windows that each has. The model's mode is put back."""
-    was_training = model.training
-    try:
-        return _features(model.eval(), example_input, wanted)[0]
-    finally:
-        model.train(was_training)
+    """Layer -> its filters and the windows that each has. Its modules' modes are put back."""
+    with in_eval_mode(model):
+        return _features(model, example_input, wanted)[0]
 
 
 def check_columns(shapes: Mapping[str, tuple[int, int]], pooling: str, device: torch.device) -> None:
@@ -143,6 +145,13 @@ def pooled(output: torch.Tensor, pooling: str) -> torch.Tensor:
     size = [min(int(wanted), have) for wanted, have in zip(window, output.shape[2:], strict=True)]
     pool = functional.max_pool2d if kind == "max" else functional.avg_pool2d
     return pool(output, size, stride=size, ceil_mode=True).flatten(2)
+
+
+def _features_of_batch(
+    model: nn.Module, images: torch.Tensor, wanted: Wanted
+) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
+    what = f"a batch of {len(images)} images, whose outputs filters are scored by,"
+    return retried(lambda: _features(model, images, wanted), what, "lower search.batch_size")
 
 
 def _features(

@@ -7,23 +7,26 @@ BatchNorms keep are those of another network, and every loss is measured through
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.memory import retried
+from laasp_ray.search.precision import full_precision
 
 BATCH = 128
 """Statistics depend on which images share a batch, so batches are cut by this, whoever measures and however much memory
 there is."""
 
 
+@full_precision()
 @torch.no_grad()
 def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
@@ -35,8 +38,14 @@ def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
     number of images: for equal batches what torch gives with `momentum=None`. A BatchNorm that is run several times
     averages over all its calls; one that keeps no statistics is left out.
 
-    Raises SearchError where a batch takes more memory than a GPU has: `search.memory_mb` does not bound this.
+    Raises MemoryShortError where a batch takes more memory than there is: `search.memory_mb` does not bound this.
     """
+    batches = np.array_split(np.arange(len(subset)), math.ceil(len(subset) / BATCH))
+    what = f"one of the batches of {len(batches[0])} images, which BatchNorm statistics are measured on,"
+    return retried(lambda: _reestimate(model, subset, batches), what, "leave out search.reestimate_batchnorm")
+
+
+def _reestimate(model: nn.Module, subset: LossSubset, batches: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
     network = twin(model).eval()
     norms = norms_of(network)
     seen = dict.fromkeys(norms.values(), 0)
@@ -48,19 +57,27 @@ def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
     for module in seen:
         module.reset_running_stats()
         module.train().register_forward_pre_hook(weigh)
-    for positions in np.array_split(np.arange(len(subset)), math.ceil(len(subset) / BATCH)):
-        try:
-            network(subset.at(positions)[0])
-        except torch.OutOfMemoryError as error:
-            raise SearchError(
-                f"BatchNorm statistics are measured on batches of {len(positions)} images, which do not fit into the "
-                "device's memory: leave out search.reestimate_batchnorm"
-            ) from error
+    for positions in batches:
+        network(subset.at(positions)[0])
     return {
         f"{name}.{kind}": module.get_buffer(kind).cpu()
         for name, module in norms.items()
         for kind in ("running_mean", "running_var")
     }
+
+
+def check_statistics(model: nn.Module) -> None:
+    """Raises ConfigError for a BatchNorm that keeps no running statistics.
+
+    In eval mode it normalises by those of the batch: a loss would depend on which images share one, and so on
+    `search.batch_size`, on the memory there is, and on who measures.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None):
+            raise ConfigError(
+                f"{name or 'the network'} is a BatchNorm without running statistics, which makes the loss of an image "
+                "depend on the others in its batch: make it with track_running_stats=True, or use another norm"
+            )
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError
 from laasp_ray.pruning.masks import Mask
-from laasp_ray.pruning.plan import apply_plan
-from laasp_ray.pruning.verify import twin
-from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error
-from laasp_ray.search.memory import peak_bytes
+from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error, pruned_copy
+from laasp_ray.search.memory import in_parts, peak_bytes, retried
+from laasp_ray.search.precision import full_precision
 from laasp_ray.search.program import Program, Site
-from laasp_ray.search.tracing import trace
+from laasp_ray.search.tracing import trace, verdict
 
 FREE_MEMORY_SHARE = 0.5
 """How much of the memory that is free the values of a forward pass may take, unless `search.memory_mb` says otherwise;
@@ -50,18 +49,23 @@ class Cost:
 
 
 class Sites:
-    """Where the prunes of a network branch off. `example` (1, C, H, W) is any input."""
+    """Where the prunes of a network branch off. `example` (B, ...) is any input.
 
-    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
-        traced = trace(model, example)
+    `untraced` says why the network is not to be traced, or nothing: what was found once (tracing.verdict) holds for all
+    who are given work on the same network; None finds out.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor, untraced: str | None = None) -> None:
+        self.untraced = verdict(model, example) if untraced is None else untraced
+        traced = self.untraced or trace(model, example)
         self.program = None if isinstance(traced, str) else traced
-        self._untraced = traced if isinstance(traced, str) else ""
+        self.untraced = traced if isinstance(traced, str) else ""
         self._known: dict[frozenset[str], Site | str] = {}
 
     def find(self, task: LossTask) -> Site | str:
         """Where a task branches off, or why it sees a physically pruned copy."""
         if self.program is None:
-            return self._untraced
+            return self.untraced
         if isinstance(task.mask, str):
             return task.mask
         layers = frozenset(task.mask)
@@ -84,17 +88,26 @@ class Engine:
     """Measures prunes of `model`, which is in eval mode on the subset's device and is not changed.
 
     `memory_bytes` bounds what the values of a forward pass take at a time (default: from the memory that is free).
+    Where memory runs out all the same, fewer images go at a time. `untraced` is as for Sites.
     """
 
-    def __init__(self, model: nn.Module, subset: LossSubset, *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, subset: LossSubset, *, memory_bytes: int | None = None, untraced: str | None = None
+    ) -> None:
         self._model, self._subset = model, subset
         self._memory = memory_bytes or free_memory(subset.labels.device)
-        self.sites = Sites(model, subset.at(np.arange(1))[0])
+        example = subset.at(np.arange(1))[0]
+        self.sites = retried(lambda: Sites(model, example, untraced), "the network, with one image,")
         self._program = self.sites.program
         self._copy_bytes = 0  # what one image takes in the network itself; measured when a copy is first needed
 
+    @full_precision()
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
-        """Cross-entropies of `tasks` on the subset's images at `indices`, batches cut in their order."""
+        """Cross-entropies of `tasks` on the subset's images at `indices`, batches cut in their order.
+
+        Raises MemoryShortError where memory runs out for a single image, UnmaskedError for a task that cannot be masked
+        and has no plan to cut by.
+        """
         started = time.perf_counter()
         values = np.full((len(tasks), len(indices)), np.nan, np.float32)
         errors: dict[int, str] = {}
@@ -131,14 +144,17 @@ class Engine:
         program = self._program
         assert program is not None
         size, together = self._sizes(branches, len(indices), whole=bool(unchanged))
-        batches = {site: _cut(positions, together) for site, positions in branches.items()}
-        for start in range(0, len(indices), size):
-            images, labels = self._subset.at(indices[start : start + size])
-            part = values[:, start : start + len(labels)]
-            failed = self._run_chunk(program, tasks, batches, unchanged, images, labels, part, errors)
+
+        def run(start: int, stop: int, share: float) -> None:
+            images, labels = self._subset.at(indices[start:stop])
+            part = values[:, start:stop]
+            masks = {site: _cut(positions, max(1, int(share * together))) for site, positions in branches.items()}
+            failed = self._run_chunk(program, tasks, masks, unchanged, images, labels, part, errors)
             if failed:  # whose fault it was shows one by one
                 singly = {site: _cut(positions, 1) for site, positions in failed.items()}
                 self._run_chunk(program, tasks, singly, (), images, labels, part, errors)
+
+        in_parts(len(indices), size, run)
 
     @staticmethod
     def _run_chunk(
@@ -189,12 +205,16 @@ class Engine:
         errors: dict[int, str],
     ) -> None:
         try:
-            pruned = twin(self._model)  # tensors that the prune leaves alone are shared: inference does not write
-            apply_plan(pruned, task.step)
-            with torch.inference_mode():
-                for start in range(0, len(indices), size):
-                    images, labels = self._subset.at(indices[start : start + size])
-                    values[position, start : start + len(labels)] = _cross_entropies(pruned(images), labels)
+            pruned = retried(lambda: pruned_copy(self._model, task), f"a copy of the network for {task.name}")
+
+            def run(start: int, stop: int, share: float) -> None:
+                images, labels = self._subset.at(indices[start:stop])
+                with torch.inference_mode():
+                    values[position, start:stop] = _cross_entropies(pruned(images), labels)
+
+            in_parts(len(indices), size, run)
+        except (MemoryShortError, UnmaskedError):
+            raise
         except Exception as error:  # a network's own code may raise anything
             if task.unpruned:
                 raise
@@ -204,7 +224,7 @@ class Engine:
         if not self._copy_bytes:
             image = self._subset.at(np.arange(1))[0]
             with torch.inference_mode():
-                self._copy_bytes = peak_bytes(lambda: self._model(image))
+                self._copy_bytes = retried(lambda: peak_bytes(lambda: self._model(image)), "one image")
         return self._images_at_a_time(self._copy_bytes, images)
 
     def _images_at_a_time(self, each: int, images: int) -> int:

@@ -14,7 +14,7 @@ from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.search.activations import Wanted, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready
+from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready_with
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
@@ -44,30 +44,29 @@ class InProcessExecutor:
     def __init__(
         self, unpruned: nn.Module, subset: LossSubset, device: torch.device, search: SearchConfig, seed: int
     ) -> None:
-        self._unpruned, self._subset, self._device = unpruned, subset.to(device), device
+        self._unpruned, self._subset = unpruned, subset.to(device)
         self._search, self._seed = search, seed
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
         if not self._search.reestimate_batchnorm:
             return network
-        return with_statistics(network, reestimate(self._ready(network), self._subset))
+        return with_statistics(network, reestimate(*self._ready(network)))
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        model = self._ready(network)
-        hands = OneHand(Engine(model, self._subset, memory_bytes=self._search.memory_mb * 1_000_000), tasks)
+        hands = OneHand(Engine(*self._ready(network), memory_bytes=self._search.memory_mb * 1_000_000), tasks)
         settings = settings_of(self._search, len(self._subset), self._seed)
         return measure(hands, len(tasks), settings, on_result, on_share)
 
     def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
-        return importance(self._ready(network), self._subset, wanted)
+        return importance(*self._ready(network), wanted)
 
     def close(self) -> None:
         return None
 
-    def _ready(self, network: NetworkState) -> nn.Module:
-        return ready(rebuild(self._unpruned, network), self._device)
+    def _ready(self, network: NetworkState) -> tuple[nn.Module, LossSubset]:
+        return ready_with(rebuild(self._unpruned, network), self._subset)
 
 
 class OneHand:

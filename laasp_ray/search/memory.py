@@ -1,7 +1,12 @@
-"""How much memory the tensors of a forward pass take at a time, found by watching one."""
+"""How much memory the tensors of a forward pass take at a time, found by watching one; and what is done without it.
+
+That memory ran out says something of the device and of who shares it, never of a candidate.
+"""
 
 from __future__ import annotations
 
+import functools
+import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,12 +15,77 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from laasp_ray.errors import MemoryShortError
+
+ATTEMPTS = 3
+"""How often what does not fit into memory, and cannot be made smaller, is tried: others may let go of theirs."""
+REMEDY = "lower search.memory_mb or search.batch_size"
+
+_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "ALLOC_FAILED")
+
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most bytes that tensors made by `run` take at a time; those that were there before do not count."""
     with _Watch() as watch:
         run()
     return watch.most
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device; CPU allocators raise a RuntimeError of many words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def let_go() -> None:
+    """Gives back what is held but not used. The error whose frames hold tensors must be gone by then."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def in_parts(total: int, size: int, run: Callable[[int, int, float], None]) -> None:
+    """`run(start, stop, share)` for parts of `size` of 0..total; smaller ones from where memory ran out.
+
+    `share` is how much of what goes together otherwise may: 1 until memory runs out, then ever less.
+    Raises MemoryShortError where it runs out for a single one, several times.
+    """
+    start, share, short = 0, 1.0, 0
+    while start < total:
+        stop = min(total, start + size)
+        told = _attempt(functools.partial(run, start, stop, share))
+        if not told:
+            start, short = stop, 0
+            continue
+        let_go()
+        short += stop - start == 1
+        if short == ATTEMPTS:
+            raise MemoryShortError(f"memory runs out for a single image ({told}): {REMEDY}, or free some of it")
+        size = max(1, (stop - start) // 2)
+        share = 0.0 if stop - start == 1 else share / 2
+
+
+def retried(run: Callable[[], Any], what: str, remedy: str = REMEDY) -> Any:
+    """What `run` gives, tried again where memory runs out; MemoryShortError, naming `what`, if it always does."""
+    given: list[Any] = []
+    for _ in range(ATTEMPTS):
+        told = _attempt(lambda: given.append(run()))
+        if not told:
+            return given[0]
+        let_go()
+    raise MemoryShortError(f"{what} does not fit into memory ({told}): {remedy}, or free some of it")
+
+
+def _attempt(run: Callable[[], Any]) -> str:
+    """What the allocator said, if memory ran out. Nothing of the error is kept, whose frames hold tensors."""
+    try:
+        run()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    return ""
 
 
 class _Watch(TorchDispatchMode):

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.pruning.masks import Mask, run_deaf, run_deaf_from
+from laasp_ray.search.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Program:
 
         `branches` has for each site the batches of masks to be run together. Gives (site, which of its batches, the
         outputs (masks * n, ...), mask by mask, or what was raised instead); (None, 0, outputs) for the unchanged one.
+        That memory ran out is raised.
         """
         waiting: dict[int, list[Site]] = {}
         for site in branches:
@@ -186,6 +188,8 @@ class Program:
         try:
             return self._branch(site, masks, unchanged)
         except Exception as error:  # a network's own code may raise anything; it is the candidate's error, not ours
+            if is_out_of_memory(error):
+                raise
             return error.with_traceback(None)  # whose frames hold the branch's values
 
     def _branch(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:

@@ -4,60 +4,75 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from laasp_ray.pruning.masks import is_bare
 from laasp_ray.pruning.verify import twin
+from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
+from laasp_ray.search.memory import is_out_of_memory
+from laasp_ray.search.mutation import InPlaceProxy, without_mutation
+from laasp_ray.search.precision import full_precision
 from laasp_ray.search.program import Operation, Program, Value
 
-_TOLERANCE = 1e-3
-"""Greatest difference between a program's output and the network's, relative to the greatest output."""
-
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-_SUMS = (operator.add, torch.add)
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-_FRESH = (*_WEIGHTED, nn.modules.batchnorm._BatchNorm)
-_ACTIVATIONS = (
-    functional.relu,
-    functional.relu6,
-    functional.hardtanh,
-    functional.hardswish,
-    functional.silu,
-    functional.leaky_relu,
-    functional.elu,
-    functional.mish,
-)
-"""Functions whose result is memory of its own unless they are told `inplace`."""
+_TOLERANCE = 1e-4
+"""Greatest difference between a program's output and the network's, relative to the greatest output: in float32 far
+above rounding."""
+_NOISE_IMAGES = 3
+"""What a first image does not show, such as a blank one, these do."""
 
 
+@full_precision()
+@torch.inference_mode()
+def verdict(model: nn.Module, example: torch.Tensor) -> str:
+    """Why a network in eval mode is not to be traced, or nothing: found on the CPU, in float32, whatever the device.
+
+    Its program must give what it gives, for `example` (B, ...) and for noise. A network whose forward pass depends on
+    its input's values has none, nor has one that gives more than one tensor, or something else every time.
+    """
+    network, first = model, example
+    if example.device.type != "cpu":
+        try:
+            network, first = twin(model).cpu(), example.cpu()
+            network(first)
+        except Exception:  # code that is tied to its device is checked there
+            network, first = model, example
+    images, wanted = _outputs(network, first)
+    program = trace(network, first)
+    return program if isinstance(program, str) else _fault(network, program, images, wanted)
+
+
+@full_precision()
 @torch.inference_mode()
 def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
-    """The program of a network in eval mode, checked against it on `example` (B, ...); or why there is none.
-
-    A network whose forward pass depends on its input's values has none, nor has one that gives more than one tensor.
-    """
+    """The program of a network in eval mode, not compared with it (`verdict` does that); or why there is none."""
     network = twin(model).eval()
-    for module in network.modules():
-        if isinstance(getattr(module, "inplace", None), bool):
-            cast(Any, module).inplace = False  # values are shared by branches
+    in_place = [
+        name
+        for name, module in network.named_modules(remove_duplicate=False)
+        if type(module).__module__.startswith("torch.nn") and getattr(module, "inplace", None) is True
+    ]
+    for name in in_place:
+        cast(Any, network.get_submodule(name)).inplace = False
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code and can fail in any way
-        return f"its forward pass cannot be traced ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]})"
-    reason = _without_mutation(graph)
+        return f"its forward pass cannot be traced ({_told(error)})"
+    try:
+        return _program_of(graph, network, in_place, example)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"its traced operations do not run ({_told(error)})"
+
+
+def _program_of(graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor) -> Program | str:
+    reason = without_mutation(graph, network, in_place, example)
     if reason is not None:
         return reason
     modules = _fold(network, graph)
@@ -70,38 +85,59 @@ def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
     place = {node: position for position, node in enumerate([inputs[0], *body])}
     operations = [Operation(run=_given, fresh=False)]
     operations += [_operation(node, network, modules, place) for node in body]
-    program = _measured(operations, [inputs[0], *body], modules, example)
-    if isinstance(program, str):
-        return program
-    wanted, found = model(example), next(program.run(example, {}, whole=True))[2]
-    assert isinstance(found, torch.Tensor)
-    scale = float(wanted.abs().max())
-    if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= _TOLERANCE * scale:
-        return "its traced operations do not give what it gives"
-    return program
+    return _measured(operations, [inputs[0], *body], modules, example)
+
+
+def _outputs(model: nn.Module, example: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """`example`, with noise where the network takes that, and what the network gives for it; raises what it raises."""
+    if example.is_floating_point():
+        noise = torch.randn(_NOISE_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+        images = torch.cat([example, noise.to(example)]).contiguous(memory_format=_format_of(example))
+        try:
+            return images, model(images.clone())
+        except Exception as error:  # a network may refuse what is no image
+            if is_out_of_memory(error):
+                raise
+    return example, model(example.clone())
+
+
+def _fault(model: nn.Module, program: Program, images: torch.Tensor, wanted: Any) -> str:
+    """How the program's outputs differ from `wanted`, the network's, or nothing."""
+    if not _same(model(images.clone()), wanted):
+        return "it is not deterministic in eval mode: the same images give something else every time"
+    try:
+        found = next(program.run(images, {}, whole=True))[2]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"its traced operations do not run ({_told(error)})"
+    return "" if _same(found, wanted) else "its traced operations do not give what it gives"
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """But for rounding. What is not finite must be the same: the losses of such a network show it."""
+    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    scale = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * scale, equal_nan=True)
+
+
+def _format_of(tensor: torch.Tensor) -> torch.memory_format:
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Layers stay whole, also those that a network derives from torch's."""
-        return isinstance(module, _WEIGHTED) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, WEIGHTED) or super().is_leaf_module(module, qualified_name)
 
-
-def _without_mutation(graph: fx.Graph) -> str | None:
-    """Makes operations leave their inputs alone; or says which cannot."""
-    for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function" and node.target in _OUT_OF_PLACE:
-            node.target = _OUT_OF_PLACE[node.target]
-        elif node.op == "call_method" and name.endswith("_") and callable(getattr(torch.Tensor, name[:-1], None)):
-            node.target = name[:-1]
-        elif node.op in ("call_function", "call_method") and (name.endswith("_") or name == "setitem"):
-            return f"{name} changes a tensor in place"
-        elif "out" in node.kwargs:
-            return f"{name} writes into a tensor given to it"
-    return None
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
 
 def _fold(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
@@ -140,12 +176,9 @@ def _operation(
     arguments, keywords = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
     reads = tuple(place[other] for other in node.all_input_nodes)
     if callable(node.target):
-        fresh = node.target in _SUMS or node.target in _ACTIVATIONS
-        return Operation(node.target, arguments, keywords, reads, fresh=fresh)
+        return Operation(node.target, arguments, keywords, reads, fresh=is_fresh(node, modules))
     if node.op == "call_module":
-        module = modules[node.target]
-        fresh = isinstance(module, _FRESH) or _is_activation(module)
-        return Operation(module, arguments, keywords, reads, node.target, fresh)
+        return Operation(modules[node.target], arguments, keywords, reads, node.target, is_fresh(node, modules))
     if node.op == "get_attr":
         constant = functools.reduce(getattr, node.target.split("."), network)
         return Operation(lambda: constant)
@@ -158,10 +191,6 @@ def _call_method(name: str, instance: Any, *arguments: Any, **keywords: Any) -> 
 
 def _given() -> torch.Tensor:
     raise AssertionError("the input is not computed")
-
-
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation" and hasattr(module, "inplace")
 
 
 def _measured(
@@ -183,20 +212,25 @@ def _measured(
         if not all(torch.equal(values[read], old) for read, old in before):
             return f"{operation.module} changes its input in place"
         values.append(value)
-        per_output = module.get_parameter("weight")[0].numel() if isinstance(module, _WEIGHTED) else 0
+        per_output = module.get_parameter("weight")[0].numel() if isinstance(module, WEIGHTED) else 0
         macs = value.numel() // images * per_output if per_output else 0
         size = _bytes(value) // images if operation.reads else 0  # parameters take no memory of their own
         measured.append(replace(operation, macs=macs, bytes=size))
         over = [
             read
             for read in operation.reads
-            if operations[read].fresh and len(nodes[read].users) == 1 and values[read].shape == value.shape
+            if operations[read].fresh and len(nodes[read].users) == 1 and _alike(values[read], value)
         ]
         overwrite = _overwriting(node, operation, over[0], modules) if over else None
         if overwrite is not None:
             measured[-1] = replace(measured[-1], overwrite=overwrite, overwritten=over[0])
     sized = any(not isinstance(value, torch.Tensor) for value in values)
     return Program(measured, modules, sized)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return tensors and one.shape == other.shape and one.dtype == other.dtype
 
 
 def _bytes(value: Any) -> int:
@@ -208,14 +242,14 @@ def _overwriting(
 ) -> Callable[..., Any] | None:
     """The operation done into the memory of one of its arguments, where there is such a form of it."""
     module = modules.get(operation.module)
-    if module is not None and _is_activation(module):
+    if module is not None and is_activation(module):
         in_place = copy.copy(module)
         cast(Any, in_place).inplace = True
         return in_place
-    if node.target in _ACTIVATIONS:
+    if node.target in ACTIVATIONS:
         return functools.partial(_in_place, node.target)
     terms = [Value(read), *(Value(other) for other in operation.reads if other != read)]
-    if node.target in _SUMS and not operation.keywords and len(terms) == 2 and len(operation.arguments) == 2:
+    if node.target in SUMS and not operation.keywords and len(terms) == 2 and len(operation.arguments) == 2:
         first = operation.arguments[0] == terms[0]
         return torch.Tensor.add_ if first else _add_to_second
     return None

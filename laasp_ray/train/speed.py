@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import RunConfig
+from laasp_ray.copying import deep_copy
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
 from laasp_ray.train.data import SpellData
 
@@ -82,6 +82,13 @@ def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device
         with torch.inference_mode():
             model(images)
 
+    try:
+        infer(images[:1], labels)
+    except RuntimeError as error:
+        if "view" not in str(error):
+            raise
+        # As in the search: `x.view(len(x), -1)` behind a convolution does not run channels last.
+        model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()  # type: ignore[call-overload]
     return _rate(itertools.repeat((images, labels), BATCHES + 1), infer, device)
 
 
@@ -107,7 +114,7 @@ def _rate(
 
 
 def _copy_on(unpruned: nn.Module, device: torch.device) -> nn.Module:
-    return copy.deepcopy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    return deep_copy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
 
 def _name(device: torch.device) -> str:

@@ -8,6 +8,7 @@ import torch
 from helpers import small_run
 from torch import nn
 
+from laasp_ray import models
 from laasp_ray.data import loader as loader_module
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.methods import targets
@@ -272,3 +273,20 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         open_run(small_run(tmp_path / "file" / "runs"))
+
+
+def test_a_batchnorm_without_running_statistics_is_refused_before_anything_starts(tmp_path):
+    config = small_run(tmp_path)
+    model = models.build(config.model)
+    name, norm = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    with pytest.raises(ConfigError, match=f"{name} is a BatchNorm without running statistics"):
+        prepare(config, model)
+
+
+def test_a_frozen_batchnorm_stays_in_eval_mode(tmp_path):
+    config = small_run(tmp_path)
+    model = models.build(config.model).train()
+    norms = {name: module.eval() for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    prepare(config, model)
+    assert {name for name, module in model.named_modules() if not module.training} == set(norms)

@@ -129,6 +129,34 @@ class Concatenated(Body):
         return torch.cat([functional.relu(x), self.conv(x)], 1)
 
 
+class IgnoresResult(Body):
+    """Works in place and goes on with what it worked on."""
+
+    def middle(self, x):
+        y = self.conv(x)
+        y.relu_()
+        self.relu(x)
+        return x + y
+
+
+class ReadAgain(Body):
+    """What was changed in place is read again by its first name, under a module of the network's own as well."""
+
+    class Swish(nn.Module):
+        inplace = True
+
+        def forward(self, x):
+            return x.mul_(x.sigmoid()) if self.inplace else x * x.sigmoid()
+
+    def __init__(self):
+        super().__init__()
+        self.swish = self.Swish()
+
+    def middle(self, x):
+        x = self.conv(functional.relu(x, inplace=True)) + x
+        return self.conv(self.swish(x)) + x
+
+
 class BySize(Body):
     def middle(self, x):
         x = self.relu(x)
@@ -164,6 +192,8 @@ TRACEABLE = [
     NotFoldable,
     NormFirst,
     Concatenated,
+    IgnoresResult,
+    ReadAgain,
     BySize,
     SubclassedLayer,
 ]

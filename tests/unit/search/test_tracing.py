@@ -60,16 +60,6 @@ class SetsItems(Body):
         return self.conv(x)
 
 
-class IgnoresResult(Body):
-    """Works in place and goes on with what it worked on."""
-
-    def middle(self, x):
-        y = self.conv(x)
-        y.relu_()
-        self.relu(x)
-        return x + y
-
-
 class WritesOut(Body):
     def middle(self, x):
         y = torch.empty_like(x)
@@ -114,7 +104,6 @@ class TwoOutputs(Body):
 UNTRACEABLE = {
     DependsOnValues: "its forward pass cannot be traced (TraceError: ",
     SetsItems: "its forward pass cannot be traced (TypeError: ",
-    IgnoresResult: "its traced operations do not give what it gives",
     WritesOut: "mul writes into a tensor given to it",
     Fills: "normal_ changes a tensor in place",
     MutatingLayer: "conv changes its input in place",
