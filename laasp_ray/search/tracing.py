@@ -190,7 +190,9 @@ def _measured(
         over = [
             read
             for read in operation.reads
-            if operations[read].fresh and len(nodes[read].users) == 1 and values[read].shape == value.shape
+            if operations[read].fresh
+            and len(nodes[read].users) == 1
+            and values[read].shape == getattr(value, "shape", None)  # a split gives a tuple
         ]
         overwrite = _overwriting(node, operation, over[0], modules) if over else None
         if overwrite is not None:
