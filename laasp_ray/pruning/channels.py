@@ -33,8 +33,8 @@ class Side:
 
     `size` channels in `blocks` equal contiguous blocks, which must lose the same count each. `role`: a layer's own
     filters, a layer's inputs, or the channels of something else. `normalises` says that the module computes statistics
-    over its channels, so that removing one changes the others' values, or that no layer of its own reads them: such a
-    prune is measured on a pruned copy. `filters_per_input`: how many filters a depthwise convolution has for each input.
+    over its channels, so that removing one changes the others' values, or that no layer reads them: such a prune is
+    measured on a pruned copy. `filters_per_input`: how many filters a depthwise convolution has for each input.
     """
 
     module: str

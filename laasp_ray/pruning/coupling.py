@@ -52,7 +52,8 @@ class Couplings:
         self._own: dict[str, tuple[Side, np.ndarray] | str] = {}
         self._names = {name: names[0] for names in _names_of_tensors(probe).values() for name in names}
         self._describe(probe)
-        _run(probe, example, flow, self._grouped)
+        refused = {name: reason for name, reason in self._own.items() if isinstance(reason, str)}
+        _run(probe, example, flow, self._grouped, refused)
         self.meetings: Sequence[Meeting] = flow.meetings
         self.classes = flow.channels.classes()
         self._add_meetings(probe)
@@ -126,7 +127,7 @@ class Couplings:
     def _describe(self, probe: nn.Module) -> None:
         """Numbers the channels of all parameters and buffers, and ties what one module has of the same channels."""
         modules = dict(probe.named_modules(remove_duplicate=False))
-        tensors = {name: tensor for name, tensor in _tensors(probe)}
+        tensors = dict(_tensors(probe))
         described = {
             name: [describe(name, module, inputs=inputs) for inputs in (False, True)]
             for name, module in modules.items()
@@ -191,10 +192,9 @@ class Couplings:
             module = modules[meeting.module]
             if meeting.kind == "holds" and isinstance(module, _NORMS):
                 continue
-            weight = f"{meeting.module}.weight"
-            if meeting.kind == "reads" and meeting.owner and self._names.get(weight) == meeting.owner:
-                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-                    continue
+            reads_itself = meeting.owner and self._names.get(f"{meeting.module}.weight") == meeting.owner
+            if meeting.kind == "reads" and reads_itself and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                continue
             side = Side(meeting.module, "channels", len(meeting.channels), 1, (), (), normalises=True)
             self._sides.append((side, meeting.channels))
 
@@ -236,8 +236,14 @@ def _names_of_tensors(probe: nn.Module) -> dict[int, list[str]]:
 
 
 @torch.no_grad()
-def _run(probe: nn.Module, example: torch.Tensor, flow: Flow, grouped: dict[tuple[str, str], np.ndarray]) -> None:
-    with Follower(probe, flow, grouped) as follower:
+def _run(
+    probe: nn.Module,
+    example: torch.Tensor,
+    flow: Flow,
+    grouped: dict[tuple[str, str], np.ndarray],
+    refused: Mapping[str, str],
+) -> None:
+    with Follower(probe, flow, grouped, refused) as follower:
         for dim in range(1, 2 if example.ndim > 3 else example.ndim):
             line = flow.channels.new(example.shape[dim])
             flow.stuck.append((line, "its filters meet the channels of the network's input"))

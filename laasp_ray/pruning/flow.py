@@ -8,7 +8,7 @@ cost is linear in the network. An operation without a rule keeps the channels th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,8 +76,12 @@ class Follower(TorchDispatchMode):
     """Follows channels through the run of a network, inside `with`. `grouped` has the input (or output) lines of
     grouped convolutions, by the name of their weight."""
 
-    def __init__(self, model: nn.Module, flow: Flow, grouped: dict[tuple[str, str], np.ndarray]) -> None:
+    def __init__(
+        self, model: nn.Module, flow: Flow, grouped: dict[tuple[str, str], np.ndarray], refused: Mapping[str, str]
+    ) -> None:
+        """`refused` says of modules why their channels cannot be removed."""
         super().__init__()
+        self.refused = refused
         self.flow, self.grouped = flow, grouped
         self.calls: Counter[str] = Counter()
         self._labels = WeakTensorKeyDictionary()

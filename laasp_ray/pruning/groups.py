@@ -17,6 +17,7 @@ from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import Side, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
+from laasp_ray.pruning.flow import tensors_of
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.pruning.verify import fault_of, scramble, twin
@@ -24,7 +25,7 @@ from laasp_ray.pruning.verify import fault_of, scramble, twin
 logger = logging.getLogger(__name__)
 
 _DRAWS = 2
-"""How many random halves of every layer's filters are tried; a wrong order of channels can be right for one by chance."""
+"""How many random halves of every layer's filters are tried; one alone may be right by chance."""
 
 _MOST_IN_FLOAT64 = 50_000_000
 """Networks of more parameters are tried out in float32, which takes half the memory and shows less."""
@@ -80,6 +81,7 @@ class PruningGraph:
         modules = dict(probe.named_modules())
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
+        _check_repeatable(probe, example)
         flow = Couplings(probe, example, frozen)
         self._couplings: dict[str, Coupling] = {}
         reasons: dict[str, str] = {}
@@ -134,10 +136,25 @@ def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGr
     return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled))
 
 
+@torch.no_grad()
+def _check_repeatable(probe: nn.Module, example: torch.Tensor) -> None:
+    """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            outputs = [list(tensors_of(probe(example))) for _ in range(2)]
+        except Exception:  # said better by whoever runs it next, who knows the module
+            return
+    if any(not torch.equal(*pair) and not bool(pair[0].isnan().any()) for pair in zip(*outputs, strict=False)):
+        raise PruningError(
+            "the network is not deterministic in eval mode: two runs on the same input give different outputs; leave "
+            "noise and dropout to training mode (if self.training)"
+        )
+
+
 def _faults(
     probe: nn.Module, example: torch.Tensor, found: Couplings, couplings: Mapping[str, Coupling]
 ) -> dict[str, str]:
-    """Layers whose removal does not do what it should, with the fault: all are tried at once, and halves if that fails."""
+    """Layers whose removal does not do what it should, with the fault. All are tried at once, halves if that fails."""
     faults: dict[str, str] = {}
 
     def fault_in(layers: Sequence[str], draw: int) -> str | None:
@@ -159,8 +176,12 @@ def _faults(
             search(layers[: len(layers) // 2])
             search(layers[len(layers) // 2 :])
 
-    search(list(couplings))
-    return faults
+    # Layers that share all their channels (those of a residual stage) stand or fall together.
+    alike: dict[bytes, list[str]] = {}
+    for name, coupling in couplings.items():
+        alike.setdefault(np.unique(coupling.own).tobytes(), []).append(name)
+    search([names[0] for names in alike.values()])
+    return {name: faults[names[0]] for names in alike.values() if names[0] in faults for name in names}
 
 
 def _random_half(coupling: Coupling, seed: str) -> list[int]:

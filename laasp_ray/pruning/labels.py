@@ -37,18 +37,18 @@ def line(label: Label) -> np.ndarray:
     return label.reshape(-1).numpy()
 
 
-def collapsed(numbers: torch.Tensor) -> Label | None:
-    """The label that full-sized numbers make, or None where there are none; 0 agrees with any number."""
+def collapsed(numbers: torch.Tensor) -> Label:
+    """The label that full-sized numbers make; 0 agrees with any number."""
     label = numbers.to(torch.int64)
     for dim in range(label.ndim):
         if label.shape[dim] > 1:
             highest = label.amax(dim, keepdim=True)
             if bool(((label == highest) | (label == 0)).all()):
                 label = highest
-    return label if bool(label.any()) else None
+    return label
 
 
-def moved(label: Label, shape: Sequence[int], move: Callable[[torch.Tensor], object]) -> list[Label | None]:
+def moved(label: Label, shape: Sequence[int], move: Callable[[torch.Tensor], object]) -> list[Label]:
     """The labels after an operation that only moves, repeats or leaves out elements of a tensor of `shape`: done to
     the numbers themselves. One for each tensor that it gives."""
     given = move(label.expand(tuple(shape)).to(torch.float64).contiguous())
@@ -94,15 +94,13 @@ class Channels:
         """Labels of one tensor, from several that it got them from: those that share a dimension become one."""
         found: list[Label] = []
         for label in labels:
-            merged: Label | None = label
-            for other in [kept for kept in found if set(varying(kept)) & set(varying(label))]:
-                assert merged is not None
-                self.tie(other, merged)
-                found.remove(other)
-                one, two = torch.broadcast_tensors(other, merged)
-                merged = collapsed(torch.where(one > 0, one, two))
-            if merged is not None:
-                found.append(merged)
+            sharing = [bool(set(varying(kept)) & set(varying(label))) for kept in found]
+            for other in [kept for kept, shares in zip(found, sharing, strict=True) if shares]:
+                self.tie(other, label)
+                one, two = torch.broadcast_tensors(other, label)
+                label = collapsed(torch.where(one > 0, one, two))
+            found = [kept for kept, shares in zip(found, sharing, strict=True) if not shares]
+            found.append(label)
         return found
 
     def classes(self) -> np.ndarray:

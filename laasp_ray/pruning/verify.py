@@ -30,8 +30,8 @@ _ROUGH = 1e-4
 """The same for a network that computes in less than float64, whatever it is given."""
 
 MIXED = (
-    "removing them is not the same as silencing them: the network mixes its channels in a way that a run of it does not "
-    "show"
+    "removing them is not the same as silencing them: the network mixes its channels in a way that a "
+    "run of it does not show"
 )
 
 
@@ -85,24 +85,27 @@ def fault_of(
     `meetings` are where its channels disappear, as a run of it showed; `gone` (n,) says of every channel's number
     whether the removal takes it.
     """
-    pruned, silenced = twin(model), twin(model)
+    pruned = twin(model)
     try:
         apply_plan(pruned, plan_of(removal))
     except PruningError as error:
         return str(error)
     with torch.no_grad():
         with _Silenced(meetings, gone) as record:
-            wanted = list(tensors_of(silenced(example)))
+            wanted = list(tensors_of(model(example)))
         try:
             with _Held(meetings, gone, record.statistics):
                 found = list(tensors_of(pruned(example)))
         except Exception as error:  # the network's own code may raise anything here, and that is the finding
-            return f"the network does not run without them ({type(error).__name__}: {_first_line(error)})"
+            return (
+                "the network does not run without them, its code fixes how many there are "
+                f"({type(error).__name__}: {_first_line(error)})"
+            )
     return _difference(wanted, found)
 
 
 class _AtMeetings(TorchDispatchMode):
-    """Acts on the operations in which channels that are gone disappear, found by their names and how often they came."""
+    """Acts on operations in which channels that are gone disappear, found by their names and how often they came."""
 
     def __init__(self, meetings: Sequence[Meeting], gone: np.ndarray) -> None:
         super().__init__()

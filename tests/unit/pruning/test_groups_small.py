@@ -341,7 +341,7 @@ def test_a_fault_costs_only_the_layers_it_concerns():
 
 
 def test_a_shuffle_couples_the_channels_that_it_interleaves():
-    """0 4 1 5 2 6 3 7 after two groups of four: without 0 and 5 the network would make 1 4 2 6 3 7 of it, not 4 1 2 6 3 7."""
+    """0 4 1 5 2 6 3 7 of two groups of four: without 0 and 5 it would be 1 4 2 6 3 7, not 4 1 2 6 3 7."""
     torch.manual_seed(0)
     graph = PruningGraph(Shuffled(), INPUT)
     assert list(graph.layers) == ["second"]

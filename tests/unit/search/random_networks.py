@@ -1,4 +1,4 @@
-"""Networks drawn at random from what real ones are made of: joins, groups, shares, gates, transposed, norms, shuffles."""
+"""Networks drawn at random: joins, groups, shares, gates, transposed convolutions, norms, shuffles."""
 
 import random
 
