@@ -33,7 +33,8 @@ class Side:
 
     `size` channels in `blocks` equal contiguous blocks, which must lose the same count each. `role`: a layer's own
     filters, a layer's inputs, or the channels of something else. `normalises` says that the module computes statistics
-    over its channels, so that removing one changes the others' values.
+    over its channels, so that removing one changes the others' values, or that no layer reads them: such a prune is
+    measured on a pruned copy. `filters_per_input`: how many filters a depthwise convolution has for each input.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Side:
     axes: tuple[TensorAxis, ...]
     attributes: tuple[str, ...]
     normalises: bool = False
+    filters_per_input: int = 1
 
 
 Removal = Mapping[Side, Collection[int]]
@@ -68,7 +70,9 @@ def plan_of(removal: Removal) -> Plan:
         for axis in side.axes:
             tensors.setdefault(axis.tensor, {})[axis.axis] = parts if axis.per_block else (kept,)
         for name in side.attributes:
-            value = (len(kept),) if name == "normalized_shape" else len(kept)
+            value: AttributeValue = (len(kept),) if name == "normalized_shape" else len(kept)
+            if name in ("in_channels", "groups") and side.role == "filters":
+                value = len(kept) // side.filters_per_input
             attributes.setdefault(side.module, {})[name] = value
         if side.role == "filters":
             layers[side.module] = kept
@@ -92,8 +96,8 @@ def _parts(side: Side, kept: tuple[int, ...]) -> Kept:
 def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None:
     """A module's input side, if `inputs`, or else its output side.
 
-    A string says why the channels of such a module cannot be removed; None that the module has no channels that
-    would have to be.
+    A string says why the channels of such a module cannot be removed; None that it is of no type with channels of its
+    own, though its parameters may have some.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(name, module, inputs)
@@ -131,6 +135,7 @@ def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side
                 1,
                 _axes(name, conv, 0, bias=True),
                 ("out_channels", "in_channels", "groups"),
+                filters_per_input=conv.out_channels // conv.in_channels,
             ),
         )
     axis = int(inputs) if not conv.transposed else int(not inputs)
@@ -141,11 +146,12 @@ def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a convolution applies one filter to each channel, so that its inputs and outputs go together."""
+    """Whether a convolution applies filters of its own to each channel, so that its inputs and outputs go together."""
     return (
         isinstance(module, nn.modules.conv._ConvNd)
         and module.groups > 1
-        and module.groups == module.in_channels == module.out_channels
+        and module.groups == module.in_channels
+        and (module.out_channels == module.in_channels or not module.transposed)
     )
 
 
@@ -156,11 +162,11 @@ def _normalisation(name: str, module: nn.Module) -> Side | str | None:
         return _simple(name, module, "num_channels", module.num_channels, blocks=module.num_groups, normalises=True)
     if isinstance(module, nn.LayerNorm):
         if len(module.normalized_shape) != 1:
-            return f"{name} normalises over {len(module.normalized_shape)} dimensions at once"
+            return None
         return _simple(name, module, "normalized_shape", module.normalized_shape[0], normalises=True)
     if isinstance(module, nn.PReLU):
         return _simple(name, module, "num_parameters", module.num_parameters) if module.num_parameters > 1 else None
-    return f"{name} is a {type(module).__name__}, whose channels cannot be removed"
+    return None
 
 
 def _simple(

@@ -1,9 +1,4 @@
-"""What has to be pruned together, and how much of it at a time.
-
-torch-pruning's dependency graph says which channels of which modules belong together. Its groups are translated here
-into our own plans; its own pruning is not used, for it gives every group of a grouped convolution the inputs kept in
-the first.
-"""
+"""What has to be pruned together, and how much of it at a time."""
 
 from __future__ import annotations
 
@@ -13,23 +8,27 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch_pruning
 from torch import nn
-from torch_pruning import ops
 
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import PruningError
-from laasp_ray.pruning.channels import Side, describe, is_depthwise, parameter_side, plan_of, unite
+from laasp_ray.pruning.channels import Side, plan_of, unite
+from laasp_ray.pruning.coupling import Coupling, Couplings
+from laasp_ray.pruning.flow import tensors_of
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
-from laasp_ray.pruning.verify import fault_of, scramble, tensors_in, twin
+from laasp_ray.pruning.verify import fault_of, scramble, twin
 
 logger = logging.getLogger(__name__)
 
-_TRANSPARENT = (ops.OPTYPE.ELEMENTWISE, ops.OPTYPE.CONCAT, ops.OPTYPE.RESHAPE)
-"""Operations that channels pass through; splits and slices, whose sizes a network fixes, are not among them."""
+_DRAWS = 2
+"""How many random halves of every layer's filters are tried; one alone may be right by chance."""
+
+_MOST_IN_FLOAT64 = 50_000_000
+"""Networks of more parameters are tried out in float32, which takes half the memory and shows less."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,6 @@ class ChannelGroup:
     coupled: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Coupling:
-    """For every side that a layer's filters reach: filter -> channels there."""
-
-    sides: Mapping[Side, Mapping[int, tuple[int, ...]]]
-    blocks: int
-
-    def removal(self, filters: Sequence[int]) -> dict[Side, set[int]]:
-        return {
-            side: {channel for index in filters for channel in channels.get(index, ())}
-            for side, channels in self.sides.items()
-        }
-
-
 class PruningGraph:
     """The prunable layers of a network as it stands now, and what goes with each of their filters.
 
@@ -68,8 +53,7 @@ class PruningGraph:
     Every layer's coupling is checked by running (see verify.py); one that fails is skipped. `layers` and `skipped`
     are in the order of named_modules. `shapes` has those of all parameters, by name.
 
-    Raises ConfigError for unknown names, PruningError if the network cannot be traced. (Method: Fang et al., DepGraph,
-    CVPR 2023.)
+    Raises ConfigError for unknown names, PruningError if the network cannot be run.
     """
 
     layers: Mapping[str, ChannelGroup]
@@ -77,7 +61,6 @@ class PruningGraph:
     shapes: Mapping[str, tuple[int, ...]]
 
     @torch.inference_mode(False)
-    @torch.enable_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -87,24 +70,29 @@ class PruningGraph:
         extra_layers: Sequence[str] = (),
     ) -> None:
         probe = twin(model).cpu().float().eval()
+        exact = sum(parameter.numel() for parameter in probe.parameters()) <= _MOST_IN_FLOAT64
+        if exact:
+            probe.double()
         example = example_input[:1].detach().cpu().clone()
         if example.is_floating_point():
             example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+            example = example.double() if exact else example
         self.shapes = {name: tuple(parameter.shape) for name, parameter in probe.named_parameters()}
         modules = dict(probe.named_modules())
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
-        tracer = _Tracer(probe, example, frozen)
-        self._couplings: dict[str, _Coupling] = {}
+        _check_repeatable(probe, example)
+        flow = Couplings(probe, example, frozen)
+        self._couplings: dict[str, Coupling] = {}
         reasons: dict[str, str] = {}
         for name in names:
-            found = "is ignored" if name in frozen else tracer.coupling(name)
+            found = "is ignored" if name in frozen else flow.of(name)
             if isinstance(found, str):
                 reasons[name] = found
             else:
                 self._couplings[name] = found
         scramble(probe, example)
-        for name, fault in _faults(probe, example, self._couplings).items():
+        for name, fault in _faults(probe, example, flow, self._couplings).items():
             reasons[name] = fault
             del self._couplings[name]
         order = {name: position for position, name in enumerate(modules)}
@@ -143,167 +131,61 @@ class PruningGraph:
         return self._couplings[layer].removal(filters)
 
 
-class _Tracer:
-    """torch-pruning's graph of a network, asked for one layer after the other."""
-
-    def __init__(self, probe: nn.Module, example: torch.Tensor, frozen: set[str]) -> None:
-        """`probe` is a copy that may be changed: the graph is shown its grouped convolutions as plain ones."""
-        self._frozen = frozen
-        self._modules = dict(probe.named_modules())
-        self._names = {module: name for name, module in self._modules.items()}
-        self._parameters = {parameter: name for name, parameter in probe.named_parameters()}
-        self._sides = {
-            (name, inputs): describe(name, module, inputs=inputs)
-            for name, module in self._modules.items()
-            for inputs in (False, True)
-        }
-        self._outputs: set[object] = set()
-        grouped = {
-            module: module.groups
-            for module in self._modules.values()
-            if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not is_depthwise(module)
-        }
-
-        def after_forward(output: object) -> object:
-            self._outputs.update(tensor.grad_fn for tensor in tensors_in(output))
-            for convolution in grouped:
-                convolution.groups = 1  # or one with a filter a group would be taken for a depthwise one
-            return list(tensors_in(output))
-
-        probe.requires_grad_(True)
-        self._graph = torch_pruning.DependencyGraph()
-        try:
-            self._graph.build_dependency(
-                probe,
-                example,
-                forward_fn=lambda network, inputs: network(inputs),
-                output_transform=after_forward,
-                verbose=False,
-            )
-        except Exception as error:  # tracing runs the network's own code and can fail in any way
-            raise PruningError(
-                f"the network cannot be traced with an input of shape {tuple(example.shape)} "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        for convolution, groups in grouped.items():
-            convolution.groups = groups
-        for parameter in probe.parameters():
-            parameter.grad = None
-
-    def coupling(self, layer: str) -> _Coupling | str:
-        """What the layer's filters reach, or why they cannot be removed."""
-        own = self._sides[layer, False]
-        if not isinstance(own, Side):
-            return own or "has no filters"
-        if self._modules[layer] not in self._graph.module2node:
-            return "is not part of the forward pass"
-        reached = self._reached(layer, range(own.size))
-        if isinstance(reached, str):
-            return reached
-        # A filter that reaches others of its own layer shows when only half of them are asked for.
-        half = random.Random(0).sample(range(own.size), own.size // 2)
-        again = self._reached(layer, half)
-        chosen = set(half)
-        for side, pairs in reached.items():
-            expected = {channel for channel, root in pairs.items() if root in chosen}
-            if half and (isinstance(again, str) or set(again.get(side, {})) != expected):
-                return "its filters are coupled to one another"
-        return _with_blocks(own, {side: _by_root(pairs) for side, pairs in reached.items()})
-
-    def _reached(self, layer: str, filters: Sequence[int]) -> dict[Side, dict[int, int]] | str:
-        """Side -> channel there -> the filter it belongs to; or why that cannot be."""
-        module = self._modules[layer]
-        prune = self._graph.get_pruner_of_module(module).prune_out_channels
-        reached: dict[Side, dict[int, int]] = {}
-        for item in self._graph.get_pruning_group(module, prune, list(filters)).items:
-            side = self._side(item.dep)
-            if isinstance(side, str):
-                return side
-            if side is None:
-                continue
-            if item.idxs and not 0 <= min(item.idxs) <= max(item.idxs) < side.size:
-                return f"its filters do not match the {side.size} {side.role} of {side.module}"
-            reached.setdefault(side, {}).update(zip(item.idxs, item.root_idxs, strict=True))
-        return reached
-
-    def _side(self, dependency: torch_pruning.Dependency) -> Side | str | None:
-        """The side that a dependency of the graph acts on; None where channels only pass through."""
-        node, module = dependency.target, dependency.target.module
-        name = self._names.get(module)
-        inputs = isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not self._graph.is_out_channel_pruning_fn(
-            dependency.handler
-        )
-        if node.type == ops.OPTYPE.OUTPUT or (node.grad_fn in self._outputs and not inputs):
-            return "its filters are outputs of the network"
-        if node.type == ops.OPTYPE.PARAMETER:
-            parameter = self._parameters[module]
-            if parameter.rpartition(".")[0] in self._frozen:
-                return f"is coupled to {parameter}, which is ignored"
-            return parameter_side(parameter, node.pruning_dim, module.shape[node.pruning_dim])
-        if name is None:
-            return None if node.type in _TRANSPARENT else f"its channels pass through a {node.type.name.lower()}"
-        if name in self._frozen and not inputs:
-            return f"is coupled to {name}, which is ignored"
-        return self._sides[name, inputs]
-
-
-def _by_root(pairs: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
-    channels: dict[int, list[int]] = {}
-    for channel in sorted(pairs):
-        channels.setdefault(pairs[channel], []).append(channel)
-    return {root: tuple(found) for root, found in channels.items()}
-
-
-def _with_blocks(own: Side, sides: dict[Side, dict[int, tuple[int, ...]]]) -> _Coupling | str:
-    blocks = 1
-    for side, channels in sides.items():
-        if side.blocks == 1:
-            continue
-        if side.size != own.size or any(channels.get(index) != (index,) for index in range(own.size)):
-            return f"its filters are only a part of the {side.role} of {side.module}, which has {side.blocks} groups"
-        blocks = math.lcm(blocks, side.blocks)
-    if own.size % blocks:
-        return f"its {own.size} filters do not divide into the {blocks} blocks that the grouped layers around it need"
-    if own.size == blocks:
-        return "one filter left" if blocks == 1 else f"one filter left in each of its {blocks} blocks"
-    return _Coupling(sides, blocks)
-
-
-def _group(name: str, coupling: _Coupling, order: Mapping[str, int]) -> ChannelGroup:
+def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGroup:
     coupled = sorted({side.module for side in coupling.sides}, key=lambda module: order[module])
-    own = next(side.size for side in coupling.sides if side.module == name and side.role == "filters")
-    return ChannelGroup(name, own, coupling.blocks, tuple(coupled))
+    return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled))
 
 
-def _faults(probe: nn.Module, example: torch.Tensor, couplings: Mapping[str, _Coupling]) -> dict[str, str]:
-    """Layers whose removal does not do what it should, with the fault. All are tried at once, and singly if that fails.
+@torch.no_grad()
+def _check_repeatable(probe: nn.Module, example: torch.Tensor) -> None:
+    """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            outputs = [list(tensors_of(probe(example))) for _ in range(2)]
+        except Exception:  # said better by whoever runs it next, who knows the module
+            return
+    if any(not torch.equal(*pair) and not bool(pair[0].isnan().any()) for pair in zip(*outputs, strict=False)):
+        raise PruningError(
+            "the network is not deterministic in eval mode: two runs on the same input give different outputs; leave "
+            "noise and dropout to training mode (if self.training)"
+        )
 
-    Those that meet a module which normalises over channels are tried apart, for less can be asked of them.
-    """
-    found: dict[str, str] = {}
-    for normalised in (False, True):
-        layers = [
-            name
-            for name, coupling in couplings.items()
-            if any(side.normalises for side in coupling.sides) == normalised
-        ]
+
+def _faults(
+    probe: nn.Module, example: torch.Tensor, found: Couplings, couplings: Mapping[str, Coupling]
+) -> dict[str, str]:
+    """Layers whose removal does not do what it should, with the fault. All are tried at once, halves if that fails."""
+    faults: dict[str, str] = {}
+
+    def fault_in(layers: Sequence[str], draw: int) -> str | None:
         together: dict[Side, set[int]] = {}
+        gone = np.zeros(int(found.classes.max()) + 1, bool)
         for name in layers:
-            coupling = couplings[name]
-            if not any(side.module == name and side.role == "filters" for side in together):
-                unite(together, coupling.removal(_random_half(name, coupling)))
-        if together and fault_of(probe, example, together) is not None:
-            singly = (
-                (name, fault_of(probe, example, couplings[name].removal(_random_half(name, couplings[name]))))
-                for name in layers
-            )
-            found.update((name, fault) for name, fault in singly if fault is not None)
-    return found
+            coupling, filters = couplings[name], _random_half(couplings[name], f"{name}{draw}")
+            if not gone[coupling.own].any():
+                unite(together, coupling.removal(filters))
+                gone[coupling.classes(filters)] = True
+        return fault_of(probe, example, together, found.meetings, gone[found.classes])
+
+    def search(layers: Sequence[str]) -> None:
+        draws = (fault_in(layers, draw) for draw in range(_DRAWS if layers else 0))
+        fault = next((fault for fault in draws if fault is not None), None)
+        if fault is not None and len(layers) == 1:
+            faults[layers[0]] = fault
+        elif fault is not None:
+            search(layers[: len(layers) // 2])
+            search(layers[len(layers) // 2 :])
+
+    # Layers that share all their channels (those of a residual stage) stand or fall together.
+    alike: dict[bytes, list[str]] = {}
+    for name, coupling in couplings.items():
+        alike.setdefault(np.unique(coupling.own).tobytes(), []).append(name)
+    search([names[0] for names in alike.values()])
+    return {name: faults[names[0]] for names in alike.values() if names[0] in faults for name in names}
 
 
-def _random_half(name: str, coupling: _Coupling) -> list[int]:
-    own = next(side.size for side in coupling.sides if side.module == name and side.role == "filters")
-    width, draw = own // coupling.blocks, random.Random(name)
+def _random_half(coupling: Coupling, seed: str) -> list[int]:
+    width, draw = len(coupling.own) // coupling.blocks, random.Random(seed)
     return [
         block * width + index
         for block in range(coupling.blocks)

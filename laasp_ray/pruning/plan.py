@@ -59,7 +59,7 @@ class Plan:
         """
         tensors = {name: dict(axes) for name, axes in self.tensors.items()}
         for name, axes in step.tensors.items():
-            tensors[name] = _compose_axes(name, self.tensors.get(name, {}), axes, _changes_groups(step, name))
+            tensors[name] = _compose_axes(name, self.tensors.get(name, {}), axes, _filters_per_group(step, name))
         attributes = {name: dict(values) for name, values in self.attributes.items()}
         for name, values in step.attributes.items():
             attributes[name] = {**attributes.get(name, {}), **values}
@@ -110,14 +110,15 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Everything is checked before anything is changed, and the shapes again afterwards. Raises PruningError naming the
     tensor and axis that do not fit, or the module whose attributes contradict its tensors.
     """
-    selected = {name: _select(name, _tensor(model, name), axes) for name, axes in plan.tensors.items()}
+    selected = _selected(model, plan)
     modules = dict(model.named_modules())
     for name, values in plan.attributes.items():
         for key in values:
             if name not in modules or not hasattr(modules[name], key):
                 raise PruningError(f"the plan sets {name}.{key}, which this network does not have")
+    made: dict[int, nn.Parameter] = {}  # of each new tensor, one for all names of a parameter
     for name, tensor in selected.items():
-        _replace(model, name, tensor)
+        _replace(model, name, tensor, made)
     for name, values in plan.attributes.items():
         for key, value in values.items():
             setattr(modules[name], key, value)
@@ -153,15 +154,18 @@ def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:
     return total
 
 
-def _changes_groups(step: Plan, tensor: str) -> bool:
-    return "groups" in step.attributes.get(tensor.rpartition(".")[0], {})
+def _filters_per_group(step: Plan, tensor: str) -> int:
+    """How many filters each group has that a depthwise step leaves; 0 for another step."""
+    values = step.attributes.get(tensor.rpartition(".")[0], {})
+    groups, filters = values.get("groups"), values.get("out_channels")
+    return filters // groups if isinstance(groups, int) and isinstance(filters, int) else 0
 
 
-def _compose_axes(name: str, first: Mapping[int, Kept], second: Mapping[int, Kept], regrouped: bool) -> dict[int, Kept]:
+def _compose_axes(name: str, first: Mapping[int, Kept], second: Mapping[int, Kept], per_group: int) -> dict[int, Kept]:
     composed = dict(first)
-    if regrouped and len(first.get(1, ())) > 1:
-        # A depthwise step drops whole groups, one row each: their column lists go with them.
-        composed[1] = tuple(first[1][row] for row in second[0][0])
+    if per_group and len(first.get(1, ())) > 1:
+        # A depthwise step drops whole groups, `per_group` rows each: their column lists go with them.
+        composed[1] = tuple(first[1][row // per_group] for row in second[0][0][::per_group])
     for axis, after in second.items():
         before = composed.get(axis)
         if before is None:
@@ -227,13 +231,32 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _selected(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """What the plan leaves of each tensor that it changes; names of one tensor (tied weights) get one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    selected: dict[str, torch.Tensor] = {}
+    for name, axes in plan.tensors.items():
+        tensor = _tensor(model, name)
+        for other in names.get(id(tensor), ()):
+            if plan.tensors.get(other) != axes:
+                raise PruningError(f"{name} and {other} are one tensor, but the plan does not cut both in the same way")
+        twin = next((selected[other] for other in names.get(id(tensor), ()) if other in selected), None)
+        selected[name] = _select(name, tensor, axes) if twin is None else twin
+    return selected
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor, made: dict[int, nn.Parameter]) -> None:
     module, leaf = _owner(model, name)
     old = module._parameters.get(leaf)
     if old is None:
         module._buffers[leaf] = tensor
     else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=old.requires_grad))
+        module._parameters[leaf] = made[id(tensor)]
 
 
 def _check_module(name: str, module: nn.Module) -> None:

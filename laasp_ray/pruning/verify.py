@@ -1,24 +1,38 @@
 """A check by running that removing channels does what it should: the same as silencing them.
 
-A dependency graph is inferred from a trace, and a network can do things that the inference does not see (shuffled
-channels, sizes written into the forward pass). So every layer is tried out: the network with channels removed must
-give the outputs of the network whose layers are deaf to those channels.
+The coupling is read from one run, and a network can do things that this does not show (sizes written into the forward
+pass). So every layer is tried out: the network with channels removed must give the outputs of the network whose
+readers get zeros for those channels. Statistics over channels, which change when one is removed, are held at what they
+were: then a norm, too, must give the same. In float64, so that even a channel that hardly counts tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from laasp_ray.copying import deep_copy
 from laasp_ray.errors import PruningError
-from laasp_ray.pruning.channels import Removal, Side, plan_of
+from laasp_ray.pruning.channels import Removal, plan_of
+from laasp_ray.pruning.flow import Meeting, name_of, tensors_of
+from laasp_ray.pruning.labels import Label, line, varying
 from laasp_ray.pruning.plan import apply_plan
 
-_TOLERANCE = 1e-4
+_TOLERANCE = {torch.float64: 1e-8}
 """Greatest difference, relative to the greatest output: far above rounding, far below a wrong channel."""
+_ROUGH = 1e-4
+"""The same for a network that computes in less than float64, whatever it is given."""
+
+MIXED = (
+    "removing them is not the same as silencing them: the network mixes its channels in a way that a "
+    "run of it does not show"
+)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -41,7 +55,7 @@ def scramble(model: nn.Module, example: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def uniform(tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        return torch.rand(tensor.shape, generator=generator) * (high - low) + low
+        return (torch.rand(tensor.shape, generator=generator) * (high - low) + low).to(tensor.dtype)
 
     def set_statistics(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         square = inputs[0].square().mean()
@@ -63,64 +77,157 @@ def scramble(model: nn.Module, example: torch.Tensor) -> None:
         hook.remove()
 
 
-def fault_of(model: nn.Module, example: torch.Tensor, removal: Removal) -> str | None:
+def fault_of(
+    model: nn.Module, example: torch.Tensor, removal: Removal, meetings: Sequence[Meeting], gone: np.ndarray
+) -> str | None:
     """Why this removal is wrong, or None. `model` is on the CPU, in eval mode, and is not changed.
 
-    Where a module normalises over its channels, removing is not silencing: then only that the network runs and its
-    outputs keep their shapes is asked for.
+    `meetings` are where its channels disappear, as a run of it showed; `gone` (n,) says of every channel's number
+    whether the removal takes it.
     """
-    pruned, silenced = twin(model), twin(model)
+    pruned = twin(model)
     try:
         apply_plan(pruned, plan_of(removal))
     except PruningError as error:
         return str(error)
-    if not any(side.normalises for side in removal):
-        for side, channels in removal.items():
-            if side.role == "inputs":
-                _silence(silenced, side, sorted(channels))
     with torch.no_grad():
-        wanted = list(tensors_in(silenced(example)))
+        with _Silenced(meetings, gone) as record:
+            wanted = list(tensors_of(model(example)))
         try:
-            found = list(tensors_in(pruned(example)))
+            with _Held(meetings, gone, record.statistics):
+                found = list(tensors_of(pruned(example)))
         except Exception as error:  # the network's own code may raise anything here, and that is the finding
-            return f"the network does not run without them ({type(error).__name__}: {_first_line(error)})"
-    return _difference(wanted, found, exact=not any(side.normalises for side in removal))
+            return (
+                "the network does not run without them, its code fixes how many there are "
+                f"({type(error).__name__}: {_first_line(error)})"
+            )
+    return _difference(wanted, found)
 
 
-def tensors_in(output: object) -> Iterator[torch.Tensor]:
-    """The tensors in a network's output, however nested."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors_in(value)
+class _AtMeetings(TorchDispatchMode):
+    """Acts on operations in which channels that are gone disappear, found by their names and how often they came."""
+
+    def __init__(self, meetings: Sequence[Meeting], gone: np.ndarray) -> None:
+        super().__init__()
+        self._gone = gone
+        self._calls: Counter[str] = Counter()
+        self._at: dict[tuple[str, int], list[Meeting]] = {}
+        for meeting in meetings:
+            if gone[meeting.channels].any():
+                self._at.setdefault((meeting.operation, meeting.call), []).append(meeting)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = name_of(func)
+        key = (name, self._calls[name])
+        self._calls[name] += 1
+        return self._perform(func, args, kwargs or {}, key, self._at.get(key, []))
+
+    def _perform(self, func: Any, args: Any, kwargs: Any, key: tuple[str, int], meetings: list[Meeting]) -> Any:
+        raise AssertionError("a subclass says what is done")
 
 
-def _silence(model: nn.Module, side: Side, channels: list[int]) -> None:
-    """Makes a layer deaf to these channels of its input."""
-    layer, indices = model.get_submodule(side.module), torch.tensor(channels)
-    axis = -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+class _Silenced(_AtMeetings):
+    """Readers get zeros for what is gone; statistics over it are written down."""
 
-    def mute(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0].index_fill(axis, indices, 0), *inputs[1:])
+    def __init__(self, meetings: Sequence[Meeting], gone: np.ndarray) -> None:
+        super().__init__(meetings, gone)
+        self.statistics: dict[tuple[str, int], list[Any]] = {}
 
-    layer.register_forward_pre_hook(mute)
+    def _perform(self, func: Any, args: Any, kwargs: Any, key: tuple[str, int], meetings: list[Meeting]) -> Any:
+        given = list(args)
+        for meeting in meetings:
+            if meeting.kind == "reads":
+                silent = torch.from_numpy(np.flatnonzero(self._gone[meeting.channels]))
+                given[meeting.argument] = given[meeting.argument].index_fill(meeting.dim, silent, 0)
+        out = func(*given, **kwargs)
+        for meeting in meetings:
+            if meeting.kind == "holds":
+                self.statistics[key] = _statistics(key[0], args, out, meeting, self._gone)
+        return out
 
 
-def _difference(wanted: list[torch.Tensor], found: list[torch.Tensor], *, exact: bool) -> str | None:
+class _Held(_AtMeetings):
+    """Statistics are what they were."""
+
+    def __init__(
+        self, meetings: Sequence[Meeting], gone: np.ndarray, statistics: Mapping[tuple[str, int], list[Any]]
+    ) -> None:
+        super().__init__(meetings, gone)
+        self._statistics = statistics
+
+    def _perform(self, func: Any, args: Any, kwargs: Any, key: tuple[str, int], meetings: list[Meeting]) -> Any:
+        if key not in self._statistics:
+            return func(*args, **kwargs)
+        held = self._statistics[key]
+        if key[0] == "native_layer_norm":
+            return _normalised(args[0], held, args[2], args[3], dim=-1, groups=0)
+        if key[0] == "native_group_norm":
+            return _normalised(args[0], held, args[1], args[2], dim=1, groups=int(args[6]))
+        if "batch_norm" in key[0]:
+            return _normalised_by_channel(args[0], held, args[1], args[2])
+        if key[0].lstrip("_") in ("softmax", "log_softmax"):
+            logarithm = args[0] - held[0]
+            return logarithm if "log" in key[0] else logarithm.exp()
+        found = list(held)
+        out = func(*args, **kwargs)
+        return found[0] if isinstance(out, torch.Tensor) else tuple(found)
+
+
+def _statistics(name: str, args: Any, out: Any, meeting: Meeting, gone: np.ndarray) -> list[Any]:
+    """What an operation took over channels, cut where channels of the result are gone themselves."""
+    if name.lstrip("_") in ("softmax", "log_softmax"):
+        return [args[0].logsumexp(args[1], keepdim=True)]
+    tensors = list(tensors_of(out))
+    return [_cut(tensor.clone(), labels, gone) for tensor, labels in zip(tensors, meeting.kept, strict=True)]
+
+
+def _cut(tensor: torch.Tensor, labels: Sequence[Label], gone: np.ndarray) -> torch.Tensor:
+    for label in labels:
+        for dim in varying(label) if len(varying(label)) == 1 else ():
+            left = torch.from_numpy(np.flatnonzero(~gone[line(label)]))
+            tensor = tensor.index_select(dim, left)
+    return tensor
+
+
+def _normalised(
+    values: torch.Tensor, held: Sequence[torch.Tensor], weight: Any, bias: Any, *, dim: int, groups: int
+) -> tuple[torch.Tensor, ...]:
+    """By held means and reciprocal deviations: of the last dimension, or of `groups` groups of dimension 1."""
+    shape = [1] * values.ndim
+    shape[dim] = -1
+    mean, deviation = held[1], held[2]
+    if groups:
+        each = values.reshape(values.shape[0], groups, -1)
+        result = ((each - mean[..., None]) * deviation[..., None]).reshape(values.shape)
+    else:
+        result = (values - mean) * deviation
+    if weight is not None:
+        result = result * weight.reshape(shape)
+    if bias is not None:
+        result = result + bias.reshape(shape)
+    return result, mean, deviation
+
+
+def _normalised_by_channel(
+    values: torch.Tensor, held: Sequence[torch.Tensor], weight: Any, bias: Any
+) -> tuple[torch.Tensor, ...]:
+    shape = [1, -1, *[1] * (values.ndim - 2)]
+    result = (values - held[1].reshape(shape)) * held[2].reshape(shape)
+    if weight is not None:
+        result = result * weight.reshape(shape)
+    if bias is not None:
+        result = result + bias.reshape(shape)
+    return result, held[1], held[2]
+
+
+def _difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str | None:
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (wanted, found)]
     if shapes[0] != shapes[1]:
         return f"the network's outputs would change shape from {shapes[0]} to {shapes[1]}"
     for before, after in zip(wanted, found, strict=True):
         scale = float(before.abs().max()) if before.numel() else 0.0
-        if exact and not float((before - after).abs().max()) <= _TOLERANCE * scale:
-            return (
-                "removing them is not the same as silencing them: the network mixes its channels in a way that "
-                "the dependency graph does not see"
-            )
+        if not float((before - after).abs().max()) <= _TOLERANCE.get(before.dtype, _ROUGH) * scale:
+            return MIXED
     return None
 
 

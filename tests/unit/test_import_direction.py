@@ -30,7 +30,7 @@ SAME_LEVEL_ALLOWED = {
 }
 QUARANTINE = {
     "ray": ("distributed/", "api.py", "cli.py"),
-    "torch_pruning": ("pruning/groups.py",),
+    "torch_pruning": (),
     "nvidia": ("data/dali.py",),
     "pyarrow": ("store/", "data/"),
 }

@@ -183,6 +183,21 @@ def test_depthwise_loses_groups():
     assert plan.layers == {"0": kept, "1": kept}
 
 
+def test_depthwise_with_two_filters_for_each_channel_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv2d(8, 2, 1))
+    plan = PruningGraph(model, INPUT).step("0", [1])
+    kept, both = (0, 2, 3), (0, 1, 4, 5, 6, 7)
+    assert plan.tensors == {
+        "0.weight": {0: (kept,)},
+        "0.bias": {0: (kept,)},
+        "1.weight": {0: (both,)},
+        "1.bias": {0: (both,)},
+        "2.weight": {1: (both,)},
+    }
+    assert plan.attributes["1"] == {"out_channels": 6, "in_channels": 3, "groups": 3}
+    assert plan.layers == {"0": kept, "1": both}
+
+
 def test_transposed_convolutions_by_hand():
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1))
     graph = PruningGraph(model, INPUT)
@@ -245,7 +260,7 @@ def test_one_dimension_and_three():
 
 
 class Shuffled(nn.Module):
-    """The order of channels between the layers is changed by reshaping, which a trace does not show."""
+    """The order of channels between the layers is changed by reshaping, in two groups."""
 
     def __init__(self):
         super().__init__()
@@ -303,12 +318,12 @@ class Unused(nn.Module):
 @pytest.mark.parametrize(
     ("network", "layer", "reason"),
     [
-        (Shuffled, "first", "not the same as silencing them"),
-        (Halved, "first", "pass through a split"),
+        (Halved, "first", "does not run without them"),
+        (Shuffled, "first", "coupled to one another"),
         (Fixed, "first", "does not run without them"),
         (Doubled, "first", "coupled to one another"),
         (Unused, "unused", "not part of the forward pass"),
-        (Unused, "last", "outputs of the network"),
+        (Unused, "last", "one filter left"),
     ],
 )
 def test_layers_that_cannot_be_pruned_say_why(network, layer, reason):
@@ -322,7 +337,14 @@ def test_layers_that_cannot_be_pruned_say_why(network, layer, reason):
 
 def test_a_fault_costs_only_the_layers_it_concerns():
     torch.manual_seed(0)
-    assert list(PruningGraph(Shuffled(), INPUT).layers) == ["second"]
+    assert list(PruningGraph(Fixed(), INPUT).layers) == ["second"]
+
+
+def test_a_shuffle_couples_the_channels_that_it_interleaves():
+    """0 4 1 5 2 6 3 7 of two groups of four: without 0 and 5 it would be 1 4 2 6 3 7, not 4 1 2 6 3 7."""
+    torch.manual_seed(0)
+    graph = PruningGraph(Shuffled(), INPUT)
+    assert list(graph.layers) == ["second"]
 
 
 @pytest.mark.parametrize(
@@ -330,9 +352,9 @@ def test_a_fault_costs_only_the_layers_it_concerns():
     [
         (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 1)), "0", "one filter left"),
         (
-            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1)),
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1)),
             "1",
-            "one filter left in each of its 4 blocks",
+            "coupled to one another",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 2, 1)),

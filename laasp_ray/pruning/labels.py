@@ -1,0 +1,129 @@
+"""Labels: which channel each element of a tensor belongs to.
+
+A channel has a number. A label holds such numbers for a tensor: int64, with the tensor's number of dimensions, of
+size 1 along those where the numbers do not change, so that it broadcasts against the tensor. 0 means no channel. A
+tensor may have several labels, each along dimensions of its own: a convolution's weight has one for its filters and
+one for its inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Label = torch.Tensor
+
+
+def along(numbers: np.ndarray, dim: int, ndim: int) -> Label:
+    """The label of a tensor of `ndim` dimensions whose channels lie along `dim`."""
+    shape = [1] * ndim
+    shape[dim] = len(numbers)
+    return torch.from_numpy(numbers).reshape(shape)
+
+
+def varying(label: Label) -> tuple[int, ...]:
+    """The dimensions along which a label changes."""
+    return tuple(dim for dim, size in enumerate(label.shape) if size > 1)
+
+
+def line(label: Label) -> np.ndarray:
+    """The numbers (n,) of a label that changes along one dimension at most."""
+    return label.reshape(-1).numpy()
+
+
+def collapsed(numbers: torch.Tensor) -> Label:
+    """The label that full-sized numbers make; 0 agrees with any number."""
+    label = numbers.to(torch.int64)
+    for dim in range(label.ndim):
+        if label.shape[dim] > 1:
+            highest = label.amax(dim, keepdim=True)
+            if bool(((label == highest) | (label == 0)).all()):
+                label = highest
+    return label
+
+
+def moved(label: Label, shape: Sequence[int], move: Callable[[torch.Tensor], object]) -> list[Label]:
+    """The labels after an operation that only moves, repeats or leaves out elements of a tensor of `shape`: done to
+    the numbers themselves. One for each tensor that it gives."""
+    given = move(label.expand(tuple(shape)).to(torch.float64).contiguous())
+    tensors = [given] if isinstance(given, torch.Tensor) else list(given)  # type: ignore[call-overload]
+    return [collapsed(tensor) for tensor in tensors]
+
+
+class Channels:
+    """All channels of a network, as numbers from 1, and which of them stand or fall together."""
+
+    def __init__(self) -> None:
+        self._count = 1
+        self._pairs: list[np.ndarray] = []
+
+    def new(self, count: int) -> np.ndarray:
+        """Numbers (count,) for new channels."""
+        self._count += count
+        return np.arange(self._count - count, self._count)
+
+    def tie(self, first: Label, second: Label) -> None:
+        """Channels of two labels that meet in the same element go together."""
+        one, other = torch.broadcast_tensors(first, second)
+        both = torch.stack([one.reshape(-1), other.reshape(-1)]).numpy()
+        both = both[:, (both[0] > 0) & (both[1] > 0) & (both[0] != both[1])]
+        if both.size:
+            keys = np.unique(both[0] * self._count + both[1])
+            self._pairs.append(np.stack([keys // self._count, keys % self._count]))
+
+    def tie_lines(self, first: np.ndarray, second: np.ndarray) -> None:
+        """The same for numbers (n,) each."""
+        self.tie(torch.from_numpy(first), torch.from_numpy(second))
+
+    def tie_along(self, label: Label, dims: Iterable[int]) -> Label:
+        """Channels of a label at the same place along all dimensions but `dims` go together; gives what is left."""
+        dims = [dim for dim in dims if label.shape[dim] > 1]
+        if not dims:
+            return label
+        highest = label.amax(dims, keepdim=True)
+        self.tie(label, highest)
+        return highest
+
+    def merged(self, labels: Iterable[Label]) -> list[Label]:
+        """Labels of one tensor, from several that it got them from: those that share a dimension become one."""
+        found: list[Label] = []
+        for label in labels:
+            sharing = [bool(set(varying(kept)) & set(varying(label))) for kept in found]
+            for other in [kept for kept, shares in zip(found, sharing, strict=True) if shares]:
+                self.tie(other, label)
+                one, two = torch.broadcast_tensors(other, label)
+                label = collapsed(torch.where(one > 0, one, two))
+            found = [kept for kept, shares in zip(found, sharing, strict=True) if not shares]
+            found.append(label)
+        return found
+
+    def classes(self) -> np.ndarray:
+        """For each number the class of channels that go together; 0 only for number 0."""
+        pairs = np.concatenate(self._pairs, axis=1) if self._pairs else np.zeros((2, 0), np.int64)
+        graph = coo_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(self._count, self._count))
+        classes = connected_components(graph, directed=False)[1]
+        # Number 0 is tied to nothing, and comes first.
+        assert classes[0] == 0
+        return classes
+
+
+def blocks_of_view(before: Label, after: Label) -> int | None:
+    """How many equal blocks a change of shape cuts a line of channels into; 1 where it does not, None where it cannot
+    be told."""
+    if len(varying(after)) <= 1:
+        return 1
+    if len(varying(before)) > 1:
+        sizes = [[size for size in label.shape if size > 1] for label in (before, after)]
+        return 1 if sizes[0] == sizes[1] else None
+    return math.prod(after.shape[dim] for dim in varying(after)[:-1])
+
+
+def pieces(sizes: Sequence[int]) -> int | None:
+    """How many equal pieces these are; None if they are not equal."""
+    return len(sizes) if all(one == other for one, other in itertools.pairwise(sizes)) else None

@@ -1,0 +1,61 @@
+"""300 networks drawn at random: every layer is prunable or refused with a reason, and a candidate's loss is its cut
+network's."""
+
+import resource
+
+import numpy as np
+import pytest
+import torch
+from random_networks import IMAGES, RandomNetwork
+from torch.nn import functional
+
+from laasp_ray.config import PruneConfig
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.plan import apply_plan
+from laasp_ray.pruning.verify import scramble, twin
+from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
+from laasp_ray.search.engine import Engine
+from laasp_ray.search.evaluate import LossSubset, ready
+
+CHUNKS, NETWORKS = 15, 300
+LABELS = torch.arange(len(IMAGES)) % 5
+MOST_BYTES = 4_000_000_000
+
+
+@torch.inference_mode()
+def losses_of_copy(model, task):
+    pruned = twin(model)
+    apply_plan(pruned, task.step)
+    return functional.cross_entropy(pruned(IMAGES), LABELS, reduction="none").numpy()
+
+
+def checked(seed):
+    """How many layers can be pruned, and how many candidates were masked."""
+    torch.set_num_threads(1)
+    model = RandomNetwork(seed).eval()
+    scramble(model, IMAGES)
+    graph = PruningGraph(model, IMAGES)
+    assert all(graph.skipped.values())
+    if not graph.layers:
+        return 0, 0
+    macs = count_macs(model, IMAGES)
+    config = PruneConfig(flops_reduction=0.5, criteria=("l1", "cosine"), step=0.05)
+    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
+    engine = Engine(ready(model, torch.device("cpu")), LossSubset(IMAGES, LABELS, 4))
+    found = engine.losses(tasks, np.arange(len(IMAGES)))
+    assert not found.errors
+    masked = 0
+    for task, losses in zip(tasks[:-1], found.values, strict=False):
+        np.testing.assert_allclose(losses, losses_of_copy(model, task), rtol=1e-4, atol=2e-5, err_msg=task.name)
+        masked += not engine.sites.cost(task).copied
+    return len(graph.layers), masked
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_candidate_of_random_networks(chunk):
+    counts = [checked(seed) for seed in range(chunk, NETWORKS, CHUNKS)]
+    layers, masked = np.sum(counts, axis=0)
+    assert layers > 40
+    assert masked > 20  # or the comparison would be of copies with copies
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MOST_BYTES
