@@ -15,6 +15,8 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.source import check_outputs
+from laasp_ray.data.sources import open_source
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Metrics
 from laasp_ray.store.artifact import load_pruned
@@ -58,6 +60,7 @@ def evaluate_run(
     unpruned = models.build(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
+    check_outputs(open_source(data_config, "test"), _outputs(unpruned, config, device), str(data_config.path))
     images = SpellData(data_config, batch_size=batch_size, seed=config.seed, device=device)
     try:
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
@@ -71,6 +74,11 @@ def evaluate_run(
         )
     )
     return first, second
+
+
+def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:
+    with torch.inference_mode():
+        return network(torch.zeros(1, *config.model.input_shape, device=device)).shape[1]
 
 
 def _measured(

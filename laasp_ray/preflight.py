@@ -22,6 +22,7 @@ from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import check_available
 from laasp_ray.data.sampling import derive_seed
+from laasp_ray.data.source import check_splits
 from laasp_ray.data.sources import ImageSource, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.methods.aap import layer_rules
@@ -86,6 +87,7 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
         criteria.get(name)
     check_available(config.data.loader)
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    check_splits(train, test, str(config.data.path))
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))

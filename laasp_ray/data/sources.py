@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,26 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
     """
     if config.path is None or config.format == "digits":
         return FolderSource(_digits(config), split)
-    root = Path(config.path).expanduser()
+    try:
+        return _opened(_root(config.path), config, split)
+    except OSError as error:
+        place = config.path if error.filename is None else os.fsdecode(error.filename)
+        raise DataError(
+            f"the data set in {config.path} cannot be read: {place}: {error.strerror or error}; see to its permissions "
+            "and to the storage"
+        ) from error
+
+
+def _root(path: str) -> Path:
+    if not path.strip():
+        raise ConfigError("data.path is empty: name the data set's folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"data.path {path!r}: there is no such user's home here; write the path out") from error
+
+
+def _opened(root: Path, config: DataConfig, split: Split) -> ImageSource:
     if not root.is_dir():
         raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
     found = _detect(root) if config.format == "auto" else config.format
