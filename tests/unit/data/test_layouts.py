@@ -84,7 +84,9 @@ def test_what_is_no_image_is_counted_and_named_once(tmp_path, caplog):
 
 
 def test_what_systems_leave_behind_is_no_data(tmp_path, caplog):
-    put(tmp_path, "train/a/1.jpg", "train/a/._1.jpg", "train/.DS_Store", "train/__MACOSX/a/._1.jpg", "train/a/Thumbs.db")
+    put(
+        tmp_path, "train/a/1.jpg", "train/a/._1.jpg", "train/.DS_Store", "train/__MACOSX/a/._1.jpg", "train/a/Thumbs.db"
+    )
     put(tmp_path, "train/lost+found/x", "val/a/1.jpg", "val/.DS_Store", "val/__MACOSX/x.jpg")
     train, test = both(tmp_path)
     assert train.classes == ("a",) and names(train) == ["train/a/1.jpg"] and names(test) == ["val/a/1.jpg"]
@@ -145,7 +147,9 @@ def flat(tmp_path, files, content, encoding="utf-8"):
     put(tmp_path, "train/great white shark/1.jpg", "train/n01/1.jpg", *[f"val/{file}" for file in files])
     (tmp_path / "val_labels.txt").write_bytes(content.encode(encoding))
     test = open_source(config(tmp_path), "test")
-    return {name.removeprefix("val/"): test.classes[label] for name, label in zip(names(test), test.labels, strict=True)}
+    return {
+        name.removeprefix("val/"): test.classes[label] for name, label in zip(names(test), test.labels, strict=True)
+    }
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
