@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from laasp_ray.data.source import SUFFIXES
 from laasp_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CLASS_NUMBERS = "class_numbers.txt"
 _SEPARATORS = re.compile(r"[\s,]+")
@@ -67,6 +70,9 @@ class LabelList:
         unclear = next((name for name in others if _stem(name) in torn), None)
         if unclear is not None:
             raise DataError(f"{self._path} has several classes for {_stem(unclear)}, and none for {unclear}: name it")
+        absent = sorted(name for name in listed if name not in known and _stem(name) not in known)
+        if absent:
+            logger.warning("%d images in %s are not there: %s", len(absent), self._path, ", ".join(absent[:5]))
         # A stem of the list stands for one image: of two, the second would get the label of the first.
         self._check_unique([_stem(name) for name in others])
         return [listed[name] if name in listed else by_stem[_stem(name)] for name in names]

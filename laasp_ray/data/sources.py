@@ -75,15 +75,17 @@ def _digits(config: DataConfig) -> Path:
 def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches", "tar"]:
     if batches_folder(root) is not None:
         return "cifar_batches"
-    if parquet_files(root, "train"):
+    if parquet_files(root, "train", below=False):
         return "parquet"
     train = root / "train"
     if train.is_dir() and class_names(train):
         return "folder"
     if train_tar(root) is not None:
         return "tar"
+    if parquet_files(root, "train"):
+        return "parquet"
     raise DataError(
         f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
-        f"(train.parquet or train-*.parquet), CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1) and ImageNet's own "
+        f"(train.parquet or train-*.parquet, here or in one folder below), CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1) and ImageNet's own "
         f"({' or '.join(TRAIN_TARS)})"
     )

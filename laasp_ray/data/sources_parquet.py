@@ -80,9 +80,12 @@ class ParquetSource:
         return f"{self._files[file]}#{index - self._first_rows[file]}"
 
 
-def parquet_files(root: Path, split: Split) -> list[Path]:
-    """The files of `split`, sorted: those of the first naming that is there at all, unlabelled ones last."""
-    folder = _folder(root)
+def parquet_files(root: Path, split: Split, *, below: bool = True) -> list[Path]:
+    """The files of `split`, sorted: those of the first naming that is there at all, unlabelled ones last.
+
+    They lie in `root`, or (`below`) in the one folder of it that has training files.
+    """
+    folder = _folder(root) if below else root
     found = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
     if split == "test" and len(found) > 1:  # ImageNet's test files on the Hub have no labels, its validation files do
         return next((files for files in found if _labelled(files)), found[0])

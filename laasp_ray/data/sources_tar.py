@@ -170,28 +170,32 @@ def _made(path: Path, nested: bool) -> TarIndex:
     )
 
 
-def _images(path: Path, stream: BinaryIO, start: int, end: int, skipped: list[str]) -> Iterator[tuple[bytes, int, int]]:
+def _images(path: Path, stream: BinaryIO, start: int, end: int, skipped: list[str]) -> list[tuple[bytes, int, int]]:
     """Name, offset and size of the images of the tar that begins at `start` of `path` and must stay before `end`; the
-    names of its other files are added to `skipped`."""
-    for member in _files(path, stream, start):
+    names of its other members are added to `skipped`. Of members of one name the last counts, as in unpacking."""
+    images: dict[bytes, tuple[int, int]] = {}
+    for member in _members(path, stream, start):
         if member.offset_data + member.size > end:
             raise DataError(f"{path} is cut off or damaged: {member.name} reaches beyond the end of its tar")
-        name = PurePosixPath(member.name).name
-        if is_image(name):
-            yield os.fsencode(name), member.offset_data, member.size
+        if member.isfile() and is_image(member.name):
+            images[os.fsencode(str(PurePosixPath(member.name)))] = member.offset_data, member.size
         else:
             skipped.append(member.name)
+    short = {name: name.rpartition(b"/")[2] for name in images}
+    if len(set(short.values())) < len(images):  # folders tell them apart
+        short = {name: name for name in images}
+    return [(short[name], *place) for name, place in images.items()]
 
 
-def _files(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
-    """The plain files of the tar that begins at `start`, without those that systems leave behind; their `offset_data`
-    counts from the beginning of `path`."""
+def _members(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
+    """What the tar that begins at `start` holds but for folders and what systems leave behind; `offset_data` counts
+    from the beginning of `path`."""
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts
-                if member.isfile() and not any(is_junk(part) for part in parts):
+                if not member.isdir() and not any(is_junk(part) for part in parts):
                     yield member
             stream.seek(archive.offset)  # tarfile takes whatever is no header for the end, which is a block of zeros
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -203,7 +207,7 @@ def _files(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo
 def _class_tars(path: Path, stream: BinaryIO) -> dict[str, tarfile.TarInfo]:
     """The members of the training tar by their classes."""
     parts: dict[str, tarfile.TarInfo] = {}
-    for member in _files(path, stream, 0):
+    for member in _members(path, stream, 0):
         name = _class_of(path, member)
         if name in parts:
             raise DataError(f"{path} holds two tars of the class {name}: {parts[name].name} and {member.name}")
@@ -213,8 +217,9 @@ def _class_tars(path: Path, stream: BinaryIO) -> dict[str, tarfile.TarInfo]:
 
 def _class_of(path: Path, member: tarfile.TarInfo) -> str:
     name = PurePosixPath(member.name)
-    if name.suffix != ".tar":
+    if name.suffix != ".tar" or not member.isfile():
         raise DataError(
-            f"{path} holds {member.name}, expected one tar for each class, such as n01440764.tar, with its images"
+            f"{path} holds {member.name}{'' if member.isfile() else ' (a link)'}, expected one tar for each class, such "
+            "as n01440764.tar, with its images"
         )
     return name.stem

@@ -184,6 +184,11 @@ def test_lists_that_leave_a_label_open_are_refused(tmp_path, files, content, mes
         flat(tmp_path, files, content)
 
 
+def test_images_of_a_list_that_are_not_there_are_told(tmp_path, caplog):
+    assert flat(tmp_path, ["a.jpg"], "a.jpg n01\nb.jpg n01\n") == {"a.jpg": "n01"}
+    assert "1 images in" in caplog.text and "b.jpg" in caplog.text
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
 def test_text_of_another_encoding_is_refused(tmp_path, encoding):
     with pytest.raises(DataError, match=r"val_labels\.txt is not text in UTF-8.*save it as UTF-8"):
@@ -217,6 +222,23 @@ def test_two_tars_of_one_class_are_refused(tmp_path):
     (tmp_path / "train.tar").write_bytes(tar_of([("a/n01.tar", inner), ("b/n01.tar", inner)]))
     with pytest.raises(DataError, match=r"two tars of the class n01: a/n01\.tar and b/n01\.tar"):
         open_source(config(tmp_path), "train")
+
+
+def test_members_of_one_name_and_links_in_a_tar(tmp_path, caplog):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in [("a/1.JPEG", b"old"), ("b/1.JPEG", b"other"), ("a/1.JPEG", b"new")]:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        entry = tarfile.TarInfo("link.JPEG")
+        entry.type, entry.linkname = tarfile.LNKTYPE, "a/1.JPEG"
+        archive.addfile(entry)
+    (tmp_path / "train.tar").write_bytes(tar_of([("n01.tar", file.getvalue())]))
+    train = open_source(config(tmp_path), "train")
+    assert names(train) == ["train.tar/n01/a/1.JPEG", "train.tar/n01/b/1.JPEG"]
+    assert [train.read(0), train.read(1)] == [b"new", b"other"]
+    assert any("link.JPEG" in message for message in caplog.messages)
 
 
 # ---- Parquet
@@ -278,6 +300,13 @@ def test_two_sets_in_one_clone_are_named(tmp_path):
         write_parquet(tmp_path / folder / "train-00000-of-00001.parquet", [(png(1), 0)])
     with pytest.raises(DataError, match=r"Parquet files in 2 folders \(.*large, .*small\): give one of them"):
         open_source(config(tmp_path), "train")
+
+
+def test_class_folders_come_before_parquet_files_of_a_folder_beside_them(tmp_path):
+    put(tmp_path, "train/a/1.jpg")
+    (tmp_path / "small").mkdir()
+    write_parquet(tmp_path / "small" / "train.parquet", [(png(1), 0)])
+    assert names(open_source(config(tmp_path), "train")) == ["train/a/1.jpg"]
 
 
 def test_paths_without_bytes_are_refused(tmp_path):
