@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from laasp_ray.data.source import SUFFIXES
 from laasp_ray.errors import DataError
@@ -39,12 +39,12 @@ class LabelList:
             raise DataError(
                 f"{self._path} has lines of one word and of more, such as {bare[0]!r}: name the file in each"
             )
-        return self._classes_of_numbers(self._by_name(lines, [PurePosixPath(file).name for file in files]))
+        return self._classes_of_numbers(self._by_name(lines, [_base(file) for file in files]))
 
     def _in_order(self, lines: list[str], files: Sequence[str]) -> list[str]:
         if len(lines) != len(files):
             raise DataError(f"{self._path} has {len(lines)} lines for {len(files)} images: it must have one for each")
-        stems = [_stem(PurePosixPath(file).name) for file in files]
+        stems = [_stem(_base(file)) for file in files]
         self._check_unique(stems)
         in_order = dict(zip(sorted(stems), lines, strict=True))
         return [in_order[stem] for stem in stems]
@@ -87,7 +87,7 @@ class LabelList:
     def _entry(self, line: str, files: Collection[str]) -> tuple[str, str]:
         """The file that a line names, without its folders, and the class."""
         cuts = list(_SEPARATORS.finditer(line))
-        heads = [(PurePosixPath(_unquoted(line[: cut.start()])).name, cut.end()) for cut in cuts]
+        heads = [(_base(_unquoted(line[: cut.start()])), cut.end()) for cut in cuts]
         # The longest beginning that is a file: its name may have spaces. Of a file that is not there, the first word.
         name, end = next((head for head in reversed(heads) if head[0] in files or _stem(head[0]) in files), heads[0])
         return name, self._class(line[end:])
@@ -143,6 +143,10 @@ def _unquoted(text: str) -> str:
     return text.strip().strip("\"'")
 
 
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def _stem(name: str) -> str:
     """`name` without an image's suffix."""
-    return next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
+    return name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name

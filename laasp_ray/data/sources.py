@@ -86,6 +86,6 @@ def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches", "tar"]:
         return "parquet"
     raise DataError(
         f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
-        f"(train.parquet or train-*.parquet, here or in one folder below), CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1) and ImageNet's own "
-        f"({' or '.join(TRAIN_TARS)})"
+        f"(train.parquet or train-*.parquet, here or in one folder below), CIFAR-10's own "
+        f"({BATCHES_FOLDER}/data_batch_1) and ImageNet's own ({' or '.join(TRAIN_TARS)})"
     )

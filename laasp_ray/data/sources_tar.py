@@ -219,7 +219,7 @@ def _class_of(path: Path, member: tarfile.TarInfo) -> str:
     name = PurePosixPath(member.name)
     if name.suffix != ".tar" or not member.isfile():
         raise DataError(
-            f"{path} holds {member.name}{'' if member.isfile() else ' (a link)'}, expected one tar for each class, such "
-            "as n01440764.tar, with its images"
+            f"{path} holds {member.name}{'' if member.isfile() else ' (a link)'}, expected one tar for each class, "
+            "such as n01440764.tar, with its images"
         )
     return name.stem
