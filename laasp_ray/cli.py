@@ -157,7 +157,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
         measured = evaluation.evaluate_run(
             options.folder,
-            data=_absolute(options.data),
+            data=_absolute(options.data, "--data"),
             batch_size=options.batch_size,
             latency_batch=options.latency_batch,
         )
@@ -267,9 +267,10 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     return dataclasses.replace(
         config,
         storage=_absolute_storage(config.storage),
-        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path, "--data")),
         train=dataclasses.replace(config.train, pretrained=_absolute_weights(config.train.pretrained)),
-        sparsity=config.sparsity and dataclasses.replace(config.sparsity, from_run=_absolute(config.sparsity.from_run)),
+        sparsity=config.sparsity
+        and dataclasses.replace(config.sparsity, from_run=_absolute(config.sparsity.from_run, "sparsity.from_run")),
     )
 
 
@@ -285,19 +286,34 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
     settings[last] = value
 
 
-def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().absolute()) if path is not None and "://" not in path else path
+def _absolute(path: str | None, named: str = "data.path") -> str | None:
+    if path is None or "://" in path:
+        return path
+    if not path.strip():  # which would be the current folder
+        raise ConfigError(f"{named} is empty: name a path, or leave it out")
+    return str(_expanded(path, named).absolute())
+
+
+def _expanded(path: str, named: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{named} {path!r}: there is no such user's home here; write the path out") from error
 
 
 def _absolute_weights(source: str | None) -> str | None:
-    return source if source is not None and source.startswith(models.TORCHVISION) else _absolute(source)
+    return (
+        source
+        if source is not None and source.startswith(models.TORCHVISION)
+        else _absolute(source, "train.pretrained")
+    )
 
 
 def _absolute_storage(storage: str) -> str:
     """A submitted job's working directory is a folder of Ray's that is removed some day: no place for a run."""
     if storage == "" or "://" in storage:
         return storage
-    path = Path(storage).expanduser()
+    path = _expanded(storage, "storage")
     if path.is_absolute() or JOB_VARIABLE not in os.environ:
         return str(path.absolute())
     kept = str(Path.home() / "laasp_ray" / path)

@@ -15,6 +15,7 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.source import check_outputs
 from laasp_ray.data.sources import open_test_source
 from laasp_ray.errors import StoreError
 from laasp_ray.preflight import stored_config
@@ -56,6 +57,7 @@ def evaluate_run(
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
     test = open_test_source(data_config, _classes(storage))
+    check_outputs(test, _outputs(unpruned, config, device), str(data_config.path))
     images = EvaluationData(test, data_config, batch_size=batch_size, seed=config.seed, device=device)
     try:
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
@@ -83,6 +85,11 @@ def _classes(storage: Storage) -> tuple[str, ...] | None:
     start = Journal(storage).last("start")
     images = {} if start is None else start.data.get("images", {})
     return tuple(row[0] for row in images["train"]["classes"]) if "train" in images else None
+
+
+def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:
+    with torch.inference_mode():
+        return network(torch.zeros(1, *config.model.input_shape, device=device)).shape[1]
 
 
 def _measured(

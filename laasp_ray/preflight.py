@@ -25,7 +25,7 @@ from laasp_ray.data.identity import check_identity
 from laasp_ray.data.loader import check_available
 from laasp_ray.data.places import with_places
 from laasp_ray.data.sampling import derive_seed
-from laasp_ray.data.source import SPLITS
+from laasp_ray.data.source import SPLITS, check_splits
 from laasp_ray.data.sources import ImageSource, Split, open_source
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.methods.aap import layer_rules
@@ -137,6 +137,7 @@ def prepare(
     for split, source in zip(SPLITS, (train, test), strict=True):
         if images is not None:
             check_identity(images[split], source, split, state.excluded)
+    check_splits(train, test, str(config.data.path))
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +30,33 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
     """
     if config.path is None or config.format == "digits":
         return FolderSource(_digits(config), split)
-    root = Path(config.path).expanduser()
+    with _told_by_name(config):
+        return _opened(_root(config.path), config, split)
+
+
+@contextlib.contextmanager
+def _told_by_name(config: DataConfig) -> Iterator[None]:
+    """Raises DataError with the place for what the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        place = config.path if error.filename is None else os.fsdecode(error.filename)
+        raise DataError(
+            f"the data set in {config.path} cannot be read: {place}: {error.strerror or error}; see to its permissions "
+            "and to the storage"
+        ) from error
+
+
+def _root(path: str) -> Path:
+    if not path.strip():
+        raise ConfigError("data.path is empty: name the data set's folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"data.path {path!r}: there is no such user's home here; write the path out") from error
+
+
+def _opened(root: Path, config: DataConfig, split: Split) -> ImageSource:
     if not root.is_dir():
         raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
     found = _detect(root) if config.format == "auto" else config.format
@@ -46,15 +75,18 @@ def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> Ima
 
     None, and formats whose test images say their classes themselves: as `open_source`, and raises as that does.
     """
-    root = None if config.path is None else Path(config.path).expanduser()
-    if classes is None or root is None or not root.is_dir() or config.format in ("digits", "parquet", "cifar_batches"):
+    root = None if config.path is None else _root(config.path)
+    if classes is None or root is None or config.format in ("digits", "parquet", "cifar_batches"):
         return open_source(config, "test")
-    if config.format == "auto":
-        if batches_folder(root) is not None or parquet_files(root, "train"):
+    with _told_by_name(config):
+        if not root.is_dir():
             return open_source(config, "test")
-        if parquet_files(root, "test") and not any((root / name).is_dir() for name in TEST_FOLDERS):
-            return ParquetSource(root, "test")
-    return open_flat(root, classes) or FolderSource(root, "test", classes)
+        if config.format == "auto":
+            if batches_folder(root) is not None or parquet_files(root, "train", below=False):
+                return open_source(config, "test")
+            if parquet_files(root, "test") and not any((root / name).is_dir() for name in TEST_FOLDERS):
+                return ParquetSource(root, "test")
+        return open_flat(root, classes) or FolderSource(root, "test", classes)
 
 
 def _digits(config: DataConfig) -> Path:
@@ -71,15 +103,17 @@ def _digits(config: DataConfig) -> Path:
 def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches", "tar"]:
     if batches_folder(root) is not None:
         return "cifar_batches"
-    if parquet_files(root, "train"):
+    if parquet_files(root, "train", below=False):
         return "parquet"
     train = root / "train"
     if train.is_dir() and class_names(train):
         return "folder"
     if train_tar(root) is not None:
         return "tar"
+    if parquet_files(root, "train"):
+        return "parquet"
     raise DataError(
         f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
-        f"(train.parquet or train-*.parquet), CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1) and ImageNet's own "
-        f"({' or '.join(TRAIN_TARS)})"
+        f"(train.parquet or train-*.parquet, here or in one folder below), CIFAR-10's own "
+        f"({BATCHES_FOLDER}/data_batch_1) and ImageNet's own ({' or '.join(TRAIN_TARS)})"
     )

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from laasp_ray.data.source import Split, check_labels
+from laasp_ray.data.source import Split, check_labels, is_image, is_junk, tell_skipped
 from laasp_ray.errors import DataError
 
-SUFFIXES = (b".jpg", b".jpeg", b".png", b".webp", b".bmp")
 TEST_FOLDERS = ("val", "test")
 
 
@@ -18,7 +17,8 @@ class FolderSource:
     """`<root>/train/<class>/*.JPEG`, and `<root>/val` or `<root>/test` likewise: the test split.
 
     Classes are the sorted names of the training folders, unless `classes` says them; images are sorted by class, then
-    name. Opening lists the folders and looks at no file.
+    name; those in a class's subfolders are read too. Opening lists the folders and looks at no file; files that are no
+    images are counted in the log.
     """
 
     def __init__(self, root: Path, split: Split, classes: tuple[str, ...] | None = None) -> None:
@@ -27,11 +27,13 @@ class FolderSource:
         if split == "test":
             _check_test_classes(folder, self.classes)
         self._folder = folder
-        counts, names = [], []
+        counts, names, skipped = [], [], _beside_folders(folder)
         for name in self.classes:
-            files = image_files(folder / name)
+            files, others = image_files(folder / name)
             counts.append(len(files))
             names.extend(files)
+            skipped.extend(f"{name}/{os.fsdecode(other)}" for other in others)
+        tell_skipped(str(folder), skipped)
         # An array of bytes takes a quarter of the memory of Python strings, and every worker opens the data set.
         self._names = np.array(names, dtype=np.bytes_)
         self.labels = np.repeat(np.arange(len(self.classes), dtype=np.int64), counts)
@@ -60,9 +62,15 @@ def train_folders(root: Path) -> tuple[str, ...]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The sorted names of the folders in `folder`, hidden ones left out."""
+    """The sorted names of the folders in `folder`, without those that systems leave behind."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        return sorted(entry.name for entry in entries if not is_junk(entry.name) and entry.is_dir())
+
+
+def _beside_folders(folder: Path) -> list[str]:
+    """What lies among the class folders and is none."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if not is_junk(entry.name) and not entry.is_dir()]
 
 
 def _split_folder(root: Path, split: Split) -> Path:
@@ -88,11 +96,31 @@ def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
         )
 
 
-def image_files(folder: Path) -> list[bytes]:
-    """The sorted names of the images in `folder`, hidden ones left out; none if it is not there."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(os.fsencode(folder)) as entries:
-        return sorted(
-            entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(b".")
-        )
+def image_files(folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """The sorted names of the images in `folder` and its subfolders, relative to it; and those of the other files.
+
+    What systems leave behind is in neither. Both are empty if the folder is not there. A link to a folder that it lies
+    in is not followed.
+    """
+    images: list[bytes] = []
+    others: list[bytes] = []
+    waiting: list[tuple[bytes, bytes, frozenset[tuple[int, int]]]] = []
+    if folder.is_dir():
+        waiting.append((os.fsencode(folder), b"", frozenset()))
+    while waiting:
+        path, prefix, above = waiting.pop()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in above:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                text = os.fsdecode(entry.name)
+                if is_junk(text):
+                    continue
+                if is_image(text):
+                    images.append(prefix + entry.name)
+                elif entry.is_dir():
+                    waiting.append((entry.path, prefix + entry.name + b"/", above | {(status.st_dev, status.st_ino)}))
+                else:
+                    others.append(prefix + entry.name)
+    return sorted(images), sorted(others)

@@ -22,14 +22,13 @@ from typing import BinaryIO
 import numpy as np
 
 from laasp_ray.data.digits import default_cache
-from laasp_ray.data.source import Split, check_labels
-from laasp_ray.data.sources_folder import SUFFIXES
+from laasp_ray.data.source import SUFFIXES, Split, check_labels, is_image, is_junk, tell_skipped
 from laasp_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 TRAIN_TARS = ("ILSVRC2012_img_train.tar", "train.tar")
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def train_classes(root: Path) -> tuple[str, ...]:
     """The sorted names of the class tars in the training tar, by its own headers alone; raises as `open_train_tar`."""
     path = _wanted(root)
     with path.open("rb", buffering=0) as stream:
-        return tuple(sorted(_class_of(path, member) for member in _files(path, stream, 0)))
+        return tuple(sorted(_class_tars(path, stream)))
 
 
 def train_tar(root: Path) -> Path | None:
@@ -146,18 +145,20 @@ def _keep(index: TarIndex, kept: Path) -> None:
 
 def _made(path: Path, nested: bool) -> TarIndex:
     found: list[tuple[str, bytes, int, int]] = []  # class, name, offset, size
+    skipped: list[str] = []
     classes, size = {""}, path.stat().st_size
     with path.open("rb", buffering=0) as stream:
         if nested:
-            parts = {_class_of(path, member): member for member in list(_files(path, stream, 0))}
+            parts = _class_tars(path, stream)
             for name, member in parts.items():
                 end = min(member.offset_data + member.size, size)
-                found += [(name, *image) for image in _images(path, stream, member.offset_data, end)]
+                found += [(name, *image) for image in _images(path, stream, member.offset_data, end, skipped)]
             classes = set(parts)
         else:
-            found += [("", *image) for image in _images(path, stream, 0, size)]
+            found += [("", *image) for image in _images(path, stream, 0, size, skipped)]
+    tell_skipped(str(path), skipped)
     if not found:
-        raise DataError(f"{path} has no images ({', '.join(suffix.decode() for suffix in SUFFIXES)})")
+        raise DataError(f"{path} has no images ({', '.join(SUFFIXES)})")
     found.sort()
     label = {name: number for number, name in enumerate(sorted(classes))}
     return TarIndex(
@@ -169,22 +170,33 @@ def _made(path: Path, nested: bool) -> TarIndex:
     )
 
 
-def _images(path: Path, stream: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, offset and size of the images of the tar that begins at `start` of `path` and must stay before `end`."""
-    for member in _files(path, stream, start):
+def _images(path: Path, stream: BinaryIO, start: int, end: int, skipped: list[str]) -> list[tuple[bytes, int, int]]:
+    """Name, offset and size of the images of the tar that begins at `start` of `path` and must stay before `end`; the
+    names of its other members are added to `skipped`. Of members of one name the last counts, as in unpacking."""
+    images: dict[bytes, tuple[int, int]] = {}
+    for member in _members(path, stream, start):
         if member.offset_data + member.size > end:
             raise DataError(f"{path} is cut off or damaged: {member.name} reaches beyond the end of its tar")
-        name = os.fsencode(PurePosixPath(member.name).name)
-        if name.lower().endswith(SUFFIXES) and not name.startswith(b"."):
-            yield name, member.offset_data, member.size
+        if member.isfile() and is_image(member.name):
+            images[os.fsencode(str(PurePosixPath(member.name)))] = member.offset_data, member.size
+        else:
+            skipped.append(member.name)
+    short = {name: name.rpartition(b"/")[2] for name in images}
+    if len(set(short.values())) < len(images):  # folders tell them apart
+        short = {name: name for name in images}
+    return [(short[name], *place) for name, place in images.items()]
 
 
-def _files(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
-    """The plain files of the tar that begins at `start`; their `offset_data` counts from the beginning of `path`."""
+def _members(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
+    """What the tar that begins at `start` holds but for folders and what systems leave behind; `offset_data` counts
+    from the beginning of `path`."""
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
-            yield from (member for member in archive if member.isfile())
+            for member in archive:
+                parts = PurePosixPath(member.name).parts
+                if not member.isdir() and not any(is_junk(part) for part in parts):
+                    yield member
             stream.seek(archive.offset)  # tarfile takes whatever is no header for the end, which is a block of zeros
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("no header where one must be")
@@ -192,10 +204,22 @@ def _files(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo
         raise DataError(f"{path} cannot be read as a tar (at byte {start}): {error}; fetch it anew") from error
 
 
+def _class_tars(path: Path, stream: BinaryIO) -> dict[str, tarfile.TarInfo]:
+    """The members of the training tar by their classes."""
+    parts: dict[str, tarfile.TarInfo] = {}
+    for member in _members(path, stream, 0):
+        name = _class_of(path, member)
+        if name in parts:
+            raise DataError(f"{path} holds two tars of the class {name}: {parts[name].name} and {member.name}")
+        parts[name] = member
+    return parts
+
+
 def _class_of(path: Path, member: tarfile.TarInfo) -> str:
     name = PurePosixPath(member.name)
-    if name.suffix != ".tar":
+    if name.suffix != ".tar" or not member.isfile():
         raise DataError(
-            f"{path} holds {member.name}, expected one tar for each class, such as n01440764.tar, with its images"
+            f"{path} holds {member.name}{'' if member.isfile() else ' (a link)'}, expected one tar for each class, "
+            "such as n01440764.tar, with its images"
         )
     return name.stem

@@ -254,6 +254,22 @@ def test_no_such_data_path(images, tmp_path, capsys):
     assert f"no data set at {tmp_path / 'nowhere'}" in message
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--data", ""], "--data is empty"),
+        (["--data", " "], "--data is empty"),
+        (["--set", "data.path="], "--data is empty"),
+        (["--data", "~nosuchuser/images"], "--data '~nosuchuser/images': there is no such user's home here"),
+        (["--storage", "~nosuchuser"], "storage '~nosuchuser': there is no such user's home here"),
+        (["--pretrained", ""], "train.pretrained is empty"),
+        (["--pretrained", "~nosuchuser/w.pt"], "train.pretrained '~nosuchuser/w.pt': there is no such user's home"),
+    ],
+)
+def test_a_path_of_nothing_or_of_nobody(capsys, given, message):
+    assert message in refused(["resnet20_cifar10", "--no-ray", "--dry-run", *given], capsys)
+
+
 @pytest.mark.parametrize("format", ["auto", "folder"])
 def test_no_class_folders(tmp_path, capsys, format):
     (tmp_path / "empty" / "train").mkdir(parents=True)
@@ -504,6 +520,16 @@ def test_evaluation_goes_by_the_journal_if_the_config_is_lost(finished, images, 
     (tmp_path / "run" / "config.json").unlink()
     assert cli.evaluate([str(tmp_path / "run"), "--data", str(images)]) == 0
     assert f"{TEST_IMAGES} test images" in capsys.readouterr().out
+
+
+def test_evaluation_on_data_of_other_classes(finished, images, tmp_path, capsys):
+    shutil.copytree(images / "train", tmp_path / "train")
+    shutil.copytree(next((images / "train").iterdir()), tmp_path / "train" / "zebra")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path)]) == 2
+    assert f"the network has 3 outputs, the images in {tmp_path} are of 4 classes" in capsys.readouterr().err
+    assert cli.evaluate([str(finished[0]), "--data", ""]) == 2
+    assert "--data is empty" in capsys.readouterr().err
 
 
 def test_evaluation_of_a_folder_that_is_no_runs(tmp_path, capsys):
