@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from laasp_ray import models
+from laasp_ray.addresses import public_data
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
 from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
-from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
-from laasp_ray.progression import fold
+from laasp_ray.preflight import Prepared, check_workers, folded, open_run, prepare
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import Progress, make_progress
@@ -78,7 +79,9 @@ def prune(
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
-        return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
+        return PruneResult(load_pruned(storage, unpruned), storage.uri, dict(finish.data))
+    if distributed:
+        check_address(ray_address)
     start = journal.last("start")
     if start is not None:
         _check_method(start, method)
@@ -177,7 +180,7 @@ def _control(
     made["events"] = events = EventFiles(storage)
     try:
         parts = Parts(trainer, executor, method or METHODS[config.prune.method], storage, journal, progress, events)
-        state = fold(((event.name, event.data) for event in journal.events()), config)
+        state = folded(storage, journal, config)
         if resumed:
             progress.resumed(state, config.prune.targets)
         loop = Controller if config.sparsity is None else SparseController
@@ -214,7 +217,8 @@ def _name_of(method: TakeTurn | None) -> str | None:
 def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeTurn | None) -> None:
     """The initial weights are kept, so that a resumed run does not depend on the file they came from."""
     config, baseline = prepared.config, prepared.baseline
-    storage.write("config.json", json.dumps(config.to_dict(), indent=2).encode())
+    settings = public_data(config.to_dict())
+    storage.write("config.json", json.dumps(settings, indent=2).encode())
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
     save_checkpoint(storage, "initial", model=begun_with.tensors)
     if config.sparsity is not None and config.sparsity.from_run is not None:
@@ -224,7 +228,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeT
     journal.append(
         "start",
         {
-            "config": config.to_dict(),
+            "config": settings,
             "method": _name_of(method),
             "macs": baseline.macs.total,
             "macs_convention": baseline.macs.convention,
@@ -264,7 +268,3 @@ def _subset(
             "training images or the decoder have changed; restore them, or start a new run with another --name"
         )
     return subset
-
-
-def _folder(storage: Storage) -> str:
-    return str(storage.local_path) if storage.local_path is not None else storage.uri

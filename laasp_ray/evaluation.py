@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.errors import StoreError
+from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.records import Metrics
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint
@@ -36,26 +35,28 @@ class Measured:
 
 
 def evaluate_run(
-    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1
+    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1, trust: bool = False
 ) -> tuple[Measured, Measured]:
     """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
     twice where nothing was pruned.
 
     `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path. Test images,
-    float32, on the GPU if there is one. Raises StoreError if the folder holds no finished run.
+    float32, on the GPU if there is one. A network whose builder is an import path is built only with `trust`, since
+    that runs the code which the folder names. Raises StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
     if not storage.exists("config.json"):
-        raise StoreError(f"{folder} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
-    try:
-        settings = json.loads(storage.read("config.json"))
-    except ValueError as error:
-        raise StoreError(f"{folder}/config.json is not JSON ({error}): give the folder of a run") from error
-    config = RunConfig.from_dict(settings)
+        raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
+    config = _config(storage)
+    if ":" in config.model.builder and not trust:
+        raise ConfigError(
+            f"config.json in {storage.uri} names the network's builder by import path, {config.model.builder!r}, and "
+            "evaluating would run it: look at it, and add --trust if you trust the folder"
+        )
     data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pruned = load_pruned(folder, models.build(config.model)).to(device)
-    unpruned = models.build(config.model)
+    pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
+    unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
     images = SpellData(data_config, batch_size=batch_size, seed=config.seed, device=device)
@@ -71,6 +72,14 @@ def evaluate_run(
         )
     )
     return first, second
+
+
+def _config(storage: Storage) -> RunConfig:
+    remedy = "restore it from a copy (the first event in journal/ holds the same settings)"
+    try:
+        return RunConfig.from_dict(storage.read_json("config.json", remedy))
+    except ConfigError as error:
+        raise StoreError(f"config.json in {storage.uri} cannot be used: {error}; {remedy}") from error
 
 
 def _measured(

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from laasp_ray import criteria, models
+from laasp_ray.addresses import public, public_data
 from laasp_ray.config import RunConfig, SparsityConfig
 from laasp_ray.controller import UNPRUNED
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.loader import check_available
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.sources import ImageSource, open_source
-from laasp_ray.errors import ConfigError, LaaspError, StoreError
+from laasp_ray.errors import ConfigError, LaaspError, PruningError, StoreError
 from laasp_ray.methods.aap import layer_rules
 from laasp_ray.methods.targets import check_latency_batch
+from laasp_ray.progression import RunState, fold
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
@@ -35,6 +37,7 @@ from laasp_ray.search.batchnorm import norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -61,11 +64,8 @@ def open_run(config: RunConfig) -> Storage:
     storage = Storage.open(config.storage).child(config.name)
     storage.check_writable()
     if storage.exists("config.json"):
-        try:
-            theirs = json.loads(storage.read("config.json"))
-        except ValueError as error:
-            raise StoreError(f"{storage.uri}/config.json is not JSON ({error}): give another --name") from error
-        ours = config.to_dict()
+        theirs = storage.read_json("config.json", "restore it from a copy, or give another --name")
+        ours = public_data(config.to_dict())
         keys = differing_keys(ours, theirs)
         if keys:
             listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
@@ -74,6 +74,25 @@ def open_run(config: RunConfig) -> Storage:
                 "give the same settings to go on with it, or another --name"
             )
     return storage
+
+
+def folded(storage: Storage, journal: Journal, config: RunConfig) -> RunState:
+    """Where the run stands. Raises StoreError, naming the event, where one holds what no run has written."""
+    seen: list[Event] = []
+
+    def events() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for event in journal.events():
+            seen.append(event)
+            yield event.name, event.data
+
+    try:
+        return fold(events(), config)
+    except (KeyError, TypeError, ValueError, AttributeError, PruningError) as error:
+        file = f"journal/{seen[-1].sequence:06d}-{seen[-1].name}.json" if seen else "the journal"
+        raise StoreError(
+            f"{file} in {storage.uri} is damaged ({error!r}); restore it from a copy or start the run under another "
+            "name"
+        ) from error
 
 
 def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool = False) -> Prepared:
@@ -143,8 +162,8 @@ def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[
     arch = read_arch(folder)
     if arch.model_config != config.model:
         raise ConfigError(
-            f"sparsity.from_run {folder} has the network {arch.model_config}, this run {config.model}: choose the "
-            "recipe that made it, or set model.* to match"
+            f"sparsity.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
+            "the recipe that made it, or set model.* to match"
         )
     load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
     return arch, load_pruned(folder, copy.deepcopy(unpruned))
