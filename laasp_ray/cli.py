@@ -325,24 +325,18 @@ def _at_least_1(text: str) -> int:
     return number
 
 
-class _Terminated(BaseException):
-    """SIGTERM came: whatever runs is left by its `finally` clauses, as with Ctrl-C."""
-
-
 def _guarded(run: Callable[[], None], stopped: str = "stopped; the same command goes on with the run") -> int:
     """Runs it; gives the exit status. What it raises on purpose, and being stopped, is one line on standard error."""
     _replace_what_cannot_be_printed()
     try:
-        with _sigterm_raises():
+        with _sigterm_as_interrupt() as received:
             run()
     except (ConfigError, DataError, StoreError) as error:
         return _ended(f"error: {error}", 2)
     except LaaspError as error:
         return _ended(f"error: {type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
-        return _ended(stopped, 128 + signal.SIGINT)
-    except _Terminated:
-        return _ended(stopped, 128 + signal.SIGTERM)
+        return _ended(stopped, 128 + (received[0] if received else signal.SIGINT))
     return 0
 
 
@@ -359,17 +353,21 @@ def _replace_what_cannot_be_printed() -> None:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM is raised as a KeyboardInterrupt, the one exception of a signal's that Ray's C++ core lets through; the
+    list then holds its number."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
 
-    def raise_it(*_: object) -> None:
+    def raise_it(number: int, *_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was started is being stopped
-        raise _Terminated
+        received.append(number)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, raise_it)
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
