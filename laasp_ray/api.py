@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from laasp_ray import models
+from laasp_ray.addresses import public_data
 from laasp_ray.config import RunConfig
 from laasp_ray.controller import UNPRUNED, Controller, Parts
 from laasp_ray.copying import deep_copy
@@ -22,10 +23,10 @@ from laasp_ray.data.loader import normalise
 from laasp_ray.data.places import find_places
 from laasp_ray.data.source import SPLITS, Split
 from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
-from laasp_ray.preflight import Prepared, check_workers, open_run, prepare, restore_config, write_config
-from laasp_ray.progression import fold
+from laasp_ray.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import Progress, make_progress
@@ -82,13 +83,15 @@ def prune(
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = deep_copy(model).cpu() if model is not None else models.build(config.model)
-        return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
+        return PruneResult(load_pruned(storage, unpruned), storage.uri, dict(finish.data))
+    if distributed:
+        check_address(ray_address)
     start = journal.last("start")
     if start is None:
         prepared = prepare(config, model)
     else:
         _check_method(start, method)
-        state = fold(((event.name, event.data) for event in journal.events()), config)
+        state = folded(storage, journal, config)
         prepared = prepare(config, model, started=True, images=_images(start), state=state)
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
@@ -195,7 +198,7 @@ def _control(
             events,
             locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
         )
-        state = fold(((event.name, event.data) for event in journal.events()), config)
+        state = folded(storage, journal, config)
         if resumed:
             progress.resumed(state, config.prune.targets)
         loop = Controller if config.sparsity is None else SparseController
@@ -236,13 +239,14 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeT
     other's event and leaves nothing that is then taken for that one's.
     """
     config, baseline = prepared.config, prepared.baseline
+    settings = public_data(config.to_dict())
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
     initial = f"initial-{uuid.uuid4().hex[:8]}"
     save_checkpoint(storage, initial, model=begun_with.tensors)
     journal.append(
         "start",
         {
-            "config": config.to_dict(),
+            "config": settings,
             "method": _name_of(method),
             "macs": baseline.macs.total,
             "macs_convention": baseline.macs.convention,
@@ -302,7 +306,3 @@ def _subset(
             "training images or the decoder have changed; restore them, or start a new run with another --name"
         )
     return subset
-
-
-def _folder(storage: Storage) -> str:
-    return str(storage.local_path) if storage.local_path is not None else storage.uri

@@ -1,21 +1,27 @@
 """Flags to config to api: what the scripts in jobs/ are thin mains of.
 
-Exit status 0: done; 2: what was given is wrong (settings, data, store); 1: the run failed.
+Exit status 0: done; 2: what was given is wrong (settings, data, store); 1: the run failed; 130 and 143: stopped, by
+Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from laasp_ray import api, evaluation, models
+from laasp_ray.addresses import public_text
 from laasp_ray.config import RunConfig
 from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
@@ -150,9 +156,12 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=_at_least_1, default=100, help="images a batch for accuracy (default 100)")
     parser.add_argument("--latency-batch", type=_at_least_1, default=1, help="images a batch for latency (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--trust", action="store_true", help="run the code that the folder names as its network's builder"
+    )
 
     def run() -> None:
+        options = parser.parse_args(arguments)
         if options.json is not None and not options.json.parent.is_dir():
             raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
         measured = evaluation.evaluate_run(
@@ -160,12 +169,13 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
             data=_absolute(options.data, "--data"),
             batch_size=options.batch_size,
             latency_batch=options.latency_batch,
+            trust=options.trust,
         )
         print(evaluation.table(measured))
         if options.json is not None:
             options.json.write_text(json.dumps(evaluation.to_dict(measured), indent=2) + "\n")
 
-    return _guarded(run)
+    return _guarded(run, stopped="stopped")
 
 
 def _parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.ArgumentParser:
@@ -223,7 +233,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     storage = Storage.open(config.storage).child(config.name)
     print(format_summary(summarise(Journal(storage).events())))
     if config.sparsity is not None:
-        print(sparsity_table(sparsity_from_json(json.loads(storage.read(REPORT)))))
+        print(sparsity_table(sparsity_from_json(storage.read_json(REPORT))))
     print(f"{'pruned' if config.prunes else 'trained'} network: {result.folder}/pruned")
     return result
 
@@ -331,13 +341,49 @@ def _at_least_1(text: str) -> int:
     return number
 
 
-def _guarded(run: Callable[[], None]) -> int:
+def _guarded(run: Callable[[], None], stopped: str = "stopped; the same command goes on with the run") -> int:
+    """Runs it; gives the exit status. What it raises on purpose, and being stopped, is one line on standard error."""
+    _replace_what_cannot_be_printed()
     try:
-        run()
+        with _sigterm_as_interrupt() as received:
+            run()
     except (ConfigError, DataError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _ended(f"error: {error}", 2)
     except LaaspError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _ended(f"error: {type(error).__name__}: {error}", 1)
+    except KeyboardInterrupt:
+        return _ended(stopped, 128 + (received[0] if received else signal.SIGINT))
     return 0
+
+
+def _ended(line: str, status: int) -> int:
+    print(public_text(line), file=sys.stderr)
+    return status
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """A terminal's encoding may lack a character of a name: it is printed as '?', and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM is raised as a KeyboardInterrupt, the one exception of a signal's that Ray's C++ core lets through; the
+    list then holds its number."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def raise_it(number: int, *_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was started is being stopped
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from laasp_ray.addresses import public
 from laasp_ray.config import PruneConfig, RunConfig
 from laasp_ray.criteria import OF_ACTIVATIONS
-from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
-from laasp_ray.progression import fold
+from laasp_ray.distributed.address import check_address
+from laasp_ray.preflight import Prepared, check_workers, folded, open_run, prepare
 from laasp_ray.report.pace import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.store.journal import Journal
@@ -40,6 +41,8 @@ def dry_run(
     """
     runs = [config] if repeats is None else runs_of(config, repeats)
     stored = [line for run in runs if (line := _stored(run))]
+    if distributed:
+        check_address(ray_address)
     prepared = prepare(config)
     machine = _on_ray(prepared, ray_address) if distributed else _here(prepared)
     return describe(prepared, workload_of(prepared), machine, runs=len(runs), stored=stored)
@@ -98,13 +101,13 @@ def describe(
 
 
 def _stored(run: RunConfig) -> str:
-    journal = Journal(open_run(run))
+    storage = open_run(run)
+    journal = Journal(storage)
     if journal.last("finish") is not None:
         return f"{run.name} is finished, and would be left as it is"
-    events = journal.events()
-    if not events:
+    if not journal.events():
         return ""
-    state = fold(((event.name, event.data) for event in events), run)
+    state = folded(storage, journal, run)
     done = f"turns done: {state.turn}, epochs: {state.epochs_trained}"
     return f"{run.name} has begun ({done}), and would go on; what follows counts all of it"
 
@@ -118,7 +121,7 @@ def _start(config: RunConfig, workload: Workload) -> str:
     if workload.epochs["train"]:
         start = f"from scratch, {workload.epochs['train']} epochs"
     elif config.sparsity is not None and config.sparsity.from_run is not None:
-        start = f"the pruned network of {config.sparsity.from_run}"
+        start = f"the pruned network of {public(config.sparsity.from_run)}"
     else:
         start = f"the weights of {train.pretrained}" if train.pretrained else "new weights, untrained"
     return f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.source import check_outputs
 from laasp_ray.data.sources import open_test_source
-from laasp_ray.errors import StoreError
+from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.preflight import stored_config
 from laasp_ray.records import Metrics
 from laasp_ray.store.artifact import load_pruned
@@ -40,20 +39,26 @@ class Measured:
 
 
 def evaluate_run(
-    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1
+    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1, trust: bool = False
 ) -> tuple[Measured, Measured]:
     """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
     twice where nothing was pruned.
 
     `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path, of which the test
-    images alone must be there. float32, on the GPU if there is one. Raises StoreError if it holds no finished run.
+    images alone must be there. float32, on the GPU if there is one. A network whose builder is an import path is built
+    only with `trust`, since that runs the code which the folder names. Raises StoreError if it holds no finished run.
     """
     storage = Storage.open(str(folder))
-    config = RunConfig.from_dict(dict(_settings(storage)))
+    config = _config(storage)
+    if ":" in config.model.builder and not trust:
+        raise ConfigError(
+            f"the run in {storage.uri} names the network's builder by import path, {config.model.builder!r}, and "
+            "evaluating would run it: look at it, and add --trust if you trust the folder"
+        )
     data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pruned = load_pruned(folder, models.build(config.model)).to(device)
-    unpruned = models.build(config.model)
+    pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
+    unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
     test = open_test_source(data_config, _classes(storage))
@@ -73,11 +78,14 @@ def evaluate_run(
     return first, second
 
 
-def _settings(storage: Storage) -> Mapping[str, Any]:
+def _config(storage: Storage) -> RunConfig:
     settings = started_config(storage)
     if settings is None and not storage.exists("config.json"):
         raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
-    return stored_config(storage) if settings is None else settings
+    try:
+        return RunConfig.from_dict(dict(stored_config(storage) if settings is None else settings))
+    except ConfigError as error:
+        raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
 
 
 def _classes(storage: Storage) -> tuple[str, ...] | None:

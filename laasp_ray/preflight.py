@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria, models
+from laasp_ray.addresses import public, public_data
 from laasp_ray.config import RunConfig, SparsityConfig
 from laasp_ray.controller import UNPRUNED
 from laasp_ray.copying import deep_copy
@@ -27,9 +28,10 @@ from laasp_ray.data.places import with_places
 from laasp_ray.data.sampling import derive_seed
 from laasp_ray.data.source import SPLITS, check_splits
 from laasp_ray.data.sources import ImageSource, Split, open_source
-from laasp_ray.errors import ConfigError, LaaspError, StoreError
+from laasp_ray.errors import ConfigError, LaaspError, PruningError, StoreError
 from laasp_ray.methods.aap import layer_rules
 from laasp_ray.methods.targets import check_latency_batch
+from laasp_ray.progression import RunState, fold
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
@@ -40,7 +42,7 @@ from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
-from laasp_ray.store.journal import started_config
+from laasp_ray.store.journal import Event, Journal, started_config
 from laasp_ray.store.storage import Storage
 from laasp_ray.untouched import in_eval_mode
 
@@ -75,7 +77,7 @@ def open_run(config: RunConfig) -> Storage:
         theirs = stored_config(storage)
     if theirs is None:
         return storage
-    ours = config.to_dict()
+    ours, theirs = public_data(config.to_dict()), public_data(theirs)
     keys = differing_keys(ours, theirs)
     if keys:
         listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
@@ -88,13 +90,7 @@ def open_run(config: RunConfig) -> Storage:
 
 def stored_config(storage: Storage) -> Mapping[str, Any]:
     """What `config.json` of a run's folder says; raises StoreError if that is no settings."""
-    try:
-        content = json.loads(storage.read("config.json"))
-    except ValueError as error:
-        raise StoreError(f"{storage.uri}/config.json is not JSON ({error}): give another --name") from error
-    if not isinstance(content, dict):
-        raise StoreError(f"{storage.uri}/config.json is not a run's settings: give another --name")
-    return content
+    return storage.read_json("config.json", "restore it from a copy, or give another --name")
 
 
 def restore_config(storage: Storage) -> None:
@@ -112,7 +108,26 @@ def restore_config(storage: Storage) -> None:
 
 
 def write_config(storage: Storage, config: Mapping[str, Any]) -> None:
-    storage.write("config.json", json.dumps(config, indent=2).encode())
+    storage.write("config.json", json.dumps(public_data(config), indent=2).encode())
+
+
+def folded(storage: Storage, journal: Journal, config: RunConfig) -> RunState:
+    """Where the run stands. Raises StoreError, naming the event, where one holds what no run has written."""
+    seen: list[Event] = []
+
+    def events() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for event in journal.events():
+            seen.append(event)
+            yield event.name, event.data
+
+    try:
+        return fold(events(), config)
+    except (KeyError, TypeError, ValueError, AttributeError, PruningError) as error:
+        file = f"journal/{seen[-1].sequence:06d}-{seen[-1].name}.json" if seen else "the journal"
+        raise StoreError(
+            f"{file} in {storage.uri} is damaged ({error!r}); restore it from a copy or start the run under another "
+            "name"
+        ) from error
 
 
 def prepare(
@@ -196,8 +211,8 @@ def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[
     arch = read_arch(folder)
     if arch.model_config != config.model:
         raise ConfigError(
-            f"sparsity.from_run {folder} has the network {arch.model_config}, this run {config.model}: choose the "
-            "recipe that made it, or set model.* to match"
+            f"sparsity.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
+            "the recipe that made it, or set model.* to match"
         )
     load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
     return arch, load_pruned(folder, deep_copy(unpruned))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from laasp_ray.copying import deep_copy
+
+with warnings.catch_warnings():
+    # fvcore compiles a loss as it is imported, which torch calls deprecated: nothing that a user could do about it.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
 
 CONVENTION = "multiply-accumulates of convolutions and linear layers, one input"
 _COUNTED_OPERATORS = ("conv", "linear", "addmm", "matmul")

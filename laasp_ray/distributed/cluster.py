@@ -6,7 +6,10 @@ NCCL would refuse. On CPUs trainers hold a token share, since they sleep while t
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from typing import Any
 import ray
 
 from laasp_ray.config import ClusterConfig
+from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError
 
 TRAINER_CPUS = 0.05
@@ -74,20 +78,53 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
     """Joins a cluster, or starts one on this machine for as long as this lasts; gives its resources.
 
     In a submitted job Ray sets RAY_ADDRESS, and we join; a cluster that merely runs on this machine is joined only when
-    `address` is 'auto' or its address. A session that the caller has opened is used, and left open.
+    `address` is 'auto' or its address. A session that the caller has opened is used, and left open. The caller's
+    handlers of signals stay. Raises ConfigError where no cluster answers, or none can be started.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = check_address(address)
     if address == "local":
         os.environ.update({key: os.environ.get(key, value) for key, value in LOCAL_ENVIRONMENT.items()})
     try:
         # The number of CPUs is left to Ray: it may not be given when a cluster is joined.
-        ray.init(address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {}))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with _callers_signals(), _without_lines_on_tokens():
+            ray.init(
+                address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {})
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        ray.shutdown()
         raise ConfigError(f"no Ray cluster could be reached at {address!r}: {error}") from error
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _callers_signals() -> Iterator[None]:
+    """Gives the caller back the handlers that it had set: Ray puts its own in their place, and its C++ core one of
+    SIGTERM that prints the native stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _without_lines_on_tokens() -> Iterator[None]:
+    """Ray tells every cluster that starts how tokens are switched on and off, before the run has said a word."""
+    told = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        told.setLevel(level)

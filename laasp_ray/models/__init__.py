@@ -5,21 +5,19 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-import torchvision
 from torch import nn
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.cifar import DEPTHS, CifarResNet
 from laasp_ray.models.cifar_vgg import CifarVgg16
+from laasp_ray.models.weights import fill, read_state
 from laasp_ray.models.zoo import ZOO
 
 TORCHVISION = "torchvision:"
@@ -29,8 +27,10 @@ _CIFAR: dict[str, Callable[..., nn.Module]] = {
     **{name: functools.partial(CifarResNet, blocks) for name, blocks in DEPTHS.items()},
     "vgg16": CifarVgg16,
 }
-_SHOWN = 4
-"""How many keys an error about a file of weights names."""
+_WEIGHTS = ("weights", "pretrained")
+"""Arguments by which torchvision's builders download weights, as they begin: weights_backbone is one, too."""
+_OTHER_FORWARD = ("googlenet", "inception_v3")
+"""Builders that make another network, not only other weights, where weights are asked for."""
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -53,14 +53,37 @@ def build(config: ModelConfig) -> nn.Module:
     return model
 
 
+def build_offline(config: ModelConfig) -> nn.Module:
+    """As `build`, for a description that came with a file: the same network, but nothing is downloaded for it.
+
+    Its weights are drawn, whatever weights the arguments ask for: who has the file loads its own. Raises ConfigError
+    as `build` does, and where the arguments that ask for weights change what the network computes, too.
+    """
+    family, _, architecture = config.builder.partition(".")
+    if family != "torchvision" or ":" in config.builder:
+        return build(config)
+    asked = {key: value for key, value in config.arguments.items() if key.startswith(_WEIGHTS) and value}
+    arguments = {key: value for key, value in config.arguments.items() if not key.startswith(_WEIGHTS)}
+    if asked and architecture in _OTHER_FORWARD:
+        raise ConfigError(
+            f"model.arguments {asked} would download weights, and {config.builder} is another network without them"
+        )
+    _builder(config.builder)  # a name that there is
+    weights = next(iter(asked.values()), None)
+    if weights is not None and "num_classes" not in arguments:
+        arguments["num_classes"] = _classes_of(architecture, weights)
+    return build(replace(config, arguments=arguments))
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a file of weights into `model`, strictly.
 
     `.safetensors`, or `.pt`, `.pth`, `.bin` as torch.save wrote it (read without unpickling code): a state dict,
-    possibly under "state_dict" or "model", its keys possibly starting with "module.". Raises ConfigError if the file
-    is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
+    possibly under a key such as "state_dict" or "model", its keys possibly starting with what wrappers put there
+    ("module.", "_orig_mod.", "model."), possibly without BatchNorm's num_batches_tracked. Raises ConfigError if the
+    file is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
     """
-    _fill(model, _read_state(Path(path)), str(path))
+    fill(model, read_state(Path(path)), str(path))
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
@@ -71,7 +94,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
     not fit.
     """
     if source.startswith(TORCHVISION):
-        _fill(model, _torchvision_state(config.builder, source.removeprefix(TORCHVISION)), source)
+        fill(model, _torchvision_state(config.builder, source.removeprefix(TORCHVISION)), source)
     else:
         load_weights(model, source)
 
@@ -83,6 +106,8 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
             f"train.pretrained is {TORCHVISION + name!r}, but model.builder {builder!r} is none of torchvision's: "
             "name a file of weights"
         )
+    import torchvision  # most networks and every network of one's own do without
+
     known = {weights.name: weights for weights in torchvision.models.get_model_weights(architecture)}
     if name not in known:
         offered = ", ".join(TORCHVISION + other for other in known) or "none"
@@ -96,32 +121,10 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _fill(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    wanted = model.state_dict()
-    if all(key.startswith("module.") for key in state) and not all(key.startswith("module.") for key in wanted):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    missing = sorted(wanted.keys() - state.keys())
-    unexpected = sorted(state.keys() - wanted.keys())
-    misshaped = [
-        f"{key}: {tuple(state[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {kind} ({_first(keys)})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-        if keys
-    ]
-    if problems:
-        raise ConfigError(
-            f"the weights in {source} do not fit the network: {'; '.join(problems)}. "
-            f"Check model.builder and model.arguments"
-        )
-    model.load_state_dict(state)
-
-
 def known_builders() -> list[str]:
     """The names that `build` knows, import paths aside."""
+    import torchvision
+
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
     return sorted([*names, *(f"cifar.{name}" for name in _CIFAR), *(f"zoo.{name}" for name in ZOO)])
 
@@ -129,16 +132,34 @@ def known_builders() -> list[str]:
 def _builder(name: str) -> Callable[..., Any]:
     if ":" in name:
         return _imported(name)
+    family, _, architecture = name.partition(".")
+    if family == "cifar" and architecture in _CIFAR:
+        return _CIFAR[architecture]
+    if family == "zoo" and architecture in ZOO:
+        return ZOO[architecture]
     if name not in known_builders():
         close = difflib.get_close_matches(name, known_builders(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known_builders())}"
         raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
-    family, _, architecture = name.partition(".")
-    if family == "cifar":
-        return _CIFAR[architecture]
-    if family == "zoo":
-        return ZOO[architecture]
-    return lambda **arguments: torchvision.models.get_model(architecture, **{"weights": None, **arguments})
+    return functools.partial(_of_torchvision, architecture)
+
+
+def _of_torchvision(architecture: str, **arguments: Any) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(architecture, **{"weights": None, **arguments})
+
+
+def _classes_of(architecture: str, weights: object) -> int | None:
+    """How many classes torchvision's network has where it is asked for these weights without a number of classes."""
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(architecture)
+    try:
+        found = known[str(weights).rpartition(".")[2]] if isinstance(weights, str) else next(iter(known))
+    except (KeyError, StopIteration):
+        raise ConfigError(f"torchvision has no weights {weights!r} of {architecture}") from None
+    return len(found.meta["categories"])
 
 
 def _imported(path: str) -> Callable[..., Any]:
@@ -152,31 +173,3 @@ def _imported(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"model.builder {path!r} is a {type(found).__name__}, must be a function")
     return found
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"no file of weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{path} cannot be read as weights: {reason}. It must be a .safetensors file or a state dict "
-            f"saved by torch.save"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConfigError(
-            f"{path} holds no state dict; expected names mapped to tensors, possibly under 'state_dict' or 'model'"
-        )
-    return dict(content)
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

@@ -26,6 +26,7 @@ _FOLDER = "journal/"
 _FILE = re.compile(r"^journal/(\d{6,})-([a-z][a-z0-9_]*)\.json$")
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 _READERS = 16
+_REMEDY = "restore it from a copy or start the run under another name"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Event:
     name: str
     data: Mapping[str, Any]
     time: float
+
+
+class _Data(dict[str, Any]):
+    """An event's data as read. A key that is missing is the file's fault, and is told as that."""
+
+    place = "an event"
+
+    def __missing__(self, key: str) -> Any:
+        raise StoreError(f"{self.place} is damaged: it lacks {key!r}; {_REMEDY}")
 
 
 class Journal:
@@ -100,16 +110,15 @@ class Journal:
         return files
 
     def _read(self, file: str) -> Event:
-        raw = self._storage.read(file)
+        content = self._storage.read_json(file, _REMEDY)
+        place = f"{file} in {self._storage.uri}"
         try:
-            content = json.loads(raw)
             version = content["schema_version"]
-            event = Event(content["sequence"], content["name"], content["data"], float(content["time"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{file} in {self._storage.uri} is no event of a journal ({error!r}); "
-                "restore it from a copy or start the run under another name"
-            ) from error
+            data = _Data(content["data"].items())
+            data.place = place
+            event = Event(int(content["sequence"]), str(content["name"]), data, float(content["time"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{place} is no event of a journal ({error!r}); {_REMEDY}") from error
         if version != SCHEMA_VERSION:
             raise StoreError(
                 f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import time
@@ -17,13 +18,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from laasp_ray.addresses import public, public_text
 from laasp_ray.errors import StoreError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs"})
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_FOLDER_SYNC = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR, errno.EBADF, errno.EACCES, errno.EPERM}
+)
+"""What filesystems answer that cannot sync a folder (CIFS, FUSE); a full or broken disk answers otherwise."""
 _ONE_PUT = "allow_delayed_open"
 _PROBE = "write-probe"
+_KINDS = {
+    list: "a list",
+    type(None): "null",
+    str: "a string",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+}
 _STALE_AFTER_S = 600.0
 
 
@@ -45,7 +58,7 @@ class Storage:
     """A folder, local or on object storage. Names use '/', are relative to it and stay inside it.
 
     Every method raises StoreError, saying where, when the folder cannot be reached, read or written. It pickles, so
-    that a worker can be handed the driver's.
+    that a worker can be handed the driver's. `uri` is without the credentials that an address may carry.
     """
 
     def __init__(self, uri: str, folder: _Folder) -> None:
@@ -61,7 +74,7 @@ class Storage:
         """
         scheme = _SCHEME.match(uri)
         if scheme is not None and scheme.group(1).lower() != "file":
-            return Storage(uri, _open_remote(uri))
+            return Storage(public(uri), _open_remote(uri))
         path = _local_path(uri, is_uri=scheme is not None)
         if path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file, a folder is needed; name another folder")
@@ -99,6 +112,17 @@ class Storage:
         with self._explained("read", name):
             return self._folder.read(_checked(name))
 
+    def read_json(self, name: str, remedy: str = "restore it from a copy") -> dict[str, Any]:
+        """The JSON object in `name`. Raises StoreError, with the `remedy`, if it holds anything else."""
+        place, raw = f"{name} in {self.uri}", self.read(name)
+        try:
+            content = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{place} is damaged: it is not JSON ({error}); {remedy}") from error
+        if not isinstance(content, dict):
+            raise StoreError(f"{place} is damaged: it holds {_KINDS[type(content)]}, not a JSON object; {remedy}")
+        return content
+
     def exists(self, name: str) -> bool:
         with self._explained("look for", name):
             return self._folder.exists(_checked(name))
@@ -124,14 +148,25 @@ class Storage:
             self._folder.delete_leftovers(_checked(folder), older_than_s)
 
     def check_writable(self) -> None:
-        """Writes, reads and removes a small object. Leaves nothing behind: where a local folder is not there yet, the
-        one that it will be made in is tried. Raises StoreError if that does not work."""
+        """Does what a run does, with a small object: writes it new, lists, reads, replaces and removes it.
+
+        Leaves nothing behind: where a local folder is not there yet, the one that it will be made in is tried. Raises
+        StoreError if that does not work.
+        """
         probe = f"{_PROBE}-{uuid.uuid4().hex}"
         with self._explained("write", probe):
             tried = Storage(self.uri, self._folder.nearest())
-        tried.write(probe, probe.encode())
-        if tried.read(probe) != probe.encode():
-            raise StoreError(f"{self.uri} does not give back what was written; name another folder")
+        try:
+            tried.write_new(probe, b"new")
+            listed = probe in tried.list(probe) if tried.local_path is None else tried.exists(probe)
+            first = tried.read(probe)
+            tried.write(probe, probe.encode())
+            if not listed or first != b"new" or tried.read(probe) != probe.encode():
+                raise StoreError(f"{self.uri} does not give back what was written; name another folder")
+        except StoreError:
+            with contextlib.suppress(StoreError):
+                tried.delete(probe)
+            raise
         tried.delete(probe)
 
     @contextlib.contextmanager
@@ -175,10 +210,11 @@ class _LocalFolder:
         with _written_aside(target, data) as aside:
             try:
                 os.link(aside, target)
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
+            except FileExistsError:
+                if not os.path.samefile(aside, target):  # NFS may repeat a link that it has made
                     raise
-                if target.exists():
+            except OSError as error:  # filesystems without hard links refuse them in many ways
+                if os.path.lexists(target):
                     raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
                 os.replace(aside, target)
         _sync_folder(target.parent)
@@ -264,9 +300,11 @@ def _open_remote(uri: str) -> _Folder:
     try:
         filesystem, root = _from_uri(FileSystem, uri)
     except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
-        raise StoreError(f"cannot open the storage {uri}: {str(error).splitlines()[0]}; {remedy}") from error
+        reason = public_text((str(error).splitlines() or [type(error).__name__])[0], uri)
+        # The cause is left out: a traceback would show the address with its credentials.
+        raise StoreError(f"cannot open the storage {public(uri)}: {reason}; {remedy}") from None
     if not root.strip("/"):
-        raise StoreError(f"the storage {uri} names no bucket or folder; {remedy}")
+        raise StoreError(f"the storage {public(uri)} names no bucket or folder; {remedy}")
     return _ArrowFolder(filesystem, root)
 
 
@@ -323,11 +361,15 @@ def _raise(error: OSError) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the folder's new entry outlast a power cut; Windows cannot open a folder for that."""
+    """Makes the folder's new entry outlast a power cut, where the filesystem can; Windows cannot open a folder."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

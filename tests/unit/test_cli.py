@@ -537,7 +537,7 @@ def test_evaluation_of_a_folder_that_is_no_runs(tmp_path, capsys):
     assert f"{tmp_path} holds no config.json: give the folder of a run" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{")
     assert cli.evaluate([str(tmp_path)]) == 2
-    assert f"{tmp_path}/config.json is not JSON" in capsys.readouterr().err
+    assert f"config.json in {tmp_path} is damaged: it is not JSON" in capsys.readouterr().err
 
 
 def test_evaluation_with_nowhere_to_write_the_figures_is_refused_before_measuring(finished, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LEVELS = [
     {"errors"},
-    {"fields", "copying", "untouched"},
+    {"fields", "copying", "untouched", "addresses"},
     {"config", "records", "resumable"},
     {"cost", "criteria", "data", "models"},
     {"pruning"},
