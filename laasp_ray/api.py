@@ -21,6 +21,7 @@ from laasp_ray.data.loader import normalise
 from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
+from laasp_ray.models.suitable import check_suitable
 from laasp_ray.preflight import Prepared, check_workers, open_run, prepare
 from laasp_ray.progression import fold
 from laasp_ray.pruning.network import capture
@@ -35,6 +36,7 @@ from laasp_ray.store.checkpoint import load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
+from laasp_ray.untouched import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class PruneResult:
     summary: dict[str, Any]
 
 
+@random_state_kept()
 def prune(
     model: nn.Module | None,
     config: RunConfig,
@@ -77,7 +80,7 @@ def prune(
     finish = journal.last("finish")
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        unpruned = copy.deepcopy(model).cpu() if model is not None else models.build(config.model)
+        unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(_folder(storage), unpruned), storage.uri, dict(finish.data))
     start = journal.last("start")
     if start is not None:
@@ -94,6 +97,11 @@ def prune(
         return PruneResult(run, storage.uri, dict(finish.data))
     finally:
         _close([progress])
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    check_suitable(model)
+    return copy.deepcopy(model).cpu()
 
 
 def _run_here(

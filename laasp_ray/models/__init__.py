@@ -20,6 +20,7 @@ from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.cifar import DEPTHS, CifarResNet
 from laasp_ray.models.cifar_vgg import CifarVgg16
+from laasp_ray.models.suitable import not_finite
 from laasp_ray.models.zoo import ZOO
 
 TORCHVISION = "torchvision:"
@@ -71,7 +72,10 @@ def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
     not fit.
     """
     if source.startswith(TORCHVISION):
-        _fill(model, _torchvision_state(config.builder, source.removeprefix(TORCHVISION)), source)
+        state = _torchvision_state(config.builder, source.removeprefix(TORCHVISION))
+        # Weights of auxiliary heads that this network is built without, as its None attributes say.
+        state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], model) is not None}
+        _fill(model, state, source)
     else:
         load_weights(model, source)
 
@@ -116,6 +120,12 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None
         raise ConfigError(
             f"the weights in {source} do not fit the network: {'; '.join(problems)}. "
             f"Check model.builder and model.arguments"
+        )
+    broken = not_finite(model, state)
+    if broken:
+        raise ConfigError(
+            f"the weights in {source} are not finite (NaN or infinite) in {len(broken)} tensors ({_first(broken)}): "
+            "give weights from before they diverged"
         )
     model.load_state_dict(state)
 

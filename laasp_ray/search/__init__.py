@@ -11,6 +11,7 @@ from torch import nn
 from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.models.suitable import check_suitable
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import Wanted, importance
@@ -19,10 +20,12 @@ from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import LossSubset, Prepare, ready
 from laasp_ray.search.executor import OneHand, settings_of
 from laasp_ray.search.schedule import measure
+from laasp_ray.untouched import random_state_kept
 
 __all__ = ["rank"]
 
 
+@random_state_kept()
 def rank(
     model: nn.Module,
     images: torch.Tensor,
@@ -72,6 +75,8 @@ def rank(
         components=components,
         pooling=pooling,
     )
+    for network in (model,) if reference is None else (model, reference):
+        check_suitable(network)
     subset = LossSubset(images, labels, batch_size, prepare)
     example = next(subset.batches())[0][:1]
     model = ready(copy.deepcopy(model), images.device)

@@ -20,6 +20,7 @@ from laasp_ray.config import POOLING, PruneConfig
 from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.untouched import in_eval_mode
 
 CHUNKS = 32
 """At most so many chunks: each one's products travel to where they are added up."""
@@ -100,12 +101,9 @@ def scores_of(parts: Iterable[Moments], look: Look, components: int) -> dict[str
 
 @torch.no_grad()
 def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: Wanted) -> dict[str, tuple[int, int]]:
-    """Layer -> its filters and the windows that each has. The model's mode is put back."""
-    was_training = model.training
-    try:
-        return _features(model.eval(), example_input, wanted)[0]
-    finally:
-        model.train(was_training)
+    """Layer -> its filters and the windows that each has. The modules' modes are put back."""
+    with in_eval_mode(model):
+        return _features(model, example_input, wanted)[0]
 
 
 def check_columns(shapes: Mapping[str, tuple[int, int]], pooling: str, device: torch.device) -> None:

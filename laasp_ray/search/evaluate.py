@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import SearchError
+from laasp_ray.models.format import to_channels_last
 from laasp_ray.pruning.masks import Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin
+from laasp_ray.untouched import in_eval_mode
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 
@@ -105,20 +107,16 @@ def ready(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` made ready for `measure`, in place: on `device`, in eval mode, its weights channels last."""
     if device.type == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return to_channels_last(model.to(device)).eval()
 
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, subset: LossSubset) -> float:
-    """Mean cross-entropy of `model` in eval mode; model and subset on one device. The model's mode is put back."""
-    was_training = model.training
-    model.eval()
+    """Mean cross-entropy of `model` in eval mode; model and subset on one device. The modules' modes are put back."""
     total = torch.zeros((), dtype=torch.float64, device=subset.labels.device)
-    try:
+    with in_eval_mode(model):
         for images, labels in subset.batches():
             total += functional.cross_entropy(model(images).float(), labels, reduction="none").double().sum()
-    finally:
-        model.train(was_training)
     return float(total) / len(subset)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LEVELS = [
     {"errors"},
-    {"fields"},
+    {"fields", "untouched"},
     {"config", "records", "resumable"},
     {"cost", "criteria", "data", "models"},
     {"pruning"},

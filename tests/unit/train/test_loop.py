@@ -194,6 +194,12 @@ def one_of_two(rank, root, out):
             "masked": result(small_network(), masked(spell(0.1, 0.05))),
             "batchnorm": result(with_batchnorm(), spell(0.1)),
             "batchnorm, averaged": result(with_batchnorm(), spell(0.1), config=OPTIONS),
+            "unused": train(
+                WithUnusedHead(),
+                data,
+                spell(0.1, 0.05),
+                wrap=lambda model: distributed(model, (3, 4, 4), CONFIG),
+            ),
         }
         torch.save(results, f"{out}/{rank}.pt")
     finally:
@@ -214,6 +220,15 @@ def ranks(folder, tmp_path_factory):
     while not other.join():
         pass
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_a_parameter_without_a_gradient_does_not_end_training_on_two_ranks(folder, ranks):
+    epochs, _ = run_alone(folder_config(folder), spell(0.1, 0.05), WithUnusedHead())
+    for rank in ranks:
+        theirs, _ = rank["unused"]
+        assert len(theirs) == 2
+        for name, tensor in epochs[-1].tensors.items():
+            torch.testing.assert_close(theirs[-1].tensors[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["plain", "options", "masked"])
