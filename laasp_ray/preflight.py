@@ -79,6 +79,7 @@ def open_run(config: RunConfig) -> Storage:
     return storage
 
 
+@random_state_kept()
 def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool = False) -> Prepared:
     """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
 
@@ -186,7 +187,7 @@ def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
 def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
     probe = copy.deepcopy(model).eval()  # a module may keep what it sees
     try:
-        with random_state_kept(), torch.inference_mode():
+        with torch.inference_mode():
             output = probe(example_input)
     except Exception as error:
         raise ConfigError(

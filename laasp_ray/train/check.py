@@ -60,7 +60,7 @@ def _try_cut(
     cut = twin(model)
     try:
         apply_plan(cut, small_plan(graph, layers))
-    except PruningError as error:  # each layer was tried by itself; what is not possible together is no fault of training
+    except PruningError as error:  # each was tried alone; that they do not go together is no fault of training
         logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
         return ""
     return try_step(copy.deepcopy(cut), shape, config).fault  # a step writes to weights, and a twin shares them
