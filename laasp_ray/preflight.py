@@ -109,7 +109,7 @@ def prepare(config: RunConfig, model: nn.Module | None = None, *, started: bool 
     _check_criteria(config, graph, unpruned)
     _check_search(config, unpruned)
     if config.prune.latency_reduction:
-        check_latency_batch(unpruned, config)
+        check_latency_batch(copy.deepcopy(unpruned), config)
     if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
         shapes = shapes_of(copy.deepcopy(unpruned), example_input, Wanted.of(layers, config.prune))
         check_columns(shapes, config.prune.pooling, example_input.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +60,8 @@ def _measure(first: nn.Module, second: nn.Module, config: RunConfig, **options: 
     on_gpu = torch.cuda.is_available()
     try:
         return measure_pair(
-            copy.deepcopy(first),  # which is the caller's, and a module may keep what it sees
-            second if second is not first else copy.deepcopy(second),
+            first,
+            second,
             config.model.input_shape,
             batch_size=config.prune.latency_batch,
             device="cuda" if on_gpu else "cpu",
