@@ -26,6 +26,7 @@ from laasp_ray.data.subset import Subset, draw_subset
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
+from laasp_ray.models.suitable import check_suitable
 from laasp_ray.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
@@ -39,6 +40,7 @@ from laasp_ray.store.checkpoint import has_checkpoint, load_checkpoint, save_che
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
+from laasp_ray.untouched import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class PruneResult:
     summary: dict[str, Any]
 
 
+@random_state_kept()
 def prune(
     model: nn.Module | None,
     config: RunConfig,
@@ -82,7 +85,7 @@ def prune(
     finish = journal.last("finish")
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        unpruned = deep_copy(model).cpu() if model is not None else models.build(config.model)
+        unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(storage, unpruned), storage.uri, dict(finish.data))
     if distributed:
         check_address(ray_address)
@@ -104,6 +107,11 @@ def prune(
         return PruneResult(run, storage.uri, dict(finish.data))
     finally:
         _close([progress])
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    check_suitable(model)
+    return deep_copy(model).cpu()
 
 
 def _run_here(

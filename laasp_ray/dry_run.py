@@ -16,6 +16,7 @@ from laasp_ray.report.pace import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.store.journal import Journal
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
+from laasp_ray.untouched import random_state_kept
 from laasp_ray.workload import LaaspTurns, PlsTurns, SparseStages, Turns, Workload, network_of, workload_of
 
 Rows = list[tuple[str, str]]
@@ -31,6 +32,7 @@ class Machine:
     forward: float
 
 
+@random_state_kept()
 def dry_run(
     config: RunConfig, *, distributed: bool = True, ray_address: str | None = None, repeats: int | None = None
 ) -> str:

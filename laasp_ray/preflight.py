@@ -31,7 +31,8 @@ from laasp_ray.data.sources import ImageSource, Split, open_source
 from laasp_ray.errors import ConfigError, LaaspError, PruningError, StoreError
 from laasp_ray.methods.aap import layer_rules
 from laasp_ray.methods.targets import check_latency_batch
-from laasp_ray.progression import RunState, fold
+from laasp_ray.models.suitable import check_suitable
+from laasp_ray.progression import fold
 from laasp_ray.pruning.groups import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.several import independent_layers
@@ -44,7 +45,8 @@ from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.journal import Event, Journal, started_config
 from laasp_ray.store.storage import Storage
-from laasp_ray.untouched import in_eval_mode
+from laasp_ray.train.check import check_training
+from laasp_ray.untouched import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ def folded(storage: Storage, journal: Journal, config: RunConfig) -> RunState:
         ) from error
 
 
+@random_state_kept()
 def prepare(
     config: RunConfig,
     model: nn.Module | None = None,
@@ -159,6 +162,7 @@ def prepare(
     if config.sparsity is not None:
         return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
     if not config.prunes:
+        check_training(unpruned, config.model.input_shape, config.train, None)
         return Prepared(config, unpruned, example_input, _plain_baseline(unpruned, example_input), train, test)
     check_statistics(unpruned)
     graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
@@ -168,12 +172,13 @@ def prepare(
         logger.info("layer %s is not pruned: %s", name, reason)
     layers = independent_layers(graph) if config.prune.method == "pls" else tuple(graph.layers)
     _check_target(config, graph, baseline, layers)
+    check_training(unpruned, config.model.input_shape, config.train, graph)
     _check_criteria(config, graph, unpruned)
     _check_search(config, unpruned)
     if config.prune.latency_reduction:
-        check_latency_batch(unpruned, config)
+        check_latency_batch(deep_copy(unpruned), config)
     if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
-        shapes = shapes_of(unpruned, example_input, Wanted.of(layers, config.prune))
+        shapes = shapes_of(deep_copy(unpruned), example_input, Wanted.of(layers, config.prune))
         check_columns(shapes, config.prune.pooling, example_input.device)
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
@@ -194,6 +199,7 @@ def _prepare_sparse(
     if sparsity.from_run is not None and not started:
         arch, network = _finished_run(config, sparsity.from_run, unpruned)
         begun_with = capture(network, arch.plan)
+    check_training(network, config.model.input_shape, config.train, None)
     dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
     for name, reason in dense.items():
         logger.info("layer %s stays dense: %s", name, reason)
@@ -230,23 +236,26 @@ def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
+    check_suitable(model)  # or it may not be possible to copy it
     tensors = itertools.chain(model.parameters(), model.buffers())
     return model if all(tensor.is_cpu for tensor in tensors) else deep_copy(model).cpu()
 
 
 def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = models.build(config.model)
     if with_weights and config.train.pretrained is not None:
         models.load_pretrained(model, config.model, config.train.pretrained)
+    check_suitable(model)
     return model
 
 
 def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
+    probe = deep_copy(model).eval()  # a module may keep what it sees
     try:
-        with in_eval_mode(model), torch.inference_mode():
-            output = model(example_input)
+        with torch.inference_mode():
+            output = probe(example_input)
     except Exception as error:
         raise ConfigError(
             f"the network does not take an input of model.input_shape {tuple(example_input.shape[1:])}: {error}"

@@ -13,7 +13,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import usable_cpus
@@ -23,6 +22,7 @@ from laasp_ray.errors import LaaspError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.train.data import SpellData
+from laasp_ray.train.distributed import distributed
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
 from laasp_ray.train.trainer import rebuild_on
 
@@ -134,7 +134,7 @@ def _carry_out(
         config=config.train,
         seed=config.seed,
         teacher=rebuild_on(data.device, unpruned, teacher) if teacher is not None else None,
-        wrap=_distributed,
+        wrap=lambda model: distributed(model, config.model.input_shape, config.train),
     ):
         event = replace(event, unreadable=_gather(event.unreadable))
         if isinstance(event, SpellDone):
@@ -154,12 +154,3 @@ def _gather(names: tuple[str, ...]) -> tuple[str, ...]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, names)
     return tuple(sorted({name for part in everyone for name in part}))
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    if dist.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )

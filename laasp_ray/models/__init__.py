@@ -94,7 +94,10 @@ def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
     not fit.
     """
     if source.startswith(TORCHVISION):
-        fill(model, _torchvision_state(config.builder, source.removeprefix(TORCHVISION)), source)
+        state = _torchvision_state(config.builder, source.removeprefix(TORCHVISION))
+        # Weights of auxiliary heads that this network is built without, as its None attributes say.
+        state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], model) is not None}
+        fill(model, state, source)
     else:
         load_weights(model, source)
 

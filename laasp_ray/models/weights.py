@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import ConfigError
+from laasp_ray.models.suitable import not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "ema", "model_ema")
 """Keys under which training scripts keep a state dict, in the order in which they are looked for."""
@@ -70,6 +71,12 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> No
         raise ConfigError(
             f"the weights in {source} do not fit the network: {'; '.join(problems)}. "
             f"Check model.builder and model.arguments"
+        )
+    broken = not_finite(model, fitted)
+    if broken:
+        raise ConfigError(
+            f"the weights in {source} are not finite (NaN or infinite) in {len(broken)} tensors ({_first(broken)}): "
+            "give weights from before they diverged"
         )
     kept = {key: value.clone() for key, value in wanted.items()}
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from laasp_ray.copying import deep_copy
+from laasp_ray.models.suitable import EXTRA_STATE
 from laasp_ray.pruning.plan import Plan, apply_plan
 
 
@@ -33,5 +34,8 @@ def rebuild(unpruned: nn.Module, state: NetworkState) -> nn.Module:
     """
     model = deep_copy(unpruned)
     apply_plan(model, state.plan)
-    model.load_state_dict(state.tensors, strict=True, assign=False)
+    tensors = {
+        name: tensor.clone() if name.endswith(EXTRA_STATE) else tensor for name, tensor in state.tensors.items()
+    }  # a module may keep the extra state that it is given
+    model.load_state_dict(tensors, strict=True, assign=False)
     return model

@@ -12,6 +12,7 @@ from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRu
 from laasp_ray.copying import deep_copy
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.models.suitable import check_suitable
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import Wanted, importance
@@ -27,6 +28,7 @@ from laasp_ray.untouched import random_state_kept
 __all__ = ["rank"]
 
 
+@random_state_kept()
 def rank(
     model: nn.Module,
     images: torch.Tensor,
@@ -78,6 +80,8 @@ def rank(
         components=components,
         pooling=pooling,
     )
+    for network in (model,) if reference is None else (model, reference):
+        check_suitable(network)
     subset = LossSubset(*checked_data(images, labels), batch_size, prepare)
     check_statistics(model)
     with random_state_kept():  # which a network may draw from

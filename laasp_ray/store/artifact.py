@@ -18,6 +18,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ArtifactError, LaaspError, StoreError
+from laasp_ray.models.suitable import EXTRA_STATE
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.records import SCHEMA_VERSION, to_json
 from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
@@ -205,17 +206,22 @@ def _build(storage: Storage, config: ModelConfig) -> nn.Module:
 def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], storage: Storage) -> None:
     """Copies `tensors` into `network`, which takes over their element types; ties between tensors stay."""
     own = network.state_dict(keep_vars=True)
-    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {name: _shape(name, tensor) for name, tensor in own.items()}
+    found = {name: _shape(name, tensor) for name, tensor in tensors.items()}
     if wanted != found:
         raise ArtifactError(
             f"the weights in {storage.uri} do not fit the network: {_differences(wanted, found)}; "
             "is it the network that the run began with, in the same version?"
         )
     for name, tensor in own.items():
-        if tensor.dtype != tensors[name].dtype:
+        if not name.endswith(EXTRA_STATE) and tensor.dtype != tensors[name].dtype:
             tensor.data = tensor.data.to(tensors[name].dtype)
     network.load_state_dict(tensors, strict=True)
+
+
+def _shape(name: str, value: torch.Tensor) -> tuple[int, ...]:
+    """That of extra state is its module's business."""
+    return () if name.endswith(EXTRA_STATE) else tuple(value.shape)
 
 
 def _differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from laasp_ray.models.suitable import EXTRA_STATE
+
 
 class MovingAverage:
     """An exponential moving average of the state dict of `model`: weights and BatchNorm statistics.
@@ -26,7 +28,9 @@ class MovingAverage:
         averages: list[torch.Tensor] = []
         current: list[torch.Tensor] = []
         for name, tensor in self._model.state_dict().items():
-            if tensor.is_floating_point():
+            if name.endswith(EXTRA_STATE):  # whatever a module keeps there is its own
+                self.tensors[name] = tensor.detach().clone()
+            elif tensor.is_floating_point():
                 averages.append(self.tensors[name])
                 current.append(tensor)
             else:

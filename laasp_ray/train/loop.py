@@ -7,7 +7,7 @@ the seed and the epoch's number, so a spell that goes on after `done` epochs is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +19,7 @@ from laasp_ray.config import TrainConfig
 from laasp_ray.data.feed import Batch
 from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
+from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.average import MovingAverage
 from laasp_ray.train.data import EvaluationData, SpellData
@@ -195,7 +196,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
     _agree_on_buffers(setup)
     average = setup.average
     tensors = _on_cpu(setup.model.state_dict() if average is None else average.tensors)
-    _check_finite(sums, tensors, plan)
+    _check_finite(sums, setup.model, tensors, plan)
     return EpochDone(
         position=position,
         plan=plan,
@@ -301,14 +302,12 @@ def _reduce(sums: torch.Tensor) -> None:
         dist.all_reduce(sums)
 
 
-def _check_finite(sums: torch.Tensor, tensors: Mapping[str, torch.Tensor], plan: EpochPlan) -> None:
+def _check_finite(sums: torch.Tensor, model: nn.Module, tensors: Mapping[str, torch.Tensor], plan: EpochPlan) -> None:
     if not torch.isfinite(sums).all():
         raise TrainingError(
             f"the training loss of epoch {plan.epoch} (learning rate {plan.learning_rate:g}) is not finite"
         )
-    broken: Sequence[str] = [
-        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
+    broken = not_finite(model, tensors)
     if broken:
         raise TrainingError(
             f"after epoch {plan.epoch} (learning rate {plan.learning_rate:g}) {len(broken)} tensors are not finite: "

@@ -14,6 +14,7 @@ from torch.nn import functional
 from laasp_ray.config import RunConfig
 from laasp_ray.copying import deep_copy
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
+from laasp_ray.models.format import to_channels_last
 from laasp_ray.train.data import SpellData
 
 BATCHES = 6
@@ -73,7 +74,7 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
 
 def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device) -> float:
     """Images a second of the network in eval mode, float32, on images that are on `device` already."""
-    model = _copy_on(unpruned, device).eval()
+    model = to_channels_last(_copy_on(unpruned, device)).eval()
     size = config.search.batch_size if device.type == "cuda" else min(config.search.batch_size, CPU_BATCH)
     images = torch.randn(size, *config.model.input_shape, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(size, dtype=torch.int64)
@@ -114,7 +115,9 @@ def _rate(
 
 
 def _copy_on(unpruned: nn.Module, device: torch.device) -> nn.Module:
-    return deep_copy(unpruned).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    """In the memory format of training (train/trainer.py)."""
+    model = deep_copy(unpruned).to(device).train()
+    return to_channels_last(model) if device.type == "cuda" else model
 
 
 def _name(device: torch.device) -> str:

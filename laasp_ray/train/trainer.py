@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
+from laasp_ray.models.format import to_channels_last
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
@@ -78,4 +79,4 @@ class InProcessTrainer:
 def rebuild_on(device: torch.device, unpruned: nn.Module, network: NetworkState) -> nn.Module:
     """`network` rebuilt on `device`; channels last on a GPU, as its images are."""
     model = rebuild(unpruned, network).to(device)
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model  # type: ignore[call-overload]
+    return to_channels_last(model) if device.type == "cuda" else model

@@ -18,6 +18,7 @@ from laasp_ray.data.sampling import epoch_batches
 from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
 from laasp_ray.train.data import SpellData
+from laasp_ray.train.distributed import distributed
 from laasp_ray.train.loop import evaluate, run_spell
 
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 22, 19, 3
@@ -146,6 +147,18 @@ def small_network(*more):
     return nn.Sequential(nn.Conv2d(3, 4, 3), *more, nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
 
 
+class WithUnusedHead(nn.Module):
+    """In training `other` runs in place of `head`, which gets no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.other = small_network(), nn.Linear(CLASSES, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.other(x) if self.training else self.head(x)
+
+
 def kept_weights():
     return group_mask(small_network().get_parameter("3.weight"), GroupRule(8, 6))
 
@@ -194,6 +207,12 @@ def one_of_two(rank, root, out):
             "masked": result(small_network(), masked(spell(0.1, 0.05))),
             "batchnorm": result(with_batchnorm(), spell(0.1)),
             "batchnorm, averaged": result(with_batchnorm(), spell(0.1), config=OPTIONS),
+            "unused": train(
+                WithUnusedHead(),
+                data,
+                spell(0.1, 0.05),
+                wrap=lambda model: distributed(model, (3, 8, 8), CONFIG),
+            ),
         }
         torch.save(results, f"{out}/{rank}.pt")
     finally:
@@ -214,6 +233,15 @@ def ranks(folder, tmp_path_factory):
     while not other.join():
         pass
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_a_parameter_without_a_gradient_does_not_end_training_on_two_ranks(folder, ranks):
+    epochs, _ = run_alone(folder_config(folder), spell(0.1, 0.05), WithUnusedHead())
+    for rank in ranks:
+        theirs, _ = rank["unused"]
+        assert len(theirs) == 2
+        for name, tensor in epochs[-1].tensors.items():
+            torch.testing.assert_close(theirs[-1].tensors[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["plain", "options", "masked"])

@@ -1,0 +1,79 @@
+"""Whether a network can be trained, whole and cut: found out before a run, for only eval mode is checked otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from laasp_ray.config import TrainConfig
+from laasp_ray.copying import deep_copy
+from laasp_ray.errors import ConfigError, PruningError
+from laasp_ray.models.suitable import shown
+from laasp_ray.pruning.channels import plan_of
+from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.several import removal_of_several
+from laasp_ray.pruning.verify import twin
+from laasp_ray.train.trial import try_step
+
+logger = logging.getLogger(__name__)
+
+_CHANNELS = 3
+"""What every loader gives: pictures without colour are read as colour pictures."""
+_SHOWN = 3
+
+
+def check_training(model: nn.Module, shape: Sequence[int], config: TrainConfig, graph: PruningGraph | None) -> None:
+    """Raises ConfigError if a step of training fails, of `model` or of it cut a little in every layer of `graph`.
+
+    `shape` (C, H, W) is that of an image as it is loaded. Works on copies; the random state stays as it was.
+    """
+    if shape[0] != _CHANNELS:
+        raise ConfigError(
+            f"model.input_shape is {tuple(shape)}, but images are loaded with {_CHANNELS} channels, grey ones too: "
+            f"give the network {_CHANNELS} input channels and set "
+            f"model.input_shape to ({_CHANNELS}, {shape[1]}, {shape[2]})"
+        )
+    tried = try_step(deep_copy(model), shape, config)
+    if tried.fault:
+        raise ConfigError(f"the network cannot be trained: {tried.fault}")
+    if graph is None or not graph.layers:
+        return
+    fault = _try_cut(model, graph, list(graph.layers), shape, config)
+    if not fault:
+        return
+    singly = (layer for layer in graph.layers if _try_cut(model, graph, [layer], shape, config))
+    guilty = list(itertools.islice(singly, _SHOWN + 1))
+    layers = shown(guilty or list(graph.layers), _SHOWN)
+    raise ConfigError(
+        f"the network cannot be trained any more once layers are pruned ({layers}): {fault}. What only training mode "
+        "runs is not cut along: name those layers in prune.ignored, or run the same modules in eval mode"
+    )
+
+
+def _try_cut(
+    model: nn.Module, graph: PruningGraph, layers: Sequence[str], shape: Sequence[int], config: TrainConfig
+) -> str:
+    cut = twin(model)
+    try:
+        apply_plan(cut, small_plan(graph, layers))
+    except PruningError as error:  # each was tried alone; that they do not go together is no fault of training
+        logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
+        return ""
+    return try_step(deep_copy(cut), shape, config).fault  # a step writes to weights, and a twin shares them
+
+
+def small_plan(graph: PruningGraph, layers: Sequence[str]) -> Plan:
+    """One filter of every block of each of `layers`, and what goes with them; of layers that are tied, the first's."""
+    chosen: dict[str, range] = {}
+    taken: set[str] = set()
+    for layer in layers:
+        group = graph.layers[layer]
+        if layer in taken:
+            continue
+        chosen[layer] = range(0, group.filters, group.filters // group.blocks)
+        taken |= {side.module for side in graph.removal(layer, chosen[layer]) if side.role == "filters"}
+    return plan_of(removal_of_several(graph, chosen))

@@ -1,0 +1,121 @@
+"""One step of training, tried before a run: a network may do other things in training mode than in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.config import TrainConfig
+from laasp_ray.copying import deep_copy
+from laasp_ray.models.suitable import not_finite, shown
+from laasp_ray.train.loss import training_loss
+from laasp_ray.untouched import random_state_kept
+
+IMAGES = 2
+"""In a batch: as few as a worker may be given, which a normalisation over images must take."""
+
+
+@dataclass
+class Tried:
+    """What came of a step: `fault` says what is wrong, or nothing; `unused` names parameters without a gradient."""
+
+    fault: str = ""
+    unused: list[str] = field(default_factory=list)
+
+
+def try_step(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> Tried:
+    """Trains `model`, in place, for one step on two random images of `shape`, as a run does: loss, gradients, SGD."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return Tried("no parameter of the network requires a gradient; set requires_grad on what is to train")
+    device = next(model.parameters()).device
+    images = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    running = _Running(model)
+    with random_state_kept(), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        try:
+            return _step(model.train(), images, config)
+        except Exception as error:  # the network's own code may raise anything here, and that is the finding
+            return Tried(f"{running.place} fails in training mode ({type(error).__name__}: {_first_line(error)})")
+        finally:
+            running.close()
+
+
+def _step(model: nn.Module, images: torch.Tensor, config: TrainConfig) -> Tried:
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    output = model(images)
+    if not isinstance(output, torch.Tensor):
+        return Tried(_other_output(output))
+    if output.ndim != 2 or len(output) != len(images):
+        return Tried(
+            f"in training mode it gives a tensor of shape {tuple(output.shape)} for {len(images)} images, must be "
+            "(images, classes) as in eval mode"
+        )
+    labels = torch.arange(len(images), device=images.device) % output.shape[1]
+    loss = training_loss(output.float(), labels, config).sum() / len(images)
+    if not loss.requires_grad:
+        return Tried(
+            "its outputs in training mode have no gradient; something in its forward detaches them (no_grad, "
+            "inference_mode or detach): take that out"
+        )
+    if not torch.isfinite(loss):
+        return Tried(f"the loss of its first step is {loss.item()}; check its weights and what it computes")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    broken = not_finite(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    if broken:
+        return Tried(f"the gradients of {shown(broken)} are not finite after its first step", unused)
+    optimizer.step()
+    return Tried("", unused)
+
+
+def unused_parameters(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> list[str]:
+    """Names of the parameters that a step of training gives no gradient. Works on a copy."""
+    return try_step(deep_copy(model), shape, config).unused
+
+
+def _other_output(output: Any) -> str:
+    fields = getattr(output, "_fields", ())
+    kind = f"{type(output).__name__}" + (f" ({', '.join(fields)})" if fields else "")
+    return (
+        f"in training mode it gives a {kind}, in eval mode one tensor. Losses on auxiliary outputs are not supported: "
+        "build it without them (torchvision's GoogLeNet and Inception: model.arguments.aux_logits=False), or have its "
+        "forward give the classes' outputs alone"
+    )
+
+
+class _Running:
+    """Which module is being run: hooks on all of them keep a stack, whose top is where an error came from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._stack: list[str] = []
+        self._hooks: list[Any] = []
+        for name, module in model.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._leave()))
+
+    def _leave(self) -> None:
+        self._stack.pop()
+
+    @property
+    def place(self) -> str:
+        inner = next((name for name in reversed(self._stack) if name), "")
+        return f"module {inner}" if inner else "it"
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
