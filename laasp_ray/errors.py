@@ -3,6 +3,8 @@
 All of them carry a single message argument, so they survive pickling between Ray processes.
 """
 
+_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "ALLOC_FAILED")
+
 
 class LaaspError(Exception):
     """Base of everything that laasp_ray raises on purpose."""
@@ -46,3 +48,12 @@ class StoreError(LaaspError):
 
 class ArtifactError(LaaspError):
     """A saved network cannot be rebuilt from its folder."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device; CPU allocators raise a RuntimeError of many words."""
+    import torch  # whoever only names an error does without it
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -41,9 +41,6 @@ def layer_rules(model: nn.Module, config: SparsityConfig, ignored: tuple[str, ..
     reason. Raises ConfigError if `fc_prune` or `ignored` does not fit the network, or no layer can be sparse.
     """
     order = [name for name, _ in model.named_modules()]
-    for entry in ignored:
-        if entry not in order and not (entry.endswith(".") and any(name.startswith(entry) for name in order)):
-            raise ConfigError(f"prune.ignored names {entry!r}, the network has no such module: check the spelling")
     layers = sort_layers(model, config.group, ignored)
     rules = {name: GroupRule(config.group, pruned) for name in layers.convolutions}
     dense = dict(layers.dense)

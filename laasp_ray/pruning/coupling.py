@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.errors import PruningError
+from laasp_ray.errors import PruningError, is_out_of_memory
 from laasp_ray.pruning.channels import Side, describe, parameter_side
 from laasp_ray.pruning.flow import Flow, Follower, Meeting, tensors_of
 from laasp_ray.pruning.labels import along
@@ -251,6 +251,8 @@ def _run(
         try:
             output = probe(example)
         except Exception as error:  # running is the network's own code, which can fail in any way
+            if is_out_of_memory(error):
+                raise
             where = f" in {follower.module}" if follower.module else ""
             raise PruningError(
                 f"the network cannot be traced with an input of shape {tuple(example.shape)}: it fails{where} "

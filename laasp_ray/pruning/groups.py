@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
-from laasp_ray.errors import PruningError
+from laasp_ray.errors import MemoryShortError, PruningError, is_out_of_memory
 from laasp_ray.pruning.channels import Side, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
 from laasp_ray.pruning.flow import tensors_of
@@ -23,6 +25,11 @@ from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.pruning.verify import fault_of, scramble, twin
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_ATTEMPTS = 3
+"""How often the network is run where memory runs out: others may let go of theirs."""
 
 _DRAWS = 2
 """How many random halves of every layer's filters are tried; one alone may be right by chance."""
@@ -81,8 +88,8 @@ class PruningGraph:
         modules = dict(probe.named_modules())
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
-        _check_repeatable(probe, example)
-        flow = Couplings(probe, example, frozen)
+        _retried(lambda: _check_repeatable(probe, example))
+        flow = _retried(lambda: Couplings(probe, example, frozen))
         self._couplings: dict[str, Coupling] = {}
         reasons: dict[str, str] = {}
         for name in names:
@@ -136,13 +143,31 @@ def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGr
     return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled))
 
 
+def _retried(run: Callable[[], _Result]) -> _Result:
+    """What `run` gives. Memory that runs out says nothing of a layer; raises MemoryShortError when it does so often."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            told = str(error).partition("\n")[0]
+            logger.warning("memory ran out while the network was looked at (attempt %d): %s", attempt + 1, told)
+        gc.collect()
+    raise MemoryShortError(
+        f"memory ran out {_ATTEMPTS} times while the network was looked at ({told}): free some on the driver's machine"
+    )
+
+
 @torch.no_grad()
 def _check_repeatable(probe: nn.Module, example: torch.Tensor) -> None:
     """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
     with torch.random.fork_rng(devices=[]):
         try:
             outputs = [list(tensors_of(probe(example))) for _ in range(2)]
-        except Exception:  # said better by whoever runs it next, who knows the module
+        except Exception as error:  # said better by whoever runs it next, who knows the module
+            if is_out_of_memory(error):
+                raise
             return
     if any(not torch.equal(*pair) and not bool(pair[0].isnan().any()) for pair in zip(*outputs, strict=False)):
         raise PruningError(
@@ -165,7 +190,8 @@ def _faults(
             if not gone[coupling.own].any():
                 unite(together, coupling.removal(filters))
                 gone[coupling.classes(filters)] = True
-        return fault_of(probe, example, together, found.meetings, gone[found.classes])
+        removed = gone[found.classes]
+        return _retried(lambda: fault_of(probe, example, together, found.meetings, removed))
 
     def search(layers: Sequence[str]) -> None:
         draws = (fault_in(layers, draw) for draw in range(_DRAWS if layers else 0))

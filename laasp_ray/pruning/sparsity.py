@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import PruningError
+from laasp_ray.pruning.names import ignored_modules
 
 _CHUNK = 1 << 23
 """Weights that are sorted at a time: the order of a large linear layer's would take gigabytes."""
@@ -53,15 +54,17 @@ class Layers:
 def sort_layers(model: nn.Module, group: int, ignored: Sequence[str] = ()) -> Layers:
     """Which convolutions and linear layers of `model` can hold groups of `group` inputs.
 
-    `ignored` names modules, or prefixes of them that end in a dot, to be left dense.
+    `ignored` names modules, which stay dense with all below them, or prefixes of them that end in a dot. Raises
+    ConfigError for one that names nothing.
     """
     convolutions: list[str] = []
     linear: list[str] = []
     dense: dict[str, str] = {}
+    frozen = ignored_modules([name for name, _ in model.named_modules()], ignored)
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             continue
-        reason = _why_dense(name, module, group, ignored)
+        reason = "named in prune.ignored" if name in frozen else _why_dense(module, group)
         if reason:
             dense[name] = reason
         else:
@@ -69,9 +72,7 @@ def sort_layers(model: nn.Module, group: int, ignored: Sequence[str] = ()) -> La
     return Layers(tuple(convolutions), tuple(linear), dense)
 
 
-def _why_dense(name: str, module: nn.Module, group: int, ignored: Sequence[str]) -> str:
-    if any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in ignored):
-        return "named in prune.ignored"
+def _why_dense(module: nn.Module, group: int) -> str:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its weight is no plain parameter"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laasp_ray.copying import deep_copy
-from laasp_ray.errors import PruningError
+from laasp_ray.errors import PruningError, is_out_of_memory
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.flow import Meeting, name_of, tensors_of
 from laasp_ray.pruning.labels import Label, line, varying
@@ -97,6 +97,8 @@ def fault_of(
             with _Held(meetings, gone, record.statistics):
                 found = list(tensors_of(pruned(example)))
         except Exception as error:  # the network's own code may raise anything here, and that is the finding
+            if is_out_of_memory(error):
+                raise
             return (
                 "the network does not run without them, its code fixes how many there are "
                 f"({type(error).__name__}: {_first_line(error)})"

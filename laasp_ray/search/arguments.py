@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from laasp_ray.config import SearchConfig
-from laasp_ray.errors import ConfigError, LaaspError
+from laasp_ray.errors import ConfigError, LaaspError, is_out_of_memory
 from laasp_ray.search.evaluate import LossSubset, ready_with
-from laasp_ray.search.memory import is_out_of_memory
 
 _KINDS_OF_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -15,13 +15,11 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laasp_ray.errors import MemoryShortError
+from laasp_ray.errors import MemoryShortError, is_out_of_memory
 
 ATTEMPTS = 3
 """How often what does not fit into memory, and cannot be made smaller, is tried: others may let go of theirs."""
 REMEDY = "lower search.memory_mb or search.batch_size"
-
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -29,13 +27,6 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     with _Watch() as watch:
         run()
     return watch.most
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device; CPU allocators raise a RuntimeError of many words."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def let_go() -> None:

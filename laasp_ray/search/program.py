@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from laasp_ray.errors import is_out_of_memory
 from laasp_ray.pruning.masks import Mask, run_deaf, run_deaf_from
-from laasp_ray.search.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_numbers_for_another_count_of_linear_layers_are_refused():
 
 def test_a_module_that_is_not_there_cannot_be_ignored():
     assert "1" in layer_rules(small(), SparsityConfig(fc_prune=(4,)), ("1",), 6).dense
-    with pytest.raises(ConfigError, match=r"prune\.ignored names '7\.', the network has no such module"):
+    with pytest.raises(ConfigError, match=r"prune\.ignored names '7\.', which is no module of the network"):
         layer_rules(small(), SparsityConfig(), ("7.",), 6)
 
 

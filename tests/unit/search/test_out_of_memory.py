@@ -9,14 +9,13 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.errors import MemoryShortError, SearchError
+from laasp_ray.errors import MemoryShortError, SearchError, is_out_of_memory
 from laasp_ray.pruning.groups import PruningGraph
 from laasp_ray.search import rank
 from laasp_ray.search.activations import Wanted, importance
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import LossSubset, ready
-from laasp_ray.search.memory import is_out_of_memory
 
 IMAGES = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(9) % 5

@@ -24,10 +24,10 @@ MOST_BYTES = 4_000_000_000
 
 
 @torch.inference_mode()
-def losses_of_copy(model, task):
+def losses_of_copy(model, task, images=IMAGES, labels=LABELS):
     pruned = twin(model)
     apply_plan(pruned, task.step)
-    return functional.cross_entropy(pruned(IMAGES), LABELS, reduction="none").numpy()
+    return functional.cross_entropy(pruned(images), labels, reduction="none").numpy()
 
 
 def checked(seed):
