@@ -149,8 +149,8 @@ def started_config(storage: Storage) -> Mapping[str, Any] | None:
     config = start.data.get("config") if isinstance(start.data, Mapping) else None
     if not isinstance(config, Mapping):
         raise StoreError(
-            f"the first event of the journal in {storage.uri} has no config; restore it from a copy or start the run "
-            "under another name"
+            f"journal/{start.sequence:06d}-start.json in {storage.uri} has no config; restore it from a copy or start "
+            "the run under another name"
         )
     return config
 

@@ -115,7 +115,7 @@ def test_settings_that_are_none_are_named_as_long_as_there_is_no_journal(tmp_pat
     config = tiny(tmp_path, pictures)
     storage = Storage.open(config.storage).child(config.name)
     storage.write("config.json", b"null")
-    with pytest.raises(StoreError, match=r"config\.json is not a run's settings: give another --name"):
+    with pytest.raises(StoreError, match=r"config\.json in .* is damaged: it holds null, .*give another --name"):
         open_run(config)
 
 

@@ -258,7 +258,7 @@ def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):
 def test_a_folder_that_is_no_runs_is_named(tmp_path):
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "config.json").write_text("{")
-    with pytest.raises(StoreError, match=r"config\.json is not JSON"):
+    with pytest.raises(StoreError, match=r"config\.json in .* is damaged: it is not JSON"):
         run(small_run(tmp_path))
 
 

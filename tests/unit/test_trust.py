@@ -61,10 +61,10 @@ def test_evaluating_a_folder_does_not_run_what_it_names(finished, tmp_path, caps
     marker = tmp_path / "was-run"
 
     def change(content):
-        content["model"]["builder"] = "os:system"
-        content["model"]["arguments"] = {"command": f"touch {marker}"}
+        model = content["data"]["config"]["model"]
+        model["builder"], model["arguments"] = "os:system", {"command": f"touch {marker}"}
 
-    restore = rewritten(finished, "config.json", change)
+    restore = rewritten(finished, "journal/000001-start.json", change)
     try:
         assert cli.evaluate([finished]) == 2
         error = capsys.readouterr().err

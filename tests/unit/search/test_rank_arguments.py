@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.errors import ConfigError, PruningError, SearchError
 from laasp_ray.search import rank
 from laasp_ray.search.evaluate import LossSubset, mean_loss
 from laasp_ray.untouched import in_eval_mode
@@ -135,6 +135,7 @@ def test_noise_of_a_network_takes_nothing_from_the_callers_random_state():
             return x + 1e-9 * torch.randn_like(x)
 
     before = torch.random.get_rng_state()
-    rank(Net(norm=Noise()), IMAGES, LABELS, step=0.3)
+    with pytest.raises(PruningError, match="not deterministic in eval mode"):
+        rank(Net(norm=Noise()), IMAGES, LABELS, step=0.3)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert np.isfinite(IMAGES.numpy()).all()
