@@ -126,15 +126,16 @@ def _carry_out(
         arrays, carried, done = command.resume
         spell = replace(spell, done=done.position + 1)
     ended: SpellDone | None = None
+    shape = config.model.input_shape
     for event in run_spell(
-        rebuild_on(data.device, unpruned, NetworkState(payload.plan, unpack(arrays, copy=False))),
+        rebuild_on(data.device, unpruned, NetworkState(payload.plan, unpack(arrays, copy=False)), shape),
         unpack(carried, copy=False),
         spell,
         data=data,
         config=config.train,
         seed=config.seed,
-        teacher=rebuild_on(data.device, unpruned, teacher) if teacher is not None else None,
-        wrap=lambda model: distributed(model, config.model.input_shape, config.train),
+        teacher=rebuild_on(data.device, unpruned, teacher, shape) if teacher is not None else None,
+        wrap=lambda model: distributed(model, shape, config.train),
     ):
         event = replace(event, unreadable=_gather(event.unreadable))
         if isinstance(event, SpellDone):

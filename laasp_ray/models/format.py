@@ -1,4 +1,4 @@
-"""Channels last: the memory format in which convolutions over images are faster."""
+"""Channels last: the memory format in which convolutions over images are faster, for networks that run in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import nn
 
+from laasp_ray.copying import deep_copy
+
 
 def to_channels_last(model: nn.Module) -> nn.Module:
     """`model`, in place, with its 4-D tensors channels last; torch's own way refuses a network with a Conv3d."""
@@ -14,3 +16,30 @@ def to_channels_last(model: nn.Module) -> nn.Module:
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def to_fast_format(model: nn.Module, image: torch.Tensor) -> nn.Module:
+    """`model` channels last, in place, if it takes `image` (1, C, H, W) so: `x.view(len(x), -1)` behind a convolution
+    does not."""
+    probe = to_channels_last(deep_copy(model)).eval()
+    if image.ndim != 4:
+        return model
+    try:
+        with torch.no_grad():
+            probe(image.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        if "view" not in str(error):
+            raise
+        return model
+    return to_channels_last(model)
+
+
+def in_format_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) channels last if the weights of `model` are, or else as they are."""
+    if images.ndim == 4 and any(_is_channels_last(parameter) for parameter in model.parameters()):
+        return images.contiguous(memory_format=torch.channels_last)
+    return images
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

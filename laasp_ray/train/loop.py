@@ -19,6 +19,7 @@ from laasp_ray.config import TrainConfig
 from laasp_ray.data.feed import Batch
 from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
+from laasp_ray.models.format import in_format_of
 from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.average import MovingAverage
@@ -229,7 +230,7 @@ def _test_epoch(setup: _Setup, done: EpochDone) -> EpochDone:
 def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:
     """The spell's optimizer step `number`, on this rank's share of a batch of `images`; sums of loss, correct, seen."""
     data = setup.data
-    pictures = data.in_format(batch.images)
+    pictures = in_format_of(setup.wrapped, batch.images)
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
         output = setup.wrapped(pictures)
         taught = _taught(setup.teacher, pictures)
@@ -274,7 +275,7 @@ def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
     sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
     for batch in data.test_loader.epoch(shares):
-        output = model(data.in_format(batch.images)).float()
+        output = model(in_format_of(model, batch.images)).float()
         best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
         summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
         counts = torch.stack([best[:, :1].sum(), best.sum(), torch.tensor(len(output), device=data.device)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 from laasp_ray.config import RunConfig
 from laasp_ray.copying import deep_copy
 from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
-from laasp_ray.models.format import to_channels_last
+from laasp_ray.models.format import in_format_of, to_fast_format
 from laasp_ray.train.data import SpellData
 
 BATCHES = 6
@@ -42,23 +42,23 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
     """
     size = config.train.batch_size if device.type == "cuda" else min(config.train.batch_size, CPU_BATCH * world)
     data = SpellData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
-    model = _copy_on(unpruned, device)
-    teacher = _copy_on(unpruned, device).eval() if config.train.distill else None
+    model = _copy_on(unpruned, device, config.model.input_shape)
+    teacher = _copy_on(unpruned, device, config.model.input_shape).eval() if config.train.distill else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(data.in_format(images))
+            output = model(in_format_of(model, images))
             if teacher is not None:
                 with torch.no_grad():
-                    teacher(data.in_format(images))
+                    teacher(in_format_of(model, images))
         optimizer.zero_grad(set_to_none=True)
         functional.cross_entropy(output.float(), labels).backward()
         optimizer.step()
 
     def infer(images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.inference_mode():
-            model(data.in_format(images))
+            model(in_format_of(model, images))
 
     try:
         batches = epoch_batches(data.train_images, batch_size=size, seed=config.seed, epoch=0)[: BATCHES + 1]
@@ -74,22 +74,16 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
 
 def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device) -> float:
     """Images a second of the network in eval mode, float32, on images that are on `device` already."""
-    model = to_channels_last(_copy_on(unpruned, device)).eval()
+    model = deep_copy(unpruned).to(device).eval()
     size = config.search.batch_size if device.type == "cuda" else min(config.search.batch_size, CPU_BATCH)
-    images = torch.randn(size, *config.model.input_shape, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(size, *config.model.input_shape, device=device)
+    images = in_format_of(to_fast_format(model, images[:1]), images)
     labels = torch.zeros(size, dtype=torch.int64)
 
     def infer(images: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.inference_mode():
             model(images)
 
-    try:
-        infer(images[:1], labels)
-    except RuntimeError as error:
-        if "view" not in str(error):
-            raise
-        # As in the search: `x.view(len(x), -1)` behind a convolution does not run channels last.
-        model, images = model.to(memory_format=torch.contiguous_format), images.contiguous()  # type: ignore[call-overload]
     return _rate(itertools.repeat((images, labels), BATCHES + 1), infer, device)
 
 
@@ -114,10 +108,12 @@ def _rate(
     return sum(count for count, _ in timed) / sum(seconds for _, seconds in timed)
 
 
-def _copy_on(unpruned: nn.Module, device: torch.device) -> nn.Module:
+def _copy_on(unpruned: nn.Module, device: torch.device, input_shape: Sequence[int]) -> nn.Module:
     """In the memory format of training (train/trainer.py)."""
-    model = deep_copy(unpruned).to(device).train()
-    return to_channels_last(model) if device.type == "cuda" else model
+    model = deep_copy(unpruned).to(device)
+    if device.type == "cuda":
+        to_fast_format(model, torch.zeros(1, *input_shape, device=device))
+    return model.train()
 
 
 def _name(device: torch.device) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.models.format import to_channels_last
+from laasp_ray.models.format import to_fast_format
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+from laasp_ray.untouched import random_state_kept
 
 OnEpoch = Callable[[EpochDone], None]
 
@@ -58,13 +59,15 @@ class InProcessTrainer:
                 places=spell.places,
             )
         for event in run_spell(
-            rebuild_on(self._device, self._unpruned, network),
+            rebuild_on(self._device, self._unpruned, network, config.model.input_shape),
             carried,
             spell,
             data=self._data,
             config=config.train,
             seed=config.seed,
-            teacher=rebuild_on(self._device, self._unpruned, teacher) if teacher is not None else None,
+            teacher=rebuild_on(self._device, self._unpruned, teacher, config.model.input_shape)
+            if teacher is not None
+            else None,
         ):
             if isinstance(event, SpellDone):
                 return event
@@ -76,7 +79,12 @@ class InProcessTrainer:
             self._data.close()
 
 
-def rebuild_on(device: torch.device, unpruned: nn.Module, network: NetworkState) -> nn.Module:
-    """`network` rebuilt on `device`; channels last on a GPU, as its images are."""
+def rebuild_on(
+    device: torch.device, unpruned: nn.Module, network: NetworkState, input_shape: Sequence[int]
+) -> nn.Module:
+    """`network` rebuilt on `device`; on a GPU channels last, if it runs so on an input of `input_shape` (C, H, W)."""
     model = rebuild(unpruned, network).to(device)
-    return to_channels_last(model) if device.type == "cuda" else model
+    if device.type != "cuda":
+        return model
+    with random_state_kept():
+        return to_fast_format(model, torch.zeros(1, *input_shape, device=device))

@@ -6,7 +6,7 @@ from torch import nn
 
 from laasp_ray.cost.latency import measure_latency
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.models.format import to_channels_last
+from laasp_ray.models.format import in_format_of, to_channels_last, to_fast_format
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.evaluate import LossSubset, mean_loss, ready
@@ -65,6 +65,28 @@ def test_only_images_tensors_go_channels_last(kind):
             assert parameter.is_contiguous()
 
 
+class Viewing(nn.Module):
+    """Its view does not go with a convolution's output that is channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_a_network_that_views_its_maps_stays_contiguous_and_its_images_follow():
+    images = torch.randn(2, 3, 8, 8)
+    model = to_fast_format(Viewing(), images[:1])
+    assert model.conv.weight.is_contiguous() and in_format_of(model, images) is images
+    assert model(in_format_of(model, images)).shape == (2, 2)
+    plain = to_fast_format(nn.Conv2d(3, 4, 3), images[:1])
+    assert plain.weight.is_contiguous(memory_format=torch.channels_last)
+    assert in_format_of(plain, images).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_channels_last_keeps_parameters_and_gives_the_network_back():
     model = nn.Conv2d(3, 4, 3)
     weight, values = model.weight, model.weight.detach().clone()
@@ -74,5 +96,5 @@ def test_channels_last_keeps_parameters_and_gives_the_network_back():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_network_with_volumes_is_put_on_a_gpu():
     model = Volumes()
-    rebuilt = rebuild_on(torch.device("cuda"), model, capture(model, Plan.empty()))
+    rebuilt = rebuild_on(torch.device("cuda"), model, capture(model, Plan.empty()), (3, 8, 8))
     assert rebuilt(torch.zeros(1, 2, 5, 6, 7, device="cuda")).shape == (1, 3)

@@ -28,7 +28,7 @@ class InMemory:
 class FakeData:
     """What `run_spell` needs of a SpellData; images of shape (n, features), the same for training and test."""
 
-    device, in_format = CPU, staticmethod(lambda images: images)
+    device = CPU
 
     def __init__(self, images, labels, rank=0, world=1):
         self.images, self.labels = torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
