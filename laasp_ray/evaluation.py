@@ -14,7 +14,7 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.source import check_outputs
+from laasp_ray.data.source import check_classes, check_outputs
 from laasp_ray.data.sources import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.preflight import stored_config
@@ -61,7 +61,9 @@ def evaluate_run(
     unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
-    test = open_test_source(data_config, _classes(storage))
+    classes = _classes(storage)
+    test = open_test_source(data_config, classes)
+    check_classes(test, classes, str(data_config.path))
     check_outputs(test, _outputs(unpruned, config, device), str(data_config.path))
     images = EvaluationData(test, data_config, batch_size=batch_size, seed=config.seed, device=device)
     try:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from laasp_ray.copying import deep_copy
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -37,7 +39,7 @@ def measure_latency(
 ) -> Latency:
     """Times `model` in eval mode on `device` with random inputs (batch_size, *input_shape).
 
-    The model is moved there and back, and keeps its mode. Raises ValueError unless repeats >= 2 and warmup >= 0.
+    A copy is measured there. Raises ValueError unless repeats >= 2 and warmup >= 0.
     """
     return _measure([model], input_shape, batch_size, torch.device(device), repeats, warmup)[0]
 
@@ -69,25 +71,16 @@ def _measure(
 ) -> list[Latency]:
     if repeats < 2 or warmup < 0 or batch_size < 1:
         raise ValueError(f"repeats={repeats}, warmup={warmup}, batch_size={batch_size}: must be at least 2, 0 and 1")
-    homes = [next((parameter.device for parameter in model.parameters()), device) for model in models]
-    modes = [{module: module.training for module in model.modules()} for model in models]
+    copies = [deep_copy(model).to(device).eval() for model in models]  # a module may count its calls
     inputs = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     times: list[list[float]] = [[] for _ in models]
-    try:
-        for model in models:
-            model.to(device).eval()
-        # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
-            for turn in range(warmup + repeats):
-                for model, taken in zip(models, times, strict=True):
-                    elapsed = _time_once(model, inputs, device)
-                    if turn >= warmup:
-                        taken.append(elapsed)
-    finally:
-        for model, home, mode in zip(models, homes, modes, strict=True):
-            model.to(home)
-            for module, training in mode.items():
-                module.training = training
+    # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
+        for turn in range(warmup + repeats):
+            for model, taken in zip(copies, times, strict=True):
+                elapsed = _time_once(model, inputs, device)
+                if turn >= warmup:
+                    taken.append(elapsed)
     return [_summary(taken, batch_size, device) for taken in times]
 
 

@@ -94,6 +94,17 @@ def check_outputs(test: ImageSource, outputs: int, where: str) -> None:
         )
 
 
+def check_classes(test: ImageSource, classes: tuple[str, ...] | None, where: str) -> None:
+    """Raises DataError when test images' labels mean other classes than those that a network was trained on, if both
+    are known by name."""
+    if classes is None or _numbered(classes) or _numbered(test.classes) or test.classes == classes:
+        return
+    raise DataError(
+        f"the images in {where} are not of the run's classes: {_difference(classes, test.classes)}; give images of the "
+        "same classes in the same order"
+    )
+
+
 def is_junk(name: str) -> bool:
     """Whether a file or folder is what systems leave behind (hidden, as `._x.jpg`, or such as `__MACOSX`), no data."""
     return name.startswith(".") or name in _JUNK

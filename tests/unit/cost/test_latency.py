@@ -7,12 +7,19 @@ from torch import nn
 from laasp_ray.cost.latency import measure_latency, measure_pair
 
 
+class Log(list):
+    """One list for a network and its copies."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Sleeper(nn.Module):
     """Sleeps, notes what it was given, and insists on eval mode."""
 
     def __init__(self, seconds, log=None):
         super().__init__()
-        self.seconds, self.log = seconds, [] if log is None else log
+        self.seconds, self.log = seconds, Log() if log is None else log
         self.dropout = nn.Dropout()
 
     def forward(self, x):
@@ -36,7 +43,7 @@ def test_number_and_circumstances():
 
 
 def test_a_pair_is_measured_by_turns():
-    log = []
+    log = Log()
     slow, quick = measure_pair(Sleeper(0.006, log), Sleeper(0.001, log), (1,), device="cpu", repeats=4, warmup=1)
     assert [seconds for seconds, _ in log] == [0.006, 0.001] * 5
     assert slow.median_ms >= 6 > quick.spread[0]

@@ -9,7 +9,7 @@ from helpers import small_run
 from test_sources import png, put, write_parquet
 from torch import nn
 
-from laasp_ray.data.source import check_outputs, check_splits
+from laasp_ray.data.source import check_classes, check_outputs, check_splits
 from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import DataError
 from laasp_ray.preflight import prepare
@@ -43,6 +43,23 @@ def test_splits_are_compared_by_names_and_labels(train, test, message):
         return
     with pytest.raises(DataError, match=f"the splits in here do not fit: .*{message}"):
         check_splits(Split(*train), Split(*test), "here")
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "fits"),
+    [
+        (ANIMALS, ANIMALS, True),
+        (None, ANIMALS, True),
+        (tuple("012"), ANIMALS, True),
+        (ANIMALS, ("cat", "eel", "dog"), False),
+    ],
+)
+def test_images_of_an_evaluation_are_compared_with_the_runs_classes(known, found, fits):
+    if fits:
+        check_classes(Split(found, 2), known, "here")
+        return
+    with pytest.raises(DataError, match=r"images in here are not of the run's classes: label 1 is 'dog'"):
+        check_classes(Split(found, 2), known, "here")
 
 
 def test_names_on_one_side_alone_cannot_be_compared_and_that_is_told(caplog):
