@@ -41,7 +41,8 @@ class Couplings:
     """The coupling of every layer of `probe`, a network in eval mode whose tensors may not be changed meanwhile.
 
     `frozen` names modules that keep their own channels. `classes` says of every number of the run to which class it
-    belongs; `meetings` where channels disappear. Raises PruningError if the network does not run.
+    belongs; `meetings` where channels disappear; `cut` whether the network cuts its channels into blocks. Raises
+    PruningError if the network does not run.
     """
 
     def __init__(self, probe: nn.Module, example: torch.Tensor, frozen: set[str]) -> None:
@@ -53,7 +54,8 @@ class Couplings:
         self._names = {name: names[0] for names in _names_of_tensors(probe).values() for name in names}
         self._describe(probe)
         refused = {name: reason for name, reason in self._own.items() if isinstance(reason, str)}
-        _run(probe, example, flow, self._grouped, refused)
+        self.outputs = _run(probe, example, flow, self._grouped, refused)
+        self.cut = bool(flow.blocks)
         self.meetings: Sequence[Meeting] = flow.meetings
         self.classes = flow.channels.classes()
         self._add_meetings(probe)
@@ -242,8 +244,9 @@ def _run(
     flow: Flow,
     grouped: dict[tuple[str, str], np.ndarray],
     refused: Mapping[str, str],
-) -> None:
-    with Follower(probe, flow, grouped, refused) as follower:
+) -> list[torch.Tensor]:
+    """Fills `flow`; gives the network's outputs."""
+    with torch.random.fork_rng(devices=[]), Follower(probe, flow, grouped, refused) as follower:
         for dim in range(1, 2 if example.ndim > 3 else example.ndim):
             line = flow.channels.new(example.shape[dim])
             flow.stuck.append((line, "its filters meet the channels of the network's input"))
@@ -258,5 +261,7 @@ def _run(
                 f"the network cannot be traced with an input of shape {tuple(example.shape)}: it fails{where} "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0][:300]})"
             ) from error
-    outputs = [label for tensor in tensors_of(output) for label in follower.get(tensor)]
-    follower.stick(outputs, "its filters are outputs of the network")
+    outputs = list(tensors_of(output))
+    labels = [label for tensor in outputs for label in follower.get(tensor)]
+    follower.stick(labels, "its filters are outputs of the network")
+    return outputs

@@ -32,7 +32,8 @@ _ATTEMPTS = 3
 """How often the network is run where memory runs out: others may let go of theirs."""
 
 _DRAWS = 2
-"""How many random halves of every layer's filters are tried; one alone may be right by chance."""
+"""How many random halves of every layer's filters are tried where the network cuts and joins its channels: one alone
+may be right by chance there."""
 
 _MOST_IN_FLOAT64 = 50_000_000
 """Networks of more parameters are tried out in float32, which takes half the memory and shows less."""
@@ -88,8 +89,8 @@ class PruningGraph:
         modules = dict(probe.named_modules())
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
-        _retried(lambda: _check_repeatable(probe, example))
         flow = _retried(lambda: Couplings(probe, example, frozen))
+        _retried(lambda: _check_repeatable(probe, example, flow.outputs))
         self._couplings: dict[str, Coupling] = {}
         reasons: dict[str, str] = {}
         for name in names:
@@ -160,16 +161,13 @@ def _retried(run: Callable[[], _Result]) -> _Result:
 
 
 @torch.no_grad()
-def _check_repeatable(probe: nn.Module, example: torch.Tensor) -> None:
+def _check_repeatable(probe: nn.Module, example: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
     """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
     with torch.random.fork_rng(devices=[]):
-        try:
-            outputs = [list(tensors_of(probe(example))) for _ in range(2)]
-        except Exception as error:  # said better by whoever runs it next, who knows the module
-            if is_out_of_memory(error):
-                raise
-            return
-    if any(not torch.equal(*pair) and not bool(pair[0].isnan().any()) for pair in zip(*outputs, strict=False)):
+        torch.rand(1)  # the first run began where this one would
+        again = list(tensors_of(probe(example)))
+    pairs = zip(outputs, again, strict=False)
+    if any(not torch.equal(one, other) and not bool(one.isnan().any()) for one, other in pairs):
         raise PruningError(
             "the network is not deterministic in eval mode: two runs on the same input give different outputs; leave "
             "noise and dropout to training mode (if self.training)"
@@ -194,7 +192,7 @@ def _faults(
         return _retried(lambda: fault_of(probe, example, together, found.meetings, removed))
 
     def search(layers: Sequence[str]) -> None:
-        draws = (fault_in(layers, draw) for draw in range(_DRAWS if layers else 0))
+        draws = (fault_in(layers, draw) for draw in range((_DRAWS if found.cut else 1) if layers else 0))
         fault = next((fault for fault in draws if fault is not None), None)
         if fault is not None and len(layers) == 1:
             faults[layers[0]] = fault
