@@ -56,6 +56,8 @@ class Couplings:
         refused = {name: reason for name, reason in self._own.items() if isinstance(reason, str)}
         self.outputs = _run(probe, example, flow, self._grouped, refused)
         self.cut = bool(flow.blocks)
+        constants = "its filters meet constants, of which the network's code fixes how many"
+        flow.stuck += [(numbers, constants) for numbers in flow.channels.unmet if len(numbers)]
         self.meetings: Sequence[Meeting] = flow.meetings
         self.classes = flow.channels.classes()
         self._add_meetings(probe)
@@ -262,6 +264,11 @@ def _run(
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0][:300]})"
             ) from error
     outputs = list(tensors_of(output))
+    if not outputs:
+        raise PruningError(
+            f"the network gives a {type(output).__name__}, in which there are no tensors: have it give a tensor, or a "
+            "tuple, list or dict of tensors"
+        )
     labels = [label for tensor in outputs for label in follower.get(tensor)]
     follower.stick(labels, "its filters are outputs of the network")
     return outputs

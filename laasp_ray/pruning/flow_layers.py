@@ -100,6 +100,8 @@ def convolution(flow: Follower, call: Call) -> None:
         reads = True
     if read is not None and given is not None:
         channels.tie_lines(read, given)
+        if not reads:
+            channels.unmet.append(given[read == 0])
     elif read is not None and weight.shape[axis_in] * (1 if transposed else groups) > 1:
         why = flow.refused.get(flow.module, f"it is read by a convolution{flow.where()} whose weight is not followed")
         flow.stick([torch.from_numpy(read)], why)

@@ -93,6 +93,12 @@ def _movable(flow: Follower, call: Call, label: Label, shape: Sequence[int]) -> 
     dims, name = varying(label), call.name
     if name in ("roll", "index", "index_select", "gather", "as_strided", "diagonal"):
         return not set(_dims_touched(call, len(shape))) & set(dims)
+    if name == "unfold":
+        return call.args[1] % len(shape) not in dims
+    if name == "constant_pad_nd":
+        pads = list(call.args[1])
+        cropped = {len(shape) - 1 - place // 2 for place, amount in enumerate(pads) if amount < 0}
+        return not cropped & set(dims)
     if name in ("slice", "split", "split_with_sizes", "unbind", "select", "unsafe_split"):
         dim = call.argument("dim", 0) % len(shape)
         if dim not in dims:

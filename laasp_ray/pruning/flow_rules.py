@@ -60,7 +60,9 @@ def _reduce(flow: Follower, call: Call) -> None:
         left.append(label.reshape(shape))
     for tensor in call.outputs:
         flow.set(tensor, left)
-    if held:
+    if call.name in ("argmax", "argmin"):
+        flow.stick(held, f"which of its channels is greatest is asked{flow.where()}")
+    elif held:
         hold(flow, call, held)
 
 

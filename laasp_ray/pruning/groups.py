@@ -31,9 +31,12 @@ _Result = TypeVar("_Result")
 _ATTEMPTS = 3
 """How often the network is run where memory runs out: others may let go of theirs."""
 
-_DRAWS = 2
-"""How many random halves of every layer's filters are tried where the network cuts and joins its channels: one alone
-may be right by chance there."""
+_DRAWS = 3
+"""How many random sets of every layer's filters are tried where the network cuts and joins its channels: one of each
+block, then halves, any of which may be right by chance. Elsewhere the first two."""
+
+_TRIES = 8
+"""How often a set of filters is drawn that leaves something of every layer."""
 
 _MOST_IN_FLOAT64 = 50_000_000
 """Networks of more parameters are tried out in float32, which takes half the memory and shows less."""
@@ -77,6 +80,7 @@ class PruningGraph:
         ignored: Sequence[str] = (),
         extra_layers: Sequence[str] = (),
     ) -> None:
+        _check_kind(model)
         probe = twin(model).cpu().float().eval()
         exact = sum(parameter.numel() for parameter in probe.parameters()) <= _MOST_IN_FLOAT64
         if exact:
@@ -89,6 +93,14 @@ class PruningGraph:
         modules = dict(probe.named_modules())
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # which hooks switch off: all runs must do the same operations
+        try:
+            self._look(probe, example, frozen, names)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def _look(self, probe: nn.Module, example: torch.Tensor, frozen: set[str], names: Sequence[str]) -> None:
         flow = _retried(lambda: Couplings(probe, example, frozen))
         _retried(lambda: _check_repeatable(probe, example, flow.outputs))
         self._couplings: dict[str, Coupling] = {}
@@ -103,7 +115,7 @@ class PruningGraph:
         for name, fault in _faults(probe, example, flow, self._couplings).items():
             reasons[name] = fault
             del self._couplings[name]
-        order = {name: position for position, name in enumerate(modules)}
+        order = {name: position for position, (name, _) in enumerate(probe.named_modules())}
         self.layers = {name: _group(name, coupling, order) for name, coupling in self._couplings.items()}
         self.skipped = {name: reasons[name] for name in names if name in reasons}
         for name, reason in self.skipped.items():
@@ -160,6 +172,17 @@ def _retried(run: Callable[[], _Result]) -> _Result:
     )
 
 
+def _check_kind(model: nn.Module) -> None:
+    """Raises PruningError for modules that cannot be copied or watched."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PruningError(
+                f"module {name or 'the network'} is TorchScript: give the nn.Module that it was made from"
+            )
+        if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise PruningError(f"module {name or 'the network'} has no weights yet (lazy): run the network once first")
+
+
 @torch.no_grad()
 def _check_repeatable(probe: nn.Module, example: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
     """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
@@ -181,19 +204,27 @@ def _faults(
     faults: dict[str, str] = {}
 
     def fault_in(layers: Sequence[str], draw: int) -> str | None:
-        together: dict[Side, set[int]] = {}
-        gone = np.zeros(int(found.classes.max()) + 1, bool)
-        for name in layers:
-            coupling, filters = couplings[name], _random_half(couplings[name], f"{name}{draw}")
-            if not gone[coupling.own].any():
+        """Layers that share channels with others are tried after those."""
+        while layers:
+            together: dict[Side, set[int]] = {}
+            gone, left = np.zeros(int(found.classes.max()) + 1, bool), []
+            for name in layers:
+                coupling = couplings[name]
+                if gone[coupling.own].any():
+                    left.append(name)
+                    continue
+                filters = _some(coupling, f"{name}{draw}", half=draw > 0)
                 unite(together, coupling.removal(filters))
                 gone[coupling.classes(filters)] = True
-        removed = gone[found.classes]
-        return _retried(lambda: fault_of(probe, example, together, found.meetings, removed))
+            fault = _tried(probe, example, together, found, gone[found.classes])
+            if fault is not None:
+                return fault
+            layers = left
+        return None
 
     def search(layers: Sequence[str]) -> None:
-        draws = (fault_in(layers, draw) for draw in range((_DRAWS if found.cut else 1) if layers else 0))
-        fault = next((fault for fault in draws if fault is not None), None)
+        faults_found = (fault_in(layers, draw) for draw in range(_DRAWS if found.cut else 2))
+        fault = next((fault for fault in faults_found if fault is not None), None)
         if fault is not None and len(layers) == 1:
             faults[layers[0]] = fault
         elif fault is not None:
@@ -208,13 +239,27 @@ def _faults(
     return {name: faults[names[0]] for names in alike.values() if names[0] in faults for name in names}
 
 
-def _random_half(coupling: Coupling, seed: str) -> list[int]:
+def _tried(
+    probe: nn.Module, example: torch.Tensor, removal: dict[Side, set[int]], found: Couplings, gone: np.ndarray
+) -> str | None:
+    return _retried(lambda: fault_of(probe, example, removal, found.meetings, gone))
+
+
+def _some(coupling: Coupling, seed: str, *, half: bool) -> list[int]:
+    """Filters of each block, drawn at random: half of them, or one; if possible such that something is left of every
+    layer that they belong to."""
     width, draw = len(coupling.own) // coupling.blocks, random.Random(seed)
-    return [
-        block * width + index
-        for block in range(coupling.blocks)
-        for index in sorted(draw.sample(range(width), max(1, width // 2)))
-    ]
+    count = max(1, width // 2) if half else 1
+    for _ in range(_TRIES):
+        filters = [
+            block * width + index
+            for block in range(coupling.blocks)
+            for index in sorted(draw.sample(range(width), count))
+        ]
+        if all(len(gone) < side.size for side, gone in coupling.removal(filters).items()):
+            break
+        count = max(1, count // 2)
+    return filters
 
 
 def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepRule) -> dict[str, int]:
@@ -289,8 +334,27 @@ def _at_limits(graph: PruningGraph, max_pruned: float, layers: Collection[str] |
         wanted = max(0, group.filters - least) // group.blocks
         filters = [index for index in range(group.filters) if index % width < wanted and index not in own]
         if filters and len(own) < wanted * group.blocks:
-            unite(total, graph.removal(name, filters))
+            unite(total, graph.removal(name, _leaving_some(graph, group, filters, total)))
     return plan_of(total)
+
+
+def _leaving_some(
+    graph: PruningGraph, group: ChannelGroup, filters: Sequence[int], total: Mapping[Side, set[int]]
+) -> list[int]:
+    """As many of these filters as can go, in whole rows of the blocks, without all of another layer going."""
+
+    def fits(chosen: Sequence[int]) -> bool:
+        removal = graph.removal(group.layer, chosen)
+        return all(len(total.get(side, set()) | gone) < side.size for side, gone in removal.items())
+
+    if fits(filters):
+        return list(filters)
+    width, chosen = group.filters // group.blocks, list[int]()
+    for place in sorted({index % width for index in filters}):
+        row = [index for index in filters if index % width == place]
+        if fits([*chosen, *row]):
+            chosen += row
+    return chosen
 
 
 def _limit(original: int, max_pruned: float) -> int:

@@ -62,6 +62,8 @@ class Channels:
     def __init__(self) -> None:
         self._count = 1
         self._pairs: list[np.ndarray] = []
+        self.unmet: list[np.ndarray] = []
+        """Channels that meet a place of another tensor that no channel fills: constants, which do not shrink."""
 
     def new(self, count: int) -> np.ndarray:
         """Numbers (count,) for new channels."""
@@ -98,6 +100,7 @@ class Channels:
             for other in [kept for kept, shares in zip(found, sharing, strict=True) if shares]:
                 self.tie(other, label)
                 one, two = torch.broadcast_tensors(other, label)
+                self.unmet += [two[(one == 0) & (two > 0)].numpy(), one[(two == 0) & (one > 0)].numpy()]
                 label = collapsed(torch.where(one > 0, one, two))
             found = [kept for kept, shares in zip(found, sharing, strict=True) if not shares]
             found.append(label)

@@ -178,7 +178,9 @@ class _Held(_AtMeetings):
 def _statistics(name: str, args: Any, out: Any, meeting: Meeting, gone: np.ndarray) -> list[Any]:
     """What an operation took over channels, cut where channels of the result are gone themselves."""
     if name.lstrip("_") in ("softmax", "log_softmax"):
-        return [args[0].logsumexp(args[1], keepdim=True)]
+        whole = args[0].logsumexp(args[1], keepdim=True)
+        dim = args[1] % args[0].ndim
+        return [_cut(whole, [label for label in meeting.kept[0] if dim not in varying(label)], gone)]
     tensors = list(tensors_of(out))
     return [_cut(tensor.clone(), labels, gone) for tensor, labels in zip(tensors, meeting.kept, strict=True)]
 
@@ -227,7 +229,15 @@ def _difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str | 
     if shapes[0] != shapes[1]:
         return f"the network's outputs would change shape from {shapes[0]} to {shapes[1]}"
     for before, after in zip(wanted, found, strict=True):
-        scale = float(before.abs().max()) if before.numel() else 0.0
+        if not before.numel():
+            continue
+        if not before.is_floating_point():
+            if not torch.equal(before, after):
+                return MIXED
+            continue
+        if not bool(before.isfinite().all()):
+            return "the network's outputs are not finite, so that nothing can be compared"
+        scale = float(before.abs().max())
         if not float((before - after).abs().max()) <= _TOLERANCE.get(before.dtype, _ROUGH) * scale:
             return MIXED
     return None

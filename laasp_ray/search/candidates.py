@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import nn
 from laasp_ray import criteria
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import Macs
-from laasp_ray.errors import ExhaustedError
+from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.groups import PruningGraph, filters_to_remove, step_sizes
 from laasp_ray.pruning.masks import Mask, mask_of
@@ -24,6 +25,8 @@ Scores = Mapping[str, Mapping[str, torch.Tensor]]
 NO_SCORES: Scores = {}
 NETWORK_BEFORE = LossTask("the network before this turn's prune", Plan.empty(), {})
 """The network as it stands, whose loss tells what a prune costs."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,11 @@ def propose(
         }
         for filters, proposers in _picks(scores, count, group.blocks).items():
             removal = graph.removal(layer, filters)
-            step = plan_of(removal)
+            try:
+                step = plan_of(removal)
+            except PruningError as error:  # it would take all of another layer that is a part of what this one meets
+                logger.debug("%s cannot lose %s: %s", layer, filters, error)
+                continue
             key = _identity(removal)
             if key in proposals:
                 proposals[key] = _also(proposals[key], layer, proposers)

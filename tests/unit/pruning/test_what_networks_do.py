@@ -384,6 +384,139 @@ def test_noise_in_eval_mode_is_told_as_that():
         PruningGraph(Noisy(), MAPS)
 
 
+class ZeroPadded(nn.Module):
+    """A shortcut of CIFAR ResNets (option A): the second half of `c` meets zeros, of which there are always eight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.c, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(self.norm(self.c(y)) + F.pad(y, (0, 0, 0, 0, 4, 4))).mean((2, 3))
+
+
+class ConstantsBeside(Body):
+    """Four channels of ones beside those of `a`, all met by `d`; or by a depthwise one."""
+
+    width = 12
+
+    def own(self):
+        return {"d": nn.Conv2d(3, 12, 1), "each": nn.Conv2d(12, 12, 3, padding=1, groups=12)}
+
+    def forward(self, x):
+        beside = torch.cat([self.a(x), torch.ones(len(x), 4, 8, 8, dtype=x.dtype)], 1)
+        return self.b(beside * self.d(x)).mean((2, 3))
+
+
+class ConstantsDepthwise(ConstantsBeside):
+    def forward(self, x):
+        return self.b(self.each(torch.cat([self.a(x), torch.ones(len(x), 4, 8, 8, dtype=x.dtype)], 1))).mean((2, 3))
+
+
+class ZeroHalves(Body):
+    width = 16
+
+    def own(self):
+        return {"c": nn.Conv2d(3, 16, 1)}
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(torch.cat([y, torch.zeros_like(y)], 1) + self.c(x)).mean((2, 3))
+
+
+class Cropped(Body):
+    width = 7
+
+    def between(self, x):
+        return F.pad(x, (0, 0, 0, 0, 0, -1))
+
+
+class Windows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.a(x).mean((2, 3)).unfold(1, 2, 2).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "refused", "left"),
+    [
+        (ZeroPadded, "c", {"a"}),
+        (ConstantsBeside, "d", {"a"}),
+        (ConstantsDepthwise, "each", {"a"}),
+        (ZeroHalves, "c", {"a"}),
+        (Cropped, "a", set()),
+        (Windows, "a", set()),
+    ],
+)
+def test_every_filter_can_go_or_the_layer_is_refused(network, refused, left):
+    model = network()
+    graph = PruningGraph(model, MAPS)
+    assert graph.skipped[refused]
+    assert set(graph.layers) <= left
+    for name, group in graph.layers.items():
+        for index in range(group.filters):
+            assert pruned_copy(model, graph.step(name, [index]))(MAPS).shape == (2, 4)
+
+
+class ChannelGate(Body):
+    """DANet's attention among channels, of the map with itself."""
+
+    def between(self, x):
+        q = x.flatten(2)
+        return ((q @ q.transpose(1, 2)).softmax(-1) @ q).reshape(x.shape)
+
+
+def test_attention_of_channels_with_themselves():
+    assert list(PruningGraph(ChannelGate(), MAPS).layers) == ["a"]
+
+
+class Told:
+    def __init__(self, y):
+        self.y = y
+
+
+class Output(nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.give = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), give
+
+    def forward(self, x):
+        return self.give(self.b(self.a(x)))
+
+
+def test_what_a_network_gives():
+    with pytest.raises(PruningError, match="gives a Told, in which there are no tensors"):
+        PruningGraph(Output(Told), MAPS)
+    graph = PruningGraph(Output(lambda y: y.argmax(1)), MAPS)
+    assert list(graph.layers) == ["a"] and "greatest" in graph.skipped["b"]
+    assert list(PruningGraph(Output(lambda y: y > 0), MAPS).layers) == ["a"]
+    assert list(PruningGraph(Output(lambda y: (y, y.new_zeros(0))), MAPS).layers) == ["a"]
+    assert "not finite" in PruningGraph(Output(lambda y: y.log()), MAPS).skipped["a"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_cannot_be_looked_at_are_named():
+    scripted = nn.Sequential(nn.Conv2d(3, 4, 1), torch.jit.script(nn.Conv2d(4, 4, 1)))
+    with pytest.raises(PruningError, match="module 1 is TorchScript"):
+        PruningGraph(scripted, MAPS)
+    with pytest.raises(PruningError, match="module 0 has no weights yet"):
+        PruningGraph(nn.Sequential(nn.LazyConv2d(4, 1)), MAPS)
+
+
+def test_the_hidden_layer_of_a_transformers_block():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)).eval()
+    graph = PruningGraph(model, torch.randn(1, 5, 6), extra_layers=["1.linear1"])
+    assert "1.linear1" in graph.layers
+
+
 def test_a_network_that_fails_says_where():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(5, 2, 1)))
     with pytest.raises(

@@ -6,7 +6,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.groups import PruningGraph, reachable
 from laasp_ray.records import CandidateLoss, Ranking
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose
@@ -95,3 +95,25 @@ def test_rank_measures_it_once():
     assert len(ranking) == 2
     assert ranking.rank_of("second", "l1") == ranking.rank_of("stem", "l1")
     assert {entry.layer for entry in ranking} == {"stem", "first"}
+
+
+class PartOfAJoin(nn.Module):
+    """`each` meets the two channels of `small` beside six others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 6, 1)
+        self.each, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.each(torch.cat([self.small(x), self.large(x)], 1)).mean((2, 3)))
+
+
+def test_a_pick_that_would_leave_nothing_of_another_layer_is_no_candidate():
+    model = PartOfAJoin()
+    model.each.weight.data[:2] *= 1e-3
+    found = proposals(model, criteria=("l1", "l2"), step=0.25)
+    assert found and all(set(p.candidate.filters) != {0, 1} for p in found if p.candidate.layer == "each")
+    graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
+    assert 0 < reachable(graph, macs, max_pruned=0.75, layers=["each"]) < 1
