@@ -124,5 +124,5 @@ def test_a_first_event_without_settings_is_named(tmp_path, pictures):
     storage = Storage.open(config.storage).child(config.name)
     assert started_config(storage) is None
     Journal(storage).append("start", {"checkpoint": "initial"})
-    with pytest.raises(StoreError, match=r"first event of the journal .* has no config"):
+    with pytest.raises(StoreError, match=r"000001-start\.json in .* has no config"):
         open_run(config)
