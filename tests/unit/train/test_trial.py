@@ -75,7 +75,8 @@ def test_what_training_would_die_of_is_said_before(tmp_path, model, sentence):
 
 
 def test_the_remedy_for_a_head_of_training_works(tmp_path):
-    prepare(small_run(tmp_path, prune__flops_reduction=0.05, prune__ignored=["b"]), Net(nn.Linear(8, 10)))
+    prepared = prepare(small_run(tmp_path, prune__flops_reduction=0.05, prune__ignored=["b"]), Net(nn.Linear(8, 10)))
+    assert "is ignored" in prepared.baseline.skipped["b"]
 
 
 @pytest.mark.parametrize("prunes", [True, False])
