@@ -16,13 +16,13 @@ from typing import TypeVar
 import torch
 
 from laasp_ray import criteria
-from laasp_ray.data.sampling import derive_seed
+from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.methods import Standing, TakeTurn, Turn, pls
 from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import PruningGraph, filters_to_remove
+from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
+from laasp_ray.pruning.joint import independent_layers, removal_of_several
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.several import independent_layers, removal_of_several
 from laasp_ray.search.activations import Wanted
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import Executor

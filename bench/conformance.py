@@ -20,9 +20,9 @@ import torch
 from machine import machine
 
 from laasp_ray.config import ModelConfig
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.data.calibration import Subset, draw_subset
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.recipes import recipe
 from laasp_ray.search import rank

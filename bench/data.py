@@ -22,9 +22,9 @@ import torch
 from machine import machine
 
 from laasp_ray.config import DataConfig, LoaderName
-from laasp_ray.data.loader import Loader, make_loader
-from laasp_ray.data.sampling import epoch_batches
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.loaders.registry import Loader, make_loader
+from laasp_ray.data.ordering import epoch_batches
+from laasp_ray.data.sources.registry import open_source
 
 LOADERS: tuple[LoaderName, ...] = ("dali", "torchvision")
 

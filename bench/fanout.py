@@ -31,7 +31,7 @@ from machine import machine
 from search import NETWORKS, load, proposals_of
 
 from laasp_ray.config import ClusterConfig
-from laasp_ray.data.subset import Subset
+from laasp_ray.data.calibration import Subset
 from laasp_ray.distributed.cluster import LOCAL_ENVIRONMENT, share_of
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import put_network

@@ -47,7 +47,7 @@ from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
 from laasp_ray import prune
-from laasp_ray.cli import overridden
+from laasp_ray.cli.main import overridden
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import LaaspError
 from laasp_ray.methods import TakeTurn

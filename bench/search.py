@@ -35,11 +35,11 @@ from torch import nn
 
 from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.subset import draw_subset
+from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import Proposal, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine, Losses

@@ -19,8 +19,8 @@ from torch.utils.benchmark import Timer
 
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
-from laasp_ray.pruning.semi_structured import TWO_OF_FOUR, to_semi_structured
-from laasp_ray.pruning.sparsity import group_mask, sort_layers
+from laasp_ray.pruning.sparsity.groups import group_mask, sort_layers
+from laasp_ray.pruning.sparsity.semi_structured import TWO_OF_FOUR, to_semi_structured
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     # name: (layer, shape of one input)

@@ -14,33 +14,33 @@ import torch
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.addresses import public_data
 from laasp_ray.config import RunConfig
-from laasp_ray.controller import UNPRUNED, Controller, Parts
-from laasp_ray.copying import deep_copy
-from laasp_ray.data.identity import identify
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.places import find_places
-from laasp_ray.data.source import SPLITS, Split
-from laasp_ray.data.subset import Subset, draw_subset
+from laasp_ray.data.calibration import Subset, draw_subset
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.sources.base import SPLITS, Split
+from laasp_ray.data.sources.identity import identify
+from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import METHODS, TakeTurn
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
-from laasp_ray.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
+from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import Progress, make_progress
 from laasp_ray.report.tensorboard import EventFiles
+from laasp_ray.run.controller import UNPRUNED, Controller, Parts
+from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
+from laasp_ray.run.sparse_controller import SparseController
 from laasp_ray.search.evaluate import LossSubset
 from laasp_ray.search.executor import Executor, InProcessExecutor
-from laasp_ray.sparse_controller import SparseController
+from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
-from laasp_ray.untouched import random_state_kept
 
 logger = logging.getLogger(__name__)
 

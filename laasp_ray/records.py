@@ -170,7 +170,7 @@ Phase = Literal["train", "prune", "recover", "final", "done"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands: the fold of its journal (see controller.py).
+    """Where a run stands: the fold of its journal (see run/controller.py).
 
     `plan` is the JSON form of the composed plan (pruning/plan.py) against the unpruned network. `checkpoint` names the
     weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made

@@ -19,8 +19,8 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.methods.turn import OnCandidate, Standing, TakeTurn, Turn
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.methods.base import OnCandidate, Standing, TakeTurn, Turn
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin

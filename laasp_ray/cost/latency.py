@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from laasp_ray.copying import deep_copy
+from laasp_ray.models.copying import deep_copy
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from laasp_ray.copying import deep_copy
+from laasp_ray.models.copying import deep_copy
 
 with warnings.catch_warnings():
     # fvcore compiles a loss as it is imported, which torch calls deprecated: nothing that a user could do about it.

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.subset import Subset
+from laasp_ray.data.calibration import Subset
+from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.distributed import moments
 from laasp_ray.distributed.cluster import Share
 from laasp_ray.distributed.process import PROCESS, device

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import DataConfig, SearchConfig
-from laasp_ray.data.loader import normalise
+from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.distributed.cluster import usable_cpus
 from laasp_ray.distributed.transfer import unpack
 from laasp_ray.pruning.network import NetworkState, rebuild

@@ -26,8 +26,8 @@ from torch import nn
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import Share
 from laasp_ray.distributed.mailbox import Mailbox
+from laasp_ray.distributed.train_worker import SpellCommand, train_worker
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.distributed.worker import SpellCommand, train_worker
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from laasp_ray.config import Method
 from laasp_ray.methods import laasp, pls
-from laasp_ray.methods.turn import Standing, TakeTurn, Turn
+from laasp_ray.methods.base import Standing, TakeTurn, Turn
 
 __all__ = ["METHODS", "Standing", "TakeTurn", "Turn"]
 

@@ -9,8 +9,8 @@ import logging
 from collections import Counter
 
 from laasp_ray.criteria import OF_ACTIVATIONS
-from laasp_ray.methods.together import with_next_best
-from laasp_ray.methods.turn import Standing, Turn
+from laasp_ray.methods.base import Standing, Turn
+from laasp_ray.methods.joint import with_next_best
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import Wanted
 from laasp_ray.search.candidates import entry_of, propose, tasks_of

@@ -12,8 +12,8 @@ import torch
 
 from laasp_ray import criteria
 from laasp_ray.errors import ExhaustedError
-from laasp_ray.methods.turn import Standing, Turn
-from laasp_ray.pruning.several import independent_layers
+from laasp_ray.methods.base import Standing, Turn
+from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.search.activations import Wanted
 
 

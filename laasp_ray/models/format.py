@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from laasp_ray.copying import deep_copy
+from laasp_ray.models.copying import deep_copy
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:

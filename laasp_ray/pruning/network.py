@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from laasp_ray.copying import deep_copy
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import EXTRA_STATE
 from laasp_ray.pruning.plan import Plan, apply_plan
 

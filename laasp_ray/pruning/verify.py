@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laasp_ray.copying import deep_copy
 from laasp_ray.errors import PruningError, is_out_of_memory
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.flow import Meeting, name_of, tensors_of
 from laasp_ray.pruning.labels import Label, line, varying

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
-from laasp_ray.report.pace import Pace, format_duration
+from laasp_ray.report.eta import Pace, format_duration
 
 Clock = Callable[[], float]
 _SHARES = ("top1", "top5", "test top1")

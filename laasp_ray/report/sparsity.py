@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.data.sampling import derive_seed
+from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import StoreError
-from laasp_ray.pruning.sparsity import GroupRule, group_counts, unpack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, unpack_mask
 from laasp_ray.records import to_json
 
 LANES = 16

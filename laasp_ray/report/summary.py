@@ -9,7 +9,7 @@ from typing import Any
 from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Decision, Metrics, decision_from_json
-from laasp_ray.report.pace import format_duration
+from laasp_ray.report.eta import format_duration
 from laasp_ray.store.journal import Event
 
 

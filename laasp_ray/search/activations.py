@@ -19,10 +19,10 @@ from torch.nn import functional
 from laasp_ray.config import POOLING, PruneConfig
 from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.search.evaluate import LossSubset
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
-from laasp_ray.untouched import in_eval_mode
 
 CHUNKS = 32
 """At most so many chunks: each one's products travel to where they are added up."""

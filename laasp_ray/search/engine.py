@@ -1,6 +1,6 @@
 """The losses of many prunes of one network, image by image, on one device.
 
-A prune that can be masked (pruning/masks.py) is a branch of the network's program (search/program.py). Where a module
+A prune that can be masked (pruning/masking.py) is a branch of the network's program (search/program.py). Where a module
 normalises over the removed channels, or the network cannot be traced, a physically pruned copy sees the images.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError
-from laasp_ray.pruning.masks import Mask
+from laasp_ray.pruning.masking import Mask
 from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision

@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import SearchError, UnmaskedError
-from laasp_ray.pruning.masks import Mask
+from laasp_ray.models.untouched import in_eval_mode
+from laasp_ray.pruning.masking import Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
-from laasp_ray.untouched import in_eval_mode
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 

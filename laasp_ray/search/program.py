@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.errors import is_out_of_memory
-from laasp_ray.pruning.masks import Mask, run_deaf, run_deaf_from
+from laasp_ray.pruning.masking import Mask, run_deaf, run_deaf_from
 
 
 @dataclass(frozen=True)

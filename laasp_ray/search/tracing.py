@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from laasp_ray.errors import is_out_of_memory
-from laasp_ray.pruning.masks import is_bare
+from laasp_ray.pruning.masking import is_bare
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
 from laasp_ray.search.mutation import InPlaceProxy, without_mutation

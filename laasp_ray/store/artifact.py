@@ -57,8 +57,9 @@ def save_pruned(
     """Writes the pruned `model` to `storage`, the folder `pruned/` of a run; `plan` is against the unpruned network.
 
     `arch.json` is written last and says that the rest is there. Tied tensors are written under each of their names.
-    Of tensors with a mask (pruning/sparsity.py) only what it keeps is written. Returns the bytes of the weights' file.
-    Raises StoreError when it cannot be written, ArtifactError for a state dict that holds something else than tensors.
+    Of tensors with a mask (pruning/sparsity/groups.py) only what it keeps is written. Returns the bytes of the weights'
+    file. Raises StoreError when it cannot be written, ArtifactError for a state dict that holds something else than
+    tensors.
     """
     state = model.state_dict()
     for name, value in state.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from laasp_ray.errors import ArtifactError, PruningError
-from laasp_ray.pruning.sparsity import unpack_mask
+from laasp_ray.pruning.sparsity.groups import unpack_mask
 from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
 from laasp_ray.store.storage import Storage
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from laasp_ray.addresses import public, public_text
 from laasp_ray.errors import StoreError
+from laasp_ray.store.addresses import public, public_text
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs"})

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from laasp_ray.config import TrainConfig
-from laasp_ray.copying import deep_copy
 from laasp_ray.errors import ConfigError, PruningError
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import shown
 from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.joint import removal_of_several
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.several import removal_of_several
 from laasp_ray.pruning.verify import twin
 from laasp_ray.train.trial import try_step
 

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import torch
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.loader import Loader, make_loader
-from laasp_ray.data.places import with_places
-from laasp_ray.data.source import ImageSource
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.loaders.registry import Loader, make_loader
+from laasp_ray.data.sources.base import ImageSource
+from laasp_ray.data.sources.places import with_places
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.records import Place
 
 

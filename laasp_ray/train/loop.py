@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import TrainConfig
-from laasp_ray.data.feed import Batch
-from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, rank_share
+from laasp_ray.data.loaders.reading import Batch
+from laasp_ray.data.ordering import derive_seed, epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
 from laasp_ray.models.format import in_format_of
 from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
-from laasp_ray.train.average import MovingAverage
 from laasp_ray.train.data import EvaluationData, SpellData
-from laasp_ray.train.held import HeldMasks
+from laasp_ray.train.ema import MovingAverage
 from laasp_ray.train.loss import training_loss
+from laasp_ray.train.mask_enforcement import HeldMasks
 
 _MOMENTUM, _WEIGHTS = "momentum/", "weights/"
 _TESTED_PHASES = ("train", "final")
@@ -45,7 +45,7 @@ class Spell:
     """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
 
     `excluded` names images that were found unreadable before, `places` where they were. `masks` (parameter -> packed
-    mask, see pruning/sparsity.py) say which weights are zero and stay so.
+    mask, see pruning/sparsity/groups.py) say which weights are zero and stay so.
     """
 
     number: int

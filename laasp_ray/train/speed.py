@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import RunConfig
-from laasp_ray.copying import deep_copy
-from laasp_ray.data.sampling import epoch_batches, eval_batches, rank_share
+from laasp_ray.data.ordering import epoch_batches, eval_batches, rank_share
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.format import in_format_of, to_fast_format
 from laasp_ray.train.data import SpellData
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.models.format import to_fast_format
+from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
-from laasp_ray.untouched import random_state_kept
 
 OnEpoch = Callable[[EpochDone], None]
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from laasp_ray.config import TrainConfig
-from laasp_ray.copying import deep_copy
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import not_finite, shown
+from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.train.loss import training_loss
-from laasp_ray.untouched import random_state_kept
 
 IMAGES = 2
 """In a batch: as few as a worker may be given, which a normalisation over images must take."""

@@ -8,7 +8,7 @@ import torch
 from laasp_ray.config import ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
-from laasp_ray.pruning.groups import PruningGraph, step_sizes
+from laasp_ray.pruning.graph import PruningGraph, step_sizes
 from laasp_ray.pruning.plan import macs_after
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -3,7 +3,7 @@
 import pytest
 from helpers import small_run
 
-from laasp_ray.dry_run import dry_run
+from laasp_ray.planning.dry_run import dry_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 

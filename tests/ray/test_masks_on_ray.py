@@ -10,7 +10,7 @@ from laasp_ray.distributed.cluster import share_of
 from laasp_ray.distributed.trainer import RayTrainer, put_network
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.train.loop import EpochPlan, Spell
 from laasp_ray.train.trainer import InProcessTrainer
 

@@ -13,9 +13,9 @@ from helpers import first_standing, randomise_batchnorm, small_run
 
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.subset import draw_subset
+from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.distributed.cluster import share_of
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network

@@ -16,7 +16,7 @@ from laasp_ray import criteria, models
 from laasp_ray.config import ModelConfig, PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ExhaustedError
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import MeasuredLoss
 

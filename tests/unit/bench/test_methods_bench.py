@@ -13,10 +13,10 @@ from methods import Chain, Method, Place
 from whole_runs import events_of
 
 from laasp_ray import prune
+from laasp_ray.config.compat import differing_keys
 from laasp_ray.errors import ConfigError
-from laasp_ray.progression import next_spell
 from laasp_ray.records import RunState
-from laasp_ray.resumable import differing_keys
+from laasp_ray.run.state import next_spell
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.loader import make_loader
-from laasp_ray.data.sampling import epoch_batches
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.loaders.registry import make_loader
+from laasp_ray.data.ordering import epoch_batches
+from laasp_ray.data.sources.registry import open_source
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("name", ["dali", "torchvision"])

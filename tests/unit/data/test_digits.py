@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data import digits
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.sources import digits
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import DataError
 
 

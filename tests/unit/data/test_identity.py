@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.identity import check_identity, identify
-from laasp_ray.data.places import find_places, with_places
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.sources.identity import check_identity, identify
+from laasp_ray.data.sources.places import find_places, with_places
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import DataError
 from laasp_ray.records import Place
 

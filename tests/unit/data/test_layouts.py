@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_sources import config, png, put, write_parquet
 
-from laasp_ray.data import source as source_module
-from laasp_ray.data import sources_folder
-from laasp_ray.data.loader import make_loader
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.loaders.registry import make_loader
+from laasp_ray.data.sources import base as source_module
+from laasp_ray.data.sources import folder as sources_folder
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ConfigError, DataError
 
 

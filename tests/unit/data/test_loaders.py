@@ -13,9 +13,9 @@ from image_folders import BOTH, COUNT, Opened, configured, encoded, epoch_of, pi
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data import loader as loader_module
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.sampling import eval_batches, rank_share, windows
+from laasp_ray.data.loaders import registry as loader_module
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.ordering import eval_batches, rank_share, windows
 from laasp_ray.errors import ConfigError
 
 SHARED = Path(__file__).parents[3] / ".." / "shared" / "data"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.geometry import centre
-from laasp_ray.data.sampling import derive_seed, epoch_batches, eval_batches, hash_uint64, rank_share, windows
+from laasp_ray.data.augmentation import centre
+from laasp_ray.data.ordering import derive_seed, epoch_batches, eval_batches, hash_uint64, rank_share, windows
 from laasp_ray.errors import DataError
 
 CROP = DataConfig(image_size=224)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.sources_cifar import bitmap
+from laasp_ray.data.sources.cifar10 import bitmap
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[3] / ".." / "shared" / "data"

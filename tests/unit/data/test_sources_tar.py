@@ -11,8 +11,8 @@ from helpers import shared_data
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data import sources_tar
-from laasp_ray.data.sources import open_source, open_test_source
+from laasp_ray.data.sources import imagenet_tar as sources_tar
+from laasp_ray.data.sources.registry import open_source, open_test_source
 from laasp_ray.errors import DataError
 
 CLASSES = ("n01440764", "n01443537", "n01484850")

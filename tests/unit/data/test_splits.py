@@ -9,10 +9,10 @@ from helpers import small_run
 from test_sources import png, put, write_parquet
 from torch import nn
 
-from laasp_ray.data.source import check_classes, check_outputs, check_splits
-from laasp_ray.dry_run import dry_run
+from laasp_ray.data.sources.base import check_classes, check_outputs, check_splits
 from laasp_ray.errors import DataError
-from laasp_ray.preflight import prepare
+from laasp_ray.planning.dry_run import dry_run
+from laasp_ray.run.preflight import prepare
 
 
 class Split:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.sampling import derive_seed, windows
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.subset import balanced_choice, class_quotas, draw_subset
+from laasp_ray.data.calibration import balanced_choice, class_quotas, draw_subset
+from laasp_ray.data.ordering import derive_seed, windows
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import DataError
 
 PER_CLASS = {"a": 30, "b": 30, "c": 6}

@@ -10,10 +10,10 @@ import pytest
 from image_folders import BOTH, COUNT, Opened, configured, encoded, epoch_of, file_of, index_of, picture, same
 from PIL import Image
 
-from laasp_ray.data import feed as feed_module
-from laasp_ray.data import torchvision_loader
-from laasp_ray.data.feed import UnreadableImages
-from laasp_ray.data.sources import open_source
+from laasp_ray.data.loaders import pillow as torchvision_loader
+from laasp_ray.data.loaders import reading as feed_module
+from laasp_ray.data.loaders.reading import UnreadableImages
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import DataError
 
 
@@ -283,7 +283,7 @@ def test_a_line_of_pixels_is_evaluated_without_blowing_it_up(tmp_path, name, hei
         (tmp_path / split / "a").mkdir(parents=True)
         (tmp_path / split / "a" / "1.png").write_bytes(encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG"))
     placed, place = [], torchvision_loader.place
-    module = torchvision_loader if name == "torchvision" else sys.modules["laasp_ray.data.dali"]
+    module = torchvision_loader if name == "torchvision" else sys.modules["laasp_ray.data.loaders.dali"]
     monkeypatch.setattr(module, "place", lambda *args, **kw: placed.append(place(*args, **kw)) or placed[-1])
     config = configured(tmp_path, name, image_size=24, eval_resize=32)
     with Opened(tmp_path, name, training=False, config=config, uint8=True) as opened:
@@ -305,7 +305,7 @@ def test_the_centre_of_a_long_image_has_its_middle():
 
 
 def test_a_failure_without_a_broken_image_is_told(folder, monkeypatch):
-    from laasp_ray.data import dali
+    from laasp_ray.data.loaders import dali
 
     with Opened(folder, "dali") as opened:
         whole_batches = dali._DecodePipeline.take

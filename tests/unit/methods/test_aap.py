@@ -8,14 +8,15 @@ import torch
 from helpers import randomise_batchnorm
 from torch import nn
 
-from laasp_ray import cli, models
+from laasp_ray import models
+from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig, SparsityConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
-from laasp_ray.methods.aap import layer_rules, take_stage
+from laasp_ray.methods.group_sparsity import layer_rules, take_stage
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.pruning.sparsity import GroupRule, group_counts, satisfies, unpack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, satisfies, unpack_mask
 from laasp_ray.recipes import recipe, with_sparsity
 
 BUILDERS = {

@@ -11,13 +11,13 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.loader import normalise
-from laasp_ray.data.sources import open_source
-from laasp_ray.data.subset import draw_subset
+from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.pls import choose, take_turn
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.several import independent_layers
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
 from laasp_ray.search.activations import Wanted, chunks_of, first_look, moments_of, scores_of
 from laasp_ray.search.evaluate import LossSubset, MeasuredLoss

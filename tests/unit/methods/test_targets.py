@@ -10,7 +10,7 @@ from torch import nn
 from laasp_ray.cost.latency import Latency
 from laasp_ray.methods import targets
 from laasp_ray.methods.targets import Reached, measure_targets
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan, apply_plan
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig, SearchConfig
 from laasp_ray.methods.laasp import take_turn
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune
 from laasp_ray.search.evaluate import LossSubset, MeasuredLoss, mean_loss

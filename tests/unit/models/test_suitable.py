@@ -10,11 +10,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
-from laasp_ray.copying import deep_copy
-from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ConfigError
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable, not_finite
-from laasp_ray.preflight import prepare
+from laasp_ray.planning.dry_run import dry_run
+from laasp_ray.run.preflight import prepare
 from laasp_ray.search import rank
 
 SHAPE = (3, 16, 16)

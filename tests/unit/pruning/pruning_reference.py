@@ -6,7 +6,7 @@ import random
 import torch
 from torch import nn
 
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan, apply_plan
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from laasp_ray.errors import ConfigError, PruningError
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 
 
@@ -122,7 +122,7 @@ def test_linear_layers_are_candidates_when_named():
 
 
 def test_ignored_layers_keep_their_own_filters_but_may_lose_inputs(caplog):
-    with caplog.at_level(logging.DEBUG, logger="laasp_ray.pruning.groups"):
+    with caplog.at_level(logging.DEBUG, logger="laasp_ray.pruning.graph"):
         graph = PruningGraph(Grouped(), INPUT, ignored=["grouped"])
     assert graph.skipped == {"grouped": "is ignored"}
     assert "layer grouped is not pruned: is ignored" in caplog.text

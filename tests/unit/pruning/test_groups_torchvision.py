@@ -11,7 +11,7 @@ from torch import nn
 from laasp_ray.config import ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan, macs_after
 
 CONVOLUTIONS = {

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.masks import FEW, mask_of, run_deaf, run_deaf_from
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.masking import FEW, mask_of, run_deaf, run_deaf_from
 
 
 def with_weight(layer, values):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import ChannelGroup, PruningGraph, filters_to_remove, reachable, reachable_parameters
+from laasp_ray.pruning.graph import ChannelGroup, PruningGraph, filters_to_remove, reachable, reachable_parameters
 from laasp_ray.pruning.plan import Plan, apply_plan, parameters_after
 
 INPUT = torch.zeros(1, 2, 1, 1)

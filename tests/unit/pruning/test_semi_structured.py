@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import PruningError
-from laasp_ray.pruning.semi_structured import SparsePointwise, to_semi_structured, why_not
-from laasp_ray.pruning.sparsity import GroupRule, group_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask
+from laasp_ray.pruning.sparsity.semi_structured import SparsePointwise, to_semi_structured, why_not
 
 
 def sparse(module, rule=GroupRule(4, 2)):  # noqa: B008

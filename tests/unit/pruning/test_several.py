@@ -8,9 +8,9 @@ from laasp_ray import models
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import plan_of
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.joint import independent_layers, removal_of_several
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.several import independent_layers, removal_of_several
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import PruningError
-from laasp_ray.pruning import sparsity
-from laasp_ray.pruning.sparsity import (
+from laasp_ray.pruning.sparsity import groups as sparsity
+from laasp_ray.pruning.sparsity.groups import (
     GroupRule,
     group_counts,
     group_mask,

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import ChannelGroup, PruningGraph, filters_to_remove, reachable, step_sizes
+from laasp_ray.pruning.graph import ChannelGroup, PruningGraph, filters_to_remove, reachable, step_sizes
 
 INPUT = torch.zeros(1, 2, 1, 1)
 

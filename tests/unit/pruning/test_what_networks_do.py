@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import PruningError
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import parameters_after
 
 MAPS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laasp_ray.report.pace import Pace, format_duration
+from laasp_ray.report.eta import Pace, format_duration
 
 
 def test_the_mean_pace_so_far_gives_the_remaining_time():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import StoreError
-from laasp_ray.pruning.sparsity import GroupRule, group_counts, group_mask, pack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, group_mask, pack_mask
 from laasp_ray.report.sparsity import (
     measure_sparsity,
     sparsity_from_json,

@@ -6,7 +6,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import PruningGraph, reachable
+from laasp_ray.pruning.graph import PruningGraph, reachable
 from laasp_ray.records import CandidateLoss, Ranking
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose

@@ -15,7 +15,7 @@ from laasp_ray.config import DEFAULT_CRITERIA, ModelConfig, PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import SearchError
 from laasp_ray.models import build
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Cost, Engine

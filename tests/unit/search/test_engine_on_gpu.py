@@ -8,7 +8,7 @@ from helpers import randomise_batchnorm
 from laasp_ray.config import ModelConfig, PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import LossSubset, measure, ready

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.config import PruneConfig, SearchConfig
-from laasp_ray.copying import deep_copy
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.models.copying import deep_copy
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin

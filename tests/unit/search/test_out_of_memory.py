@@ -10,7 +10,7 @@ from torch import nn
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import MemoryShortError, SearchError, is_out_of_memory
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
 from laasp_ray.search.activations import Wanted, importance
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of

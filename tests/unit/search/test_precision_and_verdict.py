@@ -17,7 +17,7 @@ from laasp_ray.distributed import executor as on_ray
 from laasp_ray.distributed import tasks as ray_tasks
 from laasp_ray.errors import SearchError, UnmaskedError
 from laasp_ray.models import build
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Cost, Engine, Sites

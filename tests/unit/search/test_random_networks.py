@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.pruning.verify import scramble, twin
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of

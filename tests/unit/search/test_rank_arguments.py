@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laasp_ray.errors import ConfigError, PruningError, SearchError
+from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.search import rank
 from laasp_ray.search.evaluate import LossSubset, mean_loss
-from laasp_ray.untouched import in_eval_mode
 
 IMAGES = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 2

@@ -7,8 +7,8 @@ from program_networks import IMAGES, Body, InPlaceModule, made, program_of
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.pruning.groups import PruningGraph
-from laasp_ray.pruning.masks import mask_of
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import twin
 from laasp_ray.search.engine import Engine

@@ -8,10 +8,10 @@ from helpers import write_pictures
 from whole_runs import Silent, on_pictures
 
 from laasp_ray import prune
-from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ArtifactError, StoreError
-from laasp_ray.evaluation import evaluate_run
-from laasp_ray.preflight import open_run
+from laasp_ray.planning.dry_run import dry_run
+from laasp_ray.run.evaluate import evaluate_run
+from laasp_ray.run.preflight import open_run
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import unpack_tensors
 from laasp_ray.store.journal import Journal

@@ -10,7 +10,7 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.store.artifact import load_pruned, save_pruned
 from laasp_ray.store.checkpoint import load_checkpoint, save_checkpoint
 from laasp_ray.store.storage import Storage
-from laasp_ray.train.average import MovingAverage
+from laasp_ray.train.ema import MovingAverage
 
 STATE = torch.tensor([3.0, 4.0])
 

@@ -11,7 +11,7 @@ from laasp_ray import models
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ArtifactError, StoreError
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.store.artifact import load_pruned, read_arch, save_pruned
 from laasp_ray.store.sparse import compact, expand, load_masks, save_masks
 from laasp_ray.store.storage import Storage

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from laasp_ray.config import TrainConfig
-from laasp_ray.data.feed import Batch
+from laasp_ray.data.loaders.reading import Batch
 from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
-from laasp_ray.train.held import HeldMasks
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.train.loop import EpochPlan, Spell, run_spell
+from laasp_ray.train.mask_enforcement import HeldMasks
 
 CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=4, momentum=0.9, nesterov=True, weight_decay=0.1)
 

@@ -14,11 +14,11 @@ from torch.nn import functional
 from training_by_hand import CONFIG, CPU, DECAYING, GRADIENT, PLAIN, ROWS, TWO, FakeData, linear, spell, train
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.sampling import epoch_batches
+from laasp_ray.data.ordering import epoch_batches
 from laasp_ray.errors import TrainingError
-from laasp_ray.pruning.sparsity import GroupRule, group_mask, pack_mask
+from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.train.data import SpellData
-from laasp_ray.train.distributed import distributed
+from laasp_ray.train.ddp import distributed
 from laasp_ray.train.loop import evaluate, run_spell
 
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 22, 19, 3

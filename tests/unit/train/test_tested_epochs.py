@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from training_by_hand import DECAYING, PLAIN, ROWS, TWO, FakeData, InMemory, linear, spell, train
 
-from laasp_ray.data.sampling import epoch_batches
-from laasp_ray.pruning.sparsity import pack_mask
+from laasp_ray.data.ordering import epoch_batches
+from laasp_ray.pruning.sparsity.groups import pack_mask
 from laasp_ray.train import loop
 from laasp_ray.train.loop import run_spell
 

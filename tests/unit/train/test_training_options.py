@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 from training_by_hand import PLAIN, ROWS, TWO, FakeData, linear, spell, train
 
-from laasp_ray.data.sampling import epoch_batches
-from laasp_ray.train.average import MovingAverage
+from laasp_ray.data.ordering import epoch_batches
+from laasp_ray.train.ema import MovingAverage
 from laasp_ray.train.loss import training_loss
 
 # Without any option the gradient of TWO's mean loss at ROWS is ((-1/4, 1/4), (1/4, -1/4)); the first column is that of

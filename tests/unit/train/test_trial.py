@@ -9,10 +9,10 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
-from laasp_ray.dry_run import dry_run
 from laasp_ray.errors import ConfigError
-from laasp_ray.preflight import prepare
-from laasp_ray.pruning.groups import PruningGraph
+from laasp_ray.planning.dry_run import dry_run
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.run.preflight import prepare
 from laasp_ray.train import check
 from laasp_ray.train.check import check_training, small_plan
 from laasp_ray.train.trial import try_step

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import TrainConfig
-from laasp_ray.data.feed import Batch
+from laasp_ray.data.loaders.reading import Batch
 from laasp_ray.train.loop import EpochPlan, Spell, SpellDone, run_spell
 
 CPU = torch.device("cpu")

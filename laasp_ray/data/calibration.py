@@ -1,0 +1,132 @@
+"""The images that candidates' losses are measured on: drawn once, balanced over the classes, augmentation frozen in."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from laasp_ray.config import DataConfig
+from laasp_ray.data.loaders.registry import make_loader
+from laasp_ray.data.ordering import derive_seed, hash_uint64
+from laasp_ray.data.sources.base import ImageSource
+from laasp_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+DECODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Subset:
+    """`images` uint8 (n, 3, H, W) as augmented, not normalised; `labels` int64 (n,); `indices` (n,) into the source.
+
+    `digest` is the sha256 over images and labels: equal digests are equal subsets.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: np.ndarray
+    digest: str
+
+
+def draw_subset(
+    source: ImageSource,
+    config: DataConfig,
+    *,
+    images: int,
+    seed: int,
+    excluded: Collection[str] = (),
+    on_unreadable: Callable[[str], None] | None = None,
+) -> Subset:
+    """Draws `images` training images (all there are if fewer, which is logged), shuffled, always decoded on the CPU.
+
+    Each class gives the same number, or one more, or all that it has. The training augmentation is drawn once. All of
+    it follows from the run's `seed` and the set of unreadable images, which are replaced by others: one found here
+    gives what naming it in `excluded` gives, so that a resumed run draws the same. Raises DataError when too many
+    images are unreadable.
+    """
+    own_seed = derive_seed(seed, "subset")
+    left_out = set(excluded)
+
+    def leave_out(name: str) -> None:
+        left_out.add(name)
+        if on_unreadable is not None:
+            on_unreadable(name)
+
+    loader = make_loader(
+        source,
+        config,
+        training=True,
+        device=torch.device("cpu"),
+        max_batch=DECODED_AT_ONCE,
+        seed=own_seed,
+        uint8=True,
+        excluded=excluded,
+        on_unreadable=leave_out,
+    )
+    side = config.image_size
+    try:
+        while True:
+            chosen = balanced_choice(source.labels, images, key=own_seed, unavailable=_indices_of(source, left_out))
+            pixels = torch.empty((len(chosen), 3, side, side), dtype=torch.uint8)
+            filled = 0
+            for batch in loader.epoch(np.array_split(chosen, -(-len(chosen) // DECODED_AT_ONCE))):
+                pixels[filled : filled + len(batch.indices)] = batch.images
+                filled += len(batch.indices)
+            if filled == len(chosen):  # otherwise some were unreadable, and the draw is made again without them
+                break
+    finally:
+        loader.close()
+    if len(chosen) < images:
+        logger.info("the loss subset has %d images, %d were asked for: there are no more", len(chosen), images)
+    labels = torch.from_numpy(source.labels[chosen])
+    return Subset(pixels, labels, chosen, _digest(pixels, labels))
+
+
+def balanced_choice(labels: np.ndarray, images: int, *, key: int, unavailable: Collection[int] = ()) -> np.ndarray:
+    """Indices (int64) of `images` entries of `labels`, or of all there are: class-balanced, shuffled by `key`.
+
+    Raises DataError when nothing is available.
+    """
+    available = np.setdiff1d(np.arange(len(labels), dtype=np.int64), np.array(sorted(unavailable), np.int64))
+    if not len(available):
+        raise DataError("no training image is left to draw the loss subset from: all are excluded as unreadable")
+    counts = np.bincount(labels[available])
+    quotas = class_quotas(counts, images, key=key)
+    grouped = available[np.lexsort((hash_uint64(key, available), labels[available]))]
+    place_in_class = np.arange(len(grouped)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = grouped[place_in_class < quotas[labels[grouped]]]
+    return chosen[np.argsort(hash_uint64(derive_seed(key, "order"), chosen), kind="stable")]
+
+
+def class_quotas(counts: np.ndarray, images: int, *, key: int) -> np.ndarray:
+    """How many images each class gives (int64), `counts` being what it has.
+
+    All classes with enough give the same number or one more, which of them being decided by `key`; the others give all.
+    """
+    wanted = min(images, int(counts.sum()))
+    level = (
+        bisect.bisect_right(range(int(counts.max()) + 1), wanted, key=lambda each: int(np.minimum(counts, each).sum()))
+        - 1
+    )
+    quotas = np.minimum(counts, level).astype(np.int64)
+    richer = np.flatnonzero(counts > level)
+    order = richer[np.argsort(hash_uint64(derive_seed(key, "classes"), richer), kind="stable")]
+    quotas[order[: wanted - int(quotas.sum())]] += 1
+    return quotas
+
+
+def _indices_of(source: ImageSource, names: Collection[str]) -> set[int]:
+    return {index for index in range(len(source)) if source.name(index) in names} if names else set()
+
+
+def _digest(images: torch.Tensor, labels: torch.Tensor) -> str:
+    digest = hashlib.sha256(images.numpy().data)
+    digest.update(labels.numpy().astype("<i8").data)
+    return digest.hexdigest()

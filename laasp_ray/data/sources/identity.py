@@ -1,0 +1,114 @@
+"""Which images a run began with, in a few kilobytes, so that a resumed run notices that they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from laasp_ray.data.loaders.reading import decode_error
+from laasp_ray.data.sources.base import ImageSource, Split
+from laasp_ray.errors import DataError
+
+_NAMED: dict[Split, str] = {"train": "training", "test": "test"}
+_SAMPLE = 100
+
+
+def identify(source: ImageSource) -> dict[str, Any]:
+    """`images`, their number; a `digest` of names, labels and order; `classes`, a row (name, images, digest) for each;
+    and a `sample`, rows (number, digest of the file), of one image each of up to 100 classes.
+
+    Names count without the folder or tar that they begin with. What cannot be decoded is not in the sample.
+    """
+    return {**_names_of(source), "sample": _sample(source)}
+
+
+def check_identity(known: Mapping[str, Any], source: ImageSource, split: Split, excluded: Collection[str]) -> None:
+    """Raises DataError if `source` does not have the images of the identity `known`, `excluded` ones apart.
+
+    An identity of a run that did not write down more has `images` alone.
+    """
+    change = _change(known, source, frozenset(excluded))
+    if change is not None:
+        counts = f"{len(source)} now, {known['images']} at its start"
+        raise DataError(
+            f"the {_NAMED[split]} images are not those that the run began with ({counts}): {change}; restore them, or "
+            "start a new run with another --name"
+        )
+
+
+def _change(known: Mapping[str, Any], source: ImageSource, excluded: frozenset[str]) -> str | None:
+    """What has changed, by an example."""
+    if "digest" not in known:
+        return None if len(source) == known["images"] else "images were added or removed"
+    found = _names_of(source)
+    if found["digest"] != known["digest"]:
+        return _changed_class(known["classes"], found["classes"], source)
+    for index, digest in known["sample"]:
+        name = source.name(index)
+        content = None if name in excluded else _content(source, index)
+        if content is not None and _digest_of(content) != digest:
+            return f"{name} has another content"
+    return None
+
+
+def _names_of(source: ImageSource) -> dict[str, Any]:
+    """An identity without its sample: no file is read."""
+    classes = _classes(source)
+    whole = hashlib.sha256(source.labels.astype("<i8").tobytes())
+    for row in classes:
+        whole.update(f"{row[0]}\n{row[2]}\n".encode("utf-8", "surrogatepass"))
+    return {"images": len(source), "digest": whole.hexdigest(), "classes": classes}
+
+
+def _changed_class(before: list[list[Any]], now: list[list[Any]], source: ImageSource) -> str:
+    names = [{row[0] for row in rows} for rows in (before, now)]
+    for which, only in (("gone", names[0] - names[1]), ("new", names[1] - names[0])):
+        if only:
+            return f"the class {min(only)} is {which}"
+    if [row[0] for row in before] != [row[0] for row in now]:
+        return "the classes have another order"
+    for number, (old, new) in enumerate(zip(before, now, strict=True)):
+        if old[1] != new[1]:
+            return f"the class {old[0]} has {new[1]} images instead of {old[1]}"
+        if old[2] != new[2]:
+            first = source.name(int(np.flatnonzero(source.labels == number)[0]))
+            return f"the class {old[0]} has images of other names, now beginning with {first}"
+    return "they have another order"
+
+
+def _classes(source: ImageSource) -> list[list[Any]]:
+    members = np.split(
+        np.argsort(source.labels, kind="stable"),
+        np.cumsum(np.bincount(source.labels, minlength=len(source.classes)))[:-1],
+    )
+    rows: list[list[Any]] = []
+    for name, indices in zip(source.classes, members, strict=True):
+        listed = "\n".join(_within(source.name(index)) for index in indices.tolist())
+        rows.append([name, len(indices), _digest_of(listed.encode("utf-8", "surrogatepass"))])
+    return rows
+
+
+def _within(name: str) -> str:
+    """A tar and the folder it was unpacked into hold the same."""
+    return name.partition("/")[2] or name
+
+
+def _sample(source: ImageSource) -> list[list[Any]]:
+    _, firsts = np.unique(source.labels, return_index=True)
+    chosen = firsts[:: -(-len(firsts) // _SAMPLE)].tolist()
+    contents = ((index, _content(source, index)) for index in chosen)
+    return [[index, _digest_of(data)] for index, data in contents if data is not None and decode_error(data) is None]
+
+
+def _content(source: ImageSource, index: int) -> bytes | None:
+    try:
+        return source.read(index)
+    except OSError:  # whether it is the image or the storage is found out by who needs the image
+        return None
+
+
+def _digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,241 @@
+"""A data set as Parquet files, in the column layout of Hugging Face image data sets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from laasp_ray.data.sources.base import Split, check_labels, is_junk
+from laasp_ray.errors import DataError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels")
+MAX_BYTES = 16 << 30
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
+_LFS = b"version https://git-lfs"
+_PATTERNS = {
+    "train": (("train.parquet",), ("train-*.parquet",)),
+    "test": (
+        ("test.parquet",),
+        ("test-*.parquet",),
+        ("val.parquet", "validation.parquet"),
+        ("val-*.parquet", "validation-*.parquet"),
+    ),
+}
+
+
+class ParquetSource:
+    """`<root>/train.parquet` or `train-*.parquet` (sorted), and `test` likewise (else `val` or `validation`, also where
+    `test` has no labels); in `root` or in the one folder of it that has them, such as `data`.
+
+    Images are a column `img` or `image` of struct<bytes, path>, labels a column `label` or `labels` of integers; class
+    names come from the schema's metadata, and are the labels themselves where it has none. The encoded images are held
+    in memory, so files of more than 16 GiB are refused.
+    """
+
+    def __init__(self, root: Path, split: Split) -> None:
+        files = parquet_files(root, split)
+        if not files:
+            looked = " or ".join(name for names in _PATTERNS[split] for name in names)
+            raise DataError(f"no {split} images in {root}; looked for {looked}")
+        check_shards(files)
+        total = sum(file.stat().st_size for file in files)
+        if total > MAX_BYTES:
+            raise DataError(
+                f"the Parquet files of {split} in {root} have {total / 2**30:.1f} GiB: every worker holds "
+                f"them in memory, so at most {MAX_BYTES >> 30} GiB; unpack them into class folders"
+            )
+        shards = [_read(file) for file in files]
+        self._images = pa.chunked_array(
+            [chunk for shard in shards for chunk in shard.images.chunks], type=pa.large_binary()
+        )
+        self._files = [file.name for file in files]
+        self._first_rows = np.cumsum([0] + [len(shard.labels) for shard in shards])
+        self.labels = np.concatenate([shard.labels for shard in shards])
+        self.classes = _class_names(shards, files)
+        check_labels(self.labels, self.classes, split=split, where=str(files[0] if len(files) == 1 else root))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes:
+        data = self._images[index].as_py()
+        if data is None:
+            raise OSError("the row has no image bytes")
+        return data
+
+    def name(self, index: int) -> str:
+        file = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        return f"{self._files[file]}#{index - self._first_rows[file]}"
+
+
+def parquet_files(root: Path, split: Split, *, below: bool = True) -> list[Path]:
+    """The files of `split`, sorted: those of the first naming that is there at all, unlabelled ones last.
+
+    They lie in `root`, or (`below`) in the one folder of it that has training files.
+    """
+    folder = _folder(root) if below else root
+    found = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
+    if split == "test" and len(found) > 1:  # ImageNet's test files on the Hub have no labels, its validation files do
+        return next((files for files in found if _labelled(files)), found[0])
+    return found[0] if found else []
+
+
+def check_shards(files: list[Path]) -> None:
+    """Raises DataError when of files called `NAME-00000-of-00002.parquet` one is missing."""
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for file in files:
+        match = _SHARD.match(file.name)
+        if match is not None:
+            numbers.setdefault((match[1], int(match[3])), []).append(int(match[2]))
+    if len(numbers) > 1 or (numbers and sum(map(len, numbers.values())) < len(files)):
+        raise DataError(
+            f"{files[0].parent} holds files of several sets: {files[0].name} and {files[-1].name}; keep one set"
+        )
+    for (name, count), here in numbers.items():
+        missing = sorted(set(range(count)) - set(here))
+        if missing:
+            shown = ", ".join(f"{name}-{number:05d}-of-{count:05d}" for number in missing[:5])
+            raise DataError(
+                f"{files[0].parent} lacks {len(missing)} of the {count} files of {name} ({shown}): fetch them"
+            )
+        if sorted(here) != list(range(count)):
+            raise DataError(f"{files[0].parent} has {len(here)} files of {name}, their names say {count}: keep one set")
+
+
+def _folder(root: Path) -> Path:
+    """Where the files lie: `root` itself, or its one folder with training files (`data`, or a configuration's name)."""
+    if any(_matching(root, names) for names in _PATTERNS["train"]):
+        return root
+    with os.scandir(root) as entries:
+        below = sorted(Path(entry.path) for entry in entries if not is_junk(entry.name) and entry.is_dir())
+    found = [folder for folder in below if any(_matching(folder, names) for names in _PATTERNS["train"])]
+    if len(found) > 1:
+        listed = ", ".join(str(folder) for folder in found[:5])
+        raise DataError(f"{root} has Parquet files in {len(found)} folders ({listed}): give one of them")
+    return found[0] if found else root
+
+
+def _matching(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return sorted(file for name in names for file in folder.glob(name))
+
+
+def _labelled(files: list[Path]) -> bool:
+    """Whether any row has a label: the Hub's unlabelled files have -1 in all, or no such column."""
+    for file in files:
+        with _readable(file):
+            column = next((name for name in LABEL_COLUMNS if name in pq.read_schema(file).names), None)
+            if column is None:
+                continue
+            labels = pq.read_table(file, columns=[column])[column]
+        if not pa.types.is_integer(labels.type) or pc.any(pc.greater_equal(labels, 0)).as_py():
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file's encoded images and labels; the names of its classes, if it has them."""
+
+    images: pa.ChunkedArray
+    labels: np.ndarray
+    classes: tuple[str, ...] | None
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        with file.open("rb") as stream:
+            pointer = stream.read(len(_LFS)) == _LFS
+        if pointer:
+            raise DataError(f"{file} is a pointer of Git LFS, no data yet: run git lfs pull there") from error
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _read(file: Path) -> _Shard:
+    with _readable(file):
+        schema = pq.read_schema(file)
+        image, label = _columns(schema, file)
+        table = pq.read_table(file, columns=[image, label])
+    _check_bytes(table[image], file)
+    return _Shard(_encoded(table, image), _labels(table, label, file), _stored_names(schema, label))
+
+
+def _columns(schema: pa.Schema, file: Path) -> tuple[str, str]:
+    found = [next((name for name in names if name in schema.names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)]
+    image, label = found
+    if image is None or label is None:
+        raise DataError(
+            f"{file} has the columns {', '.join(schema.names)}; looked for images in "
+            f"{' or '.join(IMAGE_COLUMNS)} and labels in {' or '.join(LABEL_COLUMNS)}"
+        )
+    kind = schema.field(image).type
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise DataError(f"column {image} of {file} is {kind}; expected struct<bytes: binary, path: string>")
+    if not pa.types.is_integer(schema.field(label).type):
+        raise DataError(f"column {label} of {file} is {schema.field(label).type}; expected int64")
+    return image, label
+
+
+def _encoded(table: pa.Table, column: str) -> pa.ChunkedArray:
+    """The images' bytes; 64-bit offsets, since more than 2 GiB may come together."""
+    chunks = [chunk.field("bytes").cast(pa.large_binary()) for chunk in table[column].chunks]
+    return pa.chunked_array(chunks, type=pa.large_binary())
+
+
+def _labels(table: pa.Table, column: str, file: Path) -> np.ndarray:
+    labels = table[column]
+    if labels.null_count:
+        raise DataError(f"column {column} of {file} has {labels.null_count} rows without a label")
+    return labels.to_numpy().astype(np.int64)
+
+
+def _check_bytes(images: pa.ChunkedArray, file: Path) -> None:
+    """Raises DataError where rows have a path in place of bytes: the files that they name are not looked for."""
+    if images.type.get_field_index("path") < 0:
+        return
+    bytes_, paths = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
+    elsewhere = paths.filter(pc.and_(pc.is_null(bytes_), pc.is_valid(paths)))
+    if len(elsewhere):
+        raise DataError(
+            f"{file} has {len(elsewhere)} rows with the path of an image ({elsewhere[0].as_py()}) and not its bytes: "
+            "write the files with the bytes in them, or sort the images into class folders"
+        )
+
+
+def _class_names(shards: list[_Shard], files: list[Path]) -> tuple[str, ...]:
+    other = next((n for n, shard in enumerate(shards) if shard.classes != shards[0].classes), None)
+    if other is not None:
+        raise DataError(
+            f"{files[0]} and {files[other]} do not name the same classes in the same order: keep files of one data set"
+        )
+    if shards[0].classes is not None:
+        return shards[0].classes
+    most = max(int(shard.labels.max(initial=-1)) for shard in shards)
+    return tuple(str(label) for label in range(most + 1))
+
+
+def _stored_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
+    stored = (schema.metadata or {}).get(b"huggingface")
+    if stored is None:
+        return None
+    try:
+        node: Any = json.loads(stored)
+    except ValueError:
+        return None
+    for key in ("info", "features", label_column, "names"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return tuple(map(str, node)) if isinstance(node, list) else None

@@ -1,0 +1,157 @@
+"""What a Ray Train worker does: wait for a spell, train it, post what came of it, until there is no more."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from laasp_ray.config import RunConfig
+from laasp_ray.distributed.cluster import usable_cpus
+from laasp_ray.distributed.mailbox import Command
+from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.errors import LaaspError
+from laasp_ray.pruning.network import NetworkState
+from laasp_ray.pruning.plan import Plan
+from laasp_ray.train.data import SpellData
+from laasp_ray.train.ddp import distributed
+from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+from laasp_ray.train.trainer import rebuild_on
+
+
+@dataclass(frozen=True)
+class SpellCommand:
+    """`arrays` holds one object reference: (state dict, carried) as numpy arrays.
+
+    `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
+    """
+
+    spell: Spell
+    plan: Plan
+    arrays: list[Any]
+    teacher: Any
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The loop of one rank; `settings` are its mailbox, the unpruned network's reference and the run's config."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    mailbox, config = settings["mailbox"], settings["config"]
+    torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+    unpruned = ray.get(settings["unpruned"][0])
+    data: SpellData | None = None
+    teacher: NetworkState | None = None
+    finished = -1
+    while (command := _next(mailbox, finished)) is not None:
+        _check_agreement(command)
+        try:
+            data = data or _open_data(config, command.payload.spell)
+            teacher = teacher or _teacher(command.payload)
+            for kind, value in _carry_out(command, unpruned, teacher, config, data):
+                if rank == 0:
+                    ray.get(mailbox.post.remote(command.number, kind, value))
+        except ray.exceptions.RayActorError:
+            return  # see _next
+        except LaaspError as error:
+            # The same would happen again: the driver is told, instead of the group restarting over it.
+            ray.get(mailbox.post.remote(command.number, "failed", error))
+        except Exception as error:
+            # A lost peer looks like this too, so the group restarts; the mailbox gives up if that does not help.
+            last = traceback.format_exc(limit=-3)
+            ray.get(mailbox.complain.remote(command.number, f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
+            raise
+        finished = command.number
+        del command  # and with it the arrays that it keeps in the object store
+    if data is not None:
+        data.close()
+
+
+def _next(mailbox: Any, finished: int) -> Command | None:
+    try:
+        return ray.get(mailbox.next.remote(finished, ray.train.get_context().get_world_rank()))
+    except ray.exceptions.RayActorError:
+        return None  # without its mailbox this group has nobody to work for; the driver starts another
+
+
+def _check_agreement(command: Command) -> None:
+    """Ranks of a restarted group must have been given the same command at the same point."""
+    done = command.resume[-1].position if command.resume is not None else -1
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, (command.number, done))
+    if len(set(theirs)) != 1:
+        raise RuntimeError(f"the ranks were given different commands: {theirs}")
+
+
+def _teacher(payload: SpellCommand) -> NetworkState | None:
+    """It is kept, as a view of the object store, so that it comes to this node once."""
+    if payload.teacher is None:
+        return None
+    plan, arrays = ray.get(payload.teacher)
+    return NetworkState(plan, unpack(arrays, copy=False))
+
+
+def _open_data(config: RunConfig, spell: Spell) -> SpellData:
+    return SpellData(
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        device=ray.train.torch.get_device(),
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        excluded=spell.excluded,
+        places=spell.places,
+    )
+
+
+def _carry_out(
+    command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: SpellData
+) -> Iterator[tuple[str, Any]]:
+    """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy.
+
+    The end is posted when the networks are gone: the search, which then begins, shares this GPU.
+    """
+    payload: SpellCommand = command.payload
+    spell = payload.spell
+    if command.resume is None:
+        arrays, carried = ray.get(payload.arrays[0])
+    else:
+        arrays, carried, done = command.resume
+        spell = replace(spell, done=done.position + 1)
+    ended: SpellDone | None = None
+    shape = config.model.input_shape
+    for event in run_spell(
+        rebuild_on(data.device, unpruned, NetworkState(payload.plan, unpack(arrays, copy=False)), shape),
+        unpack(carried, copy=False),
+        spell,
+        data=data,
+        config=config.train,
+        seed=config.seed,
+        teacher=rebuild_on(data.device, unpruned, teacher, shape) if teacher is not None else None,
+        wrap=lambda model: distributed(model, shape, config.train),
+    ):
+        event = replace(event, unreadable=_gather(event.unreadable))
+        if isinstance(event, SpellDone):
+            ended = replace(event, loader=", ".join(_gather((event.loader,))))
+        else:
+            yield "epoch", _packed(event)
+    if data.device.type == "cuda":
+        torch.cuda.empty_cache()
+    yield "done", ended
+
+
+def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
+    return pack(event.tensors), pack(event.carried), replace(event, tensors={}, carried={})
+
+
+def _gather(names: tuple[str, ...]) -> tuple[str, ...]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    return tuple(sorted({name for part in everyone for name in part}))

@@ -1,0 +1,180 @@
+"""Networks by name: `build` makes one, `load_weights` fills it from a file or with torchvision's weights."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.config import ModelConfig
+from laasp_ray.errors import ConfigError
+from laasp_ray.models.alexnet import AlexNetGrouped
+from laasp_ray.models.cifar_resnet import DEPTHS, CifarResNet
+from laasp_ray.models.cifar_vgg import CifarVgg16
+from laasp_ray.models.mobilenet_v1 import MobileNetV1
+from laasp_ray.models.weights import fill, read_state
+
+TORCHVISION = "torchvision:"
+"""Begins a name of torchvision's weights, as in torchvision:IMAGENET1K_V2, where a file could be named too."""
+
+_CIFAR: dict[str, Callable[..., nn.Module]] = {
+    **{name: functools.partial(CifarResNet, blocks) for name, blocks in DEPTHS.items()},
+    "vgg16": CifarVgg16,
+}
+_ZOO: dict[str, Callable[..., nn.Module]] = {"alexnet_grouped": AlexNetGrouped, "mobilenet_v1": MobileNetV1}
+_WEIGHTS = ("weights", "pretrained")
+"""Arguments by which torchvision's builders download weights, as they begin: weights_backbone is one, too."""
+_OTHER_FORWARD = ("googlenet", "inception_v3")
+"""Builders that make another network, not only other weights, where weights are asked for."""
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """A new network in training mode, its weights drawn from torch's global generator (seed it first).
+
+    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`,
+    `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
+    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known
+    ones) or arguments that it does not take.
+    """
+    builder, arguments = _builder(config.builder), dict(config.arguments)
+    try:
+        model = builder(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.builder {config.builder!r} does not take model.arguments {arguments}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.builder {config.builder!r} gave a {type(model).__name__}, must give an nn.Module")
+    return model
+
+
+def build_offline(config: ModelConfig) -> nn.Module:
+    """As `build`, for a description that came with a file: the same network, but nothing is downloaded for it.
+
+    Its weights are drawn, whatever weights the arguments ask for: who has the file loads its own. Raises ConfigError
+    as `build` does, and where the arguments that ask for weights change what the network computes, too.
+    """
+    family, _, architecture = config.builder.partition(".")
+    if family != "torchvision" or ":" in config.builder:
+        return build(config)
+    asked = {key: value for key, value in config.arguments.items() if key.startswith(_WEIGHTS) and value}
+    arguments = {key: value for key, value in config.arguments.items() if not key.startswith(_WEIGHTS)}
+    if asked and architecture in _OTHER_FORWARD:
+        raise ConfigError(
+            f"model.arguments {asked} would download weights, and {config.builder} is another network without them"
+        )
+    _builder(config.builder)  # a name that there is
+    weights = next(iter(asked.values()), None)
+    if weights is not None and "num_classes" not in arguments:
+        arguments["num_classes"] = _classes_of(architecture, weights)
+    return build(replace(config, arguments=arguments))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights into `model`, strictly.
+
+    `.safetensors`, or `.pt`, `.pth`, `.bin` as torch.save wrote it (read without unpickling code): a state dict,
+    possibly under a key such as "state_dict" or "model", its keys possibly starting with what wrappers put there
+    ("module.", "_orig_mod.", "model."), possibly without BatchNorm's num_batches_tracked. Raises ConfigError if the
+    file is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
+    """
+    fill(model, read_state(Path(path)), str(path))
+
+
+def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
+    """Fills `model`, built from `config`, from a file, or with the weights that `torchvision:NAME` names.
+
+    Torchvision's are those of the builder's own architecture; they are downloaded into torch's cache where they are
+    not there yet. Raises ConfigError for a name or a builder that has none, a download that fails, and weights that do
+    not fit.
+    """
+    if source.startswith(TORCHVISION):
+        state = _torchvision_state(config.builder, source.removeprefix(TORCHVISION))
+        # Weights of auxiliary heads that this network is built without, as its None attributes say.
+        state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], model) is not None}
+        fill(model, state, source)
+    else:
+        load_weights(model, source)
+
+
+def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
+    family, _, architecture = builder.partition(".")
+    if ":" in builder or family != "torchvision":
+        raise ConfigError(
+            f"train.pretrained is {TORCHVISION + name!r}, but model.builder {builder!r} is none of torchvision's: "
+            "name a file of weights"
+        )
+    import torchvision  # most networks and every network of one's own do without
+
+    known = {weights.name: weights for weights in torchvision.models.get_model_weights(architecture)}
+    if name not in known:
+        offered = ", ".join(TORCHVISION + other for other in known) or "none"
+        raise ConfigError(f"torchvision has no weights {name!r} of {architecture}; it has: {offered}")
+    try:
+        return dict(known[name].get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # no network, no room, or not the bytes that were expected
+        raise ConfigError(
+            f"the weights {TORCHVISION + name} cannot be had ({error}): download {known[name].url} elsewhere and name "
+            "the file, --pretrained FILE"
+        ) from error
+
+
+def known_builders() -> list[str]:
+    """The names that `build` knows, import paths aside."""
+    import torchvision
+
+    names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+    return sorted([*names, *(f"cifar.{name}" for name in _CIFAR), *(f"zoo.{name}" for name in _ZOO)])
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    if ":" in name:
+        return _imported(name)
+    family, _, architecture = name.partition(".")
+    if family == "cifar" and architecture in _CIFAR:
+        return _CIFAR[architecture]
+    if family == "zoo" and architecture in _ZOO:
+        return _ZOO[architecture]
+    if name not in known_builders():
+        close = difflib.get_close_matches(name, known_builders(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known_builders())}"
+        raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
+    return functools.partial(_of_torchvision, architecture)
+
+
+def _of_torchvision(architecture: str, **arguments: Any) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(architecture, **{"weights": None, **arguments})
+
+
+def _classes_of(architecture: str, weights: object) -> int | None:
+    """How many classes torchvision's network has where it is asked for these weights without a number of classes."""
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(architecture)
+    try:
+        found = known[str(weights).rpartition(".")[2]] if isinstance(weights, str) else next(iter(known))
+    except (KeyError, StopIteration):
+        raise ConfigError(f"torchvision has no weights {weights!r} of {architecture}") from None
+    return len(found.meta["categories"])
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"model.builder {path!r} cannot be imported ({error}); it must read package.module:function"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"model.builder {path!r} is a {type(found).__name__}, must be a function")
+    return found

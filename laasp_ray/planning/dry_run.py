@@ -1,0 +1,260 @@
+"""What a run will do and how long it will take, without running it: counted, and scaled up from a short measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laasp_ray.config import PruneConfig, RunConfig
+from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.distributed.address import check_address
+from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.planning.workload import LaaspTurns, PlsTurns, SparseStages, Turns, Workload, network_of, workload_of
+from laasp_ray.report.eta import format_duration
+from laasp_ray.report.repeats import runs_of
+from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare
+from laasp_ray.store.addresses import public
+from laasp_ray.store.journal import Journal
+from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run has to work with: `workers` trainers, `tasks` evaluation tasks at a time, and one of each's speed."""
+
+    workers: int
+    tasks: int
+    trainer: TrainingSpeed
+    forward: float
+
+
+@random_state_kept()
+def dry_run(
+    config: RunConfig, *, distributed: bool = True, ray_address: str | None = None, repeats: int | None = None
+) -> str:
+    """The plan of a run, or of `repeats` runs (report/repeats.py), as text; stores nothing.
+
+    Checks all that a run checks first, and raises as it does. Of a run that has begun it is the whole run's plan still,
+    and what a beginning needs must be there.
+    """
+    runs = [config] if repeats is None else runs_of(config, repeats)
+    stored = [line for run in runs if (line := _stored(run))]
+    if distributed:
+        check_address(ray_address)
+    prepared = prepare(config)
+    machine = _on_ray(prepared, ray_address) if distributed else _here(prepared)
+    return describe(prepared, workload_of(prepared), machine, runs=len(runs), stored=stored)
+
+
+def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_images: int) -> dict[str, float]:
+    """Seconds by what they go to, at the speed of the network that was measured throughout."""
+    epoch = train_images / (machine.trainer.training * machine.workers)
+    evaluation = test_images / (machine.trainer.evaluation * machine.workers)
+    epochs = {phase: count * epoch for phase, count in workload.epochs.items()}
+    seconds = {"train": epochs["train"]}
+    if isinstance(workload, Turns):
+        turn = workload.passes * workload.loss_images / (machine.forward * machine.tasks) + workload.preparing_s
+        seconds["turns"] = workload.turns * turn
+    return {
+        **seconds,
+        "recover": epochs["recover"],
+        "final": epochs["final"],
+        "evaluate": workload.evaluations * evaluation,
+    }
+
+
+def describe(
+    prepared: Prepared, workload: Workload, machine: Machine, *, runs: int = 1, stored: Sequence[str] = ()
+) -> str:
+    """The plan as lines of text, its assumptions last. `stored`: what there is of the runs already, a line each."""
+    config = prepared.config
+    test_images, train_images = len(prepared.test), len(prepared.train)
+    seconds = seconds_of(workload, machine, train_images=train_images, test_images=test_images)
+    total = sum(seconds.values())
+    measured = (
+        f"{machine.trainer.training:,.1f} images/s in training and {machine.trainer.evaluation:,.1f} in evaluation "
+        "of one worker"
+    )
+    if isinstance(workload, Turns):
+        measured += f", {machine.forward:,.1f} in the forward pass of one of {machine.tasks} evaluation tasks"
+    rows = [
+        *(("in the store", line) for line in stored),
+        ("network", f"{config.model.builder}, {prepared.baseline.macs.total:,} multiply-accumulates"),
+        ("images", f"{train_images:,} to train on, {test_images:,} to test on"),
+        ("start", _start(config, workload)),
+        *_what_is_pruned(prepared, workload),
+        ("final", f"{workload.epochs['final']} epochs"),
+        ("evaluations", f"about {workload.evaluations} on the test images"),
+        ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
+        ("measured", measured),
+        *((f"time, {part}", format_duration(spent)) for part, spent in seconds.items()),
+        ("time, all", f"at most about {format_duration(total)}"),
+    ]
+    if runs > 1:
+        rows.append((f"{runs} runs", format_duration(runs * total)))
+    width = max(len(label) for label, _ in rows)
+    lines = [f"Dry run of {config.name}: nothing is trained and nothing stored.", ""]
+    lines += [f"{label.ljust(width)}  {text}" for label, text in rows]
+    return "\n".join([*lines, "", "It is taken that", *(f"- {line}" for line in _assumptions(config, workload))])
+
+
+def _stored(run: RunConfig) -> str:
+    storage = open_run(run)
+    journal = Journal(storage)
+    if journal.last("finish") is not None:
+        return f"{run.name} is finished, and would be left as it is"
+    if not journal.events():
+        return ""
+    state = folded(storage, journal, run)
+    done = f"turns done: {state.turn}, epochs: {state.epochs_trained}"
+    return f"{run.name} has begun ({done}), and would go on; what follows counts all of it"
+
+
+def _start(config: RunConfig, workload: Workload) -> str:
+    train = config.train
+    if not config.prunes:
+        return (
+            f"the weights of {train.pretrained}, at epoch {train.prune_epoch}" if train.pretrained else "from scratch"
+        )
+    if workload.epochs["train"]:
+        start = f"from scratch, {workload.epochs['train']} epochs"
+    elif config.sparsity is not None and config.sparsity.from_run is not None:
+        start = f"the pruned network of {public(config.sparsity.from_run)}"
+    else:
+        start = f"the weights of {train.pretrained}" if train.pretrained else "new weights, untrained"
+    return f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"
+
+
+def _what_is_pruned(prepared: Prepared, workload: Workload) -> Rows:
+    prune = prepared.config.prune
+    if isinstance(workload, SparseStages):
+        return _stages(prepared.config, workload)
+    if not isinstance(workload, Turns):
+        return [("pruned", "nothing, without a target")]
+    turns = f"about {workload.turns}: " + " and ".join(f"{share:.2%} of {of}" for of, share in prune.targets.items())
+    of_flops = "" if list(prune.targets) == ["FLOPs"] else " of FLOPs"
+    rows: Rows = []
+    if isinstance(workload, LaaspTurns):
+        together = f", {prune.prunes_per_turn} together" if prune.prunes_per_turn > 1 else ""
+        turns += f", {workload.removes:.2%}{of_flops} a candidate{together}"
+        evaluated = workload.candidates * workload.loss_images
+        rows = [
+            (
+                "candidates",
+                f"{workload.proposals} proposals a turn, {workload.candidates} distinct "
+                f"({len(prepared.baseline.filters)} layers, {len(prune.criteria)} criteria)",
+            ),
+            (
+                "evaluated",
+                f"{workload.loss_images:,} images for each candidate: {evaluated:,} a turn, worth "
+                f"{workload.passes:.0f} forward passes over them",
+            ),
+        ]
+    elif isinstance(workload, PlsTurns):
+        turns += f", {workload.removes:.2%}{of_flops} a turn"
+        rows = [
+            (
+                "filters",
+                f"{workload.filters:,} in {workload.layers} layers that no others are coupled to; {workload.first:,} "
+                f"go in the first turn, {prune.percent:g}% of those left in each",
+            ),
+            (
+                "evaluated",
+                f"{workload.loss_images:,} images: scored, then the loss without the filters that go and with them, "
+                f"worth {workload.passes:.0f} forward passes over them",
+            ),
+        ]
+    turns += f"; at most {prune.iterations}" if prune.iterations else ""
+    recoveries = f"about {workload.recoveries}, epochs each: {prune.recover_epochs}"
+    return [("turns", turns), *rows, ("recoveries", recoveries)]
+
+
+def _stages(config: RunConfig, workload: SparseStages) -> Rows:
+    assert config.sparsity is not None
+    rows: Rows = []
+    for number, stage in enumerate(workload.stages, 1):
+        counts = sorted(stage.layers.items())
+        layers = ", ".join(f"{pruned} of {config.sparsity.group} in {count} layers" for pruned, count in counts)
+        rows.append(
+            (
+                f"stage {number}",
+                f"{layers or 'nothing yet'}: {stage.kept:,} of {stage.weights:,} weights stay; "
+                f"then {stage.epochs} epochs",
+            )
+        )
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in workload.dense.items():
+        reasons.setdefault(reason, []).append(layer)
+    rows += [("left dense", f"{', '.join(layers)}: {reason}") for reason, layers in reasons.items()]
+    return rows
+
+
+def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
+    prune = config.prune
+    left_out = "what workers tell one another, starting them, and storing are left out"
+    if isinstance(workload, SparseStages):
+        lines = [f"work goes by images over all workers; making and holding the masks, {left_out}"]
+    elif not isinstance(workload, Turns):
+        lines = [f"work goes by images over all workers; {left_out}"]
+    else:
+        lines = ["the network stays as slow as it is unpruned: later turns and epochs are faster"]
+    if isinstance(workload, LaaspTurns):
+        lines += [
+            "later turns have as many candidates as the first, and the chosen ones take what all do on average",
+            "work goes by images over all workers, and by multiply-accumulates over candidates; " + left_out,
+            *_assumptions_of_laasp(config, prune),
+        ]
+    if isinstance(workload, PlsTurns):
+        lines += [
+            "every layer loses the same share of its filters: which tell least is not known before they are scored",
+            f"work goes by images over all workers; fitting the scores, {left_out}",
+        ]
+    if config.train.distill:
+        lines.append("every epoch asks the teacher: those before the first prune do not, and are faster")
+    if "latency" in prune.targets:
+        lines.append("latency falls as FLOPs do")
+    return lines
+
+
+def _assumptions_of_laasp(config: RunConfig, prune: PruneConfig) -> list[str]:
+    lines = []
+    of_images = [name for name in prune.criteria if name in OF_ACTIVATIONS]
+    if of_images:
+        lines.append(
+            f"{', '.join(of_images)}: its picks, not known before images are looked at, are drawn here; where "
+            "it agrees with others there are fewer distinct candidates"
+        )
+    if prune.prunes_per_turn > 1:
+        lines.append(f"every turn makes {prune.prunes_per_turn} prunes")
+    if config.search.racing == "on":
+        lines.append("every candidate sees all images: racing drops most of them long before, so turns are shorter")
+    return lines
+
+
+def _here(prepared: Prepared) -> Machine:
+    config, network = prepared.config, network_of(prepared)
+    check_workers(config, len(prepared.train), 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Machine(
+        workers=1,
+        tasks=1,
+        trainer=measure_training(network, config, device),
+        forward=measure_forward(network, config, device),
+    )
+
+
+def _on_ray(prepared: Prepared, address: str | None) -> Machine:
+    from laasp_ray.distributed import cluster, probe  # Ray takes seconds to import
+    from laasp_ray.distributed.executor import slots_of
+    from laasp_ray.distributed.trainer import put_network
+
+    config = prepared.config
+    with cluster.connected(address) as resources:
+        share = cluster.share_of(resources, config.cluster)
+        check_workers(config, len(prepared.train), share.workers)
+        trainer, forward = probe.measure(put_network(network_of(prepared)), config, share)
+        return Machine(workers=share.workers, tasks=slots_of(resources, share), trainer=trainer, forward=forward)

@@ -1,0 +1,37 @@
+"""Prunes of several layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from laasp_ray.pruning.channels import Removal, Side, unite
+from laasp_ray.pruning.graph import PruningGraph
+
+
+def independent_layers(graph: PruningGraph) -> tuple[str, ...]:
+    """The layers whose filters are coupled to no other layer's filters, in network order.
+
+    In a residual network those inside the blocks: what a shortcut ties together is left out. The first convolution of
+    one whose first block has a convolution in its shortcut (ResNet-50) is tied to nothing and is one of them, too.
+    Depthwise convolutions that lie behind do not count: they have one filter for each that comes in, and none of their
+    own to choose.
+    """
+    return tuple(name for name in graph.layers if not any(_tied(side, name) for side in _one_prune(graph, name)))
+
+
+def removal_of_several(graph: PruningGraph, filters: Mapping[str, Sequence[int]]) -> Removal:
+    """The channels that go with these filters of each layer; raises PruningError as `PruningGraph.removal` does."""
+    total: dict[Side, set[int]] = {}
+    for layer, chosen in filters.items():
+        unite(total, graph.removal(layer, chosen))
+    return total
+
+
+def _one_prune(graph: PruningGraph, layer: str) -> Removal:
+    group = graph.layers[layer]
+    return graph.removal(layer, range(0, group.filters, group.filters // group.blocks))
+
+
+def _tied(side: Side, layer: str) -> bool:
+    depthwise = "groups" in side.attributes  # whose number of groups is that of its channels
+    return side.role == "filters" and side.module != layer and not depthwise

@@ -1,0 +1,7 @@
+"""Named runs: `recipe(name)` gives the whole config of one."""
+
+from __future__ import annotations
+
+from laasp_ray.recipes.registry import RECIPES, VARIANTS, recipe, with_sparsity
+
+__all__ = ["RECIPES", "VARIANTS", "recipe", "with_sparsity"]

@@ -1,0 +1,144 @@
+"""What a run's networks are worth, pruned beside unpruned: accuracy, multiply-accumulates, parameters, latency."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray import models
+from laasp_ray.config import RunConfig
+from laasp_ray.cost.latency import Latency, measure_pair
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.sources.base import check_classes, check_outputs
+from laasp_ray.data.sources.registry import open_test_source
+from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.records import Metrics
+from laasp_ray.run.preflight import stored_config
+from laasp_ray.store.artifact import load_pruned
+from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.journal import Journal, started_config
+from laasp_ray.store.storage import Storage
+from laasp_ray.train.data import EvaluationData
+from laasp_ray.train.loop import evaluate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network: `macs` at one input, `latency` at the batch it names."""
+
+    name: str
+    metrics: Metrics
+    macs: int
+    parameters: int
+    latency: Latency
+
+
+def evaluate_run(
+    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1, trust: bool = False
+) -> tuple[Measured, Measured]:
+    """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
+    twice where nothing was pruned.
+
+    `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path, of which the test
+    images alone must be there. float32, on the GPU if there is one. A network whose builder is an import path is built
+    only with `trust`, since that runs the code which the folder names. Raises StoreError if it holds no finished run.
+    """
+    storage = Storage.open(str(folder))
+    config = _config(storage)
+    if ":" in config.model.builder and not trust:
+        raise ConfigError(
+            f"the run in {storage.uri} names the network's builder by import path, {config.model.builder!r}, and "
+            "evaluating would run it: look at it, and add --trust if you trust the folder"
+        )
+    data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
+    unpruned = models.build_offline(config.model)
+    unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
+    unpruned.to(device).eval()
+    classes = _classes(storage)
+    test = open_test_source(data_config, classes)
+    check_classes(test, classes, str(data_config.path))
+    check_outputs(test, _outputs(unpruned, config, device), str(data_config.path))
+    images = EvaluationData(test, data_config, batch_size=batch_size, seed=config.seed, device=device)
+    try:
+        metrics = [evaluate(network, images) for network in (unpruned, pruned)]
+    finally:
+        images.close()
+    latencies = measure_pair(unpruned, pruned, config.model.input_shape, batch_size=latency_batch, device=device)
+    first, second = (
+        _measured(name, network, config, device, *figures)
+        for name, network, figures in zip(
+            ("unpruned", "pruned"), (unpruned, pruned), zip(metrics, latencies, strict=True), strict=True
+        )
+    )
+    return first, second
+
+
+def _config(storage: Storage) -> RunConfig:
+    settings = started_config(storage)
+    if settings is None and not storage.exists("config.json"):
+        raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
+    try:
+        return RunConfig.from_dict(dict(stored_config(storage) if settings is None else settings))
+    except ConfigError as error:
+        raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
+
+
+def _classes(storage: Storage) -> tuple[str, ...] | None:
+    """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
+    start = Journal(storage).last("start")
+    images = {} if start is None else start.data.get("images", {})
+    return tuple(row[0] for row in images["train"]["classes"]) if "train" in images else None
+
+
+def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:
+    with torch.inference_mode():
+        return network(torch.zeros(1, *config.model.input_shape, device=device)).shape[1]
+
+
+def _measured(
+    name: str, network: nn.Module, config: RunConfig, device: torch.device, metrics: Metrics, latency: Latency
+) -> Measured:
+    example = torch.zeros(1, *config.model.input_shape, device=device)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Measured(name, metrics, count_macs(network, example).total, parameters, latency)
+
+
+def table(measured: tuple[Measured, Measured]) -> str:
+    """The figures side by side, as text."""
+    unpruned, pruned = measured
+    rows: list[tuple[str, str, str, str]] = [("", "unpruned", "pruned", "pruned / unpruned")]
+
+    def row(label: str, form: str, a: float, b: float, ratio: bool = True) -> None:
+        rows.append((label, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else ""))
+
+    row("top-1", "{:.2%}", unpruned.metrics.top1, pruned.metrics.top1, ratio=False)
+    row("top-5", "{:.2%}", unpruned.metrics.top5, pruned.metrics.top5, ratio=False)
+    row("loss", "{:.4f}", unpruned.metrics.loss, pruned.metrics.loss, ratio=False)
+    row("MACs", "{:,}", unpruned.macs, pruned.macs)
+    row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
+    row("latency, ms", "{:.2f}", unpruned.latency.median_ms, pruned.latency.median_ms)
+    widths = [max(len(line[column]) for line in rows) for column in range(4)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in rows
+    ]
+    how = pruned.latency
+    lines.append(
+        f"{pruned.metrics.images} test images; latency: median of {how.repeats}, batch {how.batch_size}, {how.device}, "
+        f"{how.threads} threads; MACs: convolutions and linear layers at one input"
+    )
+    return "\n".join(lines)
+
+
+def to_dict(measured: tuple[Measured, Measured]) -> dict[str, Any]:
+    return {network.name: dataclasses.asdict(network) for network in measured}

@@ -1,0 +1,324 @@
+"""Everything that can be known to be wrong before anything expensive starts: config, data, network, store.
+
+What this finds is raised as a ConfigError, DataError or StoreError that names the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray import criteria, models
+from laasp_ray.config import RunConfig, SparsityConfig
+from laasp_ray.config.compat import differing_keys, value_at
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.loaders.registry import check_available
+from laasp_ray.data.ordering import derive_seed
+from laasp_ray.data.sources.base import SPLITS, check_splits
+from laasp_ray.data.sources.identity import check_identity
+from laasp_ray.data.sources.places import with_places
+from laasp_ray.data.sources.registry import ImageSource, Split, open_source
+from laasp_ray.errors import ConfigError, LaaspError, PruningError, StoreError
+from laasp_ray.methods.group_sparsity import layer_rules
+from laasp_ray.methods.targets import check_latency_batch
+from laasp_ray.models.copying import deep_copy
+from laasp_ray.models.suitable import check_suitable
+from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.pruning.graph import PruningGraph, reachable, reachable_parameters
+from laasp_ray.pruning.joint import independent_layers
+from laasp_ray.pruning.network import NetworkState, capture
+from laasp_ray.records import RunState
+from laasp_ray.run.controller import UNPRUNED
+from laasp_ray.run.state import fold
+from laasp_ray.search.activations import Wanted, check_columns, shapes_of
+from laasp_ray.search.batchnorm import check_statistics, norms_of
+from laasp_ray.search.candidates import Baseline, measure_baseline
+from laasp_ray.store.addresses import public, public_data
+from laasp_ray.store.artifact import Arch, load_pruned, read_arch
+from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.journal import Event, Journal, started_config
+from laasp_ray.store.storage import Storage
+from laasp_ray.train.check import check_training
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the checks had to make anyway, for the run to use. `unpruned` has its initial weights, on the CPU.
+
+    `begun_with` is what a run on top of another begins with: that one's pruned network; None once it is in the store.
+    """
+
+    config: RunConfig
+    unpruned: nn.Module
+    example_input: torch.Tensor
+    baseline: Baseline
+    train: ImageSource
+    test: ImageSource
+    begun_with: NetworkState | None = None
+
+
+def open_run(config: RunConfig) -> Storage:
+    """The run's folder. Refuses a name that belongs to a run of another config, naming the keys that differ.
+
+    The journal's first event says which config that is, `config.json` only where there is none yet.
+    """
+    storage = Storage.open(config.storage).child(config.name)
+    storage.check_writable()
+    theirs = started_config(storage)
+    if theirs is None and storage.exists("config.json"):
+        theirs = stored_config(storage)
+    if theirs is None:
+        return storage
+    ours, theirs = public_data(config.to_dict()), public_data(theirs)
+    keys = differing_keys(ours, theirs)
+    if keys:
+        listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+        raise ConfigError(
+            f"the run {config.name!r} in {storage.uri} was started with another config ({listed}): "
+            "give the same settings to go on with it, or another --name"
+        )
+    return storage
+
+
+def stored_config(storage: Storage) -> Mapping[str, Any]:
+    """What `config.json` of a run's folder says; raises StoreError if that is no settings."""
+    return storage.read_json("config.json", "restore it from a copy, or give another --name")
+
+
+def restore_config(storage: Storage) -> None:
+    """Writes `config.json` of a run that has begun as the journal has it, where it is lost or is another's."""
+    config = started_config(storage)
+    if config is None:
+        return
+    try:
+        there = stored_config(storage) if storage.exists("config.json") else None
+    except StoreError:
+        there = None
+    if there != config:
+        logger.warning("%s/config.json is not what the run was started with: it is written anew", storage.uri)
+        write_config(storage, config)
+
+
+def write_config(storage: Storage, config: Mapping[str, Any]) -> None:
+    storage.write("config.json", json.dumps(public_data(config), indent=2).encode())
+
+
+def folded(storage: Storage, journal: Journal, config: RunConfig) -> RunState:
+    """Where the run stands. Raises StoreError, naming the event, where one holds what no run has written."""
+    seen: list[Event] = []
+
+    def events() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for event in journal.events():
+            seen.append(event)
+            yield event.name, event.data
+
+    try:
+        return fold(events(), config)
+    except (KeyError, TypeError, ValueError, AttributeError, PruningError) as error:
+        file = f"journal/{seen[-1].sequence:06d}-{seen[-1].name}.json" if seen else "the journal"
+        raise StoreError(
+            f"{file} in {storage.uri} is damaged ({error!r}); restore it from a copy or start the run under another "
+            "name"
+        ) from error
+
+
+@random_state_kept()
+def prepare(
+    config: RunConfig,
+    model: nn.Module | None = None,
+    *,
+    started: bool = False,
+    images: Mapping[Split, Mapping[str, Any]] | None = None,
+    state: RunState | None = None,
+) -> Prepared:
+    """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
+
+    A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
+    `model` that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of those that
+    the run began with, `state` is where it stands.
+    """
+    for name in _of_weights(config):
+        criteria.get(name)
+    check_available(config.data.loader)
+    state = state or RunState()
+    train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)
+    for split, source in zip(SPLITS, (train, test), strict=True):
+        if images is not None:
+            check_identity(images[split], source, split, state.excluded)
+    check_splits(train, test, str(config.data.path))
+    unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
+    example_input = torch.zeros(1, *config.model.input_shape)
+    _check_classes(unpruned, example_input, len(train.classes))
+    if config.sparsity is not None:
+        return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
+    if not config.prunes:
+        check_training(unpruned, config.model.input_shape, config.train, None)
+        return Prepared(config, unpruned, example_input, _plain_baseline(unpruned, example_input), train, test)
+    check_statistics(unpruned)
+    graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
+    macs = count_macs(unpruned, example_input)
+    baseline = measure_baseline(graph, macs, config.prune)
+    for name, reason in graph.skipped.items():
+        logger.info("layer %s is not pruned: %s", name, reason)
+    layers = independent_layers(graph) if config.prune.method == "pls" else tuple(graph.layers)
+    _check_target(config, graph, baseline, layers)
+    check_training(unpruned, config.model.input_shape, config.train, graph)
+    _check_criteria(config, graph, unpruned)
+    _check_search(config, unpruned)
+    if config.prune.latency_reduction:
+        check_latency_batch(deep_copy(unpruned), config)
+    if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
+        shapes = shapes_of(deep_copy(unpruned), example_input, Wanted.of(layers, config.prune))
+        check_columns(shapes, config.prune.pooling, example_input.device)
+    if config.search.images > len(train):
+        logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
+    return Prepared(config, unpruned, example_input, baseline, train, test)
+
+
+def _prepare_sparse(
+    config: RunConfig,
+    sparsity: SparsityConfig,
+    unpruned: nn.Module,
+    example_input: torch.Tensor,
+    train: ImageSource,
+    test: ImageSource,
+    *,
+    started: bool,
+) -> Prepared:
+    begun_with, network = None, unpruned
+    if sparsity.from_run is not None and not started:
+        arch, network = _finished_run(config, sparsity.from_run, unpruned)
+        begun_with = capture(network, arch.plan)
+    check_training(network, config.model.input_shape, config.train, None)
+    dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
+    for name, reason in dense.items():
+        logger.info("layer %s stays dense: %s", name, reason)
+    baseline = replace(_plain_baseline(unpruned, example_input), skipped=dense)
+    return Prepared(config, unpruned, example_input, baseline, train, test, begun_with)
+
+
+def _plain_baseline(unpruned: nn.Module, example_input: torch.Tensor) -> Baseline:
+    """Of a run that removes no filters."""
+    parameters = sum(parameter.numel() for parameter in unpruned.parameters())
+    return Baseline(count_macs(unpruned, example_input), parameters, step_sizes={}, filters={}, skipped={})
+
+
+def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:
+    arch = read_arch(folder)
+    if arch.model_config != config.model:
+        raise ConfigError(
+            f"sparsity.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
+            "the recipe that made it, or set model.* to match"
+        )
+    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
+    return arch, load_pruned(folder, deep_copy(unpruned))
+
+
+def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
+    """BatchNorm needs at least two images of every batch on every worker."""
+    steps = math.ceil(train_images / config.train.batch_size)
+    smallest = train_images // steps // workers
+    if smallest < 2:
+        raise ConfigError(
+            f"with {train_images} training images, train.batch_size {config.train.batch_size} and {workers} workers a "
+            f"worker would get batches of {smallest}: raise train.batch_size or lower cluster.workers"
+        )
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    check_suitable(model)  # or it may not be possible to copy it
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model if all(tensor.is_cpu for tensor in tensors) else deep_copy(model).cpu()
+
+
+def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
+    with random_state_kept():
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        model = models.build(config.model)
+    if with_weights and config.train.pretrained is not None:
+        models.load_pretrained(model, config.model, config.train.pretrained)
+    check_suitable(model)
+    return model
+
+
+def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
+    probe = deep_copy(model).eval()  # a module may keep what it sees
+    try:
+        with torch.inference_mode():
+            output = probe(example_input)
+    except Exception as error:
+        raise ConfigError(
+            f"the network does not take an input of model.input_shape {tuple(example_input.shape[1:])}: {error}"
+        ) from error
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        raise ConfigError("the network must give one tensor of shape (images, classes)")
+    if output.shape[1] != classes:
+        raise ConfigError(
+            f"the network has {output.shape[1]} outputs, the training data {classes} classes: "
+            "set model.arguments.num_classes to match, or point --data at the set that belongs to the network"
+        )
+
+
+def _check_criteria(config: RunConfig, graph: PruningGraph, unpruned: nn.Module) -> None:
+    """Scores one layer by each: a user's function that fails should not do so after hours of training."""
+    layer = next(iter(graph.layers))
+    for name in _of_weights(config):
+        try:
+            criteria.scores(name, unpruned.get_submodule(layer))
+        except LaaspError as error:
+            raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
+
+
+def _check_search(config: RunConfig, unpruned: nn.Module) -> None:
+    if config.search.reestimate_batchnorm and not norms_of(unpruned):
+        raise ConfigError(
+            "search.reestimate_batchnorm is True, but the network has no BatchNorm that keeps statistics: leave it out"
+        )
+    if config.prune.prunes_per_turn > 1 and config.search.racing == "on":
+        logger.warning(
+            "prune.prunes_per_turn is %d, but a race drops most candidates, and those that it drops do not count: set "
+            "search.racing=off to have as many",
+            config.prune.prunes_per_turn,
+        )
+
+
+def _of_weights(config: RunConfig) -> list[str]:
+    return [name for name in config.prune.criteria if name not in criteria.OF_ACTIVATIONS]
+
+
+def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:
+    prune = config.prune
+    if not graph.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.skipped.items())[:3])
+        raise ConfigError(f"no layer of the network can be pruned ({reasons}): ignore fewer layers")
+    if not layers:
+        raise ConfigError("prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'")
+    limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
+    if prune.method == "pls":  # which knows no limit but that a filter stays
+        limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
+    if prune.round_to > 1:
+        named += f", prune.round_to {prune.round_to}"
+        remedy += ", or lower prune.round_to"
+    most = {
+        "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
+        "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
+    }
+    for key, share in most.items():  # latency cannot be told before it is measured
+        target = getattr(prune, key)
+        if target > share and prune.iterations == 0:
+            raise ConfigError(
+                f"prune.{key} is {target:g}, but with prune.{named} and {len(layers)} prunable layers at most "
+                f"{share:.4f} can be reached: {remedy}"
+            )
+    if not any(most.values()):
+        raise ConfigError(f"with prune.{named} none of {len(layers)} layers can give a single filter: {remedy}")

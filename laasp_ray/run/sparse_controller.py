@@ -1,0 +1,107 @@
+"""The loop of a run that makes groups sparse: a turn is a stage, and its masks hold in the training that follows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.methods.group_sparsity import layer_rules, take_stage
+from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.sparsity.groups import masked
+from laasp_ray.report.sparsity import measure_sparsity, sparsity_to_json
+from laasp_ray.run.controller import UNPRUNED, Controller
+from laasp_ray.store.artifact import save_pruned
+from laasp_ray.store.checkpoint import save_checkpoint
+from laasp_ray.store.sparse import load_masks, save_masks
+from laasp_ray.train.loop import Spell
+
+REPORT = "sparsity.json"
+"""The report by layer, in the run's folder."""
+
+
+class SparseController(Controller):
+    """One run whose config has `sparsity`; a stage is one `stage` event, its masks are in the store before it."""
+
+    def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
+        network, carried = super()._restore()
+        turn = self.state.turn
+        self._masks: Mapping[str, bytes] = load_masks(self._parts.storage, turn) if turn else {}
+        # A run cut off between a stage and its first epoch has the weights from before the stage.
+        return NetworkState(network.plan, masked(network.tensors, self._masks)), carried
+
+    def _turn(self) -> None:
+        started = time.perf_counter()
+        config, parts, number = self._config, self._parts, self.state.turn + 1
+        assert config.sparsity is not None
+        pruned = config.sparsity.all_stages[number - 1]
+        parts.progress.phase("prune", f"stage {number}: {pruned} of every {config.sparsity.group}")
+        if number == 1 and config.sparsity.from_run is None:
+            save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
+        model = rebuild(self._unpruned, self._network)
+        stage = take_stage(model, self._network, config.sparsity, config.prune.ignored, self._masks, number=number)
+        save_masks(parts.storage, number, stage.masks)
+        self._network, self._carried, self._masks = stage.network, {}, stage.masks
+        weights = sum(stage.network.tensors[name].numel() for name in stage.masks)
+        zeros = sum(int((stage.network.tensors[name] == 0).sum()) for name in stage.masks)
+        self._record(
+            "stage",
+            {
+                "stage": number,
+                "prune": {layer: rule.prune for layer, rule in stage.layers.rules.items()},
+                "group": config.sparsity.group,
+                "dense": stage.layers.dense,
+                "weights": weights,
+                "zeros": zeros,
+                "seconds": time.perf_counter() - started,
+            },
+        )
+        parts.progress.note(
+            f"stage {number} of {len(config.sparsity.all_stages)}: {zeros:,} of the {weights:,} weights of "
+            f"{len(stage.masks)} layers are zero; left dense: {len(stage.layers.dense)} layers"
+        )
+
+    def _spell(self) -> Spell:
+        return replace(super()._spell(), masks=self._masks)
+
+    def _save(self, model: nn.Module, summary: Mapping[str, Any]) -> Mapping[str, Any]:
+        config, storage = self._config, self._parts.storage
+        assert config.sparsity is not None
+        layers = layer_rules(model, config.sparsity, config.prune.ignored, config.sparsity.prune)
+        rows = measure_sparsity(
+            model,
+            layers.rules,
+            layers.dense,
+            self._masks,
+            count_macs(model, self._example).per_layer,
+            seed=config.seed,
+        )
+        storage.write(REPORT, json.dumps(sparsity_to_json(rows), indent=1).encode())
+        sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+        summary = {
+            **summary,
+            "weights": sum(row.weights for row in rows),
+            "weights_kept": sum(row.kept for row in rows),
+            "weights_bytes_dense": sum(sizes),
+        }
+        written = save_pruned(
+            storage.child("pruned"),
+            model=model,
+            model_config=config.model,
+            plan=self._network.plan,
+            metrics=summary,
+            masks=self._masks,
+        )
+        return {**summary, "weights_bytes": written}
+
+    def _result(self, summary: Mapping[str, Any]) -> str:
+        return (
+            f"{summary['weights_kept'] / summary['weights']:.2%} of all weights of convolutions and linear layers "
+            f"left, {summary['weights_bytes']:,} bytes on disk for {summary['weights_bytes_dense']:,}"
+        )

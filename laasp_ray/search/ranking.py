@@ -1,0 +1,117 @@
+"""The search: candidates, their losses, the choice. `rank` does one turn of it on any network, without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
+from laasp_ray.cost.macs import count_macs
+from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.models.copying import deep_copy
+from laasp_ray.models.suitable import check_suitable
+from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.records import Ranking
+from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.arguments import checked_data, checked_search, taken_by
+from laasp_ray.search.batchnorm import check_statistics
+from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
+from laasp_ray.search.engine import Engine
+from laasp_ray.search.evaluate import LossSubset, Prepare
+from laasp_ray.search.executor import OneHand, settings_of
+from laasp_ray.search.schedule import measure
+
+__all__ = ["rank"]
+
+
+@random_state_kept()
+def rank(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    criteria: Sequence[str] = DEFAULT_CRITERIA,
+    step: float = 0.01,
+    step_rule: StepRule = "flops_share",
+    max_pruned: float = 0.75,
+    ignored: Sequence[str] = (),
+    extra_layers: Sequence[str] = (),
+    reference: nn.Module | None = None,
+    batch_size: int = 250,
+    prepare: Prepare | None = None,
+    racing: bool = False,
+    racing_error: float = 0.01,
+    memory_mb: int = 0,
+    components: int = 2,
+    pooling: str = "max",
+    seed: int = 0,
+) -> Ranking:
+    """Every prune that one turn of LAASP could make on `model`, with its loss, least loss first.
+
+    `images` (n, C, H, W) are what the network takes, or what `prepare` turns into it batch by batch; `labels` (n,) are
+    class indices; both on the model's device. `reference` is the unpruned network that step sizes, limits and FLOPs
+    reductions are against (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.loss`, the mean
+    cross-entropy over all images, and `.flops_reduction` after its prune. One that failed has an `.error` and comes
+    last. `model` is left as it was.
+
+    With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
+    them, and `.dropped_at` is the look at which a candidate fell, None for the choice and its last rivals, which come
+    first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
+    The criterion pls fits `components` to outputs under `pooling` (see PruneConfig).
+    Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
+
+    Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
+    Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks and
+    SearchError for candidates that do not work.
+    """
+    search = checked_search(batch_size, memory_mb, racing=racing, racing_error=racing_error)
+    config = PruneConfig(
+        flops_reduction=0.0,
+        step=step,
+        step_rule=step_rule,
+        max_pruned=max_pruned,
+        ignored=tuple(ignored),
+        extra_layers=tuple(extra_layers),
+        criteria=tuple(criteria),
+        components=components,
+        pooling=pooling,
+    )
+    for network in (model,) if reference is None else (model, reference):
+        check_suitable(network)
+    subset = LossSubset(*checked_data(images, labels), batch_size, prepare)
+    check_statistics(model)
+    with random_state_kept():  # which a network may draw from
+        return _rank(deep_copy(model), subset, config, search, reference, seed)
+
+
+def _rank(
+    model: nn.Module,
+    subset: LossSubset,
+    config: PruneConfig,
+    search: SearchConfig,
+    reference: nn.Module | None,
+    seed: int,
+) -> Ranking:
+    """`model` is a copy, which this may change."""
+    model, subset = taken_by(model, subset)
+    example = subset.at(np.arange(1))[0]
+
+    def graph_of(network: nn.Module) -> PruningGraph:
+        return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)
+
+    graph, macs = graph_of(model), count_macs(model, example)
+    if reference is None:
+        baseline = measure_baseline(graph, macs, config)
+    else:
+        baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
+    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
+    given = {name: importance(model, subset, Wanted.of(graph.layers, config)) for name in by_activations}
+    proposals = propose(model, graph, macs, baseline, config, given)
+    tasks = tasks_of(proposals)
+    hands = OneHand(Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks)
+    results = measure(hands, len(tasks), settings_of(search, len(subset), seed), lambda position, result: None)
+    return Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])

@@ -1,0 +1,182 @@
+import json
+import math
+
+import pytest
+
+from laasp_ray.config import ModelConfig, RunConfig, TrainConfig
+from laasp_ray.config.compat import differing_keys, value_at
+from laasp_ray.errors import ConfigError
+from laasp_ray.recipes import RECIPES, recipe
+
+
+def settings(**changes):
+    data = recipe("resnet20_cifar10").to_dict()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            data[section][name] = value
+        else:
+            data[section] = value
+    return data
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_survives_json(name):
+    config = recipe(name)
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_key_names_the_place_and_the_nearest_known_one():
+    with pytest.raises(ConfigError, match=r"key prune\.flops_reductoin; did you mean prune\.flops_reduction"):
+        RunConfig.from_dict(settings(prune__flops_reductoin=0.3))
+
+
+def test_missing_key_is_named():
+    data = settings()
+    del data["train"]["epochs"]
+    with pytest.raises(ConfigError, match=r"train\.epochs is missing"):
+        RunConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prune__flops_reduction", 1.0),
+        ("prune__flops_reduction", "half"),
+        ("prune__flops_reduction", float("nan")),
+        ("prune__step", 0),
+        ("prune__max_pruned", 1.0),
+        ("prune__criteria", []),
+        ("prune__criteria", ["l1", "l1"]),
+        ("prune__round_to", 0),
+        ("prune__round_to", 1.5),
+        ("prune__prunes_per_turn", 0),
+        ("prune__parameters_reduction", 1.0),
+        ("prune__parameters_reduction", -0.1),
+        ("prune__latency_reduction", 1.0),
+        ("prune__latency_batch", 0),
+        ("search__reestimate_batchnorm", 1),
+        ("train__batch_size", 1.5),
+        ("train__prune_epoch", 161),
+        ("train__schedule", "linear"),
+        ("train__label_smoothing", 1.0),
+        ("train__label_smoothing", -0.1),
+        ("train__ema", 1.0),
+        ("train__ema", -0.1),
+        ("train__distill", 1.0),
+        ("train__distill", -0.1),
+        ("train__distill_temperature", 0.0),
+        ("train__test_every", -1),
+        ("train__test_every", 0.5),
+        ("data__loader", "tensorflow"),
+        ("search__images", True),
+        ("cluster__trainer_gpu_share", 0.5),
+        ("data__mean", [0.5, 0.5]),
+        ("seed", None),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_key(key, value):
+    with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
+        RunConfig.from_dict(settings(**{key: value}))
+
+
+def test_a_target_besides_flops_stands_alone_or_with_it():
+    alone = RunConfig.from_dict(settings(prune__flops_reduction=0, prune__parameters_reduction=0.3)).prune
+    assert alone.targets == {"parameters": 0.3}
+    changes = {"prune__flops_reduction": 0.4, "prune__parameters_reduction": 0.3, "prune__latency_reduction": 0.2}
+    assert RunConfig.from_dict(settings(**changes)).prune.targets == {"FLOPs": 0.4, "parameters": 0.3, "latency": 0.2}
+
+
+def test_without_a_target_nothing_is_pruned():
+    assert not RunConfig.from_dict(settings(prune__flops_reduction=0)).prunes
+    for changes in ({}, {"prune__latency_reduction": 0.1}, {"sparsity": {}}):
+        assert RunConfig.from_dict(settings(prune__flops_reduction=0 if changes else 0.5, **changes)).prunes
+
+
+def test_options_are_off_in_every_recipe():
+    for name in RECIPES:
+        prune, search = recipe(name).prune, recipe(name).search
+        assert (prune.round_to, prune.prunes_per_turn, search.reestimate_batchnorm) == (1, 1, False)
+        assert set(prune.targets) <= {"FLOPs"}
+
+
+def test_options_that_do_not_fit_together_are_refused():
+    with pytest.raises(ConfigError, match=r"prune.prunes_per_turn is 2, must be 1 with method pls"):
+        RunConfig.from_dict(settings(prune__method="pls", prune__prunes_per_turn=2))
+    with pytest.raises(ConfigError, match=r"search.images is 1, must be at least 2 with search.reestimate_batchnorm"):
+        RunConfig.from_dict(settings(search__images=1, search__reestimate_batchnorm=True))
+    sparse = {"sparsity": {}, "prune__flops_reduction": 0}
+    RunConfig.from_dict(settings(**sparse))
+    for key in ("parameters_reduction", "latency_reduction"):
+        with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
+            RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
+    off = {"prune__method": "pls", "prune__iterations": 2, "prune__round_to": 8, "prune__prunes_per_turn": 2}
+    for key, value in (off | {"search__reestimate_batchnorm": True}).items():
+        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value!r}, must be .* with sparsity"):
+            RunConfig.from_dict(settings(**sparse, **{key: value}))
+
+
+def test_a_whole_number_is_taken_where_a_float_is_wanted():
+    assert RunConfig.from_dict(settings(train__learning_rate=1)).train.learning_rate == 1.0
+
+
+def test_image_size_must_be_the_networks():
+    with pytest.raises(ConfigError, match=r"data\.image_size is 28"):
+        RunConfig.from_dict(settings(data__image_size=28))
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "-x"])
+def test_a_name_that_is_no_folder_name_is_refused(name):
+    with pytest.raises(ConfigError, match="name"):
+        RunConfig.from_dict(settings(name=name))
+
+
+def test_learning_rate_follows_the_paper_schedule():
+    # ResNet-20: 0.1, times 0.2 at 40, 80 and 120.
+    train = recipe("resnet20_cifar10").train
+    rates = [train.learning_rate_at(epoch) for epoch in (0, 39, 40, 79, 80, 119, 120, 159)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+
+
+def test_the_cosine_schedule_falls_to_zero_and_knows_no_drops():
+    train = TrainConfig(epochs=4, prune_epoch=0, learning_rate=0.2, schedule="cosine", drop_epochs=(1,))
+    rates = [train.learning_rate_at(epoch) for epoch in range(5)]
+    root = math.sqrt(0.5)
+    assert rates == pytest.approx([0.2, 0.1 * (1 + root), 0.1, 0.1 * (1 - root), 0.0])
+
+
+def test_a_schedule_is_checked_without_a_dictionary_too():
+    with pytest.raises(ConfigError, match=r"train\.schedule is 'linear', must be 'steps' or 'cosine'"):
+        TrainConfig(epochs=4, prune_epoch=0, schedule="linear")  # type: ignore[arg-type]
+
+
+def test_differing_keys_leave_out_what_may_change():
+    ours = settings()
+    theirs = settings(
+        storage="elsewhere",
+        data__path="/moved",
+        data__threads=7,
+        data__max_unreadable=99,
+        search__batch_size=7,
+        search__candidates_per_task=3,
+        cluster__workers=4,
+        train__test_every=5,
+        prune__step=0.02,
+        seed=7,
+    )
+    assert differing_keys(ours, theirs) == ["prune.step", "seed"]
+    assert value_at(theirs, "prune.step") == 0.02
+    del theirs["train"]["test_every"]  # from before there was this key
+    assert differing_keys(ours, theirs) == differing_keys(theirs, ours) == ["prune.step", "seed", "train.test_every"]
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"did you mean resnet20_cifar10\?.*resnet56_cifar10"):
+        recipe("resnet20_cifar")
+
+
+def test_configs_are_frozen_and_keyword_only():
+    with pytest.raises(TypeError):
+        ModelConfig("torchvision.resnet50")  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        TrainConfig(epochs=1, prune_epoch=0).epochs = 2  # type: ignore[misc]
