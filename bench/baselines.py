@@ -1,7 +1,7 @@
-"""What LAASP is compared with in bench/methods.py: other ways to choose what goes, each a turn of the same worth.
+"""What LAASP is compared with in bench/methods.py: other ways to choose what goes, each an iteration of the same worth.
 
-A turn is a `laasp_ray.methods.TakeTurn`. Each keeps within `prune.max_pruned`, and is worth about `prune.step` of the
-unpruned network's multiply-accumulates, or a layer's step where a turn prunes one layer.
+An iteration is a `laasp_ray.methods.PruningMethod`. Each keeps within `prune.max_pruned`, and is worth about
+`prune.step` of the unpruned network's multiply-accumulates, or a layer's step where an iteration prunes one layer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from laasp_ray import criteria
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import ExhaustedError
-from laasp_ray.methods import Standing, TakeTurn, Turn, pls
+from laasp_ray.methods import IterationContext, IterationResult, PruningMethod, pls
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
-from laasp_ray.pruning.joint import independent_layers, removal_of_several
+from laasp_ray.pruning.joint import independent_layers, joint_removal
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.search.activations import Wanted
+from laasp_ray.search.activations import ImportanceRequest
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.schedule import OnResult, OnShare
@@ -43,7 +43,7 @@ class Room:
     allowed: int
 
 
-def uniform_turn(now: Standing) -> Turn:
+def uniform_iteration(now: IterationContext) -> IterationResult:
     """All layers lose the same share of their original filters, lowest l1 first, up to whole filters.
 
     So the filters go one after the other, each from the layer that has lost the least share. Of layers whose filters
@@ -61,39 +61,39 @@ def uniform_turn(now: Standing) -> Turn:
     return now.prune(chosen, "l1")
 
 
-def random_turn(seed: int) -> TakeTurn:
+def random_iteration(seed: int) -> PruningMethod:
     """The method of a run of `seed`: a random layer loses its step's number of random filters."""
 
-    def take_turn(now: Standing) -> Turn:
+    def iterate(now: IterationContext) -> IterationResult:
         rooms = rooms_of(now, now.graph.layers)
         now.clock.lap("graph")
-        draw = random.Random(derive_seed(seed, f"random prune, turn {now.turn}"))
+        draw = random.Random(derive_seed(seed, f"random prune, iteration {now.iteration}"))
         steps = {layer: removable(now, layer, now.baseline.step_sizes.get(layer, 1)) for layer in rooms}
         layer, filters = random_pick(rooms, steps, draw)
         now.clock.lap("propose")
         return now.prune({layer: filters}, "random")
 
-    return take_turn
+    return iterate
 
 
-def pls_turn(now: Standing) -> Turn:
-    """The library's PLS, at the percentage that makes this turn worth most nearly `prune.step`.
+def pls_iteration(now: IterationContext) -> IterationResult:
+    """The library's PLS, at the percentage that makes this iteration worth most nearly `prune.step`.
 
     A layer at `prune.max_pruned` keeps what it has: its other filters' scores are infinite.
     """
     rooms = rooms_of(now, independent_layers(now.graph))
     now.clock.lap("graph")
-    scores = within(now.executor.importance(now.scored, Wanted.of(rooms, now.config)), rooms)
+    scores = within(now.executor.importance(now.scored, ImportanceRequest.of(rooms, now.config)), rooms)
     blocks = {layer: room.blocks for layer, room in rooms.items()}
     filters = sum(room.filters for room in rooms.values())
     percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
     percent = worth_about(percentages, lambda share: worth(now, pls.choose(scores, blocks, share)), now.config.step)
     now.clock.lap("score")
     config = dataclasses.replace(now.config, percent=percent)
-    return pls.take_turn(dataclasses.replace(now, config=config, executor=_Scored(now.executor, now.scored, scores)))
+    return pls.iterate(dataclasses.replace(now, config=config, executor=_Scored(now.executor, now.scored, scores)))
 
 
-def rooms_of(now: Standing, layers: Iterable[str]) -> dict[str, Room]:
+def rooms_of(now: IterationContext, layers: Iterable[str]) -> dict[str, Room]:
     """Each layer's room for its whole width."""
     rooms = {}
     for layer in layers:
@@ -103,7 +103,7 @@ def rooms_of(now: Standing, layers: Iterable[str]) -> dict[str, Room]:
     return rooms
 
 
-def removable(now: Standing, layer: str, step_size: int) -> int:
+def removable(now: IterationContext, layer: str, step_size: int) -> int:
     """How many filters LAASP would take of the layer, were `step_size` its step; 0 if it is at its limit."""
     group = now.graph.layers[layer]
     return filters_to_remove(
@@ -116,10 +116,10 @@ def removable(now: Standing, layer: str, step_size: int) -> int:
     )
 
 
-def worth(now: Standing, picks: Picks) -> float:
+def worth(now: IterationContext, picks: Picks) -> float:
     """The share of the unpruned network's multiply-accumulates that goes with these filters."""
     before = 1 - now.macs.total / now.baseline.macs.total
-    return now.flops_reduction(plan_of(removal_of_several(now.graph, picks))) - before
+    return now.flops_reduction(plan_of(joint_removal(now.graph, picks))) - before
 
 
 def worth_about(options: Iterable[Option], worth: Callable[[Option], float], step: float) -> Option:
@@ -216,7 +216,7 @@ class _Scored:
     ) -> list[MeasuredLoss]:
         return self._executor.measure(network, tasks, on_result, on_share)
 
-    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         return self._scores
 
     def close(self) -> None:

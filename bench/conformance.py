@@ -20,7 +20,7 @@ import torch
 from machine import machine
 
 from laasp_ray.config import ModelConfig
-from laasp_ray.data.calibration import Subset, draw_subset
+from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
@@ -63,26 +63,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of development data")
     parser.add_argument("--only", nargs="+", choices=LOGGED, default=list(LOGGED), help="these checkpoints only")
-    parser.add_argument("--images", type=int, default=4000, help="training images in the loss subset (default 4000)")
+    parser.add_argument(
+        "--images", type=int, default=4000, help="training images in the calibration set (default 4000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws images and augmentation (default 0)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(machine("torch-pruning", "fvcore"))
     data = dataclasses.replace(recipe("resnet20_cifar10").data, path=str(options.data / "cifar10_mini"))
-    subset = draw_subset(open_source(data, "train"), data, images=options.images, seed=options.seed)
-    print(f"{len(subset.labels)} images of cifar10_mini, seed {options.seed}, digest {subset.digest[:12]}")
+    calibration = draw_calibration_images(open_source(data, "train"), data, images=options.images, seed=options.seed)
+    print(f"{len(calibration.labels)} images of cifar10_mini, seed {options.seed}, digest {calibration.digest[:12]}")
     print(" | ".join(COLUMNS), flush=True)
     met = True
     for name in options.only:
-        reduction, cells = compare(name, options.data / "checkpoints" / f"{name}.safetensors", subset)
+        reduction, cells = compare(name, options.data / "checkpoints" / f"{name}.safetensors", calibration)
         met &= reduction == LOGGED[name].flops_reduction
         print(" | ".join(cells), flush=True)
     print(f"FLOPs reductions met to the last printed digit: {'all' if met else 'NOT ALL'}")
     return 0 if met else 1
 
 
-def compare(name: str, weights: Path, subset: Subset) -> tuple[str, tuple[str, ...]]:
+def compare(name: str, weights: Path, calibration: CalibrationImages) -> tuple[str, tuple[str, ...]]:
     """The FLOPs reduction after the logged prune, printed as the log does, and the row of the table."""
     logged = LOGGED[name]
     config = recipe("resnet20_cifar10")
@@ -91,8 +93,8 @@ def compare(name: str, weights: Path, subset: Subset) -> tuple[str, tuple[str, .
     started = time.perf_counter()
     ranking = rank(
         model,
-        subset.images,
-        subset.labels,
+        calibration.images,
+        calibration.labels,
         criteria=config.prune.criteria,
         step=config.prune.step,
         max_pruned=config.prune.max_pruned,

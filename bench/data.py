@@ -61,7 +61,8 @@ def main() -> None:
 
 
 def measure(config: DataConfig, training: bool, options: argparse.Namespace) -> dict[LoaderName, list[float]]:
-    """Images per second of every counted run, by loader; the loaders take turns, each living for all of its runs."""
+    """Images per second of every counted run, by loader; the loaders take iterations, each living for all of its
+    runs."""
     source = open_source(config, "train")
     batches = rounds(len(source), options)
     rates: dict[LoaderName, list[float]] = {name: [] for name in LOADERS}

@@ -1,12 +1,15 @@
-"""What spreading a turn of the search over Ray costs and gives, and what it would give on many GPUs.
+"""What spreading an iteration of the search over Ray costs and gives, and what it would give on many GPUs.
 
     python bench/fanout.py [--data DATA] [--repeats 3] [--gpu-images-per-second 1500] [--network-gigabits 10]
 
-1. One turn of ResNet-20 (racing off) by Ray tasks of one core each, on one and on two workers, against the same units
+1. One iteration of ResNet-20 (racing off) by Ray tasks of one core each, on one and on two workers, against the same
+units
    worked off by one and by two plain processes that know nothing of Ray. Medians.
-2. What handing out a unit costs: units of one image, and the scheduling of a turn of 500 candidates with hands that
+2. What handing out a unit costs: units of one image, and the scheduling of an iteration of 500 candidates with workers
+that
    answer at once.
-3. A model of one turn of ResNet-50 at 5,000 images on 8, 64 and 256 GPUs. Its constants are measured here, except for
+3. A model of one iteration of ResNet-50 at 5,000 images on 8, 64 and 256 GPUs. Its constants are measured here, except
+for
    the two flags, which are assumptions: a GPU's forward throughput and a node's network.
 """
 
@@ -31,17 +34,17 @@ from machine import machine
 from search import NETWORKS, load, proposals_of
 
 from laasp_ray.config import ClusterConfig
-from laasp_ray.data.calibration import Subset
-from laasp_ray.distributed.cluster import LOCAL_ENVIRONMENT, share_of
+from laasp_ray.data.calibration import CalibrationImages
+from laasp_ray.distributed.cluster import LOCAL_ENVIRONMENT, plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import put_network
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import tasks_of
-from laasp_ray.search.engine import Cost, Engine, Losses, Sites
-from laasp_ray.search.evaluate import LossSubset, LossTask, ready
-from laasp_ray.search.executor import OneHand
+from laasp_ray.search.engine import BranchPoints, Cost, Engine, Losses
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
+from laasp_ray.search.executor import SerialBackend
 from laasp_ray.search.racing import Race
 from laasp_ray.search.schedule import Settings, Unit, measure
 
@@ -59,28 +62,28 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine("ray"))
-    inputs = turn_inputs(options.data)
+    inputs = iteration_inputs(options.data)
     plain = {workers: plain_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
     spread = {workers: ray_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
     speed_ups = [2 * plain[1] / plain[2], plain[1] / spread[2][0]]  # both against one plain process
-    print("| one turn of ResNet-20, seconds | 1 | 2 | speed-up |\n|---|---|---|---|")
-    print(f"| plain processes, a turn each | {plain[1]:.2f} | {plain[2]:.2f} | {speed_ups[0]:.2f} |")
-    print(f"| Ray, one turn | {spread[1][0]:.2f} | {spread[2][0]:.2f} | {speed_ups[1]:.2f} |")
+    print("| one iteration of ResNet-20, seconds | 1 | 2 | speed-up |\n|---|---|---|---|")
+    print(f"| plain processes, an iteration each | {plain[1]:.2f} | {plain[2]:.2f} | {speed_ups[0]:.2f} |")
+    print(f"| Ray, one iteration | {spread[1][0]:.2f} | {spread[2][0]:.2f} | {speed_ups[1]:.2f} |")
     print(f"Ray's speed-up is {speed_ups[1] / speed_ups[0]:.3f} of the plain processes'")
     print(f"a unit costs {spread[2][1] * 1e3:.2f} ms of hand-out and return")
-    print(f"scheduling a turn of 500 candidates, 5,000 images, 64 hands: {scheduling_seconds():.3f} s")
-    model_of_a_turn(options, unit_s=spread[2][1])
+    print(f"scheduling an iteration of 500 candidates, 5,000 images, 64 workers: {scheduling_seconds():.3f} s")
+    model_of_a_iteration(options, unit_s=spread[2][1])
     return 0
 
 
-def turn_inputs(data: Path | None) -> tuple[Any, list[LossTask], torch.Tensor, torch.Tensor]:
+def iteration_inputs(data: Path | None) -> tuple[Any, list[LossTask], torch.Tensor, torch.Tensor]:
     network = replace(NETWORKS["resnet20"], images=IMAGES)
     model, images, labels = load(network, data, 1.0, torch.device("cpu"))
     return model, tasks_of(proposals_of(model, network)[0]), images, labels
 
 
 def plain_seconds(inputs: tuple[Any, ...], workers: int, repeats: int) -> float:
-    """Seconds until each of `workers` processes has worked off a turn of its own, side by side."""
+    """Seconds until each of `workers` processes has worked off an iteration of its own, side by side."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(workers), context.Queue()
     model, tasks, images, labels = inputs
@@ -98,41 +101,43 @@ def work_alone(
     model: Any, tasks: list[LossTask], images: np.ndarray, labels: np.ndarray, repeats: int, barrier: Any, answers: Any
 ) -> None:
     torch.set_num_threads(1)
-    subset = LossSubset(torch.from_numpy(images), torch.from_numpy(labels), BATCH)
+    calibration = CalibrationSet(torch.from_numpy(images), torch.from_numpy(labels), BATCH)
     seconds = []
     for _ in range(repeats + 1):
         barrier.wait()
         started = time.perf_counter()
-        hands = OneHand(Engine(ready(model, torch.device("cpu")), subset), tasks)
-        measure(hands, len(tasks), Settings(len(images), BATCH), lambda position, result: None)
+        backend = SerialBackend(Engine(ready(model, torch.device("cpu")), calibration), tasks)
+        measure(backend, len(tasks), Settings(len(images), BATCH), lambda position, result: None)
         seconds.append(time.perf_counter() - started)
     answers.put(seconds[1:])
 
 
 def ray_seconds(inputs: tuple[Any, ...], workers: int, repeats: int) -> tuple[float, float]:
-    """Seconds of a turn, and of a unit with next to nothing in it, on a cluster of so many cores."""
+    """Seconds of an iteration, and of a unit with next to nothing in it, on a cluster of so many cores."""
     model, tasks, images, labels = inputs
     config = recipe("resnet20_cifar10")
     # Prepared images, so that both sides do the same: mean 0 and deviation 1 of pixels from 0 to 1 change nothing.
     data = replace(config.data, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
     search = replace(config.search, images=len(images), batch_size=BATCH, racing="off")
     config = replace(config, data=data, search=search)
-    subset = Subset(images, labels, np.arange(len(images)), "")
+    calibration = CalibrationImages(images, labels, np.arange(len(images)), "")
     os.environ.update(LOCAL_ENVIRONMENT)
     ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
     try:
-        share = share_of(ray.cluster_resources(), ClusterConfig(workers=1))
+        share = plan_resources(ray.cluster_resources(), ClusterConfig(workers=1))
         network = put_network(model)
         state = capture(model, Plan.empty())
-        executor = RayExecutor(network, model, subset, config, share)
-        turn = timed(lambda: executor.measure(state, tasks, lambda *_: None, lambda _: None), repeats)
+        executor = RayExecutor(network, model, calibration, config, share)
+        iteration = timed(lambda: executor.measure(state, tasks, lambda *_: None, lambda _: None), repeats)
         alone = replace(config, search=replace(search, candidates_per_task=1))
-        one_image = RayExecutor(network, model, Subset(images[:1], labels[:1], np.arange(1), ""), alone, share)
+        one_image = RayExecutor(
+            network, model, CalibrationImages(images[:1], labels[:1], np.arange(1), ""), alone, share
+        )
         copies = [LossTask(f"copy {number}", Plan.empty(), {}) for number in range(400)]
         units = timed(lambda: one_image.measure(state, copies, lambda *_: None, lambda _: None), repeats)
     finally:
         ray.shutdown()
-    return turn, units / len(copies)
+    return iteration, units / len(copies)
 
 
 def timed(work: Callable[[], object], repeats: int) -> float:
@@ -171,16 +176,16 @@ def scheduling_seconds() -> float:
     return timed(lambda: measure(InstantHands(losses, 64), 501, settings, lambda *_: None), 3)
 
 
-def model_of_a_turn(options: argparse.Namespace, unit_s: float) -> None:
+def model_of_a_iteration(options: argparse.Namespace, unit_s: float) -> None:
     network = NETWORKS["resnet50"]
     model, images, _ = load(replace(network, images=2), None, 1.0, torch.device("cpu"))
     proposals, picks, graph_s = proposals_of(model, network)
     tasks = tasks_of(proposals)
     started = time.perf_counter()
-    sites = Sites(model, images[:1])
+    branch_points = BranchPoints(model, images[:1])
     trace_s = time.perf_counter() - started
-    macs = sites.cost(tasks[-1]).own
-    own = sum(sites.cost(task).own for task in tasks[:-1]) / macs
+    macs = branch_points.cost(tasks[-1]).own
+    own = sum(branch_points.cost(task).own for task in tasks[:-1]) / macs
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     looks = len(Race(np.linspace(0, 1, 5000), 2).samples)
     count, speed = 5000, options.gpu_images_per_second
@@ -190,7 +195,16 @@ def model_of_a_turn(options: argparse.Namespace, unit_s: float) -> None:
     print(
         f"assumed: {speed:.0f} images/s a GPU, {options.network_gigabits:g} Gbit/s a node: {transfer_s:.2f} s to send"
     )
-    columns = ("GPUs", "forwards, all", "forwards, race", "fixed", "looks", "turn, all", "turn, race", "reference")
+    columns = (
+        "GPUs",
+        "forwards, all",
+        "forwards, race",
+        "fixed",
+        "looks",
+        "iteration, all",
+        "iteration, race",
+        "reference",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for gpus in (8, 64, 256):
         nodes = math.ceil(gpus / 8)
@@ -198,7 +212,7 @@ def model_of_a_turn(options: argparse.Namespace, unit_s: float) -> None:
         fixed = graph_s + 2 * trace_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
         exhaustive = count * (own + 1) / speed / gpus
         racing = count * (own * RACED + 1) / speed / gpus
-        # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a look ends with its
+        # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a round ends with its
         # last unit. What a look takes beyond its share of the forward passes is told apart.
         look_s = count * own * RACED / speed / looks
         units = min(gpus, math.ceil(math.sqrt(look_s / unit_s)))

@@ -3,8 +3,9 @@
     python bench/interruptions.py [--kills 20] [--seed 0] [--no-ray]
 
 Each moment is a delay after some event of the journal; every kind of event is met at least once, and at least one
-moment lies in the middle of a spell. Three of four kills are SIGKILL to the driver, whose Ray session goes with it;
-every fourth is SIGKILL to one trainer while the driver lives. Decisions, plan and weights must come out the same.
+moment lies in the middle of a training phase. Three of four kills are SIGKILL to the driver, whose Ray session goes
+with it; every fourth is SIGKILL to one trainer while the driver lives. Decisions, plan and weights must come out the
+same.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ SETTINGS = {
     "data.threads": 1,
     "prune.flops_reduction": 0.15,
     "prune.step": 0.03,
-    "prune.recover_every": 0.05,
-    "prune.recover_epochs": 2,
+    "prune.fine_tune_every": 0.05,
+    "prune.fine_tune_epochs": 2,
     "search.images": 100,
     "search.batch_size": 50,
     "train.epochs": 4,
@@ -88,7 +89,9 @@ def outcome(storage: Path, name: str) -> dict[str, str]:
     """Digests of what must come out the same: decisions, plan, weights."""
     folder = storage / name
     decisions = [
-        json.loads(path.read_text())["data"]["decision"] for path in journal(storage, name) if kind_of(path) == "turn"
+        json.loads(path.read_text())["data"]["decision"]
+        for path in journal(storage, name)
+        if kind_of(path) == "iteration"
     ]
     files = {"plan": folder / "pruned" / "plan.json", "weights": folder / "pruned" / "model.safetensors"}
     found = {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for key, path in files.items()}
@@ -108,7 +111,7 @@ def draw_moments(events: list[str], gaps: list[float], kills: int, seed: int, ra
     chosen = sorted([*first.values(), *(draw.choice(usable) for _ in range(max(0, kills - len(first))))])[:kills]
     moments = []
     for number, event in enumerate(chosen):
-        target = "trainer" if ray and number % 4 == 3 and events[event + 1] in ("epoch", "spell") else "driver"
+        target = "trainer" if ray and number % 4 == 3 and events[event + 1] in ("epoch", "training_phase") else "driver"
         moments.append(Moment(event, events[event], draw.uniform(0, gaps[event]), target))
     return moments
 

@@ -4,22 +4,22 @@
                             [--runs FOLDER] [--processes 2] [--threads 1] [--set KEY=VALUE ...]
 
 DATA is the folder of development data: every run begins with `checkpoints/resnet20_epoch130` and `cifar10_mini`, and
-differs from the others in what it prunes, or in the one option that its name says. All have turns worth about 2% of
-FLOPs, an epoch of recovery whenever 5% are gone, 1,000 loss images and 5 final epochs, at the learning rate that the
-recipe has at epoch 130. A seed draws the loss images, their augmentation, the order of images in training, and random
-prunes. The run to one target is the run to the next one up to its final epochs, and made once.
+differs from the others in what it prunes, or in the one option that its name says. All have iterations worth about 2%
+of FLOPs, an epoch of fine-tuning whenever 5% are gone, 1,000 calibration images and 5 final epochs, at the learning
+rate that the recipe has at epoch 130. A seed draws the calibration images, their augmentation, the order of images in
+training, and random prunes. The run to one target is the run to the next one up to its final epochs, and made once.
 
 - `laasp`: all layers, criteria l1, l2, euclidean, cosine. `l1` to `cosine`: that criterion alone.
-- `pls`: by VIP over the layers inside the blocks, at the percentage that makes each turn worth most nearly 2%.
+- `pls`: by VIP over the layers inside the blocks, at the percentage that makes each iteration worth most nearly 2%.
 - `uniform`: all layers lose the same share of their filters, lowest l1 first. `random`: random filters of any layer.
 - `laasp-...`: LAASP with one option, or without one criterion of its pool. The cosine schedule begins its final epochs
   at the others' learning rate. Where parameters or latency are the target, it is a third or two thirds of that for
-  FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency. Three prunes a turn are taken from all
-  candidates on all images: racing would drop most of them.
+  FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency. Three prunes an iteration are taken
+  from all candidates on all images: racing would drop most of them.
 
-A row is a method, target and seed: test top-1 and loss after the last epoch, what is gone, and seconds of turns, epochs
-and evaluations (of `--processes` runs side by side). FILE has the rows so far; with the same FILE those are not made
-again. Runs are kept in FOLDER, if given, and go on where they were cut off.
+A row is a method, target and seed: test top-1 and loss after the last epoch, what is gone, and seconds of iterations,
+epochs and evaluations (of `--processes` runs side by side). FILE has the rows so far; with the same FILE those are not
+made again. Runs are kept in FOLDER, if given, and go on where they were cut off.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from baselines import pls_turn, random_turn, uniform_turn
+from baselines import pls_iteration, random_iteration, uniform_iteration
 from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
@@ -50,7 +50,7 @@ from laasp_ray import prune
 from laasp_ray.cli.main import overridden
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import LaaspError
-from laasp_ray.methods import TakeTurn
+from laasp_ray.methods import PruningMethod
 from laasp_ray.recipes import recipe
 from laasp_ray.report.progress import LineProgress
 from laasp_ray.store.journal import Journal
@@ -60,8 +60,8 @@ BUDGET = (
     "train.prune_epoch=130",
     "train.epochs=135",
     "prune.step=0.02",
-    "prune.recover_every=0.05",
-    "prune.recover_epochs=1",
+    "prune.fine_tune_every=0.05",
+    "prune.fine_tune_epochs=1",
     "search.images=1000",
     "data.threads=1",
     "train.test_every=0",
@@ -75,15 +75,15 @@ class Method:
 
     settings: tuple[str, ...] = ()
     target: Callable[[float], tuple[str, ...]] = lambda share: (f"prune.flops_reduction={share}",)
-    of_seed: Callable[[int], TakeTurn] | None = None
+    of_seed: Callable[[int], PruningMethod] | None = None
 
 
 COMPARED = {
     "laasp": Method(),
     **{name: Method((f'prune.criteria=["{name}"]',)) for name in ("l1", "l2", "euclidean", "cosine")},
-    "pls": Method(("prune.method=pls",), of_seed=lambda seed: pls_turn),
-    "uniform": Method(of_seed=lambda seed: uniform_turn),
-    "random": Method(of_seed=random_turn),
+    "pls": Method(("prune.method=pls",), of_seed=lambda seed: pls_iteration),
+    "uniform": Method(of_seed=lambda seed: uniform_iteration),
+    "random": Method(of_seed=random_iteration),
 }
 OPTIONS = {
     "laasp-distillation": Method(("train.distill=0.5",)),
@@ -99,7 +99,7 @@ OPTIONS = {
         target=lambda share: ("prune.flops_reduction=0", f"prune.latency_reduction={share * 2 / 3:.3f}")
     ),
     "laasp-without_cosine": Method(('prune.criteria=["l1", "l2", "euclidean"]',)),
-    "laasp-three_prunes": Method(("prune.prunes_per_turn=3", "search.racing=off")),
+    "laasp-three_prunes": Method(("prune.prunes_per_iteration=3", "search.racing=off")),
 }
 METHODS = COMPARED | OPTIONS
 
@@ -163,7 +163,7 @@ def compare(place: Place, options: argparse.Namespace) -> int:
     ran_on = machine("torch-pruning", "nvidia-dali-cuda130")
     print(f"{ran_on}\n{options.processes} runs side by side, {len(rows)} rows are there, {len(configs)} to make")
     for rate in {f"{config.train.learning_rate_at(config.train.prune_epoch):.6g}" for config in configs}:
-        print(f"learning rate of recoveries and the first final epoch: {rate}", flush=True)
+        print(f"learning rate of fine-tunings and the first final epoch: {rate}", flush=True)
     failed = 0
     for found in run_all(chains, place, options.processes, options.threads):
         if isinstance(found, Row):

@@ -20,9 +20,9 @@ COLUMNS = (
     "loss",
     "FLOPs",
     "parameters",
-    "turns",
-    "recoveries",
-    "s a turn",
+    "iterations",
+    "fine-tunings",
+    "s an iteration",
     "s an epoch",
     "s in all",
 )
@@ -30,7 +30,8 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A finished run. Shares are from 0 to 1; `turn_seconds` and `epoch_seconds` are means, `seconds` all of it."""
+    """A finished run. Shares are from 0 to 1; `iteration_seconds` and `epoch_seconds` are means, `seconds` all of
+    it."""
 
     method: str
     target: float
@@ -42,9 +43,9 @@ class Row:
     flops_reduction: float
     parameters_reduction: float
     parameters: int
-    turns: int
-    recoveries: int
-    turn_seconds: float
+    iterations: int
+    fine_tunes: int
+    iteration_seconds: float
     epoch_seconds: float
     seconds: float
 
@@ -59,7 +60,7 @@ def row_of(method: str, target: float, seed: int, events: Sequence[Event]) -> Ro
     def data_of(name: str) -> list[dict]:
         return [dict(event.data) for event in events if event.name == name]
 
-    (before,), (finish,), turns = data_of("baseline"), data_of("finish"), data_of("turn")
+    (before,), (finish,), iterations = data_of("baseline"), data_of("finish"), data_of("iteration")
     return Row(
         method=method,
         target=target,
@@ -71,9 +72,9 @@ def row_of(method: str, target: float, seed: int, events: Sequence[Event]) -> Ro
         flops_reduction=finish["flops_reduction"],
         parameters_reduction=1 - finish["parameters"] / finish["parameters_unpruned"],
         parameters=finish["parameters"],
-        turns=len(turns),
-        recoveries=sum(spell["phase"] == "recover" for spell in data_of("spell")),
-        turn_seconds=statistics.fmean(turn["seconds"]["total"] for turn in turns),
+        iterations=len(iterations),
+        fine_tunes=sum(training_phase["phase"] == "fine-tune" for training_phase in data_of("training_phase")),
+        iteration_seconds=statistics.fmean(iteration["seconds"]["total"] for iteration in iterations),
         epoch_seconds=statistics.fmean(epoch["seconds"] for epoch in data_of("epoch")),
         seconds=finish["seconds"],
     )
@@ -104,8 +105,8 @@ def line_of(row: Row) -> str:
     """A finished run, for whoever watches."""
     return (
         f"{row.method}, {row.target:.0%}, seed {row.seed}: top-1 {row.top1:.2%}, loss {row.loss:.4f}, "
-        f"FLOPs -{row.flops_reduction:.2%}, parameters -{row.parameters_reduction:.2%}; {row.turns} turns of "
-        f"{row.turn_seconds:.1f} s, {row.recoveries} recoveries, {row.epoch_seconds:.1f} s an epoch, "
+        f"FLOPs -{row.flops_reduction:.2%}, parameters -{row.parameters_reduction:.2%}; {row.iterations} iterations of "
+        f"{row.iteration_seconds:.1f} s, {row.fine_tunes} fine-tunings, {row.epoch_seconds:.1f} s an epoch, "
         f"{row.seconds:.0f} s in all"
     )
 
@@ -134,9 +135,9 @@ def _cells(method: str, rows: Sequence[Row]) -> list[str]:
         _with_spread(spread_of([row.loss for row in rows]), ".4f"),
         f"-{mean('flops_reduction'):.2%}",
         f"-{mean('parameters_reduction'):.2%}",
-        f"{mean('turns'):.1f}",
-        f"{mean('recoveries'):.1f}",
-        f"{mean('turn_seconds'):.1f}",
+        f"{mean('iterations'):.1f}",
+        f"{mean('fine_tunes'):.1f}",
+        f"{mean('iteration_seconds'):.1f}",
         f"{mean('epoch_seconds'):.1f}",
         f"{mean('seconds'):.0f}",
     ]

@@ -23,7 +23,7 @@ from machine import machine
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
@@ -31,7 +31,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, ready
+from laasp_ray.search.evaluate import CalibrationSet, ready
 from laasp_ray.search.racing import Race
 
 COLUMNS = ("checkpoint", "candidates", "gaps / s.e.", "agree", "worst regret", "evaluations", "most", "forwards", "all")
@@ -78,10 +78,10 @@ def races(matrix: Matrix, count: int) -> list[str]:
     for seed in range(count):
         race, seen, cost = Race(base, len(losses), seed=seed), 0, float(len(base))
         while not race.decided:
-            sample, survivors = race.samples[race.looks], race.survivors
+            sample, survivors = race.samples[race.rounds], race.survivors
             seen += len(survivors) * len(sample)
             cost += len(sample) * (matrix.cost[1:][survivors].sum() + matrix.ready[1:][survivors].max())
-            race.look(losses[survivors][:, sample])
+            race.finish_round(losses[survivors][:, sample])
         choice = min(race.survivors, key=lambda candidate: (race.estimates[candidate], candidate))
         agreed += int(choice == order[0])
         regrets.append(means[choice] - means[order[0]])
@@ -103,17 +103,17 @@ def measured(name: str, data: Path) -> Matrix:
     """Every candidate of a checkpoint on every image."""
     config = recipe("resnet20_cifar10")
     source = dataclasses.replace(config.data, path=str(data / "cifar10_mini"))
-    subset = draw_subset(open_source(source, "train"), source, images=4000, seed=0)
+    calibration = draw_calibration_images(open_source(source, "train"), source, images=4000, seed=0)
     model = build(ModelConfig(builder=LOGGED[name].builder, input_shape=config.model.input_shape))
     load_weights(model, data / "checkpoints" / f"{name}.safetensors")
     example = torch.zeros(1, *config.model.input_shape)
     graph, macs = PruningGraph(model, example), count_macs(model, example)
     proposals = propose(model, graph, macs, measure_baseline(graph, macs, config.prune), config.prune)
-    images = LossSubset(subset.images, subset.labels, 250, lambda batch: normalise(batch, source))
+    images = CalibrationSet(calibration.images, calibration.labels, 250, lambda batch: normalise(batch, source))
     engine = Engine(ready(model, torch.device("cpu")), images)
     *candidates, unpruned = tasks_of(proposals)
     tasks = [unpruned, *candidates]
-    costs = [engine.sites.cost(task) for task in tasks]
+    costs = [engine.branch_points.cost(task) for task in tasks]
     return Matrix(
         engine.losses(tasks, np.arange(len(images))).values,
         np.array([cost.own / macs.total for cost in costs]),

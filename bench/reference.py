@@ -1,7 +1,7 @@
 """The search as LAASP's authors do it, in plain code of our own: what bench/search.py compares with.
 
 For every candidate, one after the other: deep-copy the network, build the dependency graph, prune the copy, run it
-whole over the whole subset. Every criterion's pick is a candidate, whether or not another picks the same.
+whole over the whole calibration set. Every criterion's pick is a candidate, whether or not another picks the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def mean_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batc
 
 
 def seconds_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> float:
-    """One run of a network over the whole subset."""
+    """One run of a network over the whole calibration set."""
     started = time.perf_counter()
     mean_loss(model, images, labels, batch_size)
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""One turn of the search, ours against the reference procedure (bench/reference.py), on the same cores in one run.
+"""One iteration of the search, ours against the reference procedure (bench/reference.py), on the same cores in one run.
 
     python bench/search.py [--data DATA] [--json FILE] [--only resnet20 ...] [--threads 2] [--scale 1.0]
 
@@ -8,7 +8,7 @@ all. Both sides see the same prepared images. `agree` with racing off: the refer
 timed on, our two best among them, are ours to 1e-5, and so is their order; with racing on: the choice is the exhaustive
 one. It is null where the two best lie within 1e-5. `efficiency` is in forward passes of the whole network a second, of
 those of the plain network at the reference's batch size and memory format, timed in between. `same_filters`,
-`shared_prefix` (deaf layers and the base run included), `no_copies`, `efficiency` and `racing_factor` multiply to the
+`shared_prefix` (masked layers and the base run included), `no_copies`, `efficiency` and `racing_factor` multiply to the
 ratio with what graph and proposals take. Batched branches are a GPU's; spreading is in bench/fanout.py.
 """
 
@@ -35,7 +35,7 @@ from torch import nn
 
 from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
@@ -43,8 +43,8 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import Proposal, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine, Losses
-from laasp_ray.search.evaluate import LossSubset, LossTask, ready
-from laasp_ray.search.executor import OneHand
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
+from laasp_ray.search.executor import SerialBackend
 from laasp_ray.search.schedule import Settings, Unit, measure
 
 TIE = 1e-5
@@ -94,8 +94,8 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One turn of ours: seconds, forward passes of one image by the whole network that it was worth, losses."""
+class IterationResult:
+    """One iteration of ours: seconds, forward passes of one image by the whole network that it was worth, losses."""
 
     seconds: float
     image_forwards: float
@@ -103,12 +103,12 @@ class Turn:
     best: int
 
 
-class CountingHand(OneHand):
+class CountingHand(SerialBackend):
     """Counts what the units cost, in forward passes of the whole network."""
 
     def __init__(self, engine: Engine, tasks: Sequence[LossTask]) -> None:
         super().__init__(engine, tasks)
-        self._macs, self.image_forwards = engine.sites.cost(tasks[-1]).own, 0.0
+        self._macs, self.image_forwards = engine.branch_points.cost(tasks[-1]).own, 0.0
 
     def collect(self) -> tuple[Unit, Losses]:
         unit, losses = super().collect()
@@ -150,8 +150,8 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
     model, images, labels = load(network, data, scale, device)
     batch_size, memory_format = reference.fastest(model, images, network.batch_sizes)
     proposals, all_picks, prepare_s = proposals_of(model, network)
-    off = turn(model, proposals, images, labels, racing=False)
-    on = turn(model, proposals, images, labels, racing=True)
+    off = iteration(model, proposals, images, labels, racing=False)
+    on = iteration(model, proposals, images, labels, racing=True)
     order = sorted(range(len(proposals)), key=lambda position: off.losses[position])
     timed_on = reference_sample(order, network.reference_candidates)
     timed, plain = time_reference(model, [proposals[p] for p in timed_on], images, labels, batch_size, memory_format)
@@ -214,31 +214,31 @@ def time_reference(
     return timed, len(images) / statistics.mean(plain_s)
 
 
-def turn(
+def iteration(
     model: nn.Module,
     proposals: Sequence[Proposal],
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
     racing: bool,
-) -> Turn:
+) -> IterationResult:
     """Ours, in this process and at the recipes' batch size; the time includes tracing the network."""
     batch_size = SearchConfig().batch_size
     network = ready(model, images.device)
     tasks = tasks_of(proposals)
     reference.synchronise(images)
     started = time.perf_counter()
-    hands = CountingHand(Engine(network, LossSubset(images, labels, batch_size)), tasks)
+    backend = CountingHand(Engine(network, CalibrationSet(images, labels, batch_size)), tasks)
     settings = Settings(images=len(images), batch_size=batch_size, racing=racing)
-    results = measure(hands, len(tasks), settings, lambda position, result: None)
+    results = measure(backend, len(tasks), settings, lambda position, result: None)
     seconds = time.perf_counter() - started
     left = [p for p in range(len(proposals)) if results[p].dropped_at is None]
     losses = [result.loss for result in results[:-1]]
-    return Turn(seconds, hands.image_forwards, losses, min(left, key=lambda p: losses[p]))
+    return IterationResult(seconds, backend.image_forwards, losses, min(left, key=lambda p: losses[p]))
 
 
 def proposals_of(model: nn.Module, network: Network) -> tuple[list[Proposal], int, float]:
-    """Ours, how many the reference has, and the seconds of our graph and proposing (it is built once per turn)."""
+    """Ours, how many the reference has, and the seconds of our graph and proposing (it is built once per iteration)."""
     started = time.perf_counter()
     example = torch.zeros(1, 3, network.side, network.side)
     on_cpu = model.cpu() if next(model.parameters()).is_cuda else model
@@ -287,8 +287,8 @@ def load_images(network: Network, data: Path | None, count: int) -> tuple[torch.
             path = Path(folder)
             (path / "train").symlink_to((data / "imagenet_sample").resolve())
         config = dataclasses.replace(config, path=str(path))
-        subset = draw_subset(open_source(config, "train"), config, images=count, seed=0)
-    return normalise(subset.images, config), subset.labels
+        calibration = draw_calibration_images(open_source(config, "train"), config, images=count, seed=0)
+    return normalise(calibration.images, config), calibration.labels
 
 
 @torch.no_grad()

@@ -15,25 +15,25 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.data.calibration import Subset, draw_subset
+from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.base import SPLITS, Split
 from laasp_ray.data.sources.identity import identify
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
-from laasp_ray.methods import METHODS, TakeTurn
+from laasp_ray.methods import METHODS, PruningMethod
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import Progress, make_progress
-from laasp_ray.report.tensorboard import EventFiles
-from laasp_ray.run.controller import UNPRUNED, Controller, Parts
+from laasp_ray.report.tensorboard import ScalarWriter
+from laasp_ray.run.controller import UNPRUNED, Controller, RunServices
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
 from laasp_ray.run.sparse_controller import SparseController
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
@@ -62,7 +62,7 @@ def prune(
     distributed: bool = True,
     ray_address: str | None = None,
     progress: Progress | None = None,
-    method: TakeTurn | None = None,
+    method: PruningMethod | None = None,
 ) -> PruneResult:
     """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
 
@@ -73,7 +73,7 @@ def prune(
     with a run. That the target can be reached within `prune.max_pruned` is checked for it, too.
 
     Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
-    with everything up to the last epoch or turn in the store.
+    with everything up to the last epoch or iteration in the store.
     """
     if method is not None and config.sparsity is not None:
         raise ConfigError("a method is given to a run with sparsity, which removes no filters: leave one of them out")
@@ -115,15 +115,18 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run_here(
-    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, method: TakeTurn | None
+    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, method: PruningMethod | None
 ) -> nn.Module:
     config = prepared.config
     check_workers(config, len(prepared.train), 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def executor(subset: Subset) -> Executor:
-        images = LossSubset(
-            subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
+    def executor(calibration: CalibrationImages) -> Executor:
+        images = CalibrationSet(
+            calibration.images,
+            calibration.labels,
+            config.search.batch_size,
+            lambda batch: normalise(batch, config.data),
         )
         return InProcessExecutor(prepared.unpruned, images, device, config.search, config.seed)
 
@@ -143,7 +146,7 @@ def _run_on_ray(
     storage: Storage,
     journal: Journal,
     progress: Progress,
-    method: TakeTurn | None,
+    method: PruningMethod | None,
     address: str | None,
 ) -> nn.Module:
     from laasp_ray.distributed import cluster  # Ray takes seconds to import; whoever runs without it need not wait
@@ -152,7 +155,7 @@ def _run_on_ray(
 
     config = prepared.config
     with cluster.connected(address) as resources, tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch:
-        share = cluster.share_of(resources, config.cluster)
+        share = cluster.plan_resources(resources, config.cluster)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
         return _control(
@@ -162,7 +165,7 @@ def _run_on_ray(
             progress,
             method,
             lambda: RayTrainer(network, config, share, scratch),
-            lambda subset: RayExecutor(network, prepared.unpruned, subset, config, share),
+            lambda calibration: RayExecutor(network, prepared.unpruned, calibration, config, share),
         )
 
 
@@ -171,9 +174,9 @@ def _control(
     storage: Storage,
     journal: Journal,
     progress: Progress,
-    method: TakeTurn | None,
+    method: PruningMethod | None,
     make_trainer: Callable[[], Trainer],
-    make_executor: Callable[[Subset], Executor],
+    make_executor: Callable[[CalibrationImages], Executor],
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and lets the controller go on from there."""
     config = prepared.config
@@ -191,12 +194,12 @@ def _control(
 
     def executor(excluded: tuple[str, ...], on_unreadable: Callable[[str], None]) -> Executor:
         if "executor" not in made:
-            made["executor"] = make_executor(_subset(prepared, journal, excluded, on_unreadable))
+            made["executor"] = make_executor(_calibration(prepared, journal, excluded, on_unreadable))
         return made["executor"]
 
-    made["events"] = events = EventFiles(storage)
+    made["events"] = events = ScalarWriter(storage)
     try:
-        parts = Parts(
+        parts = RunServices(
             trainer,
             executor,
             method or METHODS[config.prune.method],
@@ -224,7 +227,7 @@ def _close(parts: Iterable[Any]) -> None:
             logger.warning("closing %s failed", type(part).__name__, exc_info=True)
 
 
-def _check_method(start: Event, method: TakeTurn | None) -> None:
+def _check_method(start: Event, method: PruningMethod | None) -> None:
     theirs, ours = start.data["method"], _name_of(method)
     if theirs != ours:
         raise ConfigError(
@@ -233,14 +236,14 @@ def _check_method(start: Event, method: TakeTurn | None) -> None:
         )
 
 
-def _name_of(method: TakeTurn | None) -> str | None:
+def _name_of(method: PruningMethod | None) -> str | None:
     if method is None:
         return None
     named = method if hasattr(method, "__qualname__") else type(method)
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _start(prepared: Prepared, storage: Storage, journal: Journal, method: TakeTurn | None) -> None:
+def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod | None) -> None:
     """The initial weights are kept, so that a resumed run does not depend on the file they came from.
 
     They have a name of their own, and config.json comes last: of two drivers that start a run at once, one finds the
@@ -285,19 +288,19 @@ def _images(start: Event) -> dict[Split, Any]:
     return {split: data.get("images", {}).get(split, {"images": data[f"{split}_images"]}) for split in SPLITS}
 
 
-def _subset(
+def _calibration(
     prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
-) -> Subset:
+) -> CalibrationImages:
     """Drawn anew on a resume, from the same seed and with the same images left out, and checked to be the same."""
     config = prepared.config
-    known = journal.last("subset")
+    known = journal.last("calibration")
     left_out = list(excluded)
 
     def leave_out(name: str) -> None:
         left_out.append(name)
         on_unreadable(name)
 
-    subset = draw_subset(
+    calibration = draw_calibration_images(
         prepared.train,
         config.data,
         images=config.search.images,
@@ -306,11 +309,14 @@ def _subset(
         on_unreadable=leave_out,
     )
     if known is None:
-        journal.append("subset", {"images": len(subset.labels), "digest": subset.digest, "excluded": left_out})
-        logger.info("losses are measured on %d training images", len(subset.labels))
-    elif known.data["digest"] != subset.digest:
-        raise DataError(
-            f"the loss subset drawn now has digest {subset.digest[:12]}, the run's {known.data['digest'][:12]}: the "
-            "training images or the decoder have changed; restore them, or start a new run with another --name"
+        journal.append(
+            "calibration", {"images": len(calibration.labels), "digest": calibration.digest, "excluded": left_out}
         )
-    return subset
+        logger.info("losses are measured on %d training images", len(calibration.labels))
+    elif known.data["digest"] != calibration.digest:
+        raise DataError(
+            f"the calibration set drawn now has digest {calibration.digest[:12]}, the run's "
+            f"{known.data['digest'][:12]}: the training images or the decoder have changed; restore them, or start a new "
+            "run with another --name"
+        )
+    return calibration

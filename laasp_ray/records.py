@@ -40,7 +40,7 @@ class Candidate:
 class CandidateLoss:
     """A candidate and the mean cross-entropy of the network without its filters; NaN or inf is never chosen.
 
-    `images` is how many it was measured on; if a race dropped it at look `dropped_at` (from 1), or was decided before
+    `images` is how many it was measured on; if a race dropped it in round `dropped_at` (from 1), or was decided before
     all images were needed, `loss` is an estimate from these. `error`: why there is no loss. `copied`: why a pruned
     copy had to be measured instead of a mask.
     """
@@ -122,14 +122,14 @@ class LayerPrune:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The prune that a turn chose.
+    """The prune that an iteration chose.
 
     `filters` of `layer`, picked by `criterion`, and what is pruned together with them: with method pls the other
-    layers, in network order, with several prunes in a turn the next best. The losses, before and after, and
+    layers, in network order, with several prunes in an iteration the next best. The losses, before and after, and
     `flops_reduction` are those of all of it.
     """
 
-    turn: int
+    iteration: int
     layer: str
     criterion: str
     filters: tuple[int, ...]
@@ -165,7 +165,7 @@ class Place:
     label: int
 
 
-Phase = Literal["train", "prune", "recover", "final", "done"]
+Phase = Literal["train", "prune", "fine-tune", "final", "done"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,21 +174,21 @@ class RunState:
 
     `plan` is the JSON form of the composed plan (pruning/plan.py) against the unpruned network. `checkpoint` names the
     weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
-    since, to be replayed onto them. `spell_epochs_done` counts the finished epochs of the
-    spell of training that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
+    since, to be replayed onto them. `phase_epochs_done` counts the finished epochs of the
+    training phase that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
     augmentation of the next one. `excluded` names the images that are left out, `places` says where they are: they
     may be removed. The reductions of parameters and latency are 0 as long as they are no targets.
     """
 
     phase: Phase = "train"
-    turn: int = 0
-    spells_done: int = 0
-    spell_epochs_done: int = 0
+    iteration: int = 0
+    phases_done: int = 0
+    phase_epochs_done: int = 0
     epochs_trained: int = 0
     flops_reduction: float = 0.0
     parameters_reduction: float = 0.0
     latency_reduction: float = 0.0
-    recovered_at: float = 0.0
+    fine_tuned_at: float = 0.0
     plan: Mapping[str, Any] | None = None
     checkpoint: str = "initial"
     checkpoint_plan: Mapping[str, Any] | None = None

@@ -19,11 +19,11 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.methods.base import OnCandidate, Standing, TakeTurn, Turn
+from laasp_ray.methods.base import IterationContext, IterationResult, OnCandidate, PruningMethod
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.executor import Executor
@@ -93,7 +93,7 @@ def write_digits(root: Path, *, side: int, train: int, test: int) -> Path:
 
 
 def small_run(storage: Path, **changes: Any) -> RunConfig:
-    """ResNet-20 on the digits at 16 x 16: a whole run of a few turns in seconds. `changes`: section__key=value."""
+    """ResNet-20 on the digits at 16 x 16: a whole run of a few iterations in seconds. `changes`: section__key=value."""
     settings = recipe("resnet20_cifar10").to_dict()
     settings |= {"name": "small", "storage": str(storage)}
     settings["model"]["input_shape"] = [3, 16, 16]
@@ -107,7 +107,7 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
         "flip": 0.0,
         "threads": 1,
     }
-    settings["prune"] |= {"flops_reduction": 0.12, "step": 0.03, "recover_every": 0.05, "criteria": ["l1", "cosine"]}
+    settings["prune"] |= {"flops_reduction": 0.12, "step": 0.03, "fine_tune_every": 0.05, "criteria": ["l1", "cosine"]}
     settings["search"] |= {"images": 40, "batch_size": 20}
     settings["train"] |= {"epochs": 3, "prune_epoch": 2, "batch_size": 128, "drop_epochs": [2], "learning_rate": 0.05}
     settings["cluster"]["workers"] = 2
@@ -126,27 +126,29 @@ def first_standing(
     config: PruneConfig,
     executor: Executor,
     on_candidate: OnCandidate = lambda done, total, entry: None,
-) -> Standing:
-    """How a run stands before its first turn, `model` being the unpruned network."""
-    return Standing(
+) -> IterationContext:
+    """How a run stands before its first iteration, `model` being the unpruned network."""
+    return IterationContext(
         model=model,
         network=capture(model, Plan.empty()),
         example_input=example,
         baseline=measure_baseline(PruningGraph(model, example), count_macs(model, example), config),
         config=config,
         executor=executor,
-        turn=1,
+        iteration=1,
         on_candidate=on_candidate,
     )
 
 
-def turns_of(method: TakeTurn, first: Standing) -> Iterator[tuple[Turn, nn.Module, nn.Module]]:
-    """Turn after turn, each on the physically pruned network: (turn, network before, network after)."""
+def iterations_of(
+    method: PruningMethod, first: IterationContext
+) -> Iterator[tuple[IterationResult, nn.Module, nn.Module]]:
+    """Iteration after iteration, each on the physically pruned network: (iteration, network before, network after)."""
     now = first
     for number in itertools.count(2):
-        turn = method(now)
-        after = twin(now.model)
-        apply_plan(after, turn.step)
-        yield turn, now.model, after
-        network = capture(after, now.network.plan.then(turn.step))
-        now = replace(now, model=after, network=network, turn=number)
+        iteration = method(now)
+        after = clone_sharing_parameters(now.model)
+        apply_plan(after, iteration.step)
+        yield iteration, now.model, after
+        network = capture(after, now.network.plan.then(iteration.step))
+        now = replace(now, model=after, network=network, iteration=number)

@@ -34,7 +34,7 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
             config.data, path=str(pictures), format="folder", image_size=side, eval_resize=side, threads=1
         ),
         prune=dataclasses.replace(
-            config.prune, flops_reduction=0.0 if sparsity else 0.001, recover_every=0.0, recover_epochs=1
+            config.prune, flops_reduction=0.0 if sparsity else 0.001, fine_tune_every=0.0, fine_tune_epochs=1
         ),
         search=dataclasses.replace(config.search, images=6, batch_size=6),
         train=dataclasses.replace(

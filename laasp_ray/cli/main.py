@@ -22,6 +22,7 @@ from typing import Any
 
 from laasp_ray import api, models
 from laasp_ray.config import RunConfig
+from laasp_ray.config.compat import RENAMED_KEYS, current_name
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
 from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe, with_sparsity
@@ -75,24 +76,33 @@ FLAGS: Flags = {
         int,
         "global batch, over all workers; the learning rate is not scaled with it: --set train.learning_rate=...",
     ),
-    "--loss-images": ("search.images", int, "training images that a candidate's loss is measured on"),
+    "--calibration-images": ("search.images", int, "training images that a candidate's loss is measured on"),
     "--criteria": ("prune.criteria", str, "pool of criteria, comma-separated: names or package.module:function"),
     "--method": (
         "prune.method",
         str,
         "laasp: the cheapest prune of one layer; pls: the filters that tell least",
     ),
-    "--iterations": ("prune.iterations", int, "turns after which pruning ends even short of the target (0: no bound)"),
-    "--percent": ("prune.percent", float, "pls: the percentage of the filters still prunable that a turn removes"),
+    "--iterations": (
+        "prune.iterations",
+        int,
+        "iterations after which pruning ends even short of the target (0: no bound)",
+    ),
+    "--percent": (
+        "prune.percent",
+        float,
+        "pls: the percentage of the filters still prunable that an iteration removes",
+    ),
     "--components": ("prune.components", int, "pls: components of the partial least squares"),
     "--pooling": ("prune.pooling", str, "pls: max or avg of a filter's whole output, or of windows, such as max2x2"),
     "--workers": ("cluster.workers", int, "Ray Train workers (default: one per GPU, or two on CPUs)"),
     "--seed": ("seed", int, "the one source of randomness"),
 }
 
+_RENAMED_FLAGS = {"--loss-images": "--calibration-images"}
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
 _PLS_FLAGS = ("--method", "--iterations", "--percent", "--components", "--pooling")
-_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--loss-images", "--criteria", *_PLS_FLAGS)
+_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--calibration-images", "--criteria", *_PLS_FLAGS)
 
 
 def _numbers(text: str) -> list[int]:
@@ -108,7 +118,7 @@ SPARSITY_FLAGS: Flags = {
         "the same for linear layers, one number or one for each, comma-separated (default: they stay dense)",
     ),
     "--stages": ("sparsity.stages", _numbers, "numbers pruned, comma-separated, rising to --prune, trained in between"),
-    "--epochs-per-stage": ("prune.recover_epochs", int, "epochs after each stage but the last"),
+    "--epochs-per-stage": ("prune.fine_tune_epochs", int, "epochs after each stage but the last"),
     "--from-run": ("sparsity.from_run", str, "the folder of a finished run whose pruned network is begun with"),
     **{flag: entry for flag, entry in FLAGS.items() if flag not in _FILTER_FLAGS},
 }
@@ -187,6 +197,11 @@ def _parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.Argum
     parser.set_defaults(flags=flags)
     for flag, (key, kind, text) in flags.items():
         parser.add_argument(flag, type=kind, default=None, help=f"{text} [{key}]")
+    for old, new in _RENAMED_FLAGS.items():
+        if new in flags:
+            parser.add_argument(
+                old, type=flags[new][1], dest=new[2:].replace("-", "_"), action=_Renamed, help=argparse.SUPPRESS
+            )
     parser.add_argument(
         "--set",
         action="append",
@@ -208,6 +223,16 @@ def _parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.Argum
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long it would take")
     parser.add_argument("--verbose", action="store_true", help="log more")
     return parser
+
+
+class _Renamed(argparse.Action):
+    """A flag of an earlier version: its value is taken, and its new name said."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        current_name(option_string or "", _RENAMED_FLAGS)
+        setattr(namespace, self.dest, values)
 
 
 def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], RunConfig]) -> None:
@@ -269,7 +294,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
             value = json.loads(text)
         except ValueError:
             value = text  # a bare word is a string
-        _assign(settings, key, value)
+        _assign(settings, current_name(key, RENAMED_KEYS), value)
     config = RunConfig.from_dict(settings)
     if config.sparsity is not None and given.get("--flops-reduction") is not None:
         raise ConfigError(

@@ -1,12 +1,22 @@
-"""Which settings may differ between a run's start and its resumption, and which of two configs' do."""
+"""Settings that were renamed, and those that may differ between a run's start and its resumption."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from laasp_ray.config.fields import flatten
 
+logger = logging.getLogger(__name__)
+
+RENAMED_KEYS = {
+    "prune.recover_every": "prune.fine_tune_every",
+    "prune.recover_epochs": "prune.fine_tune_epochs",
+    "prune.prunes_per_turn": "prune.prunes_per_iteration",
+}
+"""Dotted key of an earlier version -> its name now."""
 RESUMABLE_KEYS = (
     "storage",
     "cluster",
@@ -20,6 +30,33 @@ RESUMABLE_KEYS = (
 )
 """Settings that may differ between a run's start and its resumption: where things lie, how much is used, what changes
 losses by rounding only, and what is only reported."""
+
+
+def current_name(name: str, renamed: Mapping[str, str]) -> str:
+    """What a key or flag is called now; logs, once a process, that it has another name if it has."""
+    if name in renamed:
+        _say_renamed(name, renamed[name])
+    return renamed.get(name, name)
+
+
+@functools.cache
+def _say_renamed(old: str, new: str) -> None:
+    logger.warning("%s is now called %s", old, new)
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `to_dict` form with the keys that were renamed under their names of now.
+
+    Where both are there the old one stays, and is refused as unknown.
+    """
+    current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    for old in RENAMED_KEYS:
+        section, _, key = old.partition(".")
+        part = current.get(section)
+        new = RENAMED_KEYS[old].partition(".")[2]
+        if isinstance(part, dict) and key in part and new not in part:
+            part[current_name(old, RENAMED_KEYS).partition(".")[2]] = part.pop(key)
+    return current
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

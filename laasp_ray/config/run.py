@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from laasp_ray.config.compat import with_current_names
 from laasp_ray.config.fields import build, check, to_plain
 
 DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
@@ -97,16 +98,17 @@ class PruneConfig:
     `step` is the share of FLOPs that one prune is worth (`step_rule` flops_share), or the share of a layer's current
     filters (layer_share, the VGG rule). `max_pruned` bounds the share of a layer's original filters that may go.
     `ignored` names modules (or prefixes of them, ending in a dot) that are left alone. `extra_layers` names linear
-    layers that are candidates too. After each `recover_every` of FLOPs (0: after every prune) `recover_epochs` follow.
-    After `iterations` turns (0: no bound) pruning ends even if the target is not reached. A prune leaves
+    layers that are candidates too. After each `fine_tune_every` of FLOPs (0: after every prune) `fine_tune_epochs`
+    follow. After `iterations` iterations (0: no bound) pruning ends even if the target is not reached. A prune leaves
     a layer with a multiple of `round_to` filters.
 
-    Up to `prunes_per_turn` candidates of a turn are carried out together: the best, and the next best whose prune
-    changes nothing that another's does. Those that a race dropped do not count, and it drops most: `search.racing` off
-    lets them all. A race's bound (`search.racing_error`) holds for the best one only. Method laasp only.
+    Up to `prunes_per_iteration` candidates of an iteration are carried out together: the best, and the next best whose
+    prune changes nothing that another's does. Those that a race dropped do not count, and it drops most:
+    `search.racing` off lets them all. A race's bound (`search.racing_error`) holds for the best one only. Method laasp
+    only.
 
-    `method` pls removes, every turn, the `percent` (of 100) of all filters of layers with no others coupled to them
-    that tell least of the classes; `step`, `max_pruned` and `criteria` are not its. It and the criterion pls fit
+    `method` pls removes, every iteration, the `percent` (of 100) of all filters of layers with no others coupled to
+    them that tell least of the classes; `step`, `max_pruned` and `criteria` are not its. It and the criterion pls fit
     `components` to the filters' outputs, pooled (`max` or `avg`) whole, or in windows (`max2x2`).
     """
 
@@ -119,13 +121,13 @@ class PruneConfig:
     ignored: tuple[str, ...] = ()
     extra_layers: tuple[str, ...] = ()
     criteria: tuple[str, ...] = DEFAULT_CRITERIA
-    recover_every: float = 0.02
-    recover_epochs: int = 1
+    fine_tune_every: float = 0.02
+    fine_tune_epochs: int = 1
     percent: float = 10.0
     components: int = 2
     pooling: str = "max"
     round_to: int = 1
-    prunes_per_turn: int = 1
+    prunes_per_iteration: int = 1
     parameters_reduction: float = 0.0
     latency_reduction: float = 0.0
     latency_batch: int = 1
@@ -137,8 +139,8 @@ class PruneConfig:
         check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
         check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
         check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
-        check(0 <= self.recover_every < 1, "prune.recover_every", self.recover_every, "a share from 0 to below 1")
-        check(self.recover_epochs >= 0, "prune.recover_epochs", self.recover_epochs, "at least 0")
+        check(0 <= self.fine_tune_every < 1, "prune.fine_tune_every", self.fine_tune_every, "a share from 0 to below 1")
+        check(self.fine_tune_epochs >= 0, "prune.fine_tune_epochs", self.fine_tune_epochs, "at least 0")
         check(self.method in typing.get_args(Method), "prune.method", self.method, "'laasp' or 'pls'")
         check(self.iterations >= 0, "prune.iterations", self.iterations, "at least 0 (0: no bound)")
         check(0 < self.percent < 100, "prune.percent", self.percent, "a percentage between 0 and 100, such as 10")
@@ -146,9 +148,14 @@ class PruneConfig:
         whole = POOLING.fullmatch(self.pooling) is not None
         check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
         check(self.round_to >= 1, "prune.round_to", self.round_to, "at least 1 (1: any number of filters)")
-        check(self.prunes_per_turn >= 1, "prune.prunes_per_turn", self.prunes_per_turn, "at least 1")
-        one = self.prunes_per_turn == 1 or self.method == "laasp"
-        check(one, "prune.prunes_per_turn", self.prunes_per_turn, "1 with method pls, which prunes many layers at once")
+        check(self.prunes_per_iteration >= 1, "prune.prunes_per_iteration", self.prunes_per_iteration, "at least 1")
+        one = self.prunes_per_iteration == 1 or self.method == "laasp"
+        check(
+            one,
+            "prune.prunes_per_iteration",
+            self.prunes_per_iteration,
+            "1 with method pls, which prunes many layers at once",
+        )
         check(self.latency_batch >= 1, "prune.latency_batch", self.latency_batch, "at least 1")
 
     @property
@@ -162,7 +169,7 @@ class SparsityConfig:
     """Group sparsity: of every `group` consecutive inputs, `prune` weights of a convolution are zero.
 
     `fc_prune`: the same for linear layers, one number for all or one for each in network order; none leaves them
-    dense. `stages`: the numbers pruned, rising to `prune`, with `prune.recover_epochs` of training after each but the
+    dense. `stages`: the numbers pruned, rising to `prune`, with `prune.fine_tune_epochs` of training after each but the
     last, which the rest of the schedule follows; none is one stage. Linear layers rise in proportion, rounded down.
     `from_run` is the folder of a finished run whose pruned network is begun with.
     """
@@ -198,8 +205,8 @@ class SearchConfig:
     `racing` on drops candidates that are worse with confidence before they have seen all images; `racing_error` is
     the chance that this drops the best. At most `batch_size` images go through the network at a time, and fewer where
     their values would take more than `memory_mb` (0: a share of the memory that is free). `candidates_per_task` bounds
-    a Ray task's candidates (0: sized by what they cost). With `reestimate_batchnorm` a turn scores the network with
-    BatchNorm statistics measured anew on these images (search/batchnorm.py); the network itself keeps its own.
+    a Ray task's candidates (0: sized by what they cost). With `reestimate_batchnorm` an iteration scores the network
+    with BatchNorm statistics measured anew on these images (search/batchnorm.py); the network itself keeps its own.
     """
 
     images: int = 5000
@@ -229,12 +236,12 @@ class TrainConfig:
     the global batch, over all workers. `pretrained` names a state dict (.safetensors, .pt or .pth) of the network as
     it stands at `prune_epoch`; training up to there is then left out.
 
-    `label_smoothing` is the share of every label that is spread over all classes. With `ema`, a decay, a spell of
-    training gives an exponential moving average of its weights instead of the last ones. After the first prune the
+    `label_smoothing` is the share of every label that is spread over all classes. With `ema`, a decay, a training phase
+    of training gives an exponential moving average of its weights instead of the last ones. After the first prune the
     network is trained by `distill` (a share; 0: not) to give what the unpruned one gives at `distill_temperature`.
 
-    Before and after pruning, but not in recoveries, the test images are evaluated after every `test_every` epochs of
-    the schedule (0: never), at the end of each spell of training in any case. Nothing is decided by it.
+    Before and after pruning, but not in fine-tunings, the test images are evaluated after every `test_every` epochs of
+    the schedule (0: never), at the end of each training phase in any case. Nothing is decided by it.
     """
 
     epochs: int
@@ -278,7 +285,12 @@ class TrainConfig:
         for key in ("label_smoothing", "ema", "distill"):
             check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
         check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")
-        check(self.test_every >= 0, "train.test_every", self.test_every, "at least 0 (0: at the end of a spell only)")
+        check(
+            self.test_every >= 0,
+            "train.test_every",
+            self.test_every,
+            "at least 0 (0: at the end of a training phase only)",
+        )
 
     def learning_rate_at(self, epoch: int) -> float:
         """The schedule's learning rate in `epoch` (0-based)."""
@@ -363,12 +375,12 @@ class RunConfig:
             target = getattr(self.prune, key)
             check(target == 0, f"prune.{key}", target, "0 with sparsity, which removes no filters")
         off = "with sparsity, which removes no filters and measures no candidates"
-        self._check_unused(off, "prune.method", "prune.iterations", "prune.round_to", "prune.prunes_per_turn")
+        self._check_unused(off, "prune.method", "prune.iterations", "prune.round_to", "prune.prunes_per_iteration")
         self._check_unused(off, "search.reestimate_batchnorm")
         check(
-            len(sparsity.all_stages) == 1 or self.prune.recover_epochs > 0,
-            "prune.recover_epochs",
-            self.prune.recover_epochs,
+            len(sparsity.all_stages) == 1 or self.prune.fine_tune_epochs > 0,
+            "prune.fine_tune_epochs",
+            self.prune.fine_tune_epochs,
             "at least 1 with several sparsity.stages: they are trained in between",
         )
         check(
@@ -396,4 +408,4 @@ class RunConfig:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> RunConfig:
         """Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it."""
-        return build(RunConfig, data, "")
+        return build(RunConfig, with_current_names(data) if isinstance(data, Mapping) else data, "")

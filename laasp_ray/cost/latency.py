@@ -76,10 +76,10 @@ def _measure(
     times: list[list[float]] = [[] for _ in models]
     # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
-        for turn in range(warmup + repeats):
+        for iteration in range(warmup + repeats):
             for model, taken in zip(copies, times, strict=True):
                 elapsed = _time_once(model, inputs, device)
-                if turn >= warmup:
+                if iteration >= warmup:
                     taken.append(elapsed)
     return [_summary(taken, batch_size, device) for taken in times]
 

@@ -23,7 +23,7 @@ DECODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Subset:
+class CalibrationImages:
     """`images` uint8 (n, 3, H, W) as augmented, not normalised; `labels` int64 (n,); `indices` (n,) into the source.
 
     `digest` is the sha256 over images and labels: equal digests are equal subsets.
@@ -35,7 +35,7 @@ class Subset:
     digest: str
 
 
-def draw_subset(
+def draw_calibration_images(
     source: ImageSource,
     config: DataConfig,
     *,
@@ -43,7 +43,7 @@ def draw_subset(
     seed: int,
     excluded: Collection[str] = (),
     on_unreadable: Callable[[str], None] | None = None,
-) -> Subset:
+) -> CalibrationImages:
     """Draws `images` training images (all there are if fewer, which is logged), shuffled, always decoded on the CPU.
 
     Each class gives the same number, or one more, or all that it has. The training augmentation is drawn once. All of
@@ -84,9 +84,9 @@ def draw_subset(
     finally:
         loader.close()
     if len(chosen) < images:
-        logger.info("the loss subset has %d images, %d were asked for: there are no more", len(chosen), images)
+        logger.info("the calibration set has %d images, %d were asked for: there are no more", len(chosen), images)
     labels = torch.from_numpy(source.labels[chosen])
-    return Subset(pixels, labels, chosen, _digest(pixels, labels))
+    return CalibrationImages(pixels, labels, chosen, _digest(pixels, labels))
 
 
 def balanced_choice(labels: np.ndarray, images: int, *, key: int, unavailable: Collection[int] = ()) -> np.ndarray:
@@ -96,7 +96,7 @@ def balanced_choice(labels: np.ndarray, images: int, *, key: int, unavailable: C
     """
     available = np.setdiff1d(np.arange(len(labels), dtype=np.int64), np.array(sorted(unavailable), np.int64))
     if not len(available):
-        raise DataError("no training image is left to draw the loss subset from: all are excluded as unreadable")
+        raise DataError("no training image is left to draw the calibration set from: all are excluded as unreadable")
     counts = np.bincount(labels[available])
     quotas = class_quotas(counts, images, key=key)
     grouped = available[np.lexsort((hash_uint64(key, available), labels[available]))]

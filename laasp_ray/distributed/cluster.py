@@ -25,13 +25,13 @@ TRAINER_CPUS = 0.05
 TASK_CPUS = 0.9
 
 LOCAL_ENVIRONMENT = {
-    # Ray ends idle worker processes after a second; those that measure losses would import torch anew every turn.
+    # Ray ends idle worker processes after a second; those that measure losses would import torch anew every iteration.
     "RAY_idle_worker_killing_time_threshold_ms": "3600000",
 }
 
 
 @dataclass(frozen=True)
-class Share:
+class ResourcePlan:
     """What a run takes of a cluster; resources are Ray's, per worker or task."""
 
     workers: int
@@ -40,7 +40,7 @@ class Share:
     task_options: Mapping[str, Any]
 
 
-def share_of(resources: Mapping[str, float], config: ClusterConfig) -> Share:
+def plan_resources(resources: Mapping[str, float], config: ClusterConfig) -> ResourcePlan:
     """`resources` are the cluster's totals ('CPU', 'GPU'). Raises ConfigError for more workers than it can hold."""
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     room = gpus or cpus
@@ -54,13 +54,13 @@ def share_of(resources: Mapping[str, float], config: ClusterConfig) -> Share:
             f"cluster.workers is {config.workers}, but the cluster has {room} {kind}: ask for at most {room}"
         )
     if gpus:
-        return Share(
+        return ResourcePlan(
             workers=config.workers or gpus,
             gpus=gpus,
             trainer_resources={"CPU": TRAINER_CPUS, "GPU": config.trainer_gpu_share},
             task_options={"num_cpus": TRAINER_CPUS, "num_gpus": config.task_gpu_share},
         )
-    return Share(
+    return ResourcePlan(
         workers=config.workers or min(2, cpus),
         gpus=0,
         trainer_resources={"CPU": TRAINER_CPUS},

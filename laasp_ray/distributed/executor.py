@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.data.calibration import Subset
+from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.distributed import moments
-from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.process import PROCESS, device
 from laasp_ray.distributed.tasks import TASK_RETRIES, answer
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import MemoryShortError, UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.activations import Wanted, chunks_of
+from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
-from laasp_ray.search.engine import Cost, Losses, Sites
+from laasp_ray.search.engine import BranchPoints, Cost, Losses
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.memory import REMEDY, retried
@@ -40,16 +40,20 @@ PATIENCE_S = 60
 class RayExecutor:
     """The Executor (search/executor.py) on Ray tasks. Gives the serial executor's losses: batches are cut the same way.
 
-    The network of a turn is put into the object store once, with the turn's candidates; tasks carry positions. Every
-    worker process rebuilds it once per turn, and keeps the subset between turns.
+    The network of an iteration is put into the object store once, with the iteration's candidates; tasks carry
+    positions. Every worker process rebuilds it once per iteration, and keeps the calibration set between iterations.
     """
 
-    def __init__(self, network: Any, unpruned: nn.Module, subset: Subset, config: RunConfig, share: Share) -> None:
+    def __init__(
+        self, network: Any, unpruned: nn.Module, calibration: CalibrationImages, config: RunConfig, share: ResourcePlan
+    ) -> None:
         """`network` is the object reference of `unpruned`."""
         self._network, self._unpruned, self._search, self._share = network, unpruned, config.search, share
-        self._images, self._seed = len(subset.labels), config.seed
-        self._example = normalise(subset.images[:1], config.data)
-        self._subset = ray.put((subset.images.numpy(), subset.labels.numpy(), config.data, config.search))
+        self._images, self._seed = len(calibration.labels), config.seed
+        self._example = normalise(calibration.images[:1], config.data)
+        self._calibration = ray.put(
+            (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
+        )
         self._options = {
             "max_retries": TASK_RETRIES,
             "retry_exceptions": [MemoryShortError],  # another device, or this one later, may have more
@@ -63,10 +67,10 @@ class RayExecutor:
     def for_scoring(self, network: NetworkState) -> NetworkState:
         if not self._search.reestimate_batchnorm:
             return network
-        turn = ray.put((network.plan, pack(network.tensors)))
+        iteration = ray.put((network.plan, pack(network.tensors)))
         task = ray.remote(statistics_task).options(**self._options)
         arrays = answer(
-            task.remote([self._network, turn, self._subset]),
+            task.remote([self._network, iteration, self._calibration]),
             "the measurement of BatchNorm statistics",
             "leave out search.reestimate_batchnorm",
         )
@@ -75,34 +79,36 @@ class RayExecutor:
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        sites = Sites(rebuild(self._unpruned, network).eval(), self._example)
-        costs = [sites.cost(task) for task in tasks]
+        branch_points = BranchPoints(rebuild(self._unpruned, network).eval(), self._example)
+        costs = [branch_points.cost(task) for task in tasks]
         # What is masked needs no plan, which is many times larger than a mask.
         pairs = zip(tasks, costs, strict=True)
         light = [task if cost.copied else replace(task, step=Plan.empty()) for task, cost in pairs]
         arrays = pack(network.tensors)
 
         def inputs_with(some: Sequence[LossTask]) -> list[Any]:
-            return [self._network, ray.put((network.plan, arrays, some, sites.untraced)), self._subset]
+            return [self._network, ray.put((network.plan, arrays, some, branch_points.untraced)), self._calibration]
 
-        hands = _Hands(self._task, inputs_with(light), lambda: inputs_with(tasks), costs, self._share)
+        backend = _Hands(self._task, inputs_with(light), lambda: inputs_with(tasks), costs, self._share)
         try:
-            return measure(hands, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share)
+            return measure(
+                backend, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share
+            )
         finally:
-            hands.cancel()
+            backend.cancel()
 
-    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
-        turn = ray.put((network.plan, pack(network.tensors)))
+    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
+        iteration = ray.put((network.plan, pack(network.tensors)))
         chunks = chunks_of(self._images, self._search.batch_size)
         slots = slots_of(ray.cluster_resources(), self._share)
-        return moments.spread([self._network, turn, self._subset], wanted, chunks, slots, self._options)
+        return moments.spread([self._network, iteration, self._calibration], wanted, chunks, slots, self._options)
 
     def close(self) -> None:
         return None
 
 
 class _Hands:
-    """Units as Ray tasks (search/schedule.py says what hands are)."""
+    """Units as Ray tasks (search/schedule.py says what a backend is)."""
 
     def __init__(
         self,
@@ -110,7 +116,7 @@ class _Hands:
         inputs: list[Any],
         inputs_with_plans: Callable[[], list[Any]],
         costs: Sequence[Cost],
-        share: Share,
+        share: ResourcePlan,
     ) -> None:
         """References inside the list `inputs` are not fetched by Ray for every task anew; the processes keep them.
 
@@ -163,7 +169,7 @@ class _Hands:
         )
 
 
-def slots_of(resources: Mapping[str, float], share: Share) -> int:
+def slots_of(resources: Mapping[str, float], share: ResourcePlan) -> int:
     """How many evaluation tasks a cluster with these resources has room for at a time."""
     if share.gpus:
         return max(1, int(resources.get("GPU", 0)))
@@ -171,7 +177,7 @@ def slots_of(resources: Mapping[str, float], share: Share) -> int:
 
 
 def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
-    """The task itself: the losses of some of the turn's tasks on some of the subset's images."""
+    """The task itself: the losses of some of the iteration's tasks on some of the calibration set's images."""
     engine, tasks = retried(lambda: PROCESS.load(*inputs), "the network of an evaluation task")
     losses = engine.losses([tasks[position] for position in positions], images)
     if device().type == "cuda":
@@ -180,9 +186,10 @@ def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarr
 
 
 def statistics_task(inputs: list[Any]) -> dict[str, np.ndarray]:
-    """The task that measures the turn's BatchNorm statistics; references inside `inputs` are kept by the process."""
-    model, subset = PROCESS.network(*inputs)
-    arrays = pack(reestimate(model, subset))
+    """The task that measures the iteration's BatchNorm statistics; references inside `inputs` are kept by the
+    process."""
+    model, calibration = PROCESS.network(*inputs)
+    arrays = pack(reestimate(model, calibration))
     if device().type == "cuda":
         torch.cuda.empty_cache()  # the trainers share this GPU
     return arrays

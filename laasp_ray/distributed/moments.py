@@ -18,18 +18,19 @@ from laasp_ray.criteria.pls import Moments
 from laasp_ray.distributed.process import PROCESS, device
 from laasp_ray.distributed.tasks import answer
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.search.activations import Look, Wanted, first_look, moments_of, scores_of
+from laasp_ray.search.activations import FirstBatch, ImportanceRequest, measure_first_batch, moments_of, scores_of
 
 AHEAD = 2
 """How many chunks for each slot are asked for before the first of them is added: each may be hundreds of megabytes."""
 
 
 def spread(
-    inputs: list[Any], wanted: Wanted, chunks: Sequence[np.ndarray], slots: int, options: Mapping[str, Any]
+    inputs: list[Any], wanted: ImportanceRequest, chunks: Sequence[np.ndarray], slots: int, options: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """VIP (N,) of every wanted layer's filters; `inputs` are references to the unpruned network, the turn's (plan and
-    tensors) and the subset. Raises what `search.activations.importance` does, SearchError if tasks are lost."""
-    look: Look = _answer(ray.remote(look_task).options(**options).remote(inputs, wanted))
+    """VIP (N,) of every wanted layer's filters; `inputs` are references to the unpruned network, the iteration's (plan
+    and tensors) and the calibration set. Raises what `search.activations.importance` does, SearchError if tasks are
+    lost."""
+    look: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, wanted))
     shared = ray.put(look)
     task = ray.remote(moments_task).options(**options)
 
@@ -52,17 +53,19 @@ def spread(
     return scores_of(parts(), look, wanted.components)
 
 
-def look_task(inputs: list[Any], wanted: Wanted) -> Look:
+def first_batch_task(inputs: list[Any], wanted: ImportanceRequest) -> FirstBatch:
     """The task that looks at the first batch; references inside the list `inputs` are kept by the process."""
-    model, subset = PROCESS.network(*inputs)
-    look = first_look(model, subset, wanted)
-    return Look(look.pilot.cpu(), look.shapes, look.classes)
+    model, calibration = PROCESS.network(*inputs)
+    look = measure_first_batch(model, calibration, wanted)
+    return FirstBatch(look.pilot.cpu(), look.shapes, look.classes)
 
 
-def moments_task(inputs: list[Any], wanted: Wanted, look: list[Any], chunk: np.ndarray) -> dict[str, np.ndarray]:
+def moments_task(
+    inputs: list[Any], wanted: ImportanceRequest, look: list[Any], chunk: np.ndarray
+) -> dict[str, np.ndarray]:
     """The task that measures the moments of the images at `chunk`."""
-    model, subset = PROCESS.network(*inputs)
-    moments = moments_of(model, subset, wanted, ray.get(look[0]), chunk)
+    model, calibration = PROCESS.network(*inputs)
+    moments = moments_of(model, calibration, wanted, ray.get(look[0]), chunk)
     arrays = pack({field.name: getattr(moments, field.name) for field in fields(moments)})
     if device().type == "cuda":
         del moments

@@ -8,11 +8,11 @@ import ray
 import torch
 
 from laasp_ray.config import RunConfig
-from laasp_ray.distributed.cluster import Share, usable_cpus
+from laasp_ray.distributed.cluster import ResourcePlan, usable_cpus
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
 
 
-def measure(network: Any, config: RunConfig, share: Share) -> tuple[TrainingSpeed, float]:
+def measure(network: Any, config: RunConfig, share: ResourcePlan) -> tuple[TrainingSpeed, float]:
     """A trainer's speed, and the images a second of an evaluation task, one after the other.
 
     `network` is the object reference of the unpruned network. Each is measured with the resources that it will have,

@@ -16,27 +16,28 @@ from laasp_ray.distributed.transfer import unpack
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, LossTask, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
 
 
 class Process:
-    """What a worker process keeps from one task to the next: the unpruned network, the turn's network, the subset."""
+    """What a worker process keeps from one task to the next: the unpruned network, the iteration's network, the
+    calibration set."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, Any]] = {}
 
-    def load(self, unpruned: Any, turn: Any, subset: Any) -> tuple[Engine, list[LossTask]]:
+    def load(self, unpruned: Any, iteration: Any, calibration: Any) -> tuple[Engine, list[LossTask]]:
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        images, search = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
-        return self._once("turn", turn, lambda: _engine(base, images, search, *ray.get(turn)))
+        images, search = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
+        return self._once("iteration", iteration, lambda: _engine(base, images, search, *ray.get(iteration)))
 
-    def network(self, unpruned: Any, turn: Any, subset: Any) -> tuple[nn.Module, LossSubset]:
-        """The turn's network, ready, and the images; here `turn` has no candidates."""
+    def network(self, unpruned: Any, iteration: Any, calibration: Any) -> tuple[nn.Module, CalibrationSet]:
+        """The iteration's network, ready, and the images; here `iteration` has no candidates."""
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        images, _ = self._once("subset", subset, lambda: _subset(*ray.get(subset)))
-        return self._once("network", turn, lambda: _network(base, images, *ray.get(turn)))
+        images, _ = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
+        return self._once("network", iteration, lambda: _network(base, images, *ray.get(iteration)))
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
         key = f"{reference.hex()} on {device()}"  # a process may be given another GPU from task to task
@@ -67,7 +68,7 @@ def threads() -> int:
 
 def _engine(
     unpruned: nn.Module,
-    subset: LossSubset,
+    calibration: CalibrationSet,
     search: SearchConfig,
     plan: Plan,
     arrays: dict[str, Any],
@@ -75,17 +76,21 @@ def _engine(
     untraced: str,
 ) -> tuple[Engine, list[LossTask]]:
     """`untraced` is the driver's word on the network (search/tracing.py): what it stripped of plans is masked here."""
-    model, subset = _network(unpruned, subset, plan, arrays)
-    return Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000, untraced=untraced), tasks
+    model, calibration = _network(unpruned, calibration, plan, arrays)
+    return Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000, untraced=untraced), tasks
 
 
 def _network(
-    unpruned: nn.Module, subset: LossSubset, plan: Plan, arrays: dict[str, Any]
-) -> tuple[nn.Module, LossSubset]:
-    return ready_with(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), subset)
+    unpruned: nn.Module, calibration: CalibrationSet, plan: Plan, arrays: dict[str, Any]
+) -> tuple[nn.Module, CalibrationSet]:
+    return ready_with(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), calibration)
 
 
-def _subset(images: Any, labels: Any, data: DataConfig, search: SearchConfig) -> tuple[LossSubset, SearchConfig]:
+def _calibration(
+    images: Any, labels: Any, data: DataConfig, search: SearchConfig
+) -> tuple[CalibrationSet, SearchConfig]:
     tensors = unpack({"images": images, "labels": labels}, copy=False)
-    subset = LossSubset(tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data))
-    return subset.to(device()), search
+    calibration = CalibrationSet(
+        tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data)
+    )
+    return calibration.to(device()), search

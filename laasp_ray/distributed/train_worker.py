@@ -1,4 +1,4 @@
-"""What a Ray Train worker does: wait for a spell, train it, post what came of it, until there is no more."""
+"""What a Ray Train worker does: wait for a training phase, train it, post what came of it, until there is no more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.ddp import distributed
-from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase, run_training_phase
 from laasp_ray.train.trainer import rebuild_on
 
 
@@ -34,7 +34,7 @@ class SpellCommand:
     `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
     """
 
-    spell: Spell
+    training_phase: TrainingPhase
     plan: Plan
     arrays: list[Any]
     teacher: Any
@@ -53,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     while (command := _next(mailbox, finished)) is not None:
         _check_agreement(command)
         try:
-            data = data or _open_data(config, command.payload.spell)
+            data = data or _open_data(config, command.payload.training_phase)
             teacher = teacher or _teacher(command.payload)
             for kind, value in _carry_out(command, unpruned, teacher, config, data):
                 if rank == 0:
@@ -98,7 +98,7 @@ def _teacher(payload: SpellCommand) -> NetworkState | None:
     return NetworkState(plan, unpack(arrays, copy=False))
 
 
-def _open_data(config: RunConfig, spell: Spell) -> SpellData:
+def _open_data(config: RunConfig, training_phase: TrainingPhase) -> SpellData:
     return SpellData(
         config.data,
         batch_size=config.train.batch_size,
@@ -106,8 +106,8 @@ def _open_data(config: RunConfig, spell: Spell) -> SpellData:
         device=ray.train.torch.get_device(),
         rank=dist.get_rank(),
         world=dist.get_world_size(),
-        excluded=spell.excluded,
-        places=spell.places,
+        excluded=training_phase.excluded,
+        places=training_phase.places,
     )
 
 
@@ -119,18 +119,18 @@ def _carry_out(
     The end is posted when the networks are gone: the search, which then begins, shares this GPU.
     """
     payload: SpellCommand = command.payload
-    spell = payload.spell
+    training_phase = payload.training_phase
     if command.resume is None:
-        arrays, carried = ray.get(payload.arrays[0])
+        arrays, optimizer_state = ray.get(payload.arrays[0])
     else:
-        arrays, carried, done = command.resume
-        spell = replace(spell, done=done.position + 1)
-    ended: SpellDone | None = None
+        arrays, optimizer_state, done = command.resume
+        training_phase = replace(training_phase, done=done.position + 1)
+    ended: PhaseResult | None = None
     shape = config.model.input_shape
-    for event in run_spell(
+    for event in run_training_phase(
         rebuild_on(data.device, unpruned, NetworkState(payload.plan, unpack(arrays, copy=False)), shape),
-        unpack(carried, copy=False),
-        spell,
+        unpack(optimizer_state, copy=False),
+        training_phase,
         data=data,
         config=config.train,
         seed=config.seed,
@@ -138,7 +138,7 @@ def _carry_out(
         wrap=lambda model: distributed(model, shape, config.train),
     ):
         event = replace(event, unreadable=_gather(event.unreadable))
-        if isinstance(event, SpellDone):
+        if isinstance(event, PhaseResult):
             ended = replace(event, loader=", ".join(_gather((event.loader,))))
         else:
             yield "epoch", _packed(event)
@@ -148,7 +148,7 @@ def _carry_out(
 
 
 def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
-    return pack(event.tensors), pack(event.carried), replace(event, tensors={}, carried={})
+    return pack(event.tensors), pack(event.optimizer_state), replace(event, tensors={}, optimizer_state={})
 
 
 def _gather(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Training on a cluster: one Ray Train worker group that lives as long as the run and takes its spells as commands.
+"""Training on a cluster: one Ray Train worker group that lives as long as the run and takes its training phases as
+commands.
 
 A `fit()` costs 15 to 20 s, a further command a fraction of a second. The group is restarted by Ray Train when a rank is
-lost, and by us when more than that is; either way the spell goes on from its last finished epoch.
+lost, and by us when more than that is; either way the training phase goes on from its last finished epoch.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.distributed.cluster import Share
+from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.mailbox import Mailbox
 from laasp_ray.distributed.train_worker import SpellCommand, train_worker
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.train.loop import EpochDone, Spell, SpellDone
+from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import OnEpoch
 
 logger = logging.getLogger(__name__)
@@ -65,44 +66,56 @@ class _Group:
 class RayTrainer:
     """The Trainer (train/trainer.py) on Ray Train workers, `share.workers` of them, DDP over all."""
 
-    def __init__(self, unpruned: Any, config: RunConfig, share: Share, storage_path: str) -> None:
+    def __init__(self, unpruned: Any, config: RunConfig, share: ResourcePlan, storage_path: str) -> None:
         """`unpruned` is the object reference of the unpruned network; Ray Train's own files go to `storage_path`."""
         self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
         self._group: _Group | None = None
         self._commands = 0
         self._teacher: Any = None
 
-    def teach(self, teacher: NetworkState) -> None:
+    def set_teacher(self, teacher: NetworkState) -> None:
         self._teacher = ray.put((teacher.plan, pack(teacher.tensors)))
 
     def run(
-        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
-    ) -> SpellDone:
+        self,
+        network: NetworkState,
+        optimizer_state: Mapping[str, torch.Tensor],
+        training_phase: TrainingPhase,
+        on_epoch: OnEpoch,
+    ) -> PhaseResult:
         attempt = 0
         while True:
             try:
-                return self._run(network, carried, spell, on_epoch)
+                return self._run(network, optimizer_state, training_phase, on_epoch)
             except _GroupLostError as lost:
                 self._group = None
                 attempt = 1 if self._last is not None else attempt + 1  # progress earns new patience
                 if attempt == GROUP_ATTEMPTS:
                     raise TrainingError(
-                        f"spell {spell.number} ({spell.phase}): the worker group was lost {attempt} times, last: {lost}"
+                        f"training phase {training_phase.number} ({training_phase.phase}): the worker group was lost "
+                        f"{attempt} times, last: {lost}"
                     ) from lost
                 logger.warning("the worker group was lost (%s); starting another", lost)
             if self._last is not None:
                 network = NetworkState(network.plan, self._last.tensors)
-                carried, spell = self._last.carried, replace(spell, done=self._last.position + 1)
+                optimizer_state, training_phase = (
+                    self._last.optimizer_state,
+                    replace(training_phase, done=self._last.position + 1),
+                )
 
     def _run(
-        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
-    ) -> SpellDone:
+        self,
+        network: NetworkState,
+        optimizer_state: Mapping[str, torch.Tensor],
+        training_phase: TrainingPhase,
+        on_epoch: OnEpoch,
+    ) -> PhaseResult:
         self._last: EpochDone | None = None
         group = self._group = self._group or self._start()
         self._commands += 1
         # The arrays travel as one reference, so that they cross the network once per node, not once per rank.
-        reference = ray.put((pack(network.tensors), pack(carried)))
-        payload = SpellCommand(spell, network.plan, [reference], self._teacher)
+        reference = ray.put((pack(network.tensors), pack(optimizer_state)))
+        payload = SpellCommand(training_phase, network.plan, [reference], self._teacher)
         self._ask(group, group.mailbox.submit.remote(self._commands, payload))
         while True:
             kind, value = self._ask(group, group.mailbox.take.remote())
@@ -112,9 +125,9 @@ class RayTrainer:
             if kind == "done":
                 return value
             arrays, carried_arrays, done = value
-            if done.position < (spell.done if self._last is None else self._last.position + 1):
+            if done.position < (training_phase.done if self._last is None else self._last.position + 1):
                 continue  # posted twice, by the last breath of a worker whose successor had begun already
-            done = replace(done, tensors=unpack(arrays, copy=True), carried=unpack(carried_arrays, copy=True))
+            done = replace(done, tensors=unpack(arrays, copy=True), optimizer_state=unpack(carried_arrays, copy=True))
             self._last = done
             on_epoch(done)
 

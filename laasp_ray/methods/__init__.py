@@ -1,4 +1,4 @@
-"""The methods: what to prune next, given the network as it stands. One seam, a turn of each."""
+"""The methods: what to prune next, given the network as it stands. One seam, an iteration of each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from laasp_ray.config import Method
 from laasp_ray.methods import laasp, pls
-from laasp_ray.methods.base import Standing, TakeTurn, Turn
+from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 
-__all__ = ["METHODS", "Standing", "TakeTurn", "Turn"]
+__all__ = ["METHODS", "IterationContext", "IterationResult", "PruningMethod"]
 
-METHODS: Mapping[Method, TakeTurn] = {"laasp": laasp.take_turn, "pls": pls.take_turn}
+METHODS: Mapping[Method, PruningMethod] = {"laasp": laasp.iterate, "pls": pls.iterate}

@@ -1,4 +1,4 @@
-"""A turn of any method: what it is given, and what it gives."""
+"""An iteration of any method: what it is given, and what it gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laasp_ray.cost.macs import Macs, count_macs
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.joint import removal_of_several
+from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan, macs_after
@@ -29,9 +29,9 @@ OnCandidate = Callable[[int, int, CandidateLoss | None], None]
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One turn of the loop: the choice, the prune that carries it out, the candidates' losses (empty for a method that
-    compares none), and seconds by where they went."""
+class IterationResult:
+    """One iteration of the loop: the choice, the prune that carries it out, the candidates' losses (empty for a method
+    that compares none), and seconds by where they went."""
 
     decision: Decision
     step: Plan
@@ -53,10 +53,10 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a run stands when a turn is taken. A method looks and measures; it changes nothing of it.
+class IterationContext:
+    """How a run stands when an iteration is taken. A method looks and measures; it changes nothing of it.
 
-    `model` is `network` rebuilt, on the CPU, in eval mode; `example_input` is (1, C, H, W); `turn` counts from 1.
+    `model` is `network` rebuilt, on the CPU, in eval mode; `example_input` is (1, C, H, W); `iteration` counts from 1.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Standing:
     baseline: Baseline
     config: PruneConfig
     executor: Executor
-    turn: int
+    iteration: int
     on_candidate: OnCandidate
     clock: Stopwatch = field(default_factory=Stopwatch)
 
@@ -96,15 +96,15 @@ class Standing:
         after, before = self.executor.measure(self.scored, tasks, lambda position, result: None, lambda share: None)
         return after, before.loss
 
-    def prune(self, filters: Mapping[str, tuple[int, ...]], criterion: str) -> Turn:
-        """The turn in which these filters (rising) of each layer go, chosen without a look at losses.
+    def prune(self, filters: Mapping[str, tuple[int, ...]], criterion: str) -> IterationResult:
+        """The iteration in which these filters (rising) of each layer go, chosen without a look at losses.
 
         Its losses tell what that costs. Raises ExhaustedError if there are none, SearchError if the network that is
         left cannot be evaluated.
         """
         if not filters:
-            raise ExhaustedError(f"{criterion} chose no filter in turn {self.turn}: there is nothing to prune")
-        removal = removal_of_several(self.graph, filters)
+            raise ExhaustedError(f"{criterion} chose no filter in turn {self.iteration}: there is nothing to prune")
+        removal = joint_removal(self.graph, filters)
         step = plan_of(removal)
         after, before = self.measure(removal, f"the prune by {criterion}")
         if after.error:
@@ -114,7 +114,7 @@ class Standing:
             LayerPrune(layer=layer, criterion=criterion, filters=chosen) for layer, chosen in filters.items()
         ]
         decision = Decision(
-            turn=self.turn,
+            iteration=self.iteration,
             layer=first.layer,
             criterion=first.criterion,
             filters=first.filters,
@@ -123,8 +123,8 @@ class Standing:
             flops_reduction=self.flops_reduction(step),
             further=tuple(further),
         )
-        return Turn(decision, step, Ranking([]), self.clock.seconds)
+        return IterationResult(decision, step, Ranking([]), self.clock.seconds)
 
 
-TakeTurn = Callable[[Standing], Turn]
+PruningMethod = Callable[[IterationContext], IterationResult]
 """A method: it chooses what goes next."""

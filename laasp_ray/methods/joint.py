@@ -1,4 +1,4 @@
-"""Several prunes in one turn: the best candidate, and the next best ones that have nothing to do with it."""
+"""Several prunes in one iteration: the best candidate, and the next best ones that have nothing to do with it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import logging
 import math
 from dataclasses import replace
 
-from laasp_ray.methods.base import Standing
-from laasp_ray.pruning.channels import Removal, Side, plan_of, unite
+from laasp_ray.methods.base import IterationContext
+from laasp_ray.pruning.channels import ChannelAxis, Removal, plan_of, unite
 from laasp_ray.pruning.plan import Plan, parameters_after
 from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
 
 logger = logging.getLogger(__name__)
 
 
-def with_next_best(now: Standing, decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
-    """`decision`, for the best of `ranking`, with the next best, `prune.prunes_per_turn` in all; and their one plan.
+def with_next_best(now: IterationContext, decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
+    """`decision`, for the best of `ranking`, with the next best, `prune.prunes_per_iteration` in all; and their one
+    plan.
 
     Taken in their order are those with a finite loss that no race dropped and whose prune changes no side of a module
     that one before them does, until the targets are reached; a target for latency is not told before it is measured.
@@ -26,14 +27,14 @@ def with_next_best(now: Standing, decision: Decision, ranking: Ranking) -> tuple
     step = plan_of(removal)
     if len(picked) == 1:
         return decision, step
-    together, _ = now.measure(removal, "this turn's prunes together")
-    if not math.isfinite(together.loss):
+    joint, _ = now.measure(removal, "this iteration's prunes together")
+    if not math.isfinite(joint.loss):
         names = ", ".join(entry.candidate.name for entry in picked)
-        logger.warning("only the best goes of %s: together they have no loss (%s)", names, together.error or "infinite")
+        logger.warning("only the best goes of %s: together they have no loss (%s)", names, joint.error or "infinite")
         return decision, now.graph.step(decision.layer, decision.filters)
     decision = replace(
         decision,
-        loss=together.loss,
+        loss=joint.loss,
         flops_reduction=now.flops_reduction(step),
         further=tuple(
             LayerPrune(layer=entry.layer, criterion=entry.criterion, filters=entry.filters) for entry in picked[1:]
@@ -42,9 +43,9 @@ def with_next_best(now: Standing, decision: Decision, ranking: Ranking) -> tuple
     return decision, step
 
 
-def _pick(now: Standing, ranking: Ranking) -> tuple[list[CandidateLoss], Removal]:
+def _pick(now: IterationContext, ranking: Ranking) -> tuple[list[CandidateLoss], Removal]:
     picked: list[CandidateLoss] = []
-    total: dict[Side, set[int]] = {}
+    total: dict[ChannelAxis, set[int]] = {}
     for entry in ranking:
         if picked and (entry.dropped_at is not None or not math.isfinite(entry.loss)):
             break  # a ranking has these last
@@ -54,12 +55,12 @@ def _pick(now: Standing, ranking: Ranking) -> tuple[list[CandidateLoss], Removal
             continue
         picked.append(entry)
         unite(total, removal)
-        if len(picked) == now.config.prunes_per_turn or _reached(now, plan_of(total)):
+        if len(picked) == now.config.prunes_per_iteration or _reached(now, plan_of(total)):
             break
     return picked, total
 
 
-def _reached(now: Standing, step: Plan) -> bool:
+def _reached(now: IterationContext, step: Plan) -> bool:
     gone = {
         "FLOPs": now.flops_reduction(step),
         "parameters": 1 - parameters_after(now.graph.shapes, step) / now.baseline.parameters,

@@ -9,10 +9,10 @@ import logging
 from collections import Counter
 
 from laasp_ray.criteria import OF_ACTIVATIONS
-from laasp_ray.methods.base import Standing, Turn
+from laasp_ray.methods.base import IterationContext, IterationResult
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.records import Ranking
-from laasp_ray.search.activations import Wanted
+from laasp_ray.search.activations import ImportanceRequest
 from laasp_ray.search.candidates import entry_of, propose, tasks_of
 from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.policy import decide
@@ -20,15 +20,17 @@ from laasp_ray.search.policy import decide
 logger = logging.getLogger(__name__)
 
 
-def take_turn(now: Standing) -> Turn:
-    """Proposes, measures and chooses. With `prune.prunes_per_turn` the next best candidates go with the best
-    (together.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
+def iterate(now: IterationContext) -> IterationResult:
+    """Proposes, measures and chooses. With `prune.prunes_per_iteration` the next best candidates go with the best
+    (joint.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
     """
     config, graph, macs = now.config, now.graph, now.macs
     now.clock.lap("graph")
     network = now.scored
     by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
-    given = {name: now.executor.importance(network, Wanted.of(graph.layers, config)) for name in by_activations}
+    given = {
+        name: now.executor.importance(network, ImportanceRequest.of(graph.layers, config)) for name in by_activations
+    }
     proposals = propose(now.model, graph, macs, now.baseline, config, given)
     now.clock.lap("propose")
     done = told = 0
@@ -50,9 +52,11 @@ def take_turn(now: Standing) -> Turn:
     results = now.executor.measure(network, tasks_of(proposals), hear, hear_share)
     ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
     _say_copied(ranking)
-    decision, step = with_next_best(now, decide(ranking, turn=now.turn, loss_before=results[-1].loss), ranking)
+    decision, step = with_next_best(
+        now, decide(ranking, iteration=now.iteration, loss_before=results[-1].loss), ranking
+    )
     now.clock.lap("evaluate")
-    return Turn(decision, step, ranking, now.clock.seconds)
+    return IterationResult(decision, step, ranking, now.clock.seconds)
 
 
 def _say_copied(ranking: Ranking) -> None:

@@ -1,4 +1,4 @@
-"""PLS filter pruning: every turn the filters that tell least of the classes go, of all layers together.
+"""PLS filter pruning: every iteration the filters that tell least of the classes go, of all layers together.
 
 Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020.
 """
@@ -12,12 +12,12 @@ import torch
 
 from laasp_ray import criteria
 from laasp_ray.errors import ExhaustedError
-from laasp_ray.methods.base import Standing, Turn
+from laasp_ray.methods.base import IterationContext, IterationResult
 from laasp_ray.pruning.joint import independent_layers
-from laasp_ray.search.activations import Wanted
+from laasp_ray.search.activations import ImportanceRequest
 
 
-def take_turn(now: Standing) -> Turn:
+def iterate(now: IterationContext) -> IterationResult:
     """Scores all filters anew, and chooses. There are no candidates for `on_candidate` to hear of.
 
     Raises ExhaustedError when nothing is left to prune.
@@ -28,7 +28,7 @@ def take_turn(now: Standing) -> Turn:
             "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
         )
     now.clock.lap("graph")
-    scores = now.executor.importance(now.scored, Wanted.of(layers, now.config))
+    scores = now.executor.importance(now.scored, ImportanceRequest.of(layers, now.config))
     now.clock.lap("score")
     blocks = {layer: now.graph.layers[layer].blocks for layer in layers}
     return now.prune(choose(scores, blocks, now.config.percent, now.config.round_to), "pls")

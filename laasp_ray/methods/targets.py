@@ -25,7 +25,7 @@ class Reached:
     latency: tuple[Latency, Latency] | None = None
 
     def journaled(self) -> dict[str, Any]:
-        """What a turn's event holds of it: nothing where nothing was measured."""
+        """What an iteration's event holds of it: nothing where nothing was measured."""
         latency = {} if self.latency is None else {"latency": to_json(self.latency)}
         return {"reached": dict(self.shares), **latency} if self.shares else {}
 

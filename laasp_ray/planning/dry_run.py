@@ -11,7 +11,15 @@ from laasp_ray.config import PruneConfig, RunConfig
 from laasp_ray.criteria import OF_ACTIVATIONS
 from laasp_ray.distributed.address import check_address
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.planning.workload import LaaspTurns, PlsTurns, SparseStages, Turns, Workload, network_of, workload_of
+from laasp_ray.planning.workload import (
+    Iterations,
+    LaaspIterations,
+    PlsIterations,
+    SparseStages,
+    Workload,
+    network_of,
+    workload_of,
+)
 from laasp_ray.report.eta import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare
@@ -56,12 +64,14 @@ def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_
     evaluation = test_images / (machine.trainer.evaluation * machine.workers)
     epochs = {phase: count * epoch for phase, count in workload.epochs.items()}
     seconds = {"train": epochs["train"]}
-    if isinstance(workload, Turns):
-        turn = workload.passes * workload.loss_images / (machine.forward * machine.tasks) + workload.preparing_s
-        seconds["turns"] = workload.turns * turn
+    if isinstance(workload, Iterations):
+        iteration = (
+            workload.passes * workload.calibration_images / (machine.forward * machine.tasks) + workload.preparing_s
+        )
+        seconds["iterations"] = workload.iterations * iteration
     return {
         **seconds,
-        "recover": epochs["recover"],
+        "fine-tune": epochs["fine-tune"],
         "final": epochs["final"],
         "evaluate": workload.evaluations * evaluation,
     }
@@ -79,7 +89,7 @@ def describe(
         f"{machine.trainer.training:,.1f} images/s in training and {machine.trainer.evaluation:,.1f} in evaluation "
         "of one worker"
     )
-    if isinstance(workload, Turns):
+    if isinstance(workload, Iterations):
         measured += f", {machine.forward:,.1f} in the forward pass of one of {machine.tasks} evaluation tasks"
     rows = [
         *(("in the store", line) for line in stored),
@@ -110,7 +120,7 @@ def _stored(run: RunConfig) -> str:
     if not journal.events():
         return ""
     state = folded(storage, journal, run)
-    done = f"turns done: {state.turn}, epochs: {state.epochs_trained}"
+    done = f"iterations done: {state.iteration}, epochs: {state.epochs_trained}"
     return f"{run.name} has begun ({done}), and would go on; what follows counts all of it"
 
 
@@ -133,44 +143,46 @@ def _what_is_pruned(prepared: Prepared, workload: Workload) -> Rows:
     prune = prepared.config.prune
     if isinstance(workload, SparseStages):
         return _stages(prepared.config, workload)
-    if not isinstance(workload, Turns):
+    if not isinstance(workload, Iterations):
         return [("pruned", "nothing, without a target")]
-    turns = f"about {workload.turns}: " + " and ".join(f"{share:.2%} of {of}" for of, share in prune.targets.items())
+    iterations = f"about {workload.iterations}: " + " and ".join(
+        f"{share:.2%} of {of}" for of, share in prune.targets.items()
+    )
     of_flops = "" if list(prune.targets) == ["FLOPs"] else " of FLOPs"
     rows: Rows = []
-    if isinstance(workload, LaaspTurns):
-        together = f", {prune.prunes_per_turn} together" if prune.prunes_per_turn > 1 else ""
-        turns += f", {workload.removes:.2%}{of_flops} a candidate{together}"
-        evaluated = workload.candidates * workload.loss_images
+    if isinstance(workload, LaaspIterations):
+        joint = f", {prune.prunes_per_iteration} together" if prune.prunes_per_iteration > 1 else ""
+        iterations += f", {workload.removes:.2%}{of_flops} a candidate{joint}"
+        evaluated = workload.candidates * workload.calibration_images
         rows = [
             (
                 "candidates",
-                f"{workload.proposals} proposals a turn, {workload.candidates} distinct "
+                f"{workload.proposals} proposals an iteration, {workload.candidates} distinct "
                 f"({len(prepared.baseline.filters)} layers, {len(prune.criteria)} criteria)",
             ),
             (
                 "evaluated",
-                f"{workload.loss_images:,} images for each candidate: {evaluated:,} a turn, worth "
+                f"{workload.calibration_images:,} images for each candidate: {evaluated:,} an iteration, worth "
                 f"{workload.passes:.0f} forward passes over them",
             ),
         ]
-    elif isinstance(workload, PlsTurns):
-        turns += f", {workload.removes:.2%}{of_flops} a turn"
+    elif isinstance(workload, PlsIterations):
+        iterations += f", {workload.removes:.2%}{of_flops} an iteration"
         rows = [
             (
                 "filters",
                 f"{workload.filters:,} in {workload.layers} layers that no others are coupled to; {workload.first:,} "
-                f"go in the first turn, {prune.percent:g}% of those left in each",
+                f"go in the first iteration, {prune.percent:g}% of those left in each",
             ),
             (
                 "evaluated",
-                f"{workload.loss_images:,} images: scored, then the loss without the filters that go and with them, "
-                f"worth {workload.passes:.0f} forward passes over them",
+                f"{workload.calibration_images:,} images: scored, then the loss without the filters that go and with "
+                f"them, worth {workload.passes:.0f} forward passes over them",
             ),
         ]
-    turns += f"; at most {prune.iterations}" if prune.iterations else ""
-    recoveries = f"about {workload.recoveries}, epochs each: {prune.recover_epochs}"
-    return [("turns", turns), *rows, ("recoveries", recoveries)]
+    iterations += f"; at most {prune.iterations}" if prune.iterations else ""
+    fine_tunes = f"about {workload.fine_tunes}, epochs each: {prune.fine_tune_epochs}"
+    return [("iterations", iterations), *rows, ("fine-tunings", fine_tunes)]
 
 
 def _stages(config: RunConfig, workload: SparseStages) -> Rows:
@@ -198,17 +210,17 @@ def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
     left_out = "what workers tell one another, starting them, and storing are left out"
     if isinstance(workload, SparseStages):
         lines = [f"work goes by images over all workers; making and holding the masks, {left_out}"]
-    elif not isinstance(workload, Turns):
+    elif not isinstance(workload, Iterations):
         lines = [f"work goes by images over all workers; {left_out}"]
     else:
-        lines = ["the network stays as slow as it is unpruned: later turns and epochs are faster"]
-    if isinstance(workload, LaaspTurns):
+        lines = ["the network stays as slow as it is unpruned: later iterations and epochs are faster"]
+    if isinstance(workload, LaaspIterations):
         lines += [
-            "later turns have as many candidates as the first, and the chosen ones take what all do on average",
+            "later iterations have as many candidates as the first, and the chosen ones take what all do on average",
             "work goes by images over all workers, and by multiply-accumulates over candidates; " + left_out,
             *_assumptions_of_laasp(config, prune),
         ]
-    if isinstance(workload, PlsTurns):
+    if isinstance(workload, PlsIterations):
         lines += [
             "every layer loses the same share of its filters: which tell least is not known before they are scored",
             f"work goes by images over all workers; fitting the scores, {left_out}",
@@ -228,10 +240,12 @@ def _assumptions_of_laasp(config: RunConfig, prune: PruneConfig) -> list[str]:
             f"{', '.join(of_images)}: its picks, not known before images are looked at, are drawn here; where "
             "it agrees with others there are fewer distinct candidates"
         )
-    if prune.prunes_per_turn > 1:
-        lines.append(f"every turn makes {prune.prunes_per_turn} prunes")
+    if prune.prunes_per_iteration > 1:
+        lines.append(f"every iteration makes {prune.prunes_per_iteration} prunes")
     if config.search.racing == "on":
-        lines.append("every candidate sees all images: racing drops most of them long before, so turns are shorter")
+        lines.append(
+            "every candidate sees all images: racing drops most of them long before, so iterations are shorter"
+        )
     return lines
 
 
@@ -254,7 +268,7 @@ def _on_ray(prepared: Prepared, address: str | None) -> Machine:
 
     config = prepared.config
     with cluster.connected(address) as resources:
-        share = cluster.share_of(resources, config.cluster)
+        share = cluster.plan_resources(resources, config.cluster)
         check_workers(config, len(prepared.train), share.workers)
         trainer, forward = probe.measure(put_network(network_of(prepared)), config, share)
         return Machine(workers=share.workers, tasks=slots_of(resources, share), trainer=trainer, forward=forward)

@@ -1,4 +1,5 @@
-"""What a run consists of, counted before it starts: its epochs, and its turns or stages with what each evaluates."""
+"""What a run consists of, counted before it starts: its epochs, and its iterations or stages with what each
+evaluates."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ from laasp_ray.pruning.network import rebuild
 from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.records import Phase
 from laasp_ray.run.preflight import Prepared
-from laasp_ray.run.state import initial_state, next_spell
+from laasp_ray.run.state import initial_state, next_training_phase
 from laasp_ray.search.candidates import propose, tasks_of
-from laasp_ray.search.engine import Sites
+from laasp_ray.search.engine import BranchPoints
 from laasp_ray.train.loop import EpochPlan
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -34,41 +35,42 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each recovery,
-    at the end, and between the epochs before and after pruning as `train.test_every` says. One that prunes nothing has
-    no more than this."""
+    """Of any run: `epochs` by phase, and `evaluations` on the test images: before the first prune, after each
+    fine-tuning, at the end, and between the epochs before and after pruning as `train.test_every` says. One that prunes
+    nothing has no more than this."""
 
     epochs: Mapping[str, int]
     evaluations: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turns(Workload):
+class Iterations(Workload):
     """Of a run that removes filters.
 
-    `removes` is the mean share of FLOPs that a candidate takes, or a turn of PLS. `passes` is what a turn measures, in
-    forward passes of the unpruned network over the `loss_images`; `preparing_s` what it took to make it ready here.
+    `removes` is the mean share of FLOPs that a candidate takes, or an iteration of PLS. `passes` is what an iteration
+    measures, in forward passes of the unpruned network over the `calibration_images`; `preparing_s` what it took to
+    make it ready here.
     """
 
-    turns: int
-    recoveries: int
+    iterations: int
+    fine_tunes: int
     removes: float
     passes: float
-    loss_images: int
+    calibration_images: int
     preparing_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaaspTurns(Turns):
-    """`proposals` and `candidates` (distinct) are the first turn's."""
+class LaaspIterations(Iterations):
+    """`proposals` and `candidates` (distinct) are the first iteration's."""
 
     proposals: int
     candidates: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlsTurns(Turns):
-    """`layers` that filters may go of, how many `filters` these have, and how many go in the `first` turn."""
+class PlsIterations(Iterations):
+    """`layers` that filters may go of, how many `filters` these have, and how many go in the `first` iteration."""
 
     layers: int
     filters: int
@@ -110,41 +112,41 @@ def network_of(prepared: Prepared) -> nn.Module:
     return prepared.unpruned if begun_with is None else rebuild(prepared.unpruned, begun_with)
 
 
-def _laasp(prepared: Prepared) -> LaaspTurns:
+def _laasp(prepared: Prepared) -> LaaspIterations:
     config, prune = prepared.config, prepared.config.prune
     started = time.perf_counter()
     graph = _graph(prepared)
     drawn = {name: _drawn_scores(graph, name, config.seed) for name in prune.criteria if name in OF_ACTIVATIONS}
     proposals = propose(prepared.unpruned, graph, prepared.baseline.macs, prepared.baseline, prune, drawn)
     preparing = time.perf_counter() - started
-    sites = Sites(deep_copy(prepared.unpruned).eval(), prepared.example_input)
-    *costs, whole = (sites.cost(task).own for task in tasks_of(proposals))
+    branch_points = BranchPoints(deep_copy(prepared.unpruned).eval(), prepared.example_input)
+    *costs, whole = (branch_points.cost(task).own for task in tasks_of(proposals))
     removes = sum(proposal.candidate.flops_reduction for proposal in proposals) / len(proposals)
     left = sum(parameters_after(graph.shapes, proposal.step) for proposal in proposals) / len(proposals)
     each = {"FLOPs": removes, "parameters": 1 - left / prepared.baseline.parameters, "latency": removes}
     prunes = max(share / each[of] for of, share in prune.targets.items())
-    turns = max(1, math.ceil(prunes / prune.prunes_per_turn - 1e-9))
-    turns = min(turns, prune.iterations or turns)
-    between = max(1, math.ceil(prune.recover_every / (removes * prune.prunes_per_turn) - 1e-9))
-    recoveries = turns // between if prune.recover_epochs else 0
-    return LaaspTurns(
-        epochs=_epochs(config, recoveries),
-        evaluations=_evaluations(config, recoveries),
-        turns=turns,
-        recoveries=recoveries,
+    iterations = max(1, math.ceil(prunes / prune.prunes_per_iteration - 1e-9))
+    iterations = min(iterations, prune.iterations or iterations)
+    between = max(1, math.ceil(prune.fine_tune_every / (removes * prune.prunes_per_iteration) - 1e-9))
+    fine_tunes = iterations // between if prune.fine_tune_epochs else 0
+    return LaaspIterations(
+        epochs=_epochs(config, fine_tunes),
+        evaluations=_evaluations(config, fine_tunes),
+        iterations=iterations,
+        fine_tunes=fine_tunes,
         removes=removes,
         # Besides the candidates: the network as it stands, its statistics, what criteria of activations look at, what
         # several prunes come to together.
         passes=sum(costs) / whole
-        + (1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_turn > 1)),
-        loss_images=_loss_images(prepared),
+        + (1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_iteration > 1)),
+        calibration_images=_calibration_images(prepared),
         preparing_s=preparing,
         proposals=sum(1 + len(proposal.candidate.also) for proposal in proposals),
         candidates=len(proposals),
     )
 
 
-def _pls(prepared: Prepared) -> PlsTurns:
+def _pls(prepared: Prepared) -> PlsIterations:
     config, prune = prepared.config, prepared.config.prune
     started = time.perf_counter()
     graph = _graph(prepared)
@@ -152,16 +154,16 @@ def _pls(prepared: Prepared) -> PlsTurns:
     preparing = time.perf_counter() - started
     filters = sum(graph.layers[layer].filters for layer in layers)
     gone = _gone_after(filters, _gone_with(prepared, graph, layers), prune)
-    recoveries = _recoveries(gone, prune)
-    return PlsTurns(
-        epochs=_epochs(config, recoveries),
-        evaluations=_evaluations(config, recoveries),
-        turns=len(gone),
-        recoveries=recoveries,
+    fine_tunes = _fine_tunes(gone, prune)
+    return PlsIterations(
+        epochs=_epochs(config, fine_tunes),
+        evaluations=_evaluations(config, fine_tunes),
+        iterations=len(gone),
+        fine_tunes=fine_tunes,
         removes=gone[-1] / len(gone),
         # The scores, and the losses without what goes and of the network as it stands.
         passes=3 + config.search.reestimate_batchnorm,
-        loss_images=_loss_images(prepared),
+        calibration_images=_calibration_images(prepared),
         preparing_s=preparing,
         layers=len(layers),
         filters=filters,
@@ -172,7 +174,7 @@ def _pls(prepared: Prepared) -> PlsTurns:
 def _sparse(prepared: Prepared, sparsity: SparsityConfig) -> SparseStages:
     config, network = prepared.config, network_of(prepared)
     *earlier, _ = sparsity.all_stages
-    following = [*(config.prune.recover_epochs for _ in earlier), config.train.epochs - config.train.prune_epoch]
+    following = [*(config.prune.fine_tune_epochs for _ in earlier), config.train.epochs - config.train.prune_epoch]
     stages = []
     for pruned, epochs in zip(sparsity.all_stages, following, strict=True):
         layers = layer_rules(network, sparsity, config.prune.ignored, pruned)
@@ -200,32 +202,35 @@ def _graph(prepared: Prepared) -> PruningGraph:
     )
 
 
-def _loss_images(prepared: Prepared) -> int:
+def _calibration_images(prepared: Prepared) -> int:
     return min(prepared.config.search.images, len(prepared.train))
 
 
-def _epochs(config: RunConfig, recoveries: int) -> dict[str, int]:
-    """By phase, of a run with so many recoveries."""
-    spells = _spells(config)
+def _epochs(config: RunConfig, fine_tunes: int) -> dict[str, int]:
+    """By phase, of a run with so many fine-tunings."""
+    training_phases = _training_phases(config)
     return {
-        "train": len(spells.get("train", ())),
-        "recover": recoveries * config.prune.recover_epochs,
-        "final": len(spells["final"]),
+        "train": len(training_phases.get("train", ())),
+        "fine-tune": fine_tunes * config.prune.fine_tune_epochs,
+        "final": len(training_phases["final"]),
     }
 
 
-def _evaluations(config: RunConfig, recoveries: int) -> int:
-    """On the test images, of a run with so many recoveries; the last epoch of a spell is followed by one anyway."""
-    between = sum(config.train.is_tested(plan.epoch) for epochs in _spells(config).values() for plan in epochs[:-1])
+def _evaluations(config: RunConfig, fine_tunes: int) -> int:
+    """On the test images, of a run with so many fine-tunings; the last epoch of a training phase is followed by one
+    anyway."""
+    between = sum(
+        config.train.is_tested(plan.epoch) for epochs in _training_phases(config).values() for plan in epochs[:-1]
+    )
     before = config.prunes or config.train.pretrained is not None
-    return before + recoveries + between + 1
+    return before + fine_tunes + between + 1
 
 
-def _spells(config: RunConfig) -> dict[Phase, tuple[EpochPlan, ...]]:
-    """The epochs of the spells of training before and after pruning."""
+def _training_phases(config: RunConfig) -> dict[Phase, tuple[EpochPlan, ...]]:
+    """The epochs of the training phases before and after pruning."""
     first = initial_state(config)
     phases: tuple[Phase, ...] = ("train", "final") if first.phase == "train" else ("final",)
-    return {phase: next_spell(replace(first, phase=phase), config).epochs for phase in phases}
+    return {phase: next_training_phase(replace(first, phase=phase), config).epochs for phase in phases}
 
 
 def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:
@@ -239,7 +244,7 @@ def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, t
 
 
 def _removed(filters: int, percent: float) -> int:
-    """How many of the filters that are left a turn of PLS takes."""
+    """How many of the filters that are left an iteration of PLS takes."""
     return max(1, math.floor(percent / 100 * filters + 0.5))
 
 
@@ -263,7 +268,8 @@ def _gone_with(
 
 
 def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], prune: PruneConfig) -> list[float]:
-    """The share of FLOPs that is gone after each turn of PLS, until the targets are reached or the turns used up."""
+    """The share of FLOPs that is gone after each iteration of PLS, until the targets are reached or the iterations used
+    up."""
     left = filters
     after: list[float] = []
     while left and not 0 < prune.iterations <= len(after):
@@ -275,10 +281,10 @@ def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], prun
     return after
 
 
-def _recoveries(gone: list[float], prune: PruneConfig) -> int:
-    """How many follow turns after which these shares of FLOPs are gone."""
-    recoveries, recovered_at = 0, 0.0
-    for share in gone if prune.recover_epochs else ():
-        if share - recovered_at >= prune.recover_every:
-            recoveries, recovered_at = recoveries + 1, share
-    return recoveries
+def _fine_tunes(gone: list[float], prune: PruneConfig) -> int:
+    """How many follow iterations after which these shares of FLOPs are gone."""
+    fine_tunes, fine_tuned_at = 0, 0.0
+    for share in gone if prune.fine_tune_epochs else ():
+        if share - fine_tuned_at >= prune.fine_tune_every:
+            fine_tunes, fine_tuned_at = fine_tunes + 1, share
+    return fine_tunes

@@ -28,7 +28,7 @@ class TensorAxis:
 
 
 @dataclass(frozen=True)
-class Side:
+class ChannelAxis:
     """The channels on one side of a module (or of a raw parameter).
 
     `size` channels in `blocks` equal contiguous blocks, which must lose the same count each. `role`: a layer's own
@@ -47,11 +47,11 @@ class Side:
     filters_per_input: int = 1
 
 
-Removal = Mapping[Side, Collection[int]]
+Removal = Mapping[ChannelAxis, Collection[int]]
 """Channels to remove, at every side that a prune changes."""
 
 
-def unite(total: dict[Side, set[int]], removal: Removal) -> None:
+def unite(total: dict[ChannelAxis, set[int]], removal: Removal) -> None:
     """Adds a removal to `total`: both in one prune."""
     for side, channels in removal.items():
         total.setdefault(side, set()).update(channels)
@@ -79,7 +79,7 @@ def plan_of(removal: Removal) -> Plan:
     return Plan(tensors=tensors, attributes=attributes, layers=layers)
 
 
-def _parts(side: Side, kept: tuple[int, ...]) -> Kept:
+def _parts(side: ChannelAxis, kept: tuple[int, ...]) -> Kept:
     width = side.size // side.blocks
     parts = tuple(tuple(index % width for index in kept if index // width == block) for block in range(side.blocks))
     counts = {len(part) for part in parts}
@@ -93,7 +93,7 @@ def _parts(side: Side, kept: tuple[int, ...]) -> Kept:
     return parts
 
 
-def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None:
+def describe(name: str, module: nn.Module, *, inputs: bool) -> ChannelAxis | str | None:
     """A module's input side, if `inputs`, or else its output side.
 
     A string says why the channels of such a module cannot be removed; None that it is of no type with channels of its
@@ -107,7 +107,7 @@ def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None
         )
         return _checked(
             module,
-            Side(
+            ChannelAxis(
                 name,
                 "inputs" if inputs else "filters",
                 size,
@@ -119,16 +119,16 @@ def describe(name: str, module: nn.Module, *, inputs: bool) -> Side | str | None
     return _normalisation(name, module)
 
 
-def parameter_side(name: str, axis: int, size: int) -> Side:
+def parameter_side(name: str, axis: int, size: int) -> ChannelAxis:
     """The channels of a parameter that belongs to no known layer, such as a learned scale, along `axis`."""
-    return Side(name.rpartition(".")[0], "channels", size, 1, (TensorAxis(name, axis),), ())
+    return ChannelAxis(name.rpartition(".")[0], "channels", size, 1, (TensorAxis(name, axis),), ())
 
 
-def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side | str:
+def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> ChannelAxis | str:
     if is_depthwise(conv):
         return _checked(
             conv,
-            Side(
+            ChannelAxis(
                 name,
                 "filters",
                 conv.out_channels,
@@ -141,8 +141,8 @@ def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Side
     axis = int(inputs) if not conv.transposed else int(not inputs)
     axes = _axes(name, conv, axis, bias=not inputs, per_block=conv.groups > 1 and axis == 1)
     if inputs:
-        return _checked(conv, Side(name, "inputs", conv.in_channels, conv.groups, axes, ("in_channels",)))
-    return _checked(conv, Side(name, "filters", conv.out_channels, conv.groups, axes, ("out_channels",)))
+        return _checked(conv, ChannelAxis(name, "inputs", conv.in_channels, conv.groups, axes, ("in_channels",)))
+    return _checked(conv, ChannelAxis(name, "filters", conv.out_channels, conv.groups, axes, ("out_channels",)))
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -155,7 +155,7 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
-def _normalisation(name: str, module: nn.Module) -> Side | str | None:
+def _normalisation(name: str, module: nn.Module) -> ChannelAxis | str | None:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return _simple(name, module, "num_features", module.num_features)
     if isinstance(module, nn.GroupNorm):
@@ -171,10 +171,10 @@ def _normalisation(name: str, module: nn.Module) -> Side | str | None:
 
 def _simple(
     name: str, module: nn.Module, attribute: str, size: int, *, blocks: int = 1, normalises: bool = False
-) -> Side | str:
+) -> ChannelAxis | str:
     leaves = ("weight", "bias", "running_mean", "running_var")
     axes = tuple(TensorAxis(f"{name}.{leaf}", 0) for leaf in leaves if getattr(module, leaf, None) is not None)
-    return _checked(module, Side(name, "channels", size, blocks, axes, (attribute,), normalises))
+    return _checked(module, ChannelAxis(name, "channels", size, blocks, axes, (attribute,), normalises))
 
 
 def _axes(name: str, module: nn.Module, axis: int, *, bias: bool, per_block: bool = False) -> tuple[TensorAxis, ...]:
@@ -182,7 +182,7 @@ def _axes(name: str, module: nn.Module, axis: int, *, bias: bool, per_block: boo
     return (weight, TensorAxis(f"{name}.bias", 0)) if bias and module.bias is not None else (weight,)
 
 
-def _checked(module: nn.Module, side: Side) -> Side | str:
+def _checked(module: nn.Module, side: ChannelAxis) -> ChannelAxis | str:
     """The side, or why not: tensors that a parametrisation computes anew cannot be cut."""
     for axis in side.axes:
         leaf = axis.tensor.rpartition(".")[2]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import PruningError, is_out_of_memory
-from laasp_ray.pruning.channels import Side, describe, parameter_side
+from laasp_ray.pruning.channels import ChannelAxis, describe, parameter_side
 from laasp_ray.pruning.flow import Flow, Follower, Meeting, tensors_of
 from laasp_ray.pruning.labels import along
 
@@ -22,11 +22,11 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 class Coupling:
     """For every side that a layer's filters reach: filter -> channels there. `own` has the class of each filter."""
 
-    sides: Mapping[Side, Mapping[int, tuple[int, ...]]]
+    sides: Mapping[ChannelAxis, Mapping[int, tuple[int, ...]]]
     blocks: int
     own: np.ndarray
 
-    def removal(self, filters: Sequence[int]) -> dict[Side, set[int]]:
+    def removal(self, filters: Sequence[int]) -> dict[ChannelAxis, set[int]]:
         return {
             side: {channel for index in filters for channel in channels.get(index, ())}
             for side, channels in self.sides.items()
@@ -48,9 +48,9 @@ class Couplings:
     def __init__(self, probe: nn.Module, example: torch.Tensor, frozen: set[str]) -> None:
         self._frozen = frozen
         self._flow = flow = Flow()
-        self._sides: list[tuple[Side, np.ndarray]] = []
+        self._sides: list[tuple[ChannelAxis, np.ndarray]] = []
         self._grouped: dict[tuple[str, str], np.ndarray] = {}
-        self._own: dict[str, tuple[Side, np.ndarray] | str] = {}
+        self._own: dict[str, tuple[ChannelAxis, np.ndarray] | str] = {}
         self._names = {name: names[0] for names in _names_of_tensors(probe).values() for name in names}
         self._describe(probe)
         refused = {name: reason for name, reason in self._own.items() if isinstance(reason, str)}
@@ -96,7 +96,7 @@ class Couplings:
             return f"its {side.size} filters do not divide into the {blocks} blocks that the layers around it need"
         if side.size == blocks:
             return f"one filter left in each of its {blocks} blocks"
-        sides: dict[Side, dict[int, tuple[int, ...]]] = {}
+        sides: dict[ChannelAxis, dict[int, tuple[int, ...]]] = {}
         for index, found in enumerate(classes.tolist()):
             for where, places in self._entries.of(found).items():
                 sides.setdefault(self._sides[where][0], {})[index] = tuple(places)
@@ -144,7 +144,7 @@ class Couplings:
                         self._flow.add_line(name, axis, size)
         covered: set[tuple[str, int]] = set()
         for name, found in described.items():
-            for side in dict.fromkeys(item for item in found if isinstance(item, Side)):
+            for side in dict.fromkeys(item for item in found if isinstance(item, ChannelAxis)):
                 line = self._line(side)
                 self._sides.append((side, line))
                 if side.role == "filters":
@@ -165,7 +165,7 @@ class Couplings:
             if name.rpartition(".")[0] in self._frozen:
                 self._flow.stuck.append((line, f"is coupled to {name}, which is ignored"))
 
-    def _line(self, side: Side) -> np.ndarray:
+    def _line(self, side: ChannelAxis) -> np.ndarray:
         first, *rest = side.axes if side.axes else (None,)
         if first is None:
             return self._flow.channels.new(side.size)
@@ -199,7 +199,7 @@ class Couplings:
             reads_itself = meeting.owner and self._names.get(f"{meeting.module}.weight") == meeting.owner
             if meeting.kind == "reads" and reads_itself and isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
                 continue
-            side = Side(meeting.module, "channels", len(meeting.channels), 1, (), (), normalises=True)
+            side = ChannelAxis(meeting.module, "channels", len(meeting.channels), 1, (), (), normalises=True)
             self._sides.append((side, meeting.channels))
 
 

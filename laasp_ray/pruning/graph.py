@@ -17,12 +17,12 @@ from torch import nn
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import MemoryShortError, PruningError, is_out_of_memory
-from laasp_ray.pruning.channels import Side, plan_of, unite
+from laasp_ray.pruning.channels import ChannelAxis, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
 from laasp_ray.pruning.flow import tensors_of
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
-from laasp_ray.pruning.verify import fault_of, scramble, twin
+from laasp_ray.pruning.verify import clone_sharing_parameters, fault_of, scramble
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class PruningGraph:
         extra_layers: Sequence[str] = (),
     ) -> None:
         _check_kind(model)
-        probe = twin(model).cpu().float().eval()
+        probe = clone_sharing_parameters(model).cpu().float().eval()
         exact = sum(parameter.numel() for parameter in probe.parameters()) <= _MOST_IN_FLOAT64
         if exact:
             probe.double()
@@ -129,7 +129,7 @@ class PruningGraph:
         """
         return plan_of(self.removal(layer, filters))
 
-    def removal(self, layer: str, filters: Sequence[int]) -> dict[Side, set[int]]:
+    def removal(self, layer: str, filters: Sequence[int]) -> dict[ChannelAxis, set[int]]:
         """The channels that `step` removes, at every side that it changes; raises as `step` does."""
         if layer not in self.layers:
             raise PruningError(f"layer {layer!r} cannot be pruned: {self.skipped.get(layer, 'no such candidate')}")
@@ -206,7 +206,7 @@ def _faults(
     def fault_in(layers: Sequence[str], draw: int) -> str | None:
         """Layers that share channels with others are tried after those."""
         while layers:
-            together: dict[Side, set[int]] = {}
+            joint: dict[ChannelAxis, set[int]] = {}
             gone, left = np.zeros(int(found.classes.max()) + 1, bool), []
             for name in layers:
                 coupling = couplings[name]
@@ -214,9 +214,9 @@ def _faults(
                     left.append(name)
                     continue
                 filters = _some(coupling, f"{name}{draw}", half=draw > 0)
-                unite(together, coupling.removal(filters))
+                unite(joint, coupling.removal(filters))
                 gone[coupling.classes(filters)] = True
-            fault = _tried(probe, example, together, found, gone[found.classes])
+            fault = _tried(probe, example, joint, found, gone[found.classes])
             if fault is not None:
                 return fault
             layers = left
@@ -240,7 +240,7 @@ def _faults(
 
 
 def _tried(
-    probe: nn.Module, example: torch.Tensor, removal: dict[Side, set[int]], found: Couplings, gone: np.ndarray
+    probe: nn.Module, example: torch.Tensor, removal: dict[ChannelAxis, set[int]], found: Couplings, gone: np.ndarray
 ) -> str | None:
     return _retried(lambda: fault_of(probe, example, removal, found.meetings, gone))
 
@@ -290,7 +290,7 @@ def filters_to_remove(
     max_pruned: float,
     round_to: int = 1,
 ) -> int:
-    """How many filters the layer may lose this turn; 0 if none.
+    """How many filters the layer may lose this iteration; 0 if none.
 
     `original` is its number of filters in the unpruned network, of which at most the share `max_pruned` is ever
     removed. `step_size` is what `step_sizes` gave; under the rule `layer_share` the count is the share `step` of the
@@ -324,7 +324,7 @@ def reachable_parameters(
 
 
 def _at_limits(graph: PruningGraph, max_pruned: float, layers: Collection[str] | None, round_to: int) -> Plan:
-    total: dict[Side, set[int]] = {}
+    total: dict[ChannelAxis, set[int]] = {}
     for name in graph.layers if layers is None else layers:
         group = graph.layers[name]
         width = group.filters // group.blocks
@@ -339,7 +339,7 @@ def _at_limits(graph: PruningGraph, max_pruned: float, layers: Collection[str] |
 
 
 def _leaving_some(
-    graph: PruningGraph, group: ChannelGroup, filters: Sequence[int], total: Mapping[Side, set[int]]
+    graph: PruningGraph, group: ChannelGroup, filters: Sequence[int], total: Mapping[ChannelAxis, set[int]]
 ) -> list[int]:
     """As many of these filters as can go, in whole rows of the blocks, without all of another layer going."""
 

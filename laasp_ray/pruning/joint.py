@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from laasp_ray.pruning.channels import Removal, Side, unite
+from laasp_ray.pruning.channels import ChannelAxis, Removal, unite
 from laasp_ray.pruning.graph import PruningGraph
 
 
@@ -19,9 +19,9 @@ def independent_layers(graph: PruningGraph) -> tuple[str, ...]:
     return tuple(name for name in graph.layers if not any(_tied(side, name) for side in _one_prune(graph, name)))
 
 
-def removal_of_several(graph: PruningGraph, filters: Mapping[str, Sequence[int]]) -> Removal:
+def joint_removal(graph: PruningGraph, filters: Mapping[str, Sequence[int]]) -> Removal:
     """The channels that go with these filters of each layer; raises PruningError as `PruningGraph.removal` does."""
-    total: dict[Side, set[int]] = {}
+    total: dict[ChannelAxis, set[int]] = {}
     for layer, chosen in filters.items():
         unite(total, graph.removal(layer, chosen))
     return total
@@ -32,6 +32,6 @@ def _one_prune(graph: PruningGraph, layer: str) -> Removal:
     return graph.removal(layer, range(0, group.filters, group.filters // group.blocks))
 
 
-def _tied(side: Side, layer: str) -> bool:
+def _tied(side: ChannelAxis, layer: str) -> bool:
     depthwise = "groups" in side.attributes  # whose number of groups is that of its channels
     return side.role == "filters" and side.module != layer and not depthwise

@@ -1,7 +1,7 @@
-"""A prune without cutting: the layers that read the removed channels are made deaf to them.
+"""A prune without cutting: the layers that read the removed channels are masked.
 
-Never the layer that makes the channels is silenced: what lies between would turn zeros into something else (BatchNorm's
-shift does). Where nothing normalises over channels, deaf readers give what the pruned network gives.
+Never the layer that makes the channels is silenced: what lies between would iteration zeros into something else
+(BatchNorm's shift does). Where nothing normalises over channels, masked readers give what the pruned network gives.
 """
 
 from __future__ import annotations

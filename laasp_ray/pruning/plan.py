@@ -244,8 +244,10 @@ def _selected(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
         for other in names.get(id(tensor), ()):
             if plan.tensors.get(other) != axes:
                 raise PruningError(f"{name} and {other} are one tensor, but the plan does not cut both in the same way")
-        twin = next((selected[other] for other in names.get(id(tensor), ()) if other in selected), None)
-        selected[name] = _select(name, tensor, axes) if twin is None else twin
+        clone_sharing_parameters = next(
+            (selected[other] for other in names.get(id(tensor), ()) if other in selected), None
+        )
+        selected[name] = _select(name, tensor, axes) if clone_sharing_parameters is None else clone_sharing_parameters
     return selected
 
 

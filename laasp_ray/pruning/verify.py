@@ -35,7 +35,7 @@ MIXED = (
 )
 
 
-def twin(model: nn.Module) -> nn.Module:
+def clone_sharing_parameters(model: nn.Module) -> nn.Module:
     """A copy of a network that shares the parameters' memory, but has its own Parameter objects and buffers.
 
     It may be pruned, moved, and have `requires_grad` set; its parameters must not be written to.
@@ -85,7 +85,7 @@ def fault_of(
     `meetings` are where its channels disappear, as a run of it showed; `gone` (n,) says of every channel's number
     whether the removal takes it.
     """
-    pruned = twin(model)
+    pruned = clone_sharing_parameters(model)
     try:
         apply_plan(pruned, plan_of(removal))
     except PruningError as error:

@@ -14,10 +14,10 @@ CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def vgg16_cifar10() -> RunConfig:
-    """VGG16 on CIFAR-10, 60.5% fewer FLOPs: a prune takes 10% of a layer's filters, recoveries of 3 epochs per 3%."""
+    """VGG16 on CIFAR-10, 60.5% fewer FLOPs: a prune takes 10% of a layer's filters, fine-tunings of 3 epochs per 3%."""
     return _cifar10(
         "vgg16",
-        PruneConfig(flops_reduction=0.605, step=0.1, step_rule="layer_share", recover_every=0.03, recover_epochs=3),
+        PruneConfig(flops_reduction=0.605, step=0.1, step_rule="layer_share", fine_tune_every=0.03, fine_tune_epochs=3),
         _cifar_schedule(epochs=160, prune_epoch=30, drop_epochs=(40, 80, 120)),
     )
 
@@ -45,10 +45,10 @@ def resnet110_cifar10() -> RunConfig:
 def _cifar10_resnet(
     depth: int, flops_reduction: float, *, epochs: int = 200, drop_epochs: tuple[int, ...] = (60, 120, 160, 190)
 ) -> RunConfig:
-    """Pruning at epoch 60, a recovery of one epoch after every prune, as the logs have it."""
+    """Pruning at epoch 60, a fine-tuning of one epoch after every prune, as the logs have it."""
     return _cifar10(
         f"resnet{depth}",
-        PruneConfig(flops_reduction=flops_reduction, recover_every=0.0, recover_epochs=1),
+        PruneConfig(flops_reduction=flops_reduction, fine_tune_every=0.0, fine_tune_epochs=1),
         _cifar_schedule(epochs=epochs, prune_epoch=60, drop_epochs=drop_epochs),
     )
 
@@ -86,11 +86,12 @@ def _cifar_schedule(*, epochs: int, prune_epoch: int, drop_epochs: tuple[int, ..
 
 
 def _script_of_2023(config: RunConfig) -> RunConfig:
-    """A CIFAR ResNet's recipe as the authors' script of 2023 has it: x0.1, batch 128, recoveries of 6 epochs per 2%."""
+    """A CIFAR ResNet's recipe as the authors' script of 2023 has it: x0.1, batch 128, fine-tunings of 6 epochs per
+    2%."""
     return replace(
         config,
         name=f"{config.name}-2023",
-        prune=replace(config.prune, recover_every=0.02, recover_epochs=6),
+        prune=replace(config.prune, fine_tune_every=0.02, fine_tune_epochs=6),
         train=replace(
             config.train,
             epochs=200,

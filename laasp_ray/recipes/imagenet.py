@@ -27,7 +27,7 @@ def mobilenet_v2_imagenet() -> RunConfig:
 
     The paper gives results but no schedule; all of this is our choice: weight decay 4e-5 and a learning rate that falls
     every epoch, as usual for this network, here by 0.96 from 0.05, to 1e-4 in 150 epochs of batch 256; pruning at
-    epoch 37, a quarter of the schedule, and recoveries of 2 epochs per 3%, both as for the ResNets.
+    epoch 37, a quarter of the schedule, and fine-tunings of 2 epochs per 3%, both as for the ResNets.
     """
     epochs = 150
     schedule = TrainConfig(
@@ -43,12 +43,12 @@ def mobilenet_v2_imagenet() -> RunConfig:
 
 
 def _imagenet(network: str, flops_reduction: float) -> RunConfig:
-    """100 epochs, x0.1 every 30, pruning at epoch 25, recoveries of 2 epochs per 3%."""
+    """100 epochs, x0.1 every 30, pruning at epoch 25, fine-tunings of 2 epochs per 3%."""
     return RunConfig(
         name=f"{network}_imagenet",
         model=ModelConfig(builder=f"torchvision.{network}", arguments={"num_classes": 1000}, input_shape=(3, 224, 224)),
         data=DataConfig(path="imagenet", threads=8),
-        prune=PruneConfig(flops_reduction=flops_reduction, recover_every=0.03, recover_epochs=2),
+        prune=PruneConfig(flops_reduction=flops_reduction, fine_tune_every=0.03, fine_tune_epochs=2),
         search=SearchConfig(images=5000, batch_size=250),
         train=TrainConfig(
             epochs=100,

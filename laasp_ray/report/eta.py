@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Pace:
+class EtaEstimator:
     """Follows one growing quantity; `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

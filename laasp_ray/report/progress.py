@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
-from laasp_ray.report.eta import Pace, format_duration
+from laasp_ray.report.eta import EtaEstimator, format_duration
 
 Clock = Callable[[], float]
 _SHARES = ("top1", "top5", "test top1")
@@ -37,19 +37,20 @@ class Progress(Protocol):
         """A run that was cut off goes on from `state`."""
 
     def phase(self, name: str, detail: str) -> None:
-        """A spell of training, a turn, or something else begins."""
+        """A training phase, an iteration, or something else begins."""
 
     def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
-        """`epoch` of the `epochs` of this spell are finished; `metrics` are loss and top1 in training, and `test top1`
-        where the test images were evaluated."""
+        """`epoch` of the `epochs` of this training phase are finished; `metrics` are loss and top1 in training, and
+        `test top1` where the test images were evaluated."""
 
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
-        """`done` of a turn's `total` candidates have their loss, of which `measured` is the latest or the best."""
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
+        """`done` of an iteration's `total` candidates have their loss, of which `measured` is the latest or the
+        best."""
 
     def decision(
         self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
     ) -> None:
-        """A turn is over; it took `seconds`."""
+        """An iteration is over; it took `seconds`."""
 
     def note(self, text: str) -> None:
         """Something worth knowing, such as an image that was left out."""
@@ -73,39 +74,39 @@ def make_progress(
     return LineProgress(targets, stream, clock)
 
 
-class _Standing:
+class _RunView:
     """Where the run stands, and when it will have come to the end of what it is doing."""
 
     def __init__(self, targets: Mapping[str, float], clock: Clock) -> None:
         self.targets = targets
         self.phase, self.detail = "starting", ""
-        self.turn = 0
+        self.iteration = 0
         self.reached = dict.fromkeys(targets, 0.0)
         self.epoch, self.epochs = 0, 0
         self.done, self.total = 0, 0
         self.least: CandidateLoss | None = None
         self.losses: dict[str, float] = {}
         self._clock = clock
-        self._paces = {of: Pace(clock) for of in targets}
-        self._epoch_pace = Pace(clock)
+        self._paces = {of: EtaEstimator(clock) for of in targets}
+        self._epoch_pace = EtaEstimator(clock)
 
     def resume(self, state: RunState) -> None:
-        self.turn = state.turn
+        self.iteration = state.iteration
         self._note_reached(state.reached)
 
     def begin(self, phase: str, detail: str) -> None:
         self.phase, self.detail = phase, detail
         self.epoch = self.epochs = self.done = self.total = 0
         self.losses = {}
-        self._epoch_pace = Pace(self._clock)
+        self._epoch_pace = EtaEstimator(self._clock)
 
     def note_epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         self.phase, self.epoch, self.epochs, self.losses = phase, epoch, epochs, dict(metrics)
         self._epoch_pace.update(epoch)
 
-    def note_candidate(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
-        if turn != self.turn:
-            self.turn, self.least = turn, None
+    def note_candidate(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
+        if iteration != self.iteration:
+            self.iteration, self.least = iteration, None
         self.done, self.total = done, total
         if (
             measured is not None
@@ -115,7 +116,7 @@ class _Standing:
             self.least = measured
 
     def note_decision(self, decision: Decision, reached: Mapping[str, float]) -> None:
-        self.turn, self.losses = decision.turn, {"loss": decision.loss}
+        self.iteration, self.losses = decision.iteration, {"loss": decision.loss}
         self._note_reached(reached)
 
     def _note_reached(self, reached: Mapping[str, float]) -> None:
@@ -135,10 +136,10 @@ class _Standing:
 
 
 class LineProgress:
-    """A line per epoch, turn and decision; for logs and pipes."""
+    """A line per epoch, iteration and decision; for logs and pipes."""
 
     def __init__(self, targets: Mapping[str, float], stream: TextIO, clock: Clock) -> None:
-        self._standing, self._stream = _Standing(targets, clock), stream
+        self._standing, self._stream = _RunView(targets, clock), stream
 
     def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
         self._standing.resume(state)
@@ -153,10 +154,10 @@ class LineProgress:
         self._standing.note_epoch(phase, epoch, epochs, metrics)
         self._print(_joined(epoch_line(phase, epoch, epochs, metrics, learning_rate), self._standing.remaining()))
 
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
-        self._standing.note_candidate(done, total, measured, turn)
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
+        self._standing.note_candidate(done, total, measured, iteration)
         if done == total:
-            self._print(f"turn {turn}: {total} candidates measured{_least(self._standing)}")
+            self._print(f"iteration {iteration}: {total} candidates measured{_least(self._standing)}")
 
     def decision(
         self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
@@ -181,7 +182,7 @@ class LiveProgress:
     """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
 
     def __init__(self, targets: Mapping[str, float], console: Console, clock: Clock) -> None:
-        self._standing, self._console = _Standing(targets, clock), console
+        self._standing, self._console = _RunView(targets, clock), console
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
         )
@@ -215,8 +216,8 @@ class LiveProgress:
         self._standing.note_epoch(phase, epoch, epochs, metrics)
         self._print(f"[dim]{escape(epoch_line(phase, epoch, epochs, metrics, learning_rate))}[/]")
 
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, turn: int) -> None:
-        self._standing.note_candidate(done, total, measured, turn)
+    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
+        self._standing.note_candidate(done, total, measured, iteration)
         self._show()
 
     def decision(
@@ -257,10 +258,10 @@ class LiveProgress:
 
 def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
     """The line that tells where a run goes on."""
-    turn = state.turn + (state.phase == "prune")
-    before = "going on before the first turn" if state.phase == "train" else "going on"  # nothing will be pruned
+    iteration = state.iteration + (state.phase == "prune")
+    before = "going on before the first iteration" if state.phase == "train" else "going on"  # nothing will be pruned
     return _joined(
-        f"going on at turn {turn}" if turn else before,
+        f"going on at iteration {iteration}" if iteration else before,
         *(f"{state.reached[of]:.1%} of {target:.1%} {of} gone" for of, target in targets.items()),
         f"{state.epochs_trained} epochs trained",
     )
@@ -273,13 +274,13 @@ def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]
 def decision_line(
     decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
 ) -> str:
-    """The line that tells a turn: layers, criteria, filters, losses, FLOPs and other targets, seconds."""
+    """The line that tells an iteration: layers, criteria, filters, losses, FLOPs and other targets, seconds."""
     count = sum(len(prune.filters) for prune in decision.prunes)
     filters = f"{count} filter" + ("s" if count != 1 else "")
     gone = {of: share for of, share in reached.items() if of == "FLOPs" or of in targets}
     shares = [f"{of} {-share:+.2%}" + (f" of {targets[of]:.2%}" if of in targets else "") for of, share in gone.items()]
     return (
-        f"turn {decision.turn}: {_layers(decision)}, {filters}, "
+        f"iteration {decision.iteration}: {_layers(decision)}, {filters}, "
         f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, {', '.join(shares)}, {format_duration(seconds)}"
     )
 
@@ -298,7 +299,7 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _least(standing: _Standing) -> str:
+def _least(standing: _RunView) -> str:
     least = standing.least
     return "" if least is None or not standing.total else f", least loss {least.loss:.4f} ({least.candidate.name})"
 

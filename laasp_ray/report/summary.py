@@ -29,9 +29,9 @@ class Summary:
 
     `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
     test metrics before the first prune and at the end, `best` is the epoch of the final training with the highest
-    top-1 on the test images. `turn_seconds` has the mean seconds of a turn by where they went, `phase_seconds` the
-    seconds of training by phase, `kept_filters` the filters left in each pruned layer, `filters` those that every
-    prunable layer began with.
+    top-1 on the test images. `iteration_seconds` has the mean seconds of an iteration by where they went,
+    `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer, `filters`
+    those that every prunable layer began with.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Summary:
     best: BestEpoch | None = None
     decisions: tuple[Decision, ...] = ()
     candidates: int = 0
-    turn_seconds: Mapping[str, float] = field(default_factory=dict)
+    iteration_seconds: Mapping[str, float] = field(default_factory=dict)
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 0
     filters: Mapping[str, int] = field(default_factory=dict)
@@ -72,13 +72,13 @@ def summarise(events: Sequence[Event]) -> Summary:
 
 
 def format_summary(summary: Summary) -> str:
-    """Text tables: the network before and after, the turns and their seconds, the layers."""
+    """Text tables: the network before and after, the iterations and their seconds, the layers."""
     state = "finished" if summary.finished else "not finished"
     if summary.exhausted:
         state += " (pruning ended short of its target, with no filter left to give)"
     lines = [f"Run {summary.name}: {state}, {_reductions(summary)}", ""]
     lines += table_lines(_network_rows(summary))
-    lines += ["", *_turn_lines(summary)] if summary.targets else [""]
+    lines += ["", *_iteration_lines(summary)] if summary.targets else [""]
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
         lines += [f"Training: {summary.epochs} epochs; {spent}"]
@@ -93,20 +93,20 @@ def format_summary(summary: Summary) -> str:
 
 
 def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -> Summary:
-    turns = [event.data for event in by_name.get("turn", ())]
-    decisions = tuple(decision_from_json(turn["decision"]) for turn in turns)
+    iterations = [event.data for event in by_name.get("iteration", ())]
+    decisions = tuple(decision_from_json(iteration["decision"]) for iteration in iterations)
     finish = by_name["finish"][-1].data if "finish" in by_name else None
     prune = start["config"]["prune"]
     targets = {of: prune[key] for of, key in TARGETS.items() if prune.get(key)}
     reached = dict.fromkeys({"FLOPs": 0.0} | targets, 0.0)
-    if turns:
-        reached |= {"FLOPs": decisions[-1].flops_reduction, **turns[-1].get("reached", {})}
+    if iterations:
+        reached |= {"FLOPs": decisions[-1].flops_reduction, **iterations[-1].get("reached", {})}
     if finish:
         reached["FLOPs"] = finish["flops_reduction"]
-    spells = [event.data for event in by_name.get("spell", ())]
+    training_phases = [event.data for event in by_name.get("training_phase", ())]
     phases: dict[str, float] = {}
-    for spell in spells:
-        phases[spell["phase"]] = phases.get(spell["phase"], 0.0) + float(spell["seconds"])
+    for training_phase in training_phases:
+        phases[training_phase["phase"]] = phases.get(training_phase["phase"], 0.0) + float(training_phase["seconds"])
     return Summary(
         name=start["config"]["name"],
         targets=targets,
@@ -115,25 +115,27 @@ def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -
         macs_after=finish["macs"] if finish else None,
         parameters_after=finish["parameters"] if finish else None,
         reached=reached,
-        before=_metrics_before(spells, by_name),
+        before=_metrics_before(training_phases, by_name),
         after=_metrics(finish["metrics"]) if finish else None,
         best=_best(finish["best"], start["config"]) if finish and finish["best"] else None,
         decisions=decisions,
-        candidates=sum(turn["candidates"] for turn in turns),
+        candidates=sum(iteration["candidates"] for iteration in iterations),
         exhausted="exhausted" in by_name,
-        turn_seconds=_mean_seconds(turns),
+        iteration_seconds=_mean_seconds(iterations),
         phase_seconds=phases,
         epochs=len(by_name.get("epoch", ())),
         filters=start["filters"],
-        kept_filters=turns[-1]["kept_filters"] if turns else {},
+        kept_filters=iterations[-1]["kept_filters"] if iterations else {},
         excluded_images=tuple(event.data["image"] for event in by_name.get("excluded", ())),
         finished=finish is not None,
     )
 
 
-def _metrics_before(spells: Sequence[Mapping[str, Any]], by_name: Mapping[str, Sequence[Event]]) -> Metrics | None:
+def _metrics_before(
+    training_phases: Sequence[Mapping[str, Any]], by_name: Mapping[str, Sequence[Event]]
+) -> Metrics | None:
     """Those after the first training, or of the weights that the run was given in its place."""
-    trained = [spell for spell in spells if spell["phase"] == "train"]
+    trained = [training_phase for training_phase in training_phases if training_phase["phase"] == "train"]
     if trained:
         return _metrics(trained[-1]["metrics"])
     return _metrics(by_name["baseline"][-1].data["metrics"]) if "baseline" in by_name else None
@@ -147,12 +149,12 @@ def _metrics(data: Mapping[str, Any]) -> Metrics:
     return Metrics(loss=float(data["loss"]), top1=float(data["top1"]), top5=float(data["top5"]), images=data["images"])
 
 
-def _mean_seconds(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_seconds(iterations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     sums: dict[str, float] = {}
-    for turn in turns:
-        for part, seconds in turn["seconds"].items():
+    for iteration in iterations:
+        for part, seconds in iteration["seconds"].items():
             sums[part] = sums.get(part, 0.0) + float(seconds)
-    return {part: seconds / len(turns) for part, seconds in sums.items()}
+    return {part: seconds / len(iterations) for part, seconds in sums.items()}
 
 
 def _reductions(summary: Summary) -> str:
@@ -183,15 +185,15 @@ def _best_line(best: BestEpoch) -> str:
     )
 
 
-def _turn_lines(summary: Summary) -> list[str]:
+def _iteration_lines(summary: Summary) -> list[str]:
     count = len(summary.decisions)
     if not count:
-        return ["Turns: none yet"]
-    parts = {part: seconds for part, seconds in summary.turn_seconds.items() if part != "total"}
-    total = summary.turn_seconds.get("total", sum(parts.values()))
+        return ["Iterations: none yet"]
+    parts = {part: seconds for part, seconds in summary.iteration_seconds.items() if part != "total"}
+    total = summary.iteration_seconds.get("total", sum(parts.values()))
     split = ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items())
     compared = f"{summary.candidates / count:.0f} candidates each, " if summary.candidates else ""
-    return [f"Turns: {count}, {compared}{total:.2f} s each ({split})"]
+    return [f"Iterations: {count}, {compared}{total:.2f} s each ({split})"]
 
 
 def _count(value: int | None) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FOLDER = "tensorboard"
 
 
-class EventFiles:
+class ScalarWriter:
     """The scalars of a run. Each `sync` adds files to the run's folder and changes none, on resuming too.
 
     Scalars that were not synced when the process ends are lost; the journal has them.
@@ -29,7 +29,7 @@ class EventFiles:
         self._synced = time.monotonic()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """`tag` as in `train/loss`; `step` is an epoch's or a turn's number."""
+        """`tag` as in `train/loss`; `step` is an epoch's or an iteration's number."""
         if self._writer is None:
             self._writer = self._next_writer()
         self._writer.add_scalar(tag, value, step)

@@ -38,7 +38,7 @@ from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.records import RunState
 from laasp_ray.run.controller import UNPRUNED
 from laasp_ray.run.state import fold
-from laasp_ray.search.activations import Wanted, check_columns, shapes_of
+from laasp_ray.search.activations import ImportanceRequest, check_columns, shapes_of
 from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.addresses import public, public_data
@@ -178,7 +178,7 @@ def prepare(
     if config.prune.latency_reduction:
         check_latency_batch(deep_copy(unpruned), config)
     if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
-        shapes = shapes_of(deep_copy(unpruned), example_input, Wanted.of(layers, config.prune))
+        shapes = shapes_of(deep_copy(unpruned), example_input, ImportanceRequest.of(layers, config.prune))
         check_columns(shapes, config.prune.pooling, example_input.device)
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
@@ -284,11 +284,11 @@ def _check_search(config: RunConfig, unpruned: nn.Module) -> None:
         raise ConfigError(
             "search.reestimate_batchnorm is True, but the network has no BatchNorm that keeps statistics: leave it out"
         )
-    if config.prune.prunes_per_turn > 1 and config.search.racing == "on":
+    if config.prune.prunes_per_iteration > 1 and config.search.racing == "on":
         logger.warning(
-            "prune.prunes_per_turn is %d, but a race drops most candidates, and those that it drops do not count: set "
-            "search.racing=off to have as many",
-            config.prune.prunes_per_turn,
+            "prune.prunes_per_iteration is %d, but a race drops most candidates, and those that it drops do not count: "
+            "set search.racing=off to have as many",
+            config.prune.prunes_per_iteration,
         )
 
 

@@ -1,4 +1,5 @@
-"""The loop of a run that makes groups sparse: a turn is a stage, and its masks hold in the training that follows."""
+"""The loop of a run that makes groups sparse: an iteration is a stage, and its masks hold in the training that
+follows."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from laasp_ray.run.controller import UNPRUNED, Controller
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import save_checkpoint
 from laasp_ray.store.sparse import load_masks, save_masks
-from laasp_ray.train.loop import Spell
+from laasp_ray.train.loop import TrainingPhase
 
 REPORT = "sparsity.json"
 """The report by layer, in the run's folder."""
@@ -30,15 +31,15 @@ class SparseController(Controller):
     """One run whose config has `sparsity`; a stage is one `stage` event, its masks are in the store before it."""
 
     def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
-        network, carried = super()._restore()
-        turn = self.state.turn
-        self._masks: Mapping[str, bytes] = load_masks(self._parts.storage, turn) if turn else {}
+        network, optimizer_state = super()._restore()
+        iteration = self.state.iteration
+        self._masks: Mapping[str, bytes] = load_masks(self._parts.storage, iteration) if iteration else {}
         # A run cut off between a stage and its first epoch has the weights from before the stage.
-        return NetworkState(network.plan, masked(network.tensors, self._masks)), carried
+        return NetworkState(network.plan, masked(network.tensors, self._masks)), optimizer_state
 
-    def _turn(self) -> None:
+    def _iteration(self) -> None:
         started = time.perf_counter()
-        config, parts, number = self._config, self._parts, self.state.turn + 1
+        config, parts, number = self._config, self._parts, self.state.iteration + 1
         assert config.sparsity is not None
         pruned = config.sparsity.all_stages[number - 1]
         parts.progress.phase("prune", f"stage {number}: {pruned} of every {config.sparsity.group}")
@@ -47,7 +48,7 @@ class SparseController(Controller):
         model = rebuild(self._unpruned, self._network)
         stage = take_stage(model, self._network, config.sparsity, config.prune.ignored, self._masks, number=number)
         save_masks(parts.storage, number, stage.masks)
-        self._network, self._carried, self._masks = stage.network, {}, stage.masks
+        self._network, self._optimizer_state, self._masks = stage.network, {}, stage.masks
         weights = sum(stage.network.tensors[name].numel() for name in stage.masks)
         zeros = sum(int((stage.network.tensors[name] == 0).sum()) for name in stage.masks)
         self._record(
@@ -67,8 +68,8 @@ class SparseController(Controller):
             f"{len(stage.masks)} layers are zero; left dense: {len(stage.layers.dense)} layers"
         )
 
-    def _spell(self) -> Spell:
-        return replace(super()._spell(), masks=self._masks)
+    def _training_phase(self) -> TrainingPhase:
+        return replace(super()._training_phase(), masks=self._masks)
 
     def _save(self, model: nn.Module, summary: Mapping[str, Any]) -> Mapping[str, Any]:
         config, storage = self._config, self._parts.storage

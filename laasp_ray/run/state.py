@@ -9,7 +9,7 @@ from typing import Any
 from laasp_ray.config import RunConfig, TrainConfig
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.records import Phase, Place, RunState, decision_from_json
-from laasp_ray.train.loop import EpochPlan, Spell
+from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 
 def initial_state(config: RunConfig) -> RunState:
@@ -37,20 +37,20 @@ def advance(state: RunState, name: str, data: Mapping[str, Any], config: RunConf
             checkpoint=data["checkpoint"],
             checkpoint_plan=state.plan,
             steps=(),
-            spell_epochs_done=state.spell_epochs_done + 1,
+            phase_epochs_done=state.phase_epochs_done + 1,
             epochs_trained=state.epochs_trained + 1,
         )
-    if name == "spell":
+    if name == "training_phase":
         following: Phase = "done" if state.phase == "final" else _after_training(state, config)
         return replace(
             state,
             phase=following,
-            spells_done=state.spells_done + 1,
-            spell_epochs_done=0,
-            recovered_at=state.flops_reduction,
+            phases_done=state.phases_done + 1,
+            phase_epochs_done=0,
+            fine_tuned_at=state.flops_reduction,
         )
-    if name == "turn":
-        return _after_turn(state, data, config)
+    if name == "iteration":
+        return _after_iteration(state, data, config)
     if name == "exhausted":  # no filter is left to give, and latency is still not what it should be
         return replace(state, phase="final")
     if name == "stage":
@@ -75,64 +75,66 @@ def _after_training(state: RunState, config: RunConfig) -> Phase:
     if config.sparsity is not None:
         return "prune"
     met = all(state.reached[of] >= share for of, share in config.prune.targets.items())
-    return "final" if met or 0 < config.prune.iterations <= state.turn else "prune"
+    return "final" if met or 0 < config.prune.iterations <= state.iteration else "prune"
 
 
-def _after_turn(state: RunState, data: Mapping[str, Any], config: RunConfig) -> RunState:
+def _after_iteration(state: RunState, data: Mapping[str, Any], config: RunConfig) -> RunState:
     step = Plan.from_json(data["step"])
     before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
     reduction = decision_from_json(data["decision"]).flops_reduction
     reached = data.get("reached", {})  # of targets besides FLOPs
     state = replace(
         state,
-        turn=state.turn + 1,
+        iteration=state.iteration + 1,
         flops_reduction=reduction,
         parameters_reduction=reached.get("parameters", 0.0),
         latency_reduction=reached.get("latency", 0.0),
         plan=before.then(step).to_json(),
         steps=(*state.steps, data["step"]),
     )
-    due = reduction - state.recovered_at >= config.prune.recover_every
-    if config.prune.recover_epochs > 0 and due:
-        return replace(state, phase="recover")
+    due = reduction - state.fine_tuned_at >= config.prune.fine_tune_every
+    if config.prune.fine_tune_epochs > 0 and due:
+        return replace(state, phase="fine-tune")
     return replace(state, phase=_after_training(state, config))
 
 
 def _after_stage(state: RunState, config: RunConfig) -> RunState:
-    """The last stage is trained for the rest of the schedule, those before for as long as a recovery."""
+    """The last stage is trained for the rest of the schedule, those before for as long as a fine-tuning."""
     assert config.sparsity is not None
-    last = state.turn + 1 == len(config.sparsity.all_stages)
-    return replace(state, turn=state.turn + 1, phase="final" if last else "recover")
+    last = state.iteration + 1 == len(config.sparsity.all_stages)
+    return replace(state, iteration=state.iteration + 1, phase="final" if last else "fine-tune")
 
 
-def next_spell(state: RunState, config: RunConfig) -> Spell:
-    """The spell of training that the state's phase (train, recover or final) asks for, less what is done of it.
+def next_training_phase(state: RunState, config: RunConfig) -> TrainingPhase:
+    """The training phase that the state's phase (train, fine-tune or final) asks for, less what is done of it.
 
-    Recoveries train at the learning rate of the prune epoch. Every epoch has a number of its own (`data_epoch`), so
+    Fine-tunings train at the learning rate of the prune epoch. Every epoch has a number of its own (`data_epoch`), so
     that no two epochs of a run see the same augmentation.
     """
     train = config.train
-    whole = not config.prunes and train.pretrained is None  # in one spell: a new one would begin without momentum
+    whole = (
+        not config.prunes and train.pretrained is None
+    )  # in one training phase: a new one would begin without momentum
     epochs = {
         "train": range(train.prune_epoch),
-        "recover": [train.prune_epoch] * config.prune.recover_epochs,
+        "fine-tune": [train.prune_epoch] * config.prune.fine_tune_epochs,
         "final": range(0 if whole else train.prune_epoch, train.epochs),
     }[state.phase]
-    first = state.epochs_trained - state.spell_epochs_done
+    first = state.epochs_trained - state.phase_epochs_done
     plans = tuple(
         EpochPlan(epoch=epoch, data_epoch=first + position, learning_rate=_learning_rate(train, epoch))
         for position, epoch in enumerate(epochs)
     )
-    return Spell(
-        number=state.spells_done,
+    return TrainingPhase(
+        number=state.phases_done,
         phase=state.phase,
         epochs=plans,
-        done=state.spell_epochs_done,
+        done=state.phase_epochs_done,
         excluded=state.excluded,
         places=state.places,
     )
 
 
 def _learning_rate(train: TrainConfig, epoch: int) -> float:
-    # t_p may be the schedule's end, when nothing is left to train after pruning; recoveries then use its last rate.
+    # t_p may be the schedule's end, when nothing is left to train after pruning; fine-tunings then use its last rate.
     return train.learning_rate_at(min(epoch, train.epochs - 1))

@@ -1,4 +1,5 @@
-"""What a network's filters tell of the classes: the VIP (criteria/pls.py) of their pooled outputs on the loss subset.
+"""What a network's filters tell of the classes: the VIP (criteria/pls.py) of their pooled outputs on the calibration
+set.
 
 Images are looked at in chunks that are always cut the same way, each giving its moments, which are added up in their
 order: whoever measures the chunks, and however many they are, the sums are the same to the last bit.
@@ -20,7 +21,7 @@ from laasp_ray.config import POOLING, PruneConfig
 from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.models.untouched import in_eval_mode
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -31,7 +32,7 @@ MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImportanceRequest:
     """The importance of these layers' filters is wanted, all layers in one fit of `components`."""
 
     layers: tuple[str, ...]
@@ -39,12 +40,12 @@ class Wanted:
     components: int
 
     @staticmethod
-    def of(layers: Iterable[str], config: PruneConfig) -> Wanted:
-        return Wanted(tuple(layers), config.pooling, config.components)
+    def of(layers: Iterable[str], config: PruneConfig) -> ImportanceRequest:
+        return ImportanceRequest(tuple(layers), config.pooling, config.components)
 
 
 @dataclass(frozen=True)
-class Look:
+class FirstBatch:
     """What the first batch shows: `pilot` (D,) is its features' mean, `shapes` each layer's filters and windows."""
 
     pilot: torch.Tensor
@@ -52,16 +53,17 @@ class Look:
     classes: int
 
 
-def importance(model: nn.Module, subset: LossSubset, wanted: Wanted) -> dict[str, torch.Tensor]:
-    """VIP (N,) of the N filters of each wanted layer; `model` in eval mode on the subset's device, not changed.
+def importance(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
+    """VIP (N,) of the N filters of each wanted layer; `model` in eval mode on the calibration set's device, not
+    changed.
 
     A filter's features are its raw outputs, pooled; with windows, its VIP is the mean over them. Raises SearchError
     where outputs are not finite or the classes cannot be told apart, ConfigError for more features than there is
     memory for.
     """
-    look = first_look(model, subset, wanted)
-    chunks = chunks_of(len(subset), subset.batch_size)
-    return scores_of((moments_of(model, subset, wanted, look, chunk) for chunk in chunks), look, wanted.components)
+    look = measure_first_batch(model, calibration, wanted)
+    chunks = chunks_of(len(calibration), calibration.batch_size)
+    return scores_of((moments_of(model, calibration, wanted, look, chunk) for chunk in chunks), look, wanted.components)
 
 
 def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
@@ -72,25 +74,27 @@ def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
 
 @full_precision()
 @torch.no_grad()
-def first_look(model: nn.Module, subset: LossSubset, wanted: Wanted) -> Look:
-    images, labels = subset.at(np.arange(min(subset.batch_size, len(subset))))
+def measure_first_batch(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> FirstBatch:
+    images, labels = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
     shapes, features = _features_of_batch(model, images, wanted)
     check_columns(shapes, wanted.pooling, labels.device)
-    return Look(features.double().mean(dim=0), shapes, int(subset.labels.max()) + 1)
+    return FirstBatch(features.double().mean(dim=0), shapes, int(calibration.labels.max()) + 1)
 
 
 @full_precision()
 @torch.no_grad()
-def moments_of(model: nn.Module, subset: LossSubset, wanted: Wanted, look: Look, chunk: np.ndarray) -> Moments:
-    """The moments of the images at `chunk` (n,), batch by batch, on the subset's device."""
-    moments = Moments.empty(look.pilot.to(subset.labels.device), look.classes)
-    for start in range(0, len(chunk), subset.batch_size):
-        images, labels = subset.at(chunk[start : start + subset.batch_size])
+def moments_of(
+    model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest, look: FirstBatch, chunk: np.ndarray
+) -> Moments:
+    """The moments of the images at `chunk` (n,), batch by batch, on the calibration set's device."""
+    moments = Moments.empty(look.pilot.to(calibration.labels.device), look.classes)
+    for start in range(0, len(chunk), calibration.batch_size):
+        images, labels = calibration.at(chunk[start : start + calibration.batch_size])
         moments.add(_features_of_batch(model, images, wanted)[1], labels)
     return moments
 
 
-def scores_of(parts: Iterable[Moments], look: Look, components: int) -> dict[str, torch.Tensor]:
+def scores_of(parts: Iterable[Moments], look: FirstBatch, components: int) -> dict[str, torch.Tensor]:
     """VIP (N,) of every layer's filters, on the CPU, from the moments of all chunks, in the order of the chunks."""
     total = Moments.empty(look.pilot, look.classes)
     for part in parts:
@@ -104,7 +108,7 @@ def scores_of(parts: Iterable[Moments], look: Look, components: int) -> dict[str
 
 
 @torch.no_grad()
-def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: Wanted) -> dict[str, tuple[int, int]]:
+def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> dict[str, tuple[int, int]]:
     """Layer -> its filters and the windows that each has. Its modules' modes are put back."""
     with in_eval_mode(model):
         return _features(model, example_input, wanted)[0]
@@ -148,14 +152,14 @@ def pooled(output: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def _features_of_batch(
-    model: nn.Module, images: torch.Tensor, wanted: Wanted
+    model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest
 ) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
     what = f"a batch of {len(images)} images, whose outputs filters are scored by,"
     return retried(lambda: _features(model, images, wanted), what, "lower search.batch_size")
 
 
 def _features(
-    model: nn.Module, images: torch.Tensor, wanted: Wanted
+    model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest
 ) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
     """Layer -> its filters and windows, and their features (B, D) in this order."""
     found: dict[str, list[torch.Tensor]] = {layer: [] for layer in wanted.layers}

@@ -7,7 +7,7 @@ from torch import nn
 
 from laasp_ray.config import SearchConfig
 from laasp_ray.errors import ConfigError, LaaspError, is_out_of_memory
-from laasp_ray.search.evaluate import LossSubset, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, ready_with
 
 _KINDS_OF_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -44,17 +44,17 @@ def checked_data(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     return images, labels.long()
 
 
-def taken_by(model: nn.Module, subset: LossSubset) -> tuple[nn.Module, LossSubset]:
-    """`model` made ready for `subset`, in place. Raises ConfigError where it does not take its images, or does not give
-    one finite number for each class and label."""
+def taken_by(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
+    """`model` made ready for `calibration`, in place. Raises ConfigError where it does not take its images, or does not
+    give one finite number for each class and label."""
     try:
-        model, subset = ready_with(model, subset)
+        model, calibration = ready_with(model, calibration)
         with torch.inference_mode():
-            output = model(next(subset.batches())[0][:1])
+            output = model(next(calibration.batches())[0][:1])
     except Exception as error:  # the network's own code may raise anything
         if isinstance(error, LaaspError) or is_out_of_memory(error):
             raise
-        shape, kind = tuple(subset.images.shape[1:]), subset.images.dtype
+        shape, kind = tuple(calibration.images.shape[1:]), calibration.images.dtype
         raise ConfigError(
             f"the network does not take these images, {kind} of shape {shape} each ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0][:200]}): give what it takes, or `prepare` that makes it of them"
@@ -69,9 +69,9 @@ def taken_by(model: nn.Module, subset: LossSubset) -> tuple[nn.Module, LossSubse
             f"the network gives {found}, must give one tensor of shape (images, classes): wrap it in a module that "
             "gives only the scores of the classes"
         )
-    if int(subset.labels.max()) >= output.shape[1]:
+    if int(calibration.labels.max()) >= output.shape[1]:
         raise ConfigError(
-            f"labels has {int(subset.labels.max())}, but the network has {output.shape[1]} outputs, for classes 0 to "
-            f"{output.shape[1] - 1}"
+            f"labels has {int(calibration.labels.max())}, but the network has {output.shape[1]} outputs, for classes 0 "
+            f"to {output.shape[1] - 1}"
         )
-    return model, subset
+    return model, calibration

@@ -1,4 +1,4 @@
-"""BatchNorm statistics measured anew on the loss subset, for scoring a network as it stands.
+"""BatchNorm statistics measured anew on the calibration set, for scoring a network as it stands.
 
 A prune changes what the layers behind it are given; until they are trained again, the running statistics that their
 BatchNorms keep are those of another network, and every loss is measured through them.
@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.verify import twin
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.pruning.verify import clone_sharing_parameters
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -28,25 +28,27 @@ there is."""
 
 @full_precision()
 @torch.no_grad()
-def reestimate(model: nn.Module, subset: LossSubset) -> dict[str, torch.Tensor]:
+def reestimate(model: nn.Module, calibration: CalibrationSet) -> dict[str, torch.Tensor]:
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
 
-    `model` is in eval mode on the subset's device, and is not changed. All images go through it once, in their order,
-    in ceil(images / BATCH) batches whose sizes differ by one at most. BatchNorms normalise by each batch's own mean and
-    variance, as in training, and everything else (dropout, say) is in eval mode. `running_mean` is the mean of the
-    batches' means over places and images, `running_var` that of their unbiased variances, every batch weighted by its
-    number of images: for equal batches what torch gives with `momentum=None`. A BatchNorm that is run several times
+    `model` is in eval mode on the calibration set's device, and is not changed. All images go through it once, in their
+    order, in ceil(images / BATCH) batches whose sizes differ by one at most. BatchNorms normalise by each batch's own
+    mean and variance, as in training, and everything else (dropout, say) is in eval mode. `running_mean` is the mean of
+    the batches' means over places and images, `running_var` that of their unbiased variances, every batch weighted by
+    its number of images: for equal batches what torch gives with `momentum=None`. A BatchNorm that is run several times
     averages over all its calls; one that keeps no statistics is left out.
 
     Raises MemoryShortError where a batch takes more memory than there is: `search.memory_mb` does not bound this.
     """
-    batches = np.array_split(np.arange(len(subset)), math.ceil(len(subset) / BATCH))
+    batches = np.array_split(np.arange(len(calibration)), math.ceil(len(calibration) / BATCH))
     what = f"one of the batches of {len(batches[0])} images, which BatchNorm statistics are measured on,"
-    return retried(lambda: _reestimate(model, subset, batches), what, "leave out search.reestimate_batchnorm")
+    return retried(lambda: _reestimate(model, calibration, batches), what, "leave out search.reestimate_batchnorm")
 
 
-def _reestimate(model: nn.Module, subset: LossSubset, batches: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    network = twin(model).eval()
+def _reestimate(
+    model: nn.Module, calibration: CalibrationSet, batches: Sequence[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    network = clone_sharing_parameters(model).eval()
     norms = norms_of(network)
     seen = dict.fromkeys(norms.values(), 0)
 
@@ -58,7 +60,7 @@ def _reestimate(model: nn.Module, subset: LossSubset, batches: Sequence[np.ndarr
         module.reset_running_stats()
         module.train().register_forward_pre_hook(weigh)
     for positions in batches:
-        network(subset.at(positions)[0])
+        network(calibration.at(positions)[0])
     return {
         f"{name}.{kind}": module.get_buffer(kind).cpu()
         for name, module in norms.items()

@@ -23,7 +23,7 @@ from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 Scores = Mapping[str, Mapping[str, torch.Tensor]]
 """Criterion -> layer -> a score for each of its filters (N,)."""
 NO_SCORES: Scores = {}
-NETWORK_BEFORE = LossTask("the network before this turn's prune", Plan.empty(), {})
+NETWORK_BEFORE = LossTask("the network before this iteration's prune", Plan.empty(), {})
 """The network as it stands, whose loss tells what a prune costs."""
 
 logger = logging.getLogger(__name__)

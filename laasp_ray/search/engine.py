@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError
 from laasp_ray.pruning.masking import Mask
-from laasp_ray.search.evaluate import LossSubset, LossTask, describe_error, pruned_copy
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, describe_error, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision
-from laasp_ray.search.program import Program, Site
+from laasp_ray.search.program import BranchPoint, Program
 from laasp_ray.search.tracing import trace, verdict
 
 FREE_MEMORY_SHARE = 0.5
@@ -48,7 +48,7 @@ class Cost:
     copied: str = ""
 
 
-class Sites:
+class BranchPoints:
     """Where the prunes of a network branch off. `example` (B, ...) is any input.
 
     `untraced` says why the network is not to be traced, or nothing: what was found once (tracing.verdict) holds for all
@@ -60,9 +60,9 @@ class Sites:
         traced = self.untraced or trace(model, example)
         self.program = None if isinstance(traced, str) else traced
         self.untraced = traced if isinstance(traced, str) else ""
-        self._known: dict[frozenset[str], Site | str] = {}
+        self._known: dict[frozenset[str], BranchPoint | str] = {}
 
-    def find(self, task: LossTask) -> Site | str:
+    def find(self, task: LossTask) -> BranchPoint | str:
         """Where a task branches off, or why it sees a physically pruned copy."""
         if self.program is None:
             return self.untraced
@@ -70,7 +70,7 @@ class Sites:
             return task.mask
         layers = frozenset(task.mask)
         if layers not in self._known:
-            self._known[layers] = self.program.site(layers)
+            self._known[layers] = self.program.branch_point(layers)
         return self._known[layers]
 
     def cost(self, task: LossTask) -> Cost:
@@ -78,32 +78,37 @@ class Sites:
         whole = 1 if self.program is None else self.program.macs
         if task.unpruned:
             return Cost(0, whole)
-        site = self.find(task)
-        if isinstance(site, str) or self.program is None:
-            return Cost(0, whole, str(site))
-        return Cost(self.program.macs_until(site.ready), site.macs)
+        branch_point = self.find(task)
+        if isinstance(branch_point, str) or self.program is None:
+            return Cost(0, whole, str(branch_point))
+        return Cost(self.program.macs_until(branch_point.ready), branch_point.macs)
 
 
 class Engine:
-    """Measures prunes of `model`, which is in eval mode on the subset's device and is not changed.
+    """Measures prunes of `model`, which is in eval mode on the calibration set's device and is not changed.
 
     `memory_bytes` bounds what the values of a forward pass take at a time (default: from the memory that is free).
     Where memory runs out all the same, fewer images go at a time. `untraced` is as for Sites.
     """
 
     def __init__(
-        self, model: nn.Module, subset: LossSubset, *, memory_bytes: int | None = None, untraced: str | None = None
+        self,
+        model: nn.Module,
+        calibration: CalibrationSet,
+        *,
+        memory_bytes: int | None = None,
+        untraced: str | None = None,
     ) -> None:
-        self._model, self._subset = model, subset
-        self._memory = memory_bytes or free_memory(subset.labels.device)
-        example = subset.at(np.arange(1))[0]
-        self.sites = retried(lambda: Sites(model, example, untraced), "the network, with one image,")
-        self._program = self.sites.program
+        self._model, self._calibration = model, calibration
+        self._memory = memory_bytes or free_memory(calibration.labels.device)
+        example = calibration.at(np.arange(1))[0]
+        self.branch_points = retried(lambda: BranchPoints(model, example, untraced), "the network, with one image,")
+        self._program = self.branch_points.program
         self._copy_bytes = 0  # what one image takes in the network itself; measured when a copy is first needed
 
     @full_precision()
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
-        """Cross-entropies of `tasks` on the subset's images at `indices`, batches cut in their order.
+        """Cross-entropies of `tasks` on the calibration set's images at `indices`, batches cut in their order.
 
         Raises MemoryShortError where memory runs out for a single image, UnmaskedError for a task that cannot be masked
         and has no plan to cut by.
@@ -111,14 +116,14 @@ class Engine:
         started = time.perf_counter()
         values = np.full((len(tasks), len(indices)), np.nan, np.float32)
         errors: dict[int, str] = {}
-        branches: dict[Site, list[int]] = {}
+        branches: dict[BranchPoint, list[int]] = {}
         copies, unchanged = [], []
         for position, task in enumerate(tasks):
-            site = self.sites.find(task)
+            branch_point = self.branch_points.find(task)
             if task.unpruned:
                 unchanged.append(position)
-            elif isinstance(site, Site):
-                branches.setdefault(site, []).append(position)
+            elif isinstance(branch_point, BranchPoint):
+                branches.setdefault(branch_point, []).append(position)
             else:
                 copies.append(position)
         if branches or (unchanged and self._program is not None):
@@ -135,7 +140,7 @@ class Engine:
     def _run_branches(
         self,
         tasks: Sequence[LossTask],
-        branches: Mapping[Site, Sequence[int]],
+        branches: Mapping[BranchPoint, Sequence[int]],
         unchanged: Sequence[int],
         indices: np.ndarray,
         values: np.ndarray,
@@ -143,15 +148,18 @@ class Engine:
     ) -> None:
         program = self._program
         assert program is not None
-        size, together = self._sizes(branches, len(indices), whole=bool(unchanged))
+        size, joint = self._sizes(branches, len(indices), whole=bool(unchanged))
 
         def run(start: int, stop: int, share: float) -> None:
-            images, labels = self._subset.at(indices[start:stop])
+            images, labels = self._calibration.at(indices[start:stop])
             part = values[:, start:stop]
-            masks = {site: _cut(positions, max(1, int(share * together))) for site, positions in branches.items()}
+            masks = {
+                branch_point: _cut(positions, max(1, int(share * joint)))
+                for branch_point, positions in branches.items()
+            }
             failed = self._run_chunk(program, tasks, masks, unchanged, images, labels, part, errors)
             if failed:  # whose fault it was shows one by one
-                singly = {site: _cut(positions, 1) for site, positions in failed.items()}
+                singly = {branch_point: _cut(positions, 1) for branch_point, positions in failed.items()}
                 self._run_chunk(program, tasks, singly, (), images, labels, part, errors)
 
         in_parts(len(indices), size, run)
@@ -160,29 +168,33 @@ class Engine:
     def _run_chunk(
         program: Program,
         tasks: Sequence[LossTask],
-        batches: Mapping[Site, Sequence[Sequence[int]]],
+        batches: Mapping[BranchPoint, Sequence[Sequence[int]]],
         unchanged: Sequence[int],
         images: torch.Tensor,
         labels: torch.Tensor,
         values: np.ndarray,
         errors: dict[int, str],
-    ) -> dict[Site, list[int]]:
+    ) -> dict[BranchPoint, list[int]]:
         """Fills `values` (tasks, images); gives the tasks of batches of several that failed, site by site."""
-        masks = {site: [[_mask(tasks[p]) for p in batch] for batch in cut] for site, cut in batches.items()}
-        failed: dict[Site, list[int]] = {}
-        for site, number, outcome in program.run(images, masks, whole=bool(unchanged)):
-            positions = unchanged if site is None else batches[site][number]
+        masks = {
+            branch_point: [[_mask(tasks[p]) for p in batch] for batch in cut] for branch_point, cut in batches.items()
+        }
+        failed: dict[BranchPoint, list[int]] = {}
+        for branch_point, number, outcome in program.run(images, masks, whole=bool(unchanged)):
+            positions = unchanged if branch_point is None else batches[branch_point][number]
             if not isinstance(outcome, Exception):
-                repeats = 1 if site is None else len(positions)
+                repeats = 1 if branch_point is None else len(positions)
                 found = _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)
                 values[positions] = found
-            elif site is not None and len(positions) > 1:
-                failed.setdefault(site, []).extend(positions)
+            elif branch_point is not None and len(positions) > 1:
+                failed.setdefault(branch_point, []).extend(positions)
             else:
                 errors.update((p, describe_error(outcome)) for p in positions if p not in errors)
         return failed
 
-    def _sizes(self, sites: Mapping[Site, Sequence[int]], images: int, *, whole: bool) -> tuple[int, int]:
+    def _sizes(
+        self, branch_points: Mapping[BranchPoint, Sequence[int]], images: int, *, whole: bool
+    ) -> tuple[int, int]:
         """How many images, and how many branches of one site, go through the network at a time.
 
         On a CPU branches go one by one: their batches are large enough, and sums stay in one order whatever shares
@@ -190,9 +202,9 @@ class Engine:
         """
         program = self._program
         assert program is not None
-        base, branch = program.peak_bytes(list(sites), whole=whole)
+        base, branch = program.peak_bytes(list(branch_points), whole=whole)
         size = self._images_at_a_time(base + branch, images)
-        one_by_one = program.sized or self._subset.labels.device.type == "cpu" or not branch
+        one_by_one = program.sized or self._calibration.labels.device.type == "cpu" or not branch
         return size, 1 if one_by_one else max(1, (self._memory // size - base) // branch)
 
     def _run_copy(
@@ -208,7 +220,7 @@ class Engine:
             pruned = retried(lambda: pruned_copy(self._model, task), f"a copy of the network for {task.name}")
 
             def run(start: int, stop: int, share: float) -> None:
-                images, labels = self._subset.at(indices[start:stop])
+                images, labels = self._calibration.at(indices[start:stop])
                 with torch.inference_mode():
                     values[position, start:stop] = _cross_entropies(pruned(images), labels)
 
@@ -222,7 +234,7 @@ class Engine:
 
     def _copy_size(self, images: int) -> int:
         if not self._copy_bytes:
-            image = self._subset.at(np.arange(1))[0]
+            image = self._calibration.at(np.arange(1))[0]
             with torch.inference_mode():
                 self._copy_bytes = retried(lambda: peak_bytes(lambda: self._model(image)), "one image")
         return self._images_at_a_time(self._copy_bytes, images)
@@ -234,7 +246,7 @@ class Engine:
                 f"one image needs {each / 1e6:.1f} MB of memory, {self._memory / 1e6:.1f} MB may be used: "
                 "raise search.memory_mb"
             )
-        return min(self._subset.batch_size, images, self._memory // each)
+        return min(self._calibration.batch_size, images, self._memory // each)
 
 
 def free_memory(device: torch.device) -> int:

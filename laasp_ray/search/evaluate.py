@@ -1,4 +1,4 @@
-"""What a prune costs the network: its mean cross-entropy on the loss subset.
+"""What a prune costs the network: its mean cross-entropy on the calibration set.
 
 `measure` is the plain procedure, on a physically pruned copy, that the faster one (engine.py) is tested against.
 """
@@ -18,7 +18,7 @@ from laasp_ray.errors import SearchError, UnmaskedError
 from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.pruning.masking import Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -26,11 +26,11 @@ Prepare = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class LossSubset:
+class CalibrationSet:
     """The images that losses are measured on: (n, C, H, W), any dtype, and labels (n,) int64.
 
-    `prepare` turns a batch of them into what the network takes (uint8 pixels into normalised floats, say). Pictures
-    come in `memory_format`: channels last, if the network takes that, is 10 to 30% faster, on CPUs too.
+    `prepare` iterations a batch of them into what the network takes (uint8 pixels into normalised floats, say).
+    Pictures come in `memory_format`: channels last, if the network takes that, is 10 to 30% faster, on CPUs too.
     """
 
     images: torch.Tensor
@@ -42,14 +42,14 @@ class LossSubset:
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or len(self.images) == 0:
             raise SearchError(
-                f"the loss subset has {len(self.images)} images and {len(self.labels)} labels: "
+                f"the calibration set has {len(self.images)} images and {len(self.labels)} labels: "
                 "give as many of one as of the other, and at least one"
             )
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device) -> LossSubset:
+    def to(self, device: torch.device) -> CalibrationSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,9 +83,9 @@ class LossTask:
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """The mean loss over `images` of the subset's images, or a stratified estimate of it if they are not all.
+    """The mean loss over `images` of the calibration set's images, or a stratified estimate of it if they are not all.
 
-    `dropped_at`: the look (from 1) at which a race dropped the candidate. `error`: why there is no loss (NaN).
+    `dropped_at`: the round (from 1) at which a race dropped the candidate. `error`: why there is no loss (NaN).
     `copied`: why a pruned copy was measured instead of a mask.
     """
 
@@ -119,36 +119,37 @@ def ready(
 
 
 @full_precision()
-def ready_with(model: nn.Module, subset: LossSubset) -> tuple[nn.Module, LossSubset]:
-    """`model` made ready for `subset`, both in the fastest memory format that the network runs in.
+def ready_with(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
+    """`model` made ready for `calibration`, both in the fastest memory format that the network runs in.
 
     `x.view(len(x), -1)` behind a convolution does not run channels last.
     """
-    model = ready(model, subset.labels.device, subset.memory_format)
+    model = ready(model, calibration.labels.device, calibration.memory_format)
     try:
-        _try(model, subset)
+        _try(model, calibration)
     except RuntimeError as error:
-        if "view" not in str(error) or subset.memory_format == torch.contiguous_format:
+        if "view" not in str(error) or calibration.memory_format == torch.contiguous_format:
             raise
-        return ready_with(model, replace(subset, memory_format=torch.contiguous_format))
-    return model, subset
+        return ready_with(model, replace(calibration, memory_format=torch.contiguous_format))
+    return model, calibration
 
 
 @torch.inference_mode()
-def _try(model: nn.Module, subset: LossSubset) -> None:
-    image = subset.at(np.arange(1))[0]
+def _try(model: nn.Module, calibration: CalibrationSet) -> None:
+    image = calibration.at(np.arange(1))[0]
     retried(lambda: model(image), "one image, in the network,")
 
 
 @full_precision()
 @torch.inference_mode()
-def mean_loss(model: nn.Module, subset: LossSubset) -> float:
-    """Mean cross-entropy of `model` in eval mode; model and subset on one device. Its modules' modes are put back."""
-    total = torch.zeros((), dtype=torch.float64, device=subset.labels.device)
+def mean_loss(model: nn.Module, calibration: CalibrationSet) -> float:
+    """Mean cross-entropy of `model` in eval mode; model and calibration set on one device. Its modules' modes are put
+    back."""
+    total = torch.zeros((), dtype=torch.float64, device=calibration.labels.device)
     with in_eval_mode(model):
-        for images, labels in subset.batches():
+        for images, labels in calibration.batches():
             total += functional.cross_entropy(model(images).float(), labels, reduction="none").double().sum()
-    return float(total) / len(subset)
+    return float(total) / len(calibration)
 
 
 def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
@@ -158,31 +159,31 @@ def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
     """
     if task.step.is_empty and not task.unpruned:
         raise UnmaskedError(f"{task.name} came without the plan to cut it by, and its mask cannot be used here")
-    pruned = twin(model)
+    pruned = clone_sharing_parameters(model)
     apply_plan(pruned, task.step)
     return pruned
 
 
-def measure(model: nn.Module, task: LossTask, subset: LossSubset) -> MeasuredLoss:
+def measure(model: nn.Module, task: LossTask, calibration: CalibrationSet) -> MeasuredLoss:
     """The loss of a physically pruned copy of `model`. Raises SearchError naming the candidate that failed."""
     started = time.perf_counter()
     try:
-        loss = mean_loss(pruned_copy(model, task), subset)
+        loss = mean_loss(pruned_copy(model, task), calibration)
     except Exception as error:
         raise SearchError(f"the loss of {task.name} could not be measured: {type(error).__name__}: {error}") from error
-    return MeasuredLoss(loss, len(subset), time.perf_counter() - started)
+    return MeasuredLoss(loss, len(calibration), time.perf_counter() - started)
 
 
 def measure_all(
     model: nn.Module,
     tasks: Sequence[LossTask],
-    subset: LossSubset,
+    calibration: CalibrationSet,
     on_result: Callable[[int, MeasuredLoss], None] | None = None,
 ) -> list[MeasuredLoss]:
     """The losses of `tasks`, one after the other, in their order; `on_result` hears of each with its position."""
     results = []
     for position, task in enumerate(tasks):
-        results.append(measure(model, task, subset))
+        results.append(measure(model, task, calibration))
         if on_result is not None:
             on_result(position, results[-1])
     return results

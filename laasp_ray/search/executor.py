@@ -1,4 +1,4 @@
-"""Who measures the losses of a turn: the protocol, and the executor that works in this process, unit by unit."""
+"""Who measures the losses of an iteration: the protocol, and the executor that works in this process, unit by unit."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 
 from laasp_ray.config import SearchConfig
 from laasp_ray.pruning.network import NetworkState, rebuild
-from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
-from laasp_ray.search.evaluate import LossSubset, LossTask, MeasuredLoss, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, MeasuredLoss, ready_with
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
 class Executor(Protocol):
     def for_scoring(self, network: NetworkState) -> NetworkState:
-        """The network as a turn scores it: `network` itself, or, with `search.reestimate_batchnorm`, with BatchNorm
-        statistics measured anew (search/batchnorm.py)."""
+        """The network as an iteration scores it: `network` itself, or, with `search.reestimate_batchnorm`, with
+        BatchNorm statistics measured anew (search/batchnorm.py)."""
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
@@ -32,7 +32,7 @@ class Executor(Protocol):
         done, where it can be told. A task that fails has an `error`, and does not stop the others.
         """
 
-    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         """The VIP of filters (search/activations.py says of what, and what is raised), on the CPU."""
 
     def close(self) -> None: ...
@@ -42,9 +42,9 @@ class InProcessExecutor:
     """The serial executor; what every other executor's answer is compared with."""
 
     def __init__(
-        self, unpruned: nn.Module, subset: LossSubset, device: torch.device, search: SearchConfig, seed: int
+        self, unpruned: nn.Module, calibration: CalibrationSet, device: torch.device, search: SearchConfig, seed: int
     ) -> None:
-        self._unpruned, self._subset = unpruned, subset.to(device)
+        self._unpruned, self._calibration = unpruned, calibration.to(device)
         self._search, self._seed = search, seed
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
@@ -55,21 +55,21 @@ class InProcessExecutor:
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        hands = OneHand(Engine(*self._ready(network), memory_bytes=self._search.memory_mb * 1_000_000), tasks)
-        settings = settings_of(self._search, len(self._subset), self._seed)
-        return measure(hands, len(tasks), settings, on_result, on_share)
+        backend = SerialBackend(Engine(*self._ready(network), memory_bytes=self._search.memory_mb * 1_000_000), tasks)
+        settings = settings_of(self._search, len(self._calibration), self._seed)
+        return measure(backend, len(tasks), settings, on_result, on_share)
 
-    def importance(self, network: NetworkState, wanted: Wanted) -> Mapping[str, torch.Tensor]:
+    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         return importance(*self._ready(network), wanted)
 
     def close(self) -> None:
         return None
 
-    def _ready(self, network: NetworkState) -> tuple[nn.Module, LossSubset]:
-        return ready_with(rebuild(self._unpruned, network), self._subset)
+    def _ready(self, network: NetworkState) -> tuple[nn.Module, CalibrationSet]:
+        return ready_with(rebuild(self._unpruned, network), self._calibration)
 
 
-class OneHand:
+class SerialBackend:
     """Units worked on in this process, in the order in which they were submitted."""
 
     slots = 1
@@ -79,7 +79,7 @@ class OneHand:
         self._queue: deque[Unit] = deque()
 
     def cost(self, task: int) -> Cost:
-        return self._engine.sites.cost(self._tasks[task])
+        return self._engine.branch_points.cost(self._tasks[task])
 
     def submit(self, unit: Unit) -> None:
         self._queue.append(unit)
@@ -90,7 +90,7 @@ class OneHand:
 
 
 def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
-    """`images`: how many the subset has."""
+    """`images`: how many the calibration set has."""
     return Settings(
         images=images,
         batch_size=search.batch_size,

@@ -22,11 +22,11 @@ def choose(ranking: Ranking) -> CandidateLoss:
     return ranking[0]
 
 
-def decide(ranking: Ranking, *, turn: int, loss_before: float) -> Decision:
-    """`turn` counts from 1; `loss_before` is the network's loss on the subset before the prune."""
+def decide(ranking: Ranking, *, iteration: int, loss_before: float) -> Decision:
+    """`iteration` counts from 1; `loss_before` is the network's loss on the calibration set before the prune."""
     best = choose(ranking)
     return Decision(
-        turn=turn,
+        iteration=iteration,
         layer=best.layer,
         criterion=best.criterion,
         filters=best.filters,

@@ -45,10 +45,10 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Site:
+class BranchPoint:
     """Where prunes that reach the same layers branch off.
 
-    `affected`: positions of the operations that they change, rising, of which `changed` are the layers made deaf and
+    `affected`: positions of the operations that they change, rising, of which `changed` are the layers made masked and
     `heads` those among them that still read unchanged values. `reads`: the unchanged values needed; the last of them is
     there after `ready`. `macs` are those of the affected operations, for one image.
     """
@@ -83,8 +83,8 @@ class Program:
                 self._constants.add(position)
         self.macs = sum(operation.macs for operation in operations)
 
-    def site(self, layers: Collection[str]) -> Site | str:
-        """Where a prune branches off that makes `layers` deaf; or why it cannot."""
+    def branch_point(self, layers: Collection[str]) -> BranchPoint | str:
+        """Where a prune branches off that makes `layers` masked; or why it cannot."""
         changed = frozenset(p for p, operation in enumerate(self._operations) if operation.module in layers)
         missing = set(layers) - {self._operations[position].module for position in changed}
         if missing or not changed:
@@ -99,7 +99,7 @@ class Program:
         heads = frozenset(p for p in changed if affected.isdisjoint(self._operations[p].reads))
         # A head starts from the unchanged output of its own layer as well.
         reads = heads | {read for p in affected for read in self._operations[p].reads if read not in affected}
-        return Site(
+        return BranchPoint(
             layers=frozenset(layers),
             affected=tuple(sorted(affected)),
             changed=changed,
@@ -115,85 +115,91 @@ class Program:
 
     @torch.inference_mode()
     def run(
-        self, images: torch.Tensor, branches: Mapping[Site, Sequence[Sequence[Mask]]], *, whole: bool
-    ) -> Iterator[tuple[Site | None, int, Outcome]]:
+        self, images: torch.Tensor, branches: Mapping[BranchPoint, Sequence[Sequence[Mask]]], *, whole: bool
+    ) -> Iterator[tuple[BranchPoint | None, int, Outcome]]:
         """The outputs for `images` of every branch and, if `whole`, of the unchanged network.
 
         `branches` has for each site the batches of masks to be run together. Gives (site, which of its batches, the
         outputs (masks * n, ...), mask by mask, or what was raised instead); (None, 0, outputs) for the unchanged one.
         That memory ran out is raised.
         """
-        waiting: dict[int, list[Site]] = {}
-        for site in branches:
-            waiting.setdefault(site.ready, []).append(site)
+        waiting: dict[int, list[BranchPoint]] = {}
+        for branch_point in branches:
+            waiting.setdefault(branch_point.ready, []).append(branch_point)
         last = len(self._operations) - 1 if whole else max(waiting, default=-1)
-        read_by_branches = frozenset(read for site in branches for read in site.reads)
+        read_by_branches = frozenset(read for branch_point in branches for read in branch_point.reads)
         frees = self._frees(branches, last)
         values: dict[int, Any] = {}
         for position in range(last + 1):
             operation = self._operations[position]
             overwrite = operation.overwrite is not None and operation.overwritten not in read_by_branches
             values[position] = self.perform(operation, values.__getitem__, overwrite) if position else images
-            for site in waiting.get(position, ()):
-                for number, masks in enumerate(branches[site]):
-                    yield site, number, self._attempt(site, masks, values)
+            for branch_point in waiting.get(position, ()):
+                for number, masks in enumerate(branches[branch_point]):
+                    yield branch_point, number, self._attempt(branch_point, masks, values)
             for read in frees.get(position, ()):
                 del values[read]
         if whole:
             yield None, 0, values[last]
 
-    def peak_bytes(self, sites: Collection[Site], *, whole: bool) -> tuple[int, int]:
+    def peak_bytes(self, branch_points: Collection[BranchPoint], *, whole: bool) -> tuple[int, int]:
         """The most memory that values take at a time, for one image: (unchanged network, one mask of one branch)."""
-        last = len(self._operations) - 1 if whole else max((site.ready for site in sites), default=-1)
-        frees = self._frees(sites, last)
+        last = (
+            len(self._operations) - 1
+            if whole
+            else max((branch_point.ready for branch_point in branch_points), default=-1)
+        )
+        frees = self._frees(branch_points, last)
         live = most = 0
         for position in range(last + 1):
             live += self._operations[position].bytes
             most = max(most, live)
             live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
-        return most, max((self._branch_bytes(site) for site in sites), default=0)
+        return most, max((self._branch_bytes(branch_point) for branch_point in branch_points), default=0)
 
-    def _branch_bytes(self, site: Site) -> int:
+    def _branch_bytes(self, branch_point: BranchPoint) -> int:
         """As above, for a branch; unchanged values that are read are repeated for every mask."""
-        frees, live, most = self._branch_frees(site), 0, 0
-        for position in site.affected:
+        frees, live, most = self._branch_frees(branch_point), 0, 0
+        for position in branch_point.affected:
             operation = self._operations[position]
-            aside = sum(self._operations[read].bytes for read in operation.reads if read in site.reads)
-            if position in site.changed:  # inputs with zeros in them, and masks' outputs before they are put together
+            aside = sum(self._operations[read].bytes for read in operation.reads if read in branch_point.reads)
+            if (
+                position in branch_point.changed
+            ):  # inputs with zeros in them, and masks' outputs before they are put together
                 aside = operation.bytes + sum(self._operations[read].bytes for read in operation.reads)
             live += operation.bytes
             most = max(most, live + aside)
             live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
         return most
 
-    def _frees(self, sites: Collection[Site], last: int) -> dict[int, list[int]]:
+    def _frees(self, branch_points: Collection[BranchPoint], last: int) -> dict[int, list[int]]:
         """Position -> the values that nobody needs once it is done."""
         until = [min(reader, last) for reader in self._last_reader[: last + 1]]
-        for site in sites:
-            for read in site.reads:
-                until[read] = max(until[read], site.ready)
+        for branch_point in branch_points:
+            for read in branch_point.reads:
+                until[read] = max(until[read], branch_point.ready)
         frees: dict[int, list[int]] = {}
         for read, position in enumerate(until):
             if read != len(self._operations) - 1:
                 frees.setdefault(position, []).append(read)
         return frees
 
-    def _branch_frees(self, site: Site) -> dict[int, list[int]]:
+    def _branch_frees(self, branch_point: BranchPoint) -> dict[int, list[int]]:
         frees: dict[int, list[int]] = {}
-        for position in site.affected[:-1]:
+        for position in branch_point.affected[:-1]:
             frees.setdefault(self._last_reader[position], []).append(position)
         return frees
 
-    def _attempt(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> Outcome:
+    def _attempt(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> Outcome:
         try:
-            return self._branch(site, masks, unchanged)
+            return self._branch(branch_point, masks, unchanged)
         except Exception as error:  # a network's own code may raise anything; it is the candidate's error, not ours
             if is_out_of_memory(error):
                 raise
             return error.with_traceback(None)  # whose frames hold the branch's values
 
-    def _branch(self, site: Site, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
-        frees = self._branch_frees(site)
+    def _branch(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
+        frees = self._branch_frees(branch_point)
         values: dict[int, Any] = {}
         times = len(masks)
 
@@ -204,11 +210,11 @@ class Program:
             many = times > 1 and isinstance(shared, torch.Tensor) and position not in self._constants
             return shared.repeat(times, *[1] * (shared.ndim - 1)) if many else shared
 
-        for position in site.affected:
+        for position in branch_point.affected:
             operation = self._operations[position]
-            if position in site.changed:
-                source = (unchanged if position in site.heads else values)[operation.reads[0]]
-                output = unchanged[position] if position in site.heads else None
+            if position in branch_point.changed:
+                source = (unchanged if position in branch_point.heads else values)[operation.reads[0]]
+                output = unchanged[position] if position in branch_point.heads else None
                 values[position] = self._deaf(operation.module, masks, source, output)
                 del source, output
             else:
@@ -216,7 +222,7 @@ class Program:
                 values[position] = self.perform(operation, value, overwrite)
             for read in frees.get(position, ()):
                 del values[read]
-        return values[site.affected[-1]]
+        return values[branch_point.affected[-1]]
 
     def _deaf(
         self, layer: str, masks: Sequence[Mask], inputs: torch.Tensor, output: torch.Tensor | None

@@ -4,8 +4,8 @@ The differences between candidates sit on few, hard images. The images are there
 network's own loss on each, and the hard strata, which are small, are sampled most; soon all of a hard stratum is known
 and adds no error. Two candidates are compared by their paired differences, image by image, with a normal bound at the
 variance of a stratified mean without replacement (Cochran, Sampling Techniques, 1977, 5.3). One candidate is truly
-best; it is wrongly dropped only if at some look some other one seems better by more than the bound, so that the error
-is shared equally over all candidates and looks. At the last look all images are known, and nothing is left to chance.
+best; it is wrongly dropped only if at some round some other one seems better by more than the bound, so that the error
+is shared equally over all candidates and rounds. At the last round all images are known, and nothing is left to chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEAST_WEIGHT = 0.005
 """A stratum's share of the sample goes by its images' weights, 1 - exp(-loss), the chance that the network gives to
 wrong classes; for easy images at least this."""
 LEAST_IMAGES = 4
-"""The first look has at least so many of every stratum: one image shows no variance."""
+"""The first round has at least so many of every stratum: one image shows no variance."""
 PRIOR_IMAGES = 8
 """The variance of a candidate's differences in a stratum is pooled with that of all candidates as if so many images
 had shown it."""
@@ -43,7 +43,7 @@ def strata_of(base: np.ndarray) -> list[np.ndarray]:
 class Race:
     """The state of a race between `candidates` candidates, for images whose losses without a prune are `base` (n,).
 
-    `samples[t]` are the images (positions) that look t adds to those before it; all of it follows from `base` and
+    `samples[t]` are the images (positions) that round t adds to those before it; all of it follows from `base` and
     `seed`, so that nothing depends on who measures when. `error` is the chance that the best candidate on all images is
     dropped.
     """
@@ -66,7 +66,7 @@ class Race:
             taken, target = counts, int(target * GROWTH)
         self.survivors = list(range(candidates))
         self.fell: dict[int, int] = {}
-        self.looks = 0
+        self.rounds = 0
         self._limit = NormalDist().inv_cdf(1 - error / (max(1, candidates - 1) * len(self.samples)))
         self._losses = np.zeros((candidates, 0))
         self._stratum = np.zeros(0, int)
@@ -75,29 +75,29 @@ class Race:
 
     @property
     def decided(self) -> bool:
-        return len(self.survivors) <= 1 or self.looks == len(self.samples)
+        return len(self.survivors) <= 1 or self.rounds == len(self.samples)
 
-    def look(self, losses: np.ndarray) -> list[int]:
+    def finish_round(self, losses: np.ndarray) -> list[int]:
         """Takes in the survivors' losses (survivors, images of the next sample) and drops some of them, which it gives.
 
         A candidate with a loss that is not finite is dropped at once.
         """
         self._losses = np.concatenate([self._losses, losses.astype(np.float64)], 1)
-        self._stratum = np.concatenate([self._stratum, self._strata[self.looks]])
-        self.looks += 1
+        self._stratum = np.concatenate([self._stratum, self._strata[self.rounds]])
+        self.rounds += 1
         estimates = self._means(self._losses)
         self.estimates[self.survivors] = estimates
         self.images[self.survivors] = self._losses.shape[1]
         stays = self._stays(np.where(np.isfinite(estimates), estimates, np.inf))
         dropped = [candidate for candidate, stay in zip(self.survivors, stays, strict=True) if not stay]
-        self.fell.update(dict.fromkeys(dropped, self.looks))
+        self.fell.update(dict.fromkeys(dropped, self.rounds))
         self.survivors = [candidate for candidate, stay in zip(self.survivors, stays, strict=True) if stay]
         self._losses = self._losses[stays]
         return dropped
 
     def _stays(self, estimates: np.ndarray) -> np.ndarray:
         finite = np.isfinite(estimates)
-        if not finite.any() or self.looks == len(self.samples):
+        if not finite.any() or self.rounds == len(self.samples):
             return finite
         best = int(np.argmin(estimates))
         differences = self._losses[finite] - self._losses[best]
@@ -124,7 +124,7 @@ class Race:
 
 
 def _fill(sizes: np.ndarray, taken: np.ndarray, total: int) -> np.ndarray:
-    """How many of each stratum a look has that knows `total` or a few more, after one that knew `taken`.
+    """How many of each stratum a round has that knows `total` or a few more, after one that knew `taken`.
 
     Images are shared by the square roots of the strata's sizes, what one cannot give going to the others.
     """

@@ -1,4 +1,5 @@
-"""The search: candidates, their losses, the choice. `rank` does one turn of it on any network, without a cluster."""
+"""The search: candidates, their losses, the choice. `rank` does one iteration of it on any network, without a
+cluster."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.records import Ranking
-from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.arguments import checked_data, checked_search, taken_by
 from laasp_ray.search.batchnorm import check_statistics
 from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, Prepare
-from laasp_ray.search.executor import OneHand, settings_of
+from laasp_ray.search.evaluate import CalibrationSet, Prepare
+from laasp_ray.search.executor import SerialBackend, settings_of
 from laasp_ray.search.schedule import measure
 
 __all__ = ["rank"]
@@ -50,16 +51,16 @@ def rank(
     pooling: str = "max",
     seed: int = 0,
 ) -> Ranking:
-    """Every prune that one turn of LAASP could make on `model`, with its loss, least loss first.
+    """Every prune that one iteration of LAASP could make on `model`, with its loss, least loss first.
 
-    `images` (n, C, H, W) are what the network takes, or what `prepare` turns into it batch by batch; `labels` (n,) are
-    class indices; both on the model's device. `reference` is the unpruned network that step sizes, limits and FLOPs
+    `images` (n, C, H, W) are what the network takes, or what `prepare` iterations into it batch by batch; `labels` (n,)
+    are class indices; both on the model's device. `reference` is the unpruned network that step sizes, limits and FLOPs
     reductions are against (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.loss`, the mean
     cross-entropy over all images, and `.flops_reduction` after its prune. One that failed has an `.error` and comes
     last. `model` is left as it was.
 
     With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
-    them, and `.dropped_at` is the look at which a candidate fell, None for the choice and its last rivals, which come
+    them, and `.dropped_at` is the round at which a candidate fell, None for the choice and its last rivals, which come
     first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
     The criterion pls fits `components` to outputs under `pooling` (see PruneConfig).
     Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
@@ -82,23 +83,23 @@ def rank(
     )
     for network in (model,) if reference is None else (model, reference):
         check_suitable(network)
-    subset = LossSubset(*checked_data(images, labels), batch_size, prepare)
+    calibration = CalibrationSet(*checked_data(images, labels), batch_size, prepare)
     check_statistics(model)
     with random_state_kept():  # which a network may draw from
-        return _rank(deep_copy(model), subset, config, search, reference, seed)
+        return _rank(deep_copy(model), calibration, config, search, reference, seed)
 
 
 def _rank(
     model: nn.Module,
-    subset: LossSubset,
+    calibration: CalibrationSet,
     config: PruneConfig,
     search: SearchConfig,
     reference: nn.Module | None,
     seed: int,
 ) -> Ranking:
     """`model` is a copy, which this may change."""
-    model, subset = taken_by(model, subset)
-    example = subset.at(np.arange(1))[0]
+    model, calibration = taken_by(model, calibration)
+    example = calibration.at(np.arange(1))[0]
 
     def graph_of(network: nn.Module) -> PruningGraph:
         return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)
@@ -109,9 +110,11 @@ def _rank(
     else:
         baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
     by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
-    given = {name: importance(model, subset, Wanted.of(graph.layers, config)) for name in by_activations}
+    given = {
+        name: importance(model, calibration, ImportanceRequest.of(graph.layers, config)) for name in by_activations
+    }
     proposals = propose(model, graph, macs, baseline, config, given)
     tasks = tasks_of(proposals)
-    hands = OneHand(Engine(model, subset, memory_bytes=search.memory_mb * 1_000_000), tasks)
-    results = measure(hands, len(tasks), settings_of(search, len(subset), seed), lambda position, result: None)
+    backend = SerialBackend(Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000), tasks)
+    results = measure(backend, len(tasks), settings_of(search, len(calibration), seed), lambda position, result: None)
     return Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])

@@ -1,9 +1,9 @@
-"""One turn's measurements, whoever carries them out: exhaustive, or as a race.
+"""One iteration's measurements, whoever carries them out: exhaustive, or as a race.
 
 Work is cut into units, some candidates on some images, small enough that nobody idles at the end and large enough that
-the network is not run anew for every few candidates. A race goes look by look; while the last units of a look are
-under way, idle hands begin with the next look for those that are still in it. What is chosen depends on complete looks
-only, and so not on the number of hands.
+the network is not run anew for every few candidates. A race goes round by round; while the last units of a round are
+under way, idle workers begin with the next round for those that are still in it. What is chosen depends on complete
+rounds only, and so not on the number of workers.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ OnResult = Callable[[int, MeasuredLoss], None]
 OnShare = Callable[[float], None]
 
 UNITS_PER_SLOT = 4
-"""At most so many units for each hand at a time: the last to end is then late by a small part of the whole."""
+"""At most so many units for each worker at a time: the last to end is then late by a small part of the whole."""
 LAST_UNIT = 0.1
-"""Hands are not equally fast, nor units equally dear: by so much of a unit the last hand is expected to be late."""
+"""Workers are not equally fast, nor units equally dear: by so much of a unit the last worker is expected to be late."""
 HAND_OUT_SECONDS = 0.003
 """What handing out a unit costs on a cluster (bench/fanout.py); units are handed out one after the other."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """These tasks (positions) on these images (positions in the subset)."""
+    """These tasks (positions) on these images (positions in the calibration set)."""
 
     tasks: tuple[int, ...]
     images: np.ndarray
 
 
-class Hands(Protocol):
+class WorkBackend(Protocol):
     """Who measures units: this process, or a cluster."""
 
     @property
@@ -67,14 +67,14 @@ class Settings:
 
 
 def measure(
-    hands: Hands, tasks: int, settings: Settings, on_result: OnResult, on_share: OnShare = lambda share: None
+    backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult, on_share: OnShare = lambda share: None
 ) -> list[MeasuredLoss]:
     """The losses of tasks 0..tasks-2, the candidates, and of the last one, the network as it stands.
 
-    `on_result` hears of each when nothing more will be known of it, `on_share` of the share of an exhaustive turn that
-    is done. A candidate that failed has loss NaN and says why.
+    `on_result` hears of each when nothing more will be known of it, `on_share` of the share of an exhaustive iteration
+    that is done. A candidate that failed has loss NaN and says why.
     """
-    work = _Work(hands, tasks, settings, on_result)
+    work = _Work(backend, tasks, settings, on_result)
     if settings.racing and tasks > 2:
         _race(work, tasks - 1, settings)
     else:
@@ -102,7 +102,7 @@ def cut(
         return max(begun + math.ceil(units / slots) * unit, units * hand_out + unit) + LAST_UNIT * unit
 
     most = min(len(tasks), math.ceil(slots * UNITS_PER_SLOT / len(pieces)))
-    # A single hand is never idle, and every cut costs it the shared part once more.
+    # A single worker is never idle, and every cut costs it the shared part once more.
     groups = min(range(1, most + 1), key=end_with) if slots > 1 else 1
     if settings.candidates_per_task:
         groups = max(groups, math.ceil(len(tasks) / settings.candidates_per_task))
@@ -128,9 +128,9 @@ def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int)
 class _Work:
     """What is known so far: `values` (tasks, images), NaN where nothing is."""
 
-    def __init__(self, hands: Hands, tasks: int, settings: Settings, on_result: OnResult) -> None:
-        self._hands, self._settings, self._on_result = hands, settings, on_result
-        self.costs = [hands.cost(task) for task in range(tasks)]
+    def __init__(self, backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult) -> None:
+        self._hands, self._settings, self._on_result = backend, settings, on_result
+        self.costs = [backend.cost(task) for task in range(tasks)]
         self.values = np.full((tasks, settings.images), np.nan, np.float32)
         self.under_way = 0
         self.errors: dict[int, str] = {}
@@ -161,7 +161,8 @@ class _Work:
         return unit
 
     def finish(self, task: int, loss: float, images: int, dropped_at: int | None = None) -> None:
-        # What failed on images that the race turned out not to need does not count: other hands would not have seen it.
+        # What failed on images that the race turned out not to need does not count: other workers would not have seen
+        # it.
         error = "" if math.isfinite(loss) else self.errors.get(task, "")
         seconds, copied = float(self._seconds[task]), self.costs[task].copied
         self.results[task] = MeasuredLoss(loss, images, seconds, dropped_at, error, copied)
@@ -189,34 +190,34 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
     base = work.values[unchanged]
     work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
     race = Race(base, candidates, error=settings.racing_error, seed=settings.seed)
-    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # images to come: (look, candidate)
+    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # images to come: (round, candidate)
     asked = np.zeros(left.shape, bool)
-    look_of = np.empty(settings.images, int)
-    for look, sample in enumerate(race.samples):
-        look_of[sample] = look
+    round_of = np.empty(settings.images, int)
+    for round_number, sample in enumerate(race.samples):
+        round_of[sample] = round_number
 
-    def ask(look: int, tasks: Sequence[int]) -> None:
-        new = [task for task in tasks if not asked[look, task]]
+    def ask(round_number: int, tasks: Sequence[int]) -> None:
+        new = [task for task in tasks if not asked[round_number, task]]
         if new:
-            work.submit(new, race.samples[look])
-            asked[look, new] = True
+            work.submit(new, race.samples[round_number])
+            asked[round_number, new] = True
 
     while not race.decided:
-        look, sample = race.looks, race.samples[race.looks]
-        ask(look, race.survivors)
-        ahead = iter(_likeliest_first(race) if look + 1 < len(race.samples) else ())
-        while left[look, race.survivors].any():
-            ask(look + 1, list(islice(ahead, max(0, work.slots - work.under_way))))
+        round_number, sample = race.rounds, race.samples[race.rounds]
+        ask(round_number, race.survivors)
+        ahead = iter(_likeliest_first(race) if round_number + 1 < len(race.samples) else ())
+        while left[round_number, race.survivors].any():
+            ask(round_number + 1, list(islice(ahead, max(0, work.slots - work.under_way))))
             unit = work.collect()
-            left[look_of[unit.images[0]], list(unit.tasks)] -= len(unit.images)
-        for task in race.look(work.values[race.survivors][:, sample]):
-            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.looks)
+            left[round_of[unit.images[0]], list(unit.tasks)] -= len(unit.images)
+        for task in race.finish_round(work.values[race.survivors][:, sample]):
+            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.rounds)
     for task in race.survivors:
         work.finish(task, float(race.estimates[task]), int(race.images[task]))
-    while work.under_way:  # what was begun for a look that is not needed any more
+    while work.under_way:  # what was begun for a round that is not needed any more
         work.collect()
 
 
 def _likeliest_first(race: Race) -> list[int]:
-    """The candidates of this look, those first that will most likely be in the next one."""
+    """The candidates of this round, those first that will most likely be in the next one."""
     return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from laasp_ray.errors import is_out_of_memory
 from laasp_ray.pruning.masking import is_bare
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
 from laasp_ray.search.mutation import InPlaceProxy, without_mutation
 from laasp_ray.search.precision import full_precision
@@ -38,7 +38,7 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
     network, first = model, example
     if example.device.type != "cpu":
         try:
-            network, first = twin(model).cpu(), example.cpu()
+            network, first = clone_sharing_parameters(model).cpu(), example.cpu()
             network(first)
         except Exception:  # code that is tied to its device is checked there
             network, first = model, example
@@ -51,7 +51,7 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
 @torch.inference_mode()
 def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
     """The program of a network in eval mode, not compared with it (`verdict` does that); or why there is none."""
-    network = twin(model).eval()
+    network = clone_sharing_parameters(model).eval()
     in_place = [
         name
         for name, module in network.named_modules(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `carried/...`."""
+"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer_state/...`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MODEL, _CARRIED = "model/", "carried/"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, on the CPU; `carried` is an EpochDone's (train/loop.py)."""
+    """What `save_checkpoint` was given, on the CPU; `optimizer_state` is an EpochDone's (train/loop.py)."""
 
     model: dict[str, torch.Tensor]
-    carried: dict[str, torch.Tensor]
+    optimizer_state: dict[str, torch.Tensor]
     metadata: dict[str, str]
 
 
@@ -33,7 +33,7 @@ def save_checkpoint(
     name: str,
     *,
     model: Mapping[str, torch.Tensor | np.ndarray],
-    carried: Mapping[str, torch.Tensor | np.ndarray] | None = None,
+    optimizer_state: Mapping[str, torch.Tensor | np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint, whole or not at all. Tensors may be on any device, views of each other, or 0-dimensional.
@@ -41,7 +41,7 @@ def save_checkpoint(
     Raises StoreError when it cannot be written, TypeError for a value that is no tensor or array.
     """
     tensors = {_MODEL + key: value for key, value in model.items()}
-    tensors.update({_CARRIED + key: value for key, value in (carried or {}).items()})
+    tensors.update({_CARRIED + key: value for key, value in (optimizer_state or {}).items()})
     storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
 
 

@@ -1,7 +1,7 @@
 """A run's journal: one immutable JSON object per event. What is not in it has not happened.
 
-The driver alone writes it. `append` notices when another driver writes the same run. Beside it, a turn's candidates
-with their losses, as one Parquet file a turn: `candidates/NNNNNN.parquet`.
+The driver alone writes it. `append` notices when another driver writes the same run. Beside it, an iteration's
+candidates with their losses, as one Parquet file an iteration: `candidates/NNNNNN.parquet`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from laasp_ray.errors import StoreError
-from laasp_ray.records import SCHEMA_VERSION, Candidate, CandidateLoss, Ranking, to_json
+from laasp_ray.records import Candidate, CandidateLoss, Ranking, to_json
 from laasp_ray.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _FOLDER = "journal/"
 _FILE = re.compile(r"^journal/(\d{6,})-([a-z][a-z0-9_]*)\.json$")
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
+JOURNAL_VERSION = 2
+"""Version 1 had other names for events and keys; nobody reads it any more."""
 _READERS = 16
 _REMEDY = "restore it from a copy or start the run under another name"
 
@@ -73,7 +75,7 @@ class Journal:
         if found != self._written:
             raise self._other_driver(f"{found} events where this one left {self._written}")
         sequence, now, values = found + 1, time.time(), to_json(data)
-        content = {"schema_version": SCHEMA_VERSION, "sequence": sequence, "name": name, "time": now, "data": values}
+        content = {"schema_version": JOURNAL_VERSION, "sequence": sequence, "name": name, "time": now, "data": values}
         file = _file_name(sequence, name)
         self._storage.write_new(file, json.dumps(content, separators=(",", ":"), allow_nan=False).encode())
         rivals = [other for other in self._storage.list(f"{_FOLDER}{sequence:06d}-") if other != file]
@@ -119,10 +121,10 @@ class Journal:
             event = Event(int(content["sequence"]), str(content["name"]), data, float(content["time"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{place} is no event of a journal ({error!r}); {_REMEDY}") from error
-        if version != SCHEMA_VERSION:
+        if version != JOURNAL_VERSION:
             raise StoreError(
                 f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "
-                f"{SCHEMA_VERSION}; use the version that wrote the run"
+                f"{JOURNAL_VERSION}: the run was begun by another version; finish it with that one, or start it anew under another --name"
             )
         if _file_name(event.sequence, event.name) != file:
             raise StoreError(
@@ -166,8 +168,9 @@ def _sequence_of(file: str) -> int:
     return int(match.group(1))
 
 
-def write_candidates(storage: Storage, turn: int, ranking: Ranking) -> None:
-    """Writes the ranking of `turn`, a row a candidate, least loss first; a turn measured anew replaces its file."""
+def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> None:
+    """Writes the ranking of `iteration`, a row a candidate, least loss first; an iteration measured anew replaces its
+    file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -190,20 +193,21 @@ def write_candidates(storage: Storage, turn: int, ranking: Ranking) -> None:
     ]
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_candidates_schema()), buffer)
-    storage.write(_candidates_file(turn), buffer.getvalue())
+    storage.write(_candidates_file(iteration), buffer.getvalue())
 
 
-def read_candidates(storage: Storage, turn: int) -> Ranking:
+def read_candidates(storage: Storage, iteration: int) -> Ranking:
     """The ranking that `write_candidates` wrote. Raises StoreError if the file is missing or not such a table."""
     import pyarrow
     from pyarrow import parquet
 
-    raw = storage.read(_candidates_file(turn))
+    raw = storage.read(_candidates_file(iteration))
     try:
         table = parquet.read_table(io.BytesIO(raw)).cast(_candidates_schema())
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise StoreError(
-            f"{_candidates_file(turn)} in {storage.uri} is no table of candidates ({error}); restore it from a copy"
+            f"{_candidates_file(iteration)} in {storage.uri} is no table of candidates ({error}); restore it "
+            "from a copy"
         ) from error
     return Ranking([_candidate_loss(row) for row in table.to_pylist()])
 
@@ -243,5 +247,5 @@ def _candidates_schema() -> pyarrow.Schema:
     )
 
 
-def _candidates_file(turn: int) -> str:
-    return f"candidates/{turn:06d}.parquet"
+def _candidates_file(iteration: int) -> str:
+    return f"candidates/{iteration:06d}.parquet"

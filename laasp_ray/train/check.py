@@ -14,9 +14,9 @@ from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import shown
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.joint import removal_of_several
+from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.train.trial import try_step
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def check_training(model: nn.Module, shape: Sequence[int], config: TrainConfig, 
 def _try_cut(
     model: nn.Module, graph: PruningGraph, layers: Sequence[str], shape: Sequence[int], config: TrainConfig
 ) -> str:
-    cut = twin(model)
+    cut = clone_sharing_parameters(model)
     try:
         apply_plan(cut, small_plan(graph, layers))
     except PruningError as error:  # each was tried alone; that they do not go together is no fault of training
@@ -76,4 +76,4 @@ def small_plan(graph: PruningGraph, layers: Sequence[str]) -> Plan:
             continue
         chosen[layer] = range(0, group.filters, group.filters // group.blocks)
         taken |= {side.module for side in graph.removal(layer, chosen[layer]) if side.role == "filters"}
-    return plan_of(removal_of_several(graph, chosen))
+    return plan_of(joint_removal(graph, chosen))

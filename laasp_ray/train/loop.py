@@ -1,7 +1,8 @@
-"""A spell of training in plain PyTorch: some epochs of SGD, each yielded with its weights, then an evaluation.
+"""A training phase in plain PyTorch: some epochs of SGD, each yielded with its weights, then an evaluation.
 
 Runs alone or under torch.distributed; knows no Ray, no store. The order and augmentation of an epoch are functions of
-the seed and the epoch's number, so a spell that goes on after `done` epochs is the spell that was never cut off.
+the seed and the epoch's number, so a training phase that goes on after `done` epochs is the training phase that was
+never cut off.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from laasp_ray.records import Metrics, Place
 from laasp_ray.train.data import EvaluationData, SpellData
 from laasp_ray.train.ema import MovingAverage
 from laasp_ray.train.loss import training_loss
-from laasp_ray.train.mask_enforcement import HeldMasks
+from laasp_ray.train.mask_enforcement import MaskEnforcer
 
 _MOMENTUM, _WEIGHTS = "momentum/", "weights/"
 _TESTED_PHASES = ("train", "final")
@@ -41,7 +42,7 @@ class EpochPlan:
 
 
 @dataclass(frozen=True)
-class Spell:
+class TrainingPhase:
     """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
 
     `excluded` names images that were found unreadable before, `places` where they were. `masks` (parameter -> packed
@@ -59,12 +60,14 @@ class Spell:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """`tensors` are the network's, with `train.ema` the average's; `position` counts the spell's epochs from 0.
+    """`tensors` are the network's, with `train.ema` the average's; `position` counts the training phase's epochs from
+    0.
 
-    `carried` is what the spell's next epoch needs besides: `momentum/PARAMETER`, and with `train.ema` the weights that
-    are averaged, `weights/NAME`. All are on the CPU. `loss`, which is what was minimised (but for weight decay), and
-    `top1` are those of the training images as they were seen, reduced over all ranks. `metrics` are those of `tensors`
-    on the test images, if they were evaluated after this epoch, which took `test_seconds` besides `seconds`.
+    `optimizer_state` is what the training phase's next epoch needs besides: `momentum/PARAMETER`, and with `train.ema`
+    the weights that are averaged, `weights/NAME`. All are on the CPU. `loss`, which is what was minimised (but for
+    weight decay), and `top1` are those of the training images as they were seen, reduced over all ranks. `metrics` are
+    those of `tensors` on the test images, if they were evaluated after this epoch, which took `test_seconds` besides
+    `seconds`.
     """
 
     position: int
@@ -74,15 +77,15 @@ class EpochDone:
     images: int
     seconds: float
     tensors: Mapping[str, torch.Tensor]
-    carried: Mapping[str, torch.Tensor]
+    optimizer_state: Mapping[str, torch.Tensor]
     unreadable: tuple[str, ...]
     metrics: Metrics | None = None
     test_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class SpellDone:
-    """The evaluation on the test images at the end of a spell; `loader` is what decoded them."""
+class PhaseResult:
+    """The evaluation on the test images at the end of a training phase; `loader` is what decoded them."""
 
     metrics: Metrics
     seconds: float
@@ -92,12 +95,12 @@ class SpellDone:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all epochs of a spell are trained with; `wrapped` is `model`, made distributed."""
+    """What all epochs of a training phase are trained with; `wrapped` is `model`, made distributed."""
 
     model: nn.Module
     wrapped: nn.Module
     optimizer: torch.optim.SGD
-    held: HeldMasks
+    held: MaskEnforcer
     average: MovingAverage | None
     teacher: nn.Module | None
     data: SpellData
@@ -105,18 +108,19 @@ class _Setup:
     seed: int
 
 
-def run_spell(
+def run_training_phase(
     model: nn.Module,
-    carried: Mapping[str, torch.Tensor],
-    spell: Spell,
+    optimizer_state: Mapping[str, torch.Tensor],
+    training_phase: TrainingPhase,
     *,
     data: SpellData,
     config: TrainConfig,
     seed: int,
     teacher: nn.Module | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-) -> Iterator[EpochDone | SpellDone]:
-    """Trains `model`, which is on `data.device`, in place. `carried` belongs to the epoch before (empty: fresh).
+) -> Iterator[EpochDone | PhaseResult]:
+    """Trains `model`, which is on `data.device`, in place. `optimizer_state` belongs to the epoch before (empty:
+    fresh).
 
     `teacher`, on the same device, is imitated as `config.distill` says. `wrap` makes the network distributed. Raises
     TrainingError, naming the epoch, when loss or weights are not finite.
@@ -124,41 +128,43 @@ def run_spell(
     if data.device.type == "cuda":
         # A resumed run must come to what an undisturbed one comes to.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    held = HeldMasks(model, spell.masks)
+    held = MaskEnforcer(model, training_phase.masks)
     held.apply()
-    remaining = spell.epochs[spell.done :]
+    remaining = training_phase.epochs[training_phase.done :]
     if remaining:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise TrainingError(
                 "no parameter of the network requires a gradient: set requires_grad on what is to train"
             )
         average = MovingAverage(model, config.ema) if config.ema else None
-        weights = _part(carried, _WEIGHTS)
+        weights = _part(optimizer_state, _WEIGHTS)
         if weights:  # the network so far is their average
             model.load_state_dict(weights)
         # Wrapped and given an optimizer only for training: both would be built on parameters that are not there later.
-        wrapped, optimizer = wrap(model), _optimizer(model, config, _part(carried, _MOMENTUM))
+        wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
         if teacher is not None:
             teacher.eval()
         setup = _Setup(model, wrapped, optimizer, held, average, teacher, data, config, seed)
-        for position, plan in enumerate(remaining, spell.done):
+        for position, plan in enumerate(remaining, training_phase.done):
             done = _train_epoch(setup, position, plan)
-            yield _test_epoch(setup, done) if _is_tested(spell, position, config) else done
+            yield _test_epoch(setup, done) if _is_tested(training_phase, position, config) else done
         if average is not None:
             model.load_state_dict(average.tensors)
     started = time.perf_counter()
     metrics = evaluate(model, data)
-    yield SpellDone(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
+    yield PhaseResult(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
 
 
-def _is_tested(spell: Spell, position: int, config: TrainConfig) -> bool:
-    """Not after the last epoch, which the evaluation at the spell's end follows."""
-    last = position + 1 == len(spell.epochs)
-    return spell.phase in _TESTED_PHASES and not last and config.is_tested(spell.epochs[position].epoch)
+def _is_tested(training_phase: TrainingPhase, position: int, config: TrainConfig) -> bool:
+    """Not after the last epoch, which the evaluation at the training phase's end follows."""
+    last = position + 1 == len(training_phase.epochs)
+    return (
+        training_phase.phase in _TESTED_PHASES and not last and config.is_tested(training_phase.epochs[position].epoch)
+    )
 
 
-def _part(carried: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in carried.items() if name.startswith(prefix)}
+def _part(optimizer_state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in optimizer_state.items() if name.startswith(prefix)}
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, torch.Tensor]) -> torch.optim.SGD:
@@ -206,7 +212,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
         images=int(sums[2]),
         seconds=time.perf_counter() - started,
         tensors=tensors,
-        carried=_carried(setup),
+        optimizer_state=_optimizer_state(setup),
         unreadable=data.take_unreadable(),
     )
 
@@ -228,13 +234,14 @@ def _test_epoch(setup: _Setup, done: EpochDone) -> EpochDone:
 
 
 def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:
-    """The spell's optimizer step `number`, on this rank's share of a batch of `images`; sums of loss, correct, seen."""
+    """The training phase's optimizer step `number`, on this rank's share of a batch of `images`; sums of loss, correct,
+    seen."""
     data = setup.data
     pictures = in_format_of(setup.wrapped, batch.images)
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
         output = setup.wrapped(pictures)
-        taught = _taught(setup.teacher, pictures)
-    losses = training_loss(output.float(), batch.labels, setup.config, taught)
+        teacher_logits = _has_teacher(setup.teacher, pictures)
+    losses = training_loss(output.float(), batch.labels, setup.config, teacher_logits)
     setup.optimizer.zero_grad(set_to_none=True)
     # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
     (losses * (data.world / images)).backward()
@@ -248,20 +255,20 @@ def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def _taught(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
+def _has_teacher(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
     return None if teacher is None else teacher(images).float()
 
 
-def _carried(setup: _Setup) -> dict[str, torch.Tensor]:
+def _optimizer_state(setup: _Setup) -> dict[str, torch.Tensor]:
     state = setup.optimizer.state
-    carried = {
+    optimizer_state = {
         _MOMENTUM + name: state[parameter]["momentum_buffer"]
         for name, parameter in setup.model.named_parameters()
         if "momentum_buffer" in state[parameter]
     }
     if setup.average is not None:
-        carried |= {_WEIGHTS + name: tensor for name, tensor in setup.model.state_dict().items()}
-    return _on_cpu(carried)
+        optimizer_state |= {_WEIGHTS + name: tensor for name, tensor in setup.model.state_dict().items()}
+    return _on_cpu(optimizer_state)
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,18 +9,18 @@ from laasp_ray.config import TrainConfig
 
 
 def training_loss(
-    output: torch.Tensor, labels: torch.Tensor, config: TrainConfig, taught: torch.Tensor | None = None
+    output: torch.Tensor, labels: torch.Tensor, config: TrainConfig, teacher_logits: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Summed over the images, for outputs (images, classes) and labels (images,): the cross-entropy, smoothed.
 
-    With `taught`, a teacher's outputs for the same images: 1 - distill of that, and distill * T^2 of the divergence
-    KL(teacher || student) of the softmax at temperature T.
+    With `teacher_logits`, a teacher's outputs for the same images: 1 - distill of that, and distill * T^2 of the
+    divergence KL(teacher || student) of the softmax at temperature T.
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015 (arXiv 1503.02531).
     """
     told = functional.cross_entropy(output, labels, reduction="sum", label_smoothing=config.label_smoothing)
-    if taught is None:
+    if teacher_logits is None:
         return told
     temperature = config.distill_temperature
-    ours, theirs = ((logits / temperature).log_softmax(1) for logits in (output, taught))
+    ours, theirs = ((logits / temperature).log_softmax(1) for logits in (output, teacher_logits))
     imitated = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
     return (1 - config.distill) * told + config.distill * temperature**2 * imitated

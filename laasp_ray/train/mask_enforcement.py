@@ -11,7 +11,7 @@ from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.sparsity.groups import unpack_mask
 
 
-class HeldMasks:
+class MaskEnforcer:
     """Sets what `masks` (by parameter name, packed) prune in `model` to zero whenever `apply` is called."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, bytes]) -> None:

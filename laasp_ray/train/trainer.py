@@ -13,22 +13,26 @@ from laasp_ray.models.format import to_fast_format
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.train.data import SpellData
-from laasp_ray.train.loop import EpochDone, Spell, SpellDone, run_spell
+from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase, run_training_phase
 
 OnEpoch = Callable[[EpochDone], None]
 
 
 class Trainer(Protocol):
-    def teach(self, teacher: NetworkState) -> None:
+    def set_teacher(self, teacher: NetworkState) -> None:
         """From now on what is trained imitates `teacher`, as `train.distill` says; called once."""
 
     def run(
-        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
-    ) -> SpellDone:
-        """Trains `network` for the epochs of `spell` that are not done, then evaluates it.
+        self,
+        network: NetworkState,
+        optimizer_state: Mapping[str, torch.Tensor],
+        training_phase: TrainingPhase,
+        on_epoch: OnEpoch,
+    ) -> PhaseResult:
+        """Trains `network` for the epochs of `training_phase` that are not done, then evaluates it.
 
-        `carried` is that of the last epoch done (see EpochDone). `on_epoch` hears of every epoch, once, in order, with
-        the weights after it; the last one's are the result.
+        `optimizer_state` is that of the last epoch done (see EpochDone). `on_epoch` hears of every epoch, once, in
+        order, with the weights after it; the last one's are the result.
         """
 
     def close(self) -> None: ...
@@ -42,12 +46,16 @@ class InProcessTrainer:
         self._data: SpellData | None = None
         self._teacher: NetworkState | None = None
 
-    def teach(self, teacher: NetworkState) -> None:
+    def set_teacher(self, teacher: NetworkState) -> None:
         self._teacher = teacher
 
     def run(
-        self, network: NetworkState, carried: Mapping[str, torch.Tensor], spell: Spell, on_epoch: OnEpoch
-    ) -> SpellDone:
+        self,
+        network: NetworkState,
+        optimizer_state: Mapping[str, torch.Tensor],
+        training_phase: TrainingPhase,
+        on_epoch: OnEpoch,
+    ) -> PhaseResult:
         config, teacher = self._config, self._teacher
         if self._data is None:
             self._data = SpellData(
@@ -55,13 +63,13 @@ class InProcessTrainer:
                 batch_size=config.train.batch_size,
                 seed=config.seed,
                 device=self._device,
-                excluded=spell.excluded,
-                places=spell.places,
+                excluded=training_phase.excluded,
+                places=training_phase.places,
             )
-        for event in run_spell(
+        for event in run_training_phase(
             rebuild_on(self._device, self._unpruned, network, config.model.input_shape),
-            carried,
-            spell,
+            optimizer_state,
+            training_phase,
             data=self._data,
             config=config.train,
             seed=config.seed,
@@ -69,10 +77,10 @@ class InProcessTrainer:
             if teacher is not None
             else None,
         ):
-            if isinstance(event, SpellDone):
+            if isinstance(event, PhaseResult):
                 return event
             on_epoch(event)
-        raise AssertionError("a spell ends with its evaluation")
+        raise AssertionError("a training phase ends with its evaluation")
 
     def close(self) -> None:
         if self._data is not None:

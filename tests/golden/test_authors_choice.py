@@ -6,7 +6,7 @@ import pytest
 from helpers import shared_data
 
 from laasp_ray.config import ModelConfig
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
@@ -30,8 +30,10 @@ def test_the_first_prune_is_the_one_in_the_log(checkpoint, builder, layer, flops
     data = dataclasses.replace(recipe("resnet20_cifar10").data, path=str(shared_data("cifar10_mini")))
     model = build(ModelConfig(builder=builder, input_shape=(3, 32, 32)))
     load_weights(model, weights)
-    subset = draw_subset(open_source(data, "train"), data, images=4000, seed=0)
-    assert len(subset.labels) == 4000
-    best = rank(model, subset.images, subset.labels, prepare=lambda batch: normalise(batch, data), racing=racing)[0]
+    calibration = draw_calibration_images(open_source(data, "train"), data, images=4000, seed=0)
+    assert len(calibration.labels) == 4000
+    best = rank(
+        model, calibration.images, calibration.labels, prepare=lambda batch: normalise(batch, data), racing=racing
+    )[0]
     assert (best.layer, best.criterion, len(best.filters)) == (layer, "l1", 1)
     assert f"{best.flops_reduction:.6f}" == flops_reduction

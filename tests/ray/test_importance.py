@@ -8,22 +8,22 @@ import torch
 from helpers import randomise_batchnorm, small_run
 
 from laasp_ray import models
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.distributed import executor
-from laasp_ray.distributed.cluster import share_of
+from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import put_network
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.activations import Wanted
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.activations import ImportanceRequest
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-WANTED = Wanted(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
+WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
 
 
 def setting(storage, **search):
@@ -31,17 +31,17 @@ def setting(storage, **search):
     config = small_run(storage, **{f"search__{key}": value for key, value in search.items()})
     torch.manual_seed(0)
     network = randomise_batchnorm(models.build(config.model)).eval()
-    drawn = draw_subset(open_source(config.data, "train"), config.data, images=config.search.images, seed=0)
+    drawn = draw_calibration_images(open_source(config.data, "train"), config.data, images=config.search.images, seed=0)
     size = config.search.batch_size
-    subset = LossSubset(drawn.images, drawn.labels, size, lambda batch: normalise(batch, config.data))
-    return config, network, drawn, subset
+    calibration = CalibrationSet(drawn.images, drawn.labels, size, lambda batch: normalise(batch, config.data))
+    return config, network, drawn, calibration
 
 
 def test_the_spread_importance_is_the_serial_one(session, tmp_path):
-    config, network, drawn, subset = setting(tmp_path, images=60, batch_size=10)
-    share = share_of(ray.cluster_resources(), config.cluster)
+    config, network, drawn, calibration = setting(tmp_path, images=60, batch_size=10)
+    share = plan_resources(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
-    serial = InProcessExecutor(network, subset, torch.device("cpu"), config.search, config.seed)
+    serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
     found, expected = (one.importance(state, WANTED) for one in (spread, serial))
     for layer in WANTED.layers:
@@ -52,7 +52,7 @@ def test_the_spread_importance_is_the_serial_one(session, tmp_path):
 
 def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, tmp_path, monkeypatch):
     config, network, drawn, _ = setting(tmp_path, images=110, batch_size=10)
-    share = share_of(ray.cluster_resources(), config.cluster)
+    share = plan_resources(ray.cluster_resources(), config.cluster)
     memory, reference, state = ray.cluster_resources()["memory"], put_network(network), capture(network, Plan.empty())
     found = []
     # Of two tasks that want more than half of the memory each, one waits for the other.
@@ -66,10 +66,10 @@ def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, 
 
 
 def test_the_statistics_for_scoring_are_the_serial_ones(session, tmp_path):
-    config, network, drawn, subset = setting(tmp_path, images=300, reestimate_batchnorm=True)
-    share = share_of(ray.cluster_resources(), config.cluster)
+    config, network, drawn, calibration = setting(tmp_path, images=300, reestimate_batchnorm=True)
+    share = plan_resources(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
-    serial = InProcessExecutor(network, subset, torch.device("cpu"), config.search, config.seed)
+    serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
     found, expected = (one.for_scoring(state).tensors for one in (spread, serial))
     assert found.keys() == expected.keys() == state.tensors.keys()

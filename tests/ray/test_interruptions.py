@@ -13,11 +13,11 @@ def test_three_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path):
     process = interruptions.start(tmp_path, "peace", ray=True, log=log)
     assert process.wait() == 0, log.read_text()[-4000:]
     kinds = [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "peace")]
-    turn, recovery = kinds.index("turn"), kinds.index("epoch", kinds.index("turn"))
+    iteration, fine_tune = kinds.index("iteration"), kinds.index("epoch", kinds.index("iteration"))
     moments = [
-        interruptions.Moment(kinds.index("epoch"), "epoch", 0.3, "driver"),  # in the middle of the first spell
-        interruptions.Moment(turn, "turn", 0.1, "driver"),
-        interruptions.Moment(recovery, "epoch", 0.1, "trainer"),
+        interruptions.Moment(kinds.index("epoch"), "epoch", 0.3, "driver"),  # in the middle of the first training phase
+        interruptions.Moment(iteration, "iteration", 0.1, "driver"),
+        interruptions.Moment(fine_tune, "epoch", 0.1, "trainer"),
     ]
     interruptions.disturb(tmp_path, moments, ray=True, log=log)
     assert interruptions.outcome(tmp_path, "disturbed") == interruptions.outcome(tmp_path, "peace")
@@ -25,11 +25,22 @@ def test_three_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path):
 
 
 def test_moments_meet_every_kind_of_event_and_are_a_function_of_the_seed():
-    events = ["start", "epoch", "epoch", "spell", "subset", "turn", "turn", "epoch", "spell", "finish"]
+    events = [
+        "start",
+        "epoch",
+        "epoch",
+        "training_phase",
+        "calibration",
+        "iteration",
+        "iteration",
+        "epoch",
+        "training_phase",
+        "finish",
+    ]
     gaps = [1.0] * 9
     moments = interruptions.draw_moments(events, gaps, kills=20, seed=3, ray=True)
     assert len(moments) == 20
-    assert {moment.kind for moment in moments} == {"start", "epoch", "spell", "subset", "turn"}
+    assert {moment.kind for moment in moments} == {"start", "epoch", "training_phase", "calibration", "iteration"}
     assert [moment.event for moment in moments] == sorted(moment.event for moment in moments)
     assert moments == interruptions.draw_moments(events, gaps, kills=20, seed=3, ray=True)
 

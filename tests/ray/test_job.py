@@ -83,7 +83,7 @@ def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
     finish = events[-1]
     assert finish.name == "finish"
     assert finish.data["flops_reduction"] >= 0.25
-    assert sum(event.name == "turn" for event in events) >= 5
+    assert sum(event.name == "iteration" for event in events) >= 5
     load_pruned(tmp_path / "runs" / "resnet50_digits")
 
 

@@ -6,12 +6,12 @@ import torch
 from helpers import small_run
 from torch import nn
 
-from laasp_ray.distributed.cluster import share_of
+from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.trainer import RayTrainer, put_network
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
-from laasp_ray.train.loop import EpochPlan, Spell
+from laasp_ray.train.loop import EpochPlan, TrainingPhase
 from laasp_ray.train.trainer import InProcessTrainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
@@ -36,13 +36,13 @@ def epochs_of(trainer, model, masks):
     """Two epochs, and what was measured after them."""
     plans = tuple(EpochPlan(epoch=epoch, data_epoch=epoch, learning_rate=0.02) for epoch in range(2))
     epochs = []
-    spell = Spell(number=0, phase="final", epochs=plans, masks=masks)
-    return epochs, trainer.run(capture(model, Plan.empty()), {}, spell, epochs.append).metrics
+    training_phase = TrainingPhase(number=0, phase="final", epochs=plans, masks=masks)
+    return epochs, trainer.run(capture(model, Plan.empty()), {}, training_phase, epochs.append).metrics
 
 
 def test_two_workers_hold_masks_and_train_what_one_process_does(session, tmp_path):
     config, model = small_run(tmp_path), network()
-    share = share_of(ray.cluster_resources(), config.cluster)
+    share = plan_resources(ray.cluster_resources(), config.cluster)
     assert share.workers == 2
     kept = {name: group_mask(model.get_parameter(name), GroupRule(8, 6)) for name in KEPT}
     masks = {name: pack_mask(mask) for name, mask in kept.items()}
@@ -63,7 +63,7 @@ def test_two_workers_hold_masks_and_train_what_one_process_does(session, tmp_pat
             weight = epoch.tensors[name]
             assert torch.equal(weight != 0, mask) and not torch.signbit(weight[~mask]).any()
             # Momentum would bring it back.
-            assert epoch.carried[f"momentum/{name}"][~mask].count_nonzero() > 0
+            assert epoch.optimizer_state[f"momentum/{name}"][~mask].count_nonzero() > 0
     for ours, repeated, expected in zip(spread, again, alone, strict=True):
         assert all(torch.equal(tensor, repeated.tensors[name]) for name, tensor in ours.tensors.items())
         # A worker whose masks did not hold would hand the other wrong gradients.

@@ -14,11 +14,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 
 def run(config, *, distributed):
-    """The network, the kinds of events, and the decision of the only turn."""
+    """The network, the kinds of events, and the decision of the only iteration."""
     result = prune(None, config, distributed=distributed)
     events = Journal(Storage.open(result.folder)).events()
-    (turn,) = (event.data for event in events if event.name == "turn")
-    return result.model, [event.name for event in events], decision_from_json(turn["decision"])
+    (iteration,) = (event.data for event in events if event.name == "iteration")
+    return result.model, [event.name for event in events], decision_from_json(iteration["decision"])
 
 
 def test_a_run_by_pls_decides_what_it_does_in_one_process(session, tmp_path):
@@ -31,7 +31,7 @@ def test_a_run_by_pls_decides_what_it_does_in_one_process(session, tmp_path):
         prune__iterations=1,
         search__images=48,
         search__batch_size=6,
-        # Before the turn nothing is trained: two workers have other BatchNorm statistics than one.
+        # Before the iteration nothing is trained: two workers have other BatchNorm statistics than one.
         train__prune_epoch=0,
         train__epochs=1,
         train__batch_size=24,
@@ -47,6 +47,10 @@ def test_a_run_by_pls_decides_what_it_does_in_one_process(session, tmp_path):
         pytest.approx(expected.loss, abs=1e-5),
         pytest.approx(expected.loss_before, abs=1e-5),
     )
-    assert kinds_there == kinds_here == ["start", "baseline", "subset", "turn", *["epoch", "spell"] * 2, "finish"]
+    assert (
+        kinds_there
+        == kinds_here
+        == ["start", "baseline", "calibration", "iteration", *["epoch", "training_phase"] * 2, "finish"]
+    )
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (here, there)]
     assert shapes[0] == shapes[1]

@@ -13,19 +13,19 @@ from helpers import first_standing, randomise_batchnorm, small_run
 
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
-from laasp_ray.distributed.cluster import share_of
+from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network
 from laasp_ray.errors import ConfigError, TrainingError
-from laasp_ray.methods.laasp import take_turn
+from laasp_ray.methods.laasp import iterate
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.evaluate import LossSubset, LossTask
+from laasp_ray.search.evaluate import CalibrationSet, LossTask
 from laasp_ray.search.executor import InProcessExecutor
-from laasp_ray.train.loop import EpochPlan, Spell
+from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
@@ -43,7 +43,7 @@ def network(config):
 
 @pytest.fixture(scope="module")
 def share(session, config):
-    return share_of(ray.cluster_resources(), config.cluster)
+    return plan_resources(ray.cluster_resources(), config.cluster)
 
 
 @pytest.fixture(scope="module")
@@ -53,48 +53,48 @@ def reference(network):
 
 @pytest.fixture(scope="module")
 def executor(config, network, reference, share):
-    subset = draw_subset(open_source(config.data, "train"), config.data, images=300, seed=0)
-    return RayExecutor(reference, network, subset, config, share), subset
+    calibration = draw_calibration_images(open_source(config.data, "train"), config.data, images=300, seed=0)
+    return RayExecutor(reference, network, calibration, config, share), calibration
 
 
-def turn_by(who, config, network):
-    """One turn of `who`, and what was heard of it: (done, total, layer or None)."""
+def iteration_by(who, config, network):
+    """One iteration of `who`, and what was heard of it: (done, total, layer or None)."""
     heard = []
 
     def hear(done, total, entry):
         heard.append((done, total, entry and entry.layer))
 
     example = torch.zeros(1, *config.model.input_shape)
-    return take_turn(first_standing(network, example, config.prune, who, hear)), heard
+    return iterate(first_standing(network, example, config.prune, who, hear)), heard
 
 
-def serial_of(config, network, subset):
-    pictures = LossSubset(
-        subset.images, subset.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
+def serial_of(config, network, calibration):
+    pictures = CalibrationSet(
+        calibration.images, calibration.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
     )
     return InProcessExecutor(network, pictures, torch.device("cpu"), config.search, config.seed)
 
 
 @pytest.fixture(scope="module", params=["on", "off"])
-def serial_turn(request, config, network, executor):
+def serial_iteration(request, config, network, executor):
     """What the spread search is compared with, once for racing on and off."""
     search = dataclasses.replace(config.search, racing=request.param, batch_size=120)
     config = dataclasses.replace(config, search=search)
-    turn, heard = turn_by(serial_of(config, network, executor[1]), config, network)
-    return config, turn, heard
+    iteration, heard = iteration_by(serial_of(config, network, executor[1]), config, network)
+    return config, iteration, heard
 
 
 @pytest.mark.parametrize("candidates_per_task", [0, 1, 3])
 def test_the_spread_search_gives_the_serial_losses_and_choice(
-    serial_turn, network, reference, share, executor, candidates_per_task
+    serial_iteration, network, reference, share, executor, candidates_per_task
 ):
-    config, serial, heard_serial = serial_turn
+    config, serial, heard_serial = serial_iteration
     search = dataclasses.replace(config.search, candidates_per_task=candidates_per_task)
-    spread, heard_spread = turn_by(
+    spread, heard_spread = iteration_by(
         RayExecutor(reference, network, executor[1], dataclasses.replace(config, search=search), share), config, network
     )
     assert (serial.decision.layer, serial.decision.filters) == (spread.decision.layer, spread.decision.filters)
-    entries = [{(entry.layer, entry.filters): entry for entry in turn.ranking} for turn in (serial, spread)]
+    entries = [{(entry.layer, entry.filters): entry for entry in iteration.ranking} for iteration in (serial, spread)]
     assert len(serial.ranking) == len(entries[0]) > 30
     assert entries[0].keys() == entries[1].keys()
     for key, entry in entries[0].items():
@@ -111,7 +111,7 @@ def test_the_spread_search_gives_the_serial_losses_and_choice(
         assert sum(layer is not None for _, _, layer in heard) == len(serial.ranking)
 
 
-def test_the_network_is_put_into_the_object_store_once_a_turn(network, executor, monkeypatch):
+def test_the_network_is_put_into_the_object_store_once_a_iteration(network, executor, monkeypatch):
     puts = []
     put = ray.put
     monkeypatch.setattr(ray, "put", lambda value: puts.append(type(value)) or put(value))
@@ -156,24 +156,26 @@ def _kill_a_task_worker():
     raise AssertionError("no process is running measure_losses")
 
 
-def spell(number, epochs, **more):
+def training_phase(number, epochs, **more):
     plans = tuple(EpochPlan(epoch=epoch, data_epoch=epoch, learning_rate=0.05) for epoch in range(epochs))
-    return Spell(number=number, phase="train", epochs=plans, **more)
+    return TrainingPhase(number=number, phase="train", epochs=plans, **more)
 
 
-def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(config, network, share, tmp_path):
+def test_a_killed_trainer_costs_nothing_but_time_and_a_further_training_phase_is_cheap(
+    config, network, share, tmp_path
+):
     trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
     state = capture(network, Plan.empty())
     try:
         undisturbed, done = [], []
-        before = trainer.run(state, {}, spell(0, 3), undisturbed.append)
+        before = trainer.run(state, {}, training_phase(0, 3), undisturbed.append)
 
         def kill_after_the_first(epoch):
             done.append(epoch)
             if len(done) == 1:
                 assert interruptions.kill_one(os.getpid(), "RayTrainWorker")
 
-        after = trainer.run(state, {}, spell(1, 3), kill_after_the_first)
+        after = trainer.run(state, {}, training_phase(1, 3), kill_after_the_first)
         assert [epoch.position for epoch in done] == [epoch.position for epoch in undisturbed] == [0, 1, 2]
         assert after.metrics == before.metrics
         for name, tensor in undisturbed[-1].tensors.items():
@@ -189,15 +191,18 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_spell_is_cheap(co
             if len(again) == 1:
                 assert interruptions.kill_one(os.getpid(), "ray::Mailbox")
 
-        trainer.run(state, {}, spell(2, 3), kill_the_mailbox_after_the_first)
+        trainer.run(state, {}, training_phase(2, 3), kill_the_mailbox_after_the_first)
         assert [epoch.position for epoch in again] == [0, 1, 2]
         for name, tensor in undisturbed[-1].tensors.items():
             assert torch.equal(tensor, again[-1].tensors[name]), name
-        # Going on in the middle of a spell is the same spell.
+        # Going on in the middle of a training phase is the same training phase.
         resumed = []
         middle = undisturbed[0]
         trainer.run(
-            dataclasses.replace(state, tensors=middle.tensors), middle.carried, spell(3, 3, done=1), resumed.append
+            dataclasses.replace(state, tensors=middle.tensors),
+            middle.optimizer_state,
+            training_phase(3, 3, done=1),
+            resumed.append,
         )
         assert [epoch.position for epoch in resumed] == [1, 2]
         for name, tensor in undisturbed[-1].tensors.items():
@@ -214,13 +219,13 @@ def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, netw
     teacher = capture(randomise_batchnorm(models.build(config.model), seed=1), Plan.empty())
     try:
         untaught, undisturbed, done, again = [], [], [], []
-        trainer.run(state, {}, spell(0, 1), untaught.append)
-        trainer.teach(teacher)
-        before = trainer.run(state, {}, spell(1, 3), undisturbed.append)
+        trainer.run(state, {}, training_phase(0, 1), untaught.append)
+        trainer.set_teacher(teacher)
+        before = trainer.run(state, {}, training_phase(1, 3), undisturbed.append)
         assert not torch.equal(untaught[0].tensors["conv1.weight"], undisturbed[0].tensors["conv1.weight"])
 
         def kill(name, seen):
-            """Kills when the first epoch is heard of: what is resumed is in the middle of its spell."""
+            """Kills when the first epoch is heard of: what is resumed is in the middle of its training phase."""
 
             def hear(epoch):
                 seen.append(epoch)
@@ -230,16 +235,16 @@ def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, netw
             return hear
 
         for who, seen in (("RayTrainWorker", done), ("ray::Mailbox", again)):
-            after = trainer.run(state, {}, spell(2, 3), kill(who, seen))
+            after = trainer.run(state, {}, training_phase(2, 3), kill(who, seen))
             assert [epoch.position for epoch in seen] == [0, 1, 2] and after.metrics == before.metrics
             # The averages of the first two epochs were tested, by all ranks.
             assert [epoch.metrics for epoch in seen] == [epoch.metrics for epoch in undisturbed]
             assert [epoch.metrics and epoch.metrics.images for epoch in seen] == [before.metrics.images] * 2 + [None]
             for name, tensor in undisturbed[-1].tensors.items():
                 assert torch.equal(tensor, seen[-1].tensors[name]), (who, name)
-            for name, tensor in undisturbed[-1].carried.items():
-                assert torch.equal(tensor, seen[-1].carried[name]), (who, name)
-        assert not torch.equal(done[-1].tensors["conv1.weight"], done[-1].carried["weights/conv1.weight"])
+            for name, tensor in undisturbed[-1].optimizer_state.items():
+                assert torch.equal(tensor, seen[-1].optimizer_state[name]), (who, name)
+        assert not torch.equal(done[-1].tensors["conv1.weight"], done[-1].optimizer_state["weights/conv1.weight"])
     finally:
         trainer.close()
 
@@ -251,16 +256,16 @@ def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, 
     trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
     try:
         with pytest.raises(TrainingError, match=r"epoch 0 .*not finite"):
-            trainer.run(capture(broken, Plan.empty()), {}, spell(0, 1), lambda epoch: None)
+            trainer.run(capture(broken, Plan.empty()), {}, training_phase(0, 1), lambda epoch: None)
     finally:
         trainer.close()
 
 
-def test_an_error_that_keeps_coming_ends_the_spell_with_what_it_said(config, network, share, tmp_path):
+def test_an_error_that_keeps_coming_ends_the_training_phase_with_what_it_said(config, network, share, tmp_path):
     patient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, worker_failures=1))
     trainer = RayTrainer(put_network(network), patient, share, str(tmp_path))
     state = capture(network, Plan.empty())
-    unknown = dataclasses.replace(spell(0, 1), epochs=("no epoch's plan",))
+    unknown = dataclasses.replace(training_phase(0, 1), epochs=("no epoch's plan",))
     try:
         with pytest.raises(TrainingError, match=r"lost 2 times without finishing an epoch.*AttributeError"):
             trainer.run(state, {}, unknown, lambda epoch: None)
@@ -270,16 +275,16 @@ def test_an_error_that_keeps_coming_ends_the_spell_with_what_it_said(config, net
 
 def test_more_workers_than_the_cluster_can_hold_are_refused():
     with pytest.raises(ConfigError, match=r"cluster\.workers is 3, but the cluster has 2 CPUs"):
-        share_of({"CPU": 2.0}, ClusterConfig(workers=3))
+        plan_resources({"CPU": 2.0}, ClusterConfig(workers=3))
     with pytest.raises(ConfigError, match=r"cluster\.workers is 9, but the cluster has 8 GPUs"):
-        share_of({"CPU": 64.0, "GPU": 8.0}, ClusterConfig(workers=9))
+        plan_resources({"CPU": 64.0, "GPU": 8.0}, ClusterConfig(workers=9))
 
 
 @pytest.mark.parametrize(
     ("resources", "trainers", "tasks"), [({"CPU": 2.0}, 2, 2), ({"CPU": 1.0}, 1, 1), ({"CPU": 16.0, "GPU": 4.0}, 4, 4)]
 )
 def test_trainers_and_tasks_find_room_beside_each_other(resources, trainers, tasks):
-    share = share_of(resources, ClusterConfig())
+    share = plan_resources(resources, ClusterConfig())
     assert share.workers == trainers
     cpus = trainers * share.trainer_resources["CPU"] + tasks * share.task_options["num_cpus"]
     gpus = trainers * share.trainer_resources.get("GPU", 0) + tasks * share.task_options.get("num_gpus", 0)

@@ -80,9 +80,9 @@ def test_rank_of_counts_from_one_and_knows_shared_proposals():
 
 
 def test_decision_survives_json():
-    decision = decide(Ranking([entry("b", 0.25, also=(("b", "l2"),))]), turn=3, loss_before=0.2)
+    decision = decide(Ranking([entry("b", 0.25, also=(("b", "l2"),))]), iteration=3, loss_before=0.2)
     assert decision == Decision(
-        turn=3,
+        iteration=3,
         layer="b",
         criterion="l1",
         filters=(0, 2),
@@ -96,7 +96,7 @@ def test_decision_survives_json():
 
 def test_a_decision_of_several_layers_survives_json_and_one_without_is_of_one():
     decision = Decision(
-        turn=1,
+        iteration=1,
         layer="a",
         criterion="pls",
         filters=(0,),
@@ -118,8 +118,8 @@ def test_a_decision_of_several_layers_survives_json_and_one_without_is_of_one():
 
 def test_a_decision_that_cannot_be_read_says_so():
     with pytest.raises(StoreError, match="not a decision"):
-        decision_from_json({"turn": 1})
-    decision = to_json(decide(Ranking([entry("a", 0.25)]), turn=1, loss_before=0.2))
+        decision_from_json({"iteration": 1})
+    decision = to_json(decide(Ranking([entry("a", 0.25)]), iteration=1, loss_before=0.2))
     with pytest.raises(StoreError, match="not a decision"):
         decision_from_json(decision | {"further": [{"layer": "b", "filters": [1]}]})
 

@@ -44,7 +44,7 @@ class WithPlaces:
 def with_places(source: ImageSource, split: Split, places: Iterable[Place]) -> ImageSource:
     """`source` as it was before images were removed from it that had been left out; `places` are theirs at the start.
 
-    Order, augmentation and the choice of the loss subset go by an image's number, which a removal would change.
+    Order, augmentation and the choice of the calibration set go by an image's number, which a removal would change.
     """
     missing: list[Place] = []
     for place in sorted((place for place in places if place.split == split), key=lambda place: place.index):

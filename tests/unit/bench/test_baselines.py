@@ -10,7 +10,7 @@ import baselines
 import pytest
 import torch
 from baselines import Room
-from helpers import first_standing, randomise_batchnorm, turns_of
+from helpers import first_standing, iterations_of, randomise_batchnorm
 
 from laasp_ray import criteria, models
 from laasp_ray.config import ModelConfig, PruneConfig
@@ -113,11 +113,13 @@ def test_scores_beyond_what_may_go_are_infinite():
     assert scores["a"].tolist() == [3.0, 1.0, 2.0]
 
 
-# --- turns ------------------------------------------------------------------------------------------------------------
+# --- iterations
+# ------------------------------------------------------------------------------------------------------------
 
 
 class FixedScores:
-    """An executor that scores every filter by a number that does not change from turn to turn, and measures nothing."""
+    """An executor that scores every filter by a number that does not change from iteration to iteration, and measures
+    nothing."""
 
     def for_scoring(self, network):
         return network
@@ -135,16 +137,17 @@ def resnet20():
     return randomise_batchnorm(models.build(ModelConfig(builder="cifar.resnet20", input_shape=(3, 32, 32)))).eval()
 
 
-def turns(model, method, config=CONFIG):
-    """Turns until the target, each on the physically pruned network: (turn, network before, network after)."""
-    for turn, before, after in turns_of(method, first_standing(model, EXAMPLE, config, FixedScores())):
-        yield turn, before, after
-        if turn.decision.flops_reduction >= config.flops_reduction:
+def iterations(model, method, config=CONFIG):
+    """Iterations until the target, each on the physically pruned network: (iteration, network before, network
+    after)."""
+    for iteration, before, after in iterations_of(method, first_standing(model, EXAMPLE, config, FixedScores())):
+        yield iteration, before, after
+        if iteration.decision.flops_reduction >= config.flops_reduction:
             return
 
 
-def removed(turn):
-    return {prune.layer: prune.filters for prune in turn.decision.prunes}
+def removed(iteration):
+    return {prune.layer: prune.filters for prune in iteration.decision.prunes}
 
 
 def sizes(model):
@@ -159,8 +162,8 @@ def test_of_coupled_layers_the_first_decides(resnet20):
 
 def test_uniform_takes_the_same_share_of_all_layers_lowest_l1_first(resnet20):
     original, reductions = sizes(resnet20), [0.0]
-    for turn, before, after in turns(resnet20, baselines.uniform_turn):
-        for layer, filters in removed(turn).items():
+    for iteration, before, after in iterations(resnet20, baselines.uniform_iteration):
+        for layer, filters in removed(iteration).items():
             norms = criteria.scores("l1", before.get_submodule(layer))
             assert filters == criteria.lowest(norms, len(filters))
         # There is a share s of which every layer has lost its part, rounded to whole filters.
@@ -168,50 +171,50 @@ def test_uniform_takes_the_same_share_of_all_layers_lowest_l1_first(resnet20):
         most = max(Fraction(2 * gone - 1, 2 * of) for gone, of in lost.values())
         assert most <= min(Fraction(2 * gone + 1, 2 * of) for gone, of in lost.values())
         macs = count_macs(after, EXAMPLE).total / count_macs(resnet20, EXAMPLE).total
-        assert turn.decision.flops_reduction == pytest.approx(1 - macs, abs=1e-12)
-        reductions.append(turn.decision.flops_reduction)
+        assert iteration.decision.flops_reduction == pytest.approx(1 - macs, abs=1e-12)
+        reductions.append(iteration.decision.flops_reduction)
     steps = [after - before for before, after in itertools.pairwise(reductions)]
     # No filter is worth more than 2.5%, and the nearest to 4% is taken.
     assert max(abs(step - 0.04) for step in steps) < 0.0125 and 4 <= len(steps) <= 6
-    assert (turn.decision.loss, turn.decision.loss_before, turn.decision.criterion) == (1.0, 2.0, "l1")
+    assert (iteration.decision.loss, iteration.decision.loss_before, iteration.decision.criterion) == (1.0, 2.0, "l1")
 
 
-def test_pls_turns_are_worth_the_step_and_take_the_lowest_scores_inside_the_blocks(resnet20):
+def test_pls_iterations_are_worth_the_step_and_take_the_lowest_scores_inside_the_blocks(resnet20):
     reductions = [0.0]
-    for turn, before, _ in turns(resnet20, baselines.pls_turn):
-        for layer, filters in removed(turn).items():
+    for iteration, before, _ in iterations(resnet20, baselines.pls_iteration):
+        for layer, filters in removed(iteration).items():
             scores = before.get_submodule(layer).weight.flatten(1)[:, 0]
             assert filters == criteria.lowest(scores, len(filters))
-        assert set(removed(turn)) <= set(INSIDE_BLOCKS)
-        reductions.append(turn.decision.flops_reduction)
+        assert set(removed(iteration)) <= set(INSIDE_BLOCKS)
+        reductions.append(iteration.decision.flops_reduction)
     steps = [after - before for before, after in itertools.pairwise(reductions)]
     # One filter of the first stage is worth 0.72%.
     assert max(abs(step - 0.04) for step in steps) < 0.0037 and 5 <= len(steps) <= 6
-    assert turn.decision.criterion == "pls" and turn.seconds.keys() == {"graph", "score", "evaluate"}
+    assert iteration.decision.criterion == "pls" and iteration.seconds.keys() == {"graph", "score", "evaluate"}
 
 
 @pytest.mark.parametrize(
     ("method", "layers"),
     [
-        (baselines.pls_turn, INSIDE_BLOCKS),
-        (baselines.uniform_turn, FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
-        (baselines.random_turn(0), FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
+        (baselines.pls_iteration, INSIDE_BLOCKS),
+        (baselines.uniform_iteration, FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
+        (baselines.random_iteration(0), FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
     ],
 )
 def test_every_layer_keeps_within_its_limit(resnet20, method, layers):
     config = dataclasses.replace(CONFIG, flops_reduction=0.9, step=0.1, max_pruned=0.13)  # 2 of 16, 4 of 32, 8 of 64
     after = resnet20
     with pytest.raises(ExhaustedError, match="no layer has a filter left to give"):
-        for _, _, now in turns(resnet20, method, config):
+        for _, _, now in iterations(resnet20, method, config):
             after = now
     original, left = sizes(resnet20), sizes(after)
     assert all(original[layer] - left[layer] == original[layer] // 8 for layer in layers)
 
 
-def test_random_turns_follow_from_seed_and_turn(resnet20):
+def test_random_iterations_follow_from_seed_and_iteration(resnet20):
     def decisions(seed):
-        found = itertools.islice(turns(resnet20, baselines.random_turn(seed)), 3)
-        return [(turn.decision.layer, turn.decision.filters) for turn, _, _ in found]
+        found = itertools.islice(iterations(resnet20, baselines.random_iteration(seed)), 3)
+        return [(iteration.decision.layer, iteration.decision.filters) for iteration, _, _ in found]
 
     first = decisions(0)
     assert decisions(0) == first and decisions(1) != first

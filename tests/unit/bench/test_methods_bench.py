@@ -7,7 +7,7 @@ from pathlib import Path
 import methods
 import pytest
 import torch
-from baselines import uniform_turn
+from baselines import uniform_iteration
 from helpers import small_run
 from methods import Chain, Method, Place
 from whole_runs import events_of
@@ -16,7 +16,7 @@ from laasp_ray import prune
 from laasp_ray.config.compat import differing_keys
 from laasp_ray.errors import ConfigError
 from laasp_ray.records import RunState
-from laasp_ray.run.state import next_spell
+from laasp_ray.run.state import next_training_phase
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -29,12 +29,12 @@ def test_all_that_are_compared_have_one_budget(tmp_path):
     configs = {name: methods.config_of(name, 1, 0.3, place(tmp_path)) for name in methods.COMPARED}
     for name, config in configs.items():
         rates = {
-            phase: [epoch.learning_rate for epoch in next_spell(RunState(phase=phase), config).epochs]
-            for phase in ("recover", "final")
+            phase: [epoch.learning_rate for epoch in next_training_phase(RunState(phase=phase), config).epochs]
+            for phase in ("fine-tune", "final")
         }
-        assert rates == {"recover": [pytest.approx(0.0008)], "final": [pytest.approx(0.0008)] * 5}, name
+        assert rates == {"fine-tune": [pytest.approx(0.0008)], "final": [pytest.approx(0.0008)] * 5}, name
         prune_config = config.prune
-        assert (prune_config.flops_reduction, prune_config.step, prune_config.recover_every) == (0.3, 0.02, 0.05)
+        assert (prune_config.flops_reduction, prune_config.step, prune_config.fine_tune_every) == (0.3, 0.02, 0.05)
         assert (config.search.images, config.seed, config.name) == (1000, 1, f"{name}-0.3-seed1")
         assert prune_config.criteria == (
             (name,) if name in ("l1", "l2", "euclidean", "cosine") else ("l1", "l2", "euclidean", "cosine")
@@ -57,7 +57,7 @@ def test_all_that_are_compared_have_one_budget(tmp_path):
         ("laasp-parameters", {"prune.flops_reduction", "prune.parameters_reduction"}),
         ("laasp-latency", {"prune.flops_reduction", "prune.latency_reduction"}),
         ("laasp-without_cosine", {"prune.criteria"}),
-        ("laasp-three_prunes", {"prune.prunes_per_turn", "search.racing"}),
+        ("laasp-three_prunes", {"prune.prunes_per_iteration", "search.racing"}),
     ],
 )
 def test_a_row_of_an_option_differs_from_laasps_in_that_alone(tmp_path, name, keys):
@@ -101,20 +101,22 @@ def small(storage, target, name):
 
 
 def decided(config):
-    return [event.data["decision"] for event in events_of(config) if event.name == "turn"]
+    return [event.data["decision"] for event in events_of(config) if event.name == "iteration"]
 
 
 def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_further(tmp_path):
     first, further = (small(tmp_path / "forked", target, f"to-{target}") for target in (0.02, 0.05))
     log = io.StringIO()
-    prune(None, first, distributed=False, progress=methods.Forking(first, further, log), method=uniform_turn)
+    prune(None, first, distributed=False, progress=methods.Forking(first, further, log), method=uniform_iteration)
     assert "final: 1 epochs" in log.getvalue()
     copied = events_of(further)
     assert [event.data for event in copied[1:]] == [event.data for event in events_of(first)[1 : len(copied)]]
-    assert copied[0].data["config"] == further.to_dict() and copied[-1].name in ("turn", "spell")
-    forked = prune(None, further, distributed=False, progress=methods.Forking(further, None, log), method=uniform_turn)
+    assert copied[0].data["config"] == further.to_dict() and copied[-1].name in ("iteration", "training_phase")
+    forked = prune(
+        None, further, distributed=False, progress=methods.Forking(further, None, log), method=uniform_iteration
+    )
     alone = small(tmp_path / "alone", 0.05, "to-0.05")
-    whole = prune(None, alone, distributed=False, progress=methods.Forking(alone, None, log), method=uniform_turn)
+    whole = prune(None, alone, distributed=False, progress=methods.Forking(alone, None, log), method=uniform_iteration)
     assert len(decided(first)) < len(decided(further)) and decided(further) == decided(alone)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, forked.model.state_dict()[name]), name

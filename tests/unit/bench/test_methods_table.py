@@ -17,9 +17,9 @@ def row(method="laasp", target=0.3, seed=0, top1=0.9, loss=0.4, **more):
         "flops_reduction": 0.31,
         "parameters_reduction": 0.1,
         "parameters": 245_000,
-        "turns": 16,
-        "recoveries": 5,
-        "turn_seconds": 4.0,
+        "iterations": 16,
+        "fine-tunings": 5,
+        "iteration_seconds": 4.0,
         "epoch_seconds": 10.0,
         "seconds": 164.0,
     }
@@ -27,19 +27,19 @@ def row(method="laasp", target=0.3, seed=0, top1=0.9, loss=0.4, **more):
 
 
 def test_a_row_is_what_the_journal_says():
-    def spell(phase):
-        return "spell", {"phase": phase, "metrics": {"top1": 0.5, "loss": 2.0}}
+    def training_phase(phase):
+        return "training_phase", {"phase": phase, "metrics": {"top1": 0.5, "loss": 2.0}}
 
     told = [
         ("baseline", {"metrics": {"top1": 0.929, "loss": 0.25}}),
-        ("turn", {"seconds": {"evaluate": 2.0, "total": 3.0}}),
-        ("turn", {"seconds": {"evaluate": 4.0, "total": 5.0}}),
+        ("iteration", {"seconds": {"evaluate": 2.0, "total": 3.0}}),
+        ("iteration", {"seconds": {"evaluate": 4.0, "total": 5.0}}),
         ("epoch", {"seconds": 8.0}),
-        spell("recover"),
-        ("turn", {"seconds": {"evaluate": 4.0, "total": 4.0}}),
+        training_phase("fine-tune"),
+        ("iteration", {"seconds": {"evaluate": 4.0, "total": 4.0}}),
         ("epoch", {"seconds": 12.0}),
         ("epoch", {"seconds": 10.0}),
-        spell("final"),
+        training_phase("final"),
         (
             "finish",
             {
@@ -55,7 +55,7 @@ def test_a_row_is_what_the_journal_says():
     found = methods_table.row_of("uniform", 0.3, 2, events)
     assert found.parameters_reduction == pytest.approx(0.02)
     expected = row(
-        "uniform", seed=2, turns=3, recoveries=1, seconds=45.0, parameters_reduction=found.parameters_reduction
+        "uniform", seed=2, iterations=3, fine_tunes=1, seconds=45.0, parameters_reduction=found.parameters_reduction
     )
     assert found == expected
 
@@ -75,7 +75,7 @@ def test_rows_are_kept_in_the_file_and_others_settings_refused(tmp_path):
 def test_the_table_has_means_and_sample_standard_deviations():
     rows = [
         row(seed=0, top1=0.90, loss=0.40),
-        row(seed=1, top1=0.92, loss=0.44, turns=17, seconds=170.0),
+        row(seed=1, top1=0.92, loss=0.44, iterations=17, seconds=170.0),
         row("random", top1=0.8, loss=0.7),
         row("random", target=0.5, top1=0.1),
     ]

@@ -27,7 +27,7 @@ SETTINGS = {
     "data.threads": 1,
     "data.loader": "torchvision",
     "prune.step": 0.03,
-    "prune.recover_every": 0.04,
+    "prune.fine_tune_every": 0.04,
     "search.batch_size": 10,
 }
 FLAGS = [
@@ -39,7 +39,7 @@ FLAGS = [
     "2",
     "--batch-size",
     "12",
-    "--loss-images",
+    "--calibration-images",
     "20",
     "--criteria",
     "l1,cosine",
@@ -393,7 +393,7 @@ def test_a_run_prints_its_summary_and_where_the_network_is(finished):
     for figure in (f"{metrics['macs']:,}", f"{metrics['metrics']['top1']:.2%}"):
         assert figure in printed
     events = [path.stem.partition("-")[2] for path in sorted((folder / "journal").glob("[0-9]*.json"))]
-    assert events[0] == "start" and events[-1] == "finish" and events.count("turn") >= 2
+    assert events[0] == "start" and events[-1] == "finish" and events.count("iteration") >= 2
 
 
 def test_its_config_is_what_the_flags_said(finished, images):
@@ -444,7 +444,7 @@ def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
     assert cli.prune(arguments(images, tmp_path / "runs", "--repeats", "2", "--dry-run")) == 0
     printed = capsys.readouterr().out
     assert "Dry run of little" in printed and "5.00% of FLOPs" in printed and "2 runs" in printed
-    assert "42 proposals a turn" in printed  # 21 convolutions, 2 criteria
+    assert "42 proposals an iteration" in printed  # 21 convolutions, 2 criteria
     assert not (tmp_path / "runs").exists()
 
 
@@ -453,7 +453,7 @@ def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
     [
         (cli.sparsify, ["--group", "8", "--prune", "6", "--stages", "4,6"], "stage 2         6 of 8 in 20 layers"),
         (cli.prune, ["--method", "pls", "--iterations", "1"], "about 1: 50.00% of FLOPs"),
-        (cli.prune, ["--criteria", "l1,pls"], "42 proposals a turn"),
+        (cli.prune, ["--criteria", "l1,pls"], "42 proposals an iteration"),
     ],
 )
 def test_a_dry_run_of_every_kind_of_run(images, tmp_path, capsys, job, more, said):

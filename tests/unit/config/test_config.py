@@ -50,7 +50,7 @@ def test_missing_key_is_named():
         ("prune__criteria", ["l1", "l1"]),
         ("prune__round_to", 0),
         ("prune__round_to", 1.5),
-        ("prune__prunes_per_turn", 0),
+        ("prune__prunes_per_iteration", 0),
         ("prune__parameters_reduction", 1.0),
         ("prune__parameters_reduction", -0.1),
         ("prune__latency_reduction", 1.0),
@@ -96,13 +96,13 @@ def test_without_a_target_nothing_is_pruned():
 def test_options_are_off_in_every_recipe():
     for name in RECIPES:
         prune, search = recipe(name).prune, recipe(name).search
-        assert (prune.round_to, prune.prunes_per_turn, search.reestimate_batchnorm) == (1, 1, False)
+        assert (prune.round_to, prune.prunes_per_iteration, search.reestimate_batchnorm) == (1, 1, False)
         assert set(prune.targets) <= {"FLOPs"}
 
 
 def test_options_that_do_not_fit_together_are_refused():
-    with pytest.raises(ConfigError, match=r"prune.prunes_per_turn is 2, must be 1 with method pls"):
-        RunConfig.from_dict(settings(prune__method="pls", prune__prunes_per_turn=2))
+    with pytest.raises(ConfigError, match=r"prune.prunes_per_iteration is 2, must be 1 with method pls"):
+        RunConfig.from_dict(settings(prune__method="pls", prune__prunes_per_iteration=2))
     with pytest.raises(ConfigError, match=r"search.images is 1, must be at least 2 with search.reestimate_batchnorm"):
         RunConfig.from_dict(settings(search__images=1, search__reestimate_batchnorm=True))
     sparse = {"sparsity": {}, "prune__flops_reduction": 0}
@@ -110,7 +110,7 @@ def test_options_that_do_not_fit_together_are_refused():
     for key in ("parameters_reduction", "latency_reduction"):
         with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
             RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
-    off = {"prune__method": "pls", "prune__iterations": 2, "prune__round_to": 8, "prune__prunes_per_turn": 2}
+    off = {"prune__method": "pls", "prune__iterations": 2, "prune__round_to": 8, "prune__prunes_per_iteration": 2}
     for key, value in (off | {"search__reestimate_batchnorm": True}).items():
         with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value!r}, must be .* with sparsity"):
             RunConfig.from_dict(settings(**sparse, **{key: value}))
@@ -180,3 +180,18 @@ def test_configs_are_frozen_and_keyword_only():
         ModelConfig("torchvision.resnet50")  # type: ignore[misc]
     with pytest.raises(AttributeError):
         TrainConfig(epochs=1, prune_epoch=0).epochs = 2  # type: ignore[misc]
+
+
+def test_keys_of_an_earlier_version_are_taken_under_their_new_names(caplog):
+    given = recipe("resnet20_cifar10").to_dict()
+    del given["prune"]["fine_tune_epochs"]
+    given["prune"]["recover_epochs"] = 3
+    assert RunConfig.from_dict(given).prune.fine_tune_epochs == 3
+    assert "prune.recover_epochs is now called prune.fine_tune_epochs" in caplog.text
+
+
+def test_a_key_under_both_names_is_refused():
+    given = recipe("resnet20_cifar10").to_dict()
+    given["prune"]["recover_epochs"] = 3
+    with pytest.raises(ConfigError, match=r"unknown config key prune.recover_epochs"):
+        RunConfig.from_dict(given)

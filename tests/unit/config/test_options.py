@@ -1,4 +1,4 @@
-"""Whole runs with the options of pruning, in this process: several targets, several prunes a turn, rounding."""
+"""Whole runs with the options of pruning, in this process: several targets, several prunes an iteration, rounding."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ QUICK = {
     "train__batch_size": 12,
     "search__racing": "off",
     "prune__step": 0.05,
-    "prune__recover_epochs": 0,
+    "prune__fine_tune_epochs": 0,
 }
 
 
@@ -41,8 +41,8 @@ def run(config, progress=None):
     return prune(None, config, distributed=False, progress=progress or Silent())
 
 
-def turns(config):
-    return [event.data for event in events_of(config) if event.name == "turn"]
+def iterations(config):
+    return [event.data for event in events_of(config) if event.name == "iteration"]
 
 
 def state_of(config):
@@ -64,13 +64,13 @@ def clock_of(*medians):
 
 ALL = {
     "search__reestimate_batchnorm": True,
-    "prune__prunes_per_turn": 2,
+    "prune__prunes_per_iteration": 2,
     "prune__round_to": 4,
     "prune__flops_reduction": 0.15,
     "prune__parameters_reduction": 0.12,
     "prune__step": 0.03,
-    "prune__recover_epochs": 1,
-    "prune__recover_every": 0.0,
+    "prune__fine_tune_epochs": 1,
+    "prune__fine_tune_every": 0.0,
 }
 
 
@@ -82,19 +82,19 @@ def with_all(tmp_path_factory, pictures):
 
 def test_a_run_with_all_of_them_reaches_every_target(with_all):
     config, result = with_all
-    steps = turns(config)
-    flops = [turn["decision"]["flops_reduction"] for turn in steps]
-    parameters = [turn["reached"]["parameters"] for turn in steps]
+    steps = iterations(config)
+    flops = [iteration["decision"]["flops_reduction"] for iteration in steps]
+    parameters = [iteration["reached"]["parameters"] for iteration in steps]
     assert flops[-1] >= 0.15 and parameters[-1] >= 0.12
-    assert all(flops[turn] < 0.15 or parameters[turn] < 0.12 for turn in range(len(steps) - 1))
+    assert all(flops[iteration] < 0.15 or parameters[iteration] < 0.12 for iteration in range(len(steps) - 1))
     # Exact: of the unpruned network's parameters, those of the network that came out.
     unpruned = sum(parameter.numel() for parameter in models.build(config.model).parameters())
     left = sum(parameter.numel() for parameter in result.model.parameters())
     assert parameters[-1] == 1 - left / unpruned == result.summary["parameters_reduction"]
     assert result.summary["flops_reduction"] == pytest.approx(flops[-1])
     # Two at a time, of groups apart, each leaving a multiple of 4.
-    assert all(len(turn["decision"]["further"]) == 1 for turn in steps[:-1])
-    assert all(kept % 4 == 0 for turn in steps for kept in turn["kept_filters"].values())
+    assert all(len(iteration["decision"]["further"]) == 1 for iteration in steps[:-1])
+    assert all(kept % 4 == 0 for iteration in steps for kept in iteration["kept_filters"].values())
     summary = format_summary(summarise(events_of(config)))
     assert f"FLOPs reduction {flops[-1]:.2%} of 15.00%, parameters reduction {parameters[-1]:.2%} of 12.00%" in summary
 
@@ -102,16 +102,20 @@ def test_a_run_with_all_of_them_reaches_every_target(with_all):
 def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, pictures, monkeypatch):
     reference, result = with_all
     names = [event.name for event in events_of(reference)]
-    assert "spell" in names[: len(names) - 1 - names[::-1].index("turn")]  # a recovery comes between turns
+    assert (
+        "training_phase" in names[: len(names) - 1 - names[::-1].index("iteration")]
+    )  # a fine-tuning comes between iterations
     config = config_of(tmp_path, pictures, **ALL)
-    for position in [place for place, name in enumerate(names) if name in ("turn", "finish")]:
+    for position in [place for place, name in enumerate(names) if name in ("iteration", "finish")]:
         with power_cut(monkeypatch, position):
             run(config)
     again = run(config)
     assert [event.name for event in events_of(config)] == names
-    assert [turn["decision"] for turn in turns(config)] == [turn["decision"] for turn in turns(reference)]
+    assert [iteration["decision"] for iteration in iterations(config)] == [
+        iteration["decision"] for iteration in iterations(reference)
+    ]
     assert state_of(config) == state_of(reference)
-    assert state_of(config).reached["parameters"] == turns(reference)[-1]["reached"]["parameters"]
+    assert state_of(config).reached["parameters"] == iterations(reference)[-1]["reached"]["parameters"]
     ours, theirs = again.model.state_dict(), result.model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
@@ -129,15 +133,15 @@ def test_statistics_measured_for_scoring_do_not_stay_in_the_network(tmp_path, pi
     # But it was scored with others.
     plain = config_of(tmp_path, pictures, name="plain", **changes)
     run(plain)
-    assert turns(plain)[0]["decision"]["loss_before"] != turns(config)[0]["decision"]["loss_before"]
+    assert iterations(plain)[0]["decision"]["loss_before"] != iterations(config)[0]["decision"]["loss_before"]
 
 
-def test_without_options_a_turn_holds_what_it_always_held(tmp_path, pictures):
+def test_without_options_a_iteration_holds_what_it_always_held(tmp_path, pictures):
     config = config_of(tmp_path, pictures, prune__flops_reduction=0.02)
     result = run(config)
-    (turn,) = turns(config)
-    assert turn.keys() == {"decision", "step", "kept_filters", "candidates", "seconds"}
-    assert turn["decision"]["further"] == [] and len(turn["kept_filters"]) > 0
+    (iteration,) = iterations(config)
+    assert iteration.keys() == {"decision", "step", "kept_filters", "candidates", "seconds"}
+    assert iteration["decision"]["further"] == [] and len(iteration["kept_filters"]) > 0
     assert not {"parameters_reduction", "latency_reduction"} & result.summary.keys()
 
 
@@ -148,9 +152,9 @@ def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, pict
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.02, 0.97, 0.93))
     config, progress = config_of(tmp_path, pictures, **LATENCY), Silent()
     result = run(config, progress)
-    reached = [turn["reached"]["latency"] for turn in turns(config)]
+    reached = [iteration["reached"]["latency"] for iteration in iterations(config)]
     assert reached == pytest.approx([-0.02, 0.03, 0.07])
-    assert [each["median_ms"] for each in turns(config)[-1]["latency"]] == [1.0, 0.93]
+    assert [each["median_ms"] for each in iterations(config)[-1]["latency"]] == [1.0, 0.93]
     told = [(given["latency"], aimed) for _, given, aimed, _ in progress.told["decision"]]
     assert told == [(share, {"latency": 0.06}) for share in reached]
     assert state_of(config).reached["latency"] == reached[-1] == result.summary["latency_reduction"]
@@ -161,14 +165,14 @@ def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, pict
 def test_what_the_clock_said_stays_when_the_run_goes_on(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.0))
     config = config_of(tmp_path, pictures, **LATENCY)
-    with power_cut(monkeypatch, 4):  # start, baseline, subset, turn
+    with power_cut(monkeypatch, 4):  # start, baseline, calibration set, iteration
         run(config)
-    (before,) = turns(config)
-    # The machine is another now, and its clock counts from the next turn on.
+    (before,) = iterations(config)
+    # The machine is another now, and its clock counts from the next iteration on.
     monkeypatch.setattr(targets, "measure_pair", clock_of(0.5))
     run(config)
-    assert turns(config)[0] == before and before["reached"] == {"latency": 0.0}
-    assert [turn["reached"] for turn in turns(config)[1:]] == [{"latency": 0.5}]
+    assert iterations(config)[0] == before and before["reached"] == {"latency": 0.0}
+    assert [iteration["reached"] for iteration in iterations(config)[1:]] == [{"latency": 0.5}]
 
 
 def all_but(layer, tmp_path):
@@ -183,7 +187,7 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     config, progress = config_of(tmp_path, pictures, **LATENCY, **changes), Silent()
     result = run(config, progress)
     names = [event.name for event in events_of(config)]
-    assert names[names.index("exhausted") - 1] == "turn" and names[-3:] == ["epoch", "spell", "finish"]
+    assert names[names.index("exhausted") - 1] == "iteration" and names[-3:] == ["epoch", "training_phase", "finish"]
     assert result.model.get_submodule("layer3.0.conv1").out_channels == 48
     assert result.summary["latency_reduction"] == pytest.approx(-0.1)
     (note,) = [text for (text,) in progress.told["note"] if "short" in text]
@@ -198,7 +202,7 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
 
 
 def test_without_such_a_target_it_is_an_error(tmp_path, pictures):
-    # Bounded by turns, a target may be out of reach; here the filters end before the turns do.
+    # Bounded by turns, a target may be out of reach; here the filters end before the iterations do.
     ignored = all_but("layer3.0.conv1", tmp_path)
     changes = {"prune__ignored": ignored, "prune__max_pruned": 0.25, "prune__step": 0.1, "prune__iterations": 99}
     with pytest.raises(ExhaustedError, match=r"no layer has a filter left to give within prune\.max_pruned=0\.25"):
@@ -218,6 +222,6 @@ def test_pls_has_these_targets_and_rounds_too(tmp_path, pictures):
     result = run(config)
     unpruned = sum(parameter.numel() for parameter in models.build(config.model).parameters())
     left = sum(parameter.numel() for parameter in result.model.parameters())
-    assert turns(config)[-1]["reached"] == {"parameters": 1 - left / unpruned}
+    assert iterations(config)[-1]["reached"] == {"parameters": 1 - left / unpruned}
     assert 1 - left / unpruned >= 0.06
-    assert all(kept % 8 == 0 for kept in turns(config)[-1]["kept_filters"].values())
+    assert all(kept % 8 == 0 for kept in iterations(config)[-1]["kept_filters"].values())

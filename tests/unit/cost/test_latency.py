@@ -42,7 +42,7 @@ def test_number_and_circumstances():
     assert not model.dropout.training
 
 
-def test_a_pair_is_measured_by_turns():
+def test_a_pair_is_measured_by_iterations():
     log = Log()
     slow, quick = measure_pair(Sleeper(0.006, log), Sleeper(0.001, log), (1,), device="cpu", repeats=4, warmup=1)
     assert [seconds for seconds, _ in log] == [0.006, 0.001] * 5

@@ -1,4 +1,4 @@
-"""The loss subset: balanced, frozen, and the same for the same seed."""
+"""The calibration set: balanced, frozen, and the same for the same seed."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.calibration import balanced_choice, class_quotas, draw_subset
+from laasp_ray.data.calibration import balanced_choice, class_quotas, draw_calibration_images
 from laasp_ray.data.ordering import derive_seed, windows
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import DataError
@@ -64,33 +64,33 @@ def test_a_choice_has_no_image_twice_and_mixes_the_classes():
 
 def test_the_subset_is_the_training_augmentation_frozen(config, pixels):
     source = open_source(config, "train")
-    subset = draw_subset(source, config, images=22, seed=3)
-    assert np.bincount(subset.labels.numpy()).tolist() == [8, 8, 6]
-    assert subset.labels.tolist() == source.labels[subset.indices].tolist()
-    assert subset.images.dtype == torch.uint8 and subset.images.shape == (22, 3, 32, 32)
-    assert subset.images.is_contiguous()
-    drawn = windows(subset.indices, [(32, 32)] * 22, config=config, seed=derive_seed(3, "subset"), epoch=0)
-    for row, index in enumerate(subset.indices):
+    calibration = draw_calibration_images(source, config, images=22, seed=3)
+    assert np.bincount(calibration.labels.numpy()).tolist() == [8, 8, 6]
+    assert calibration.labels.tolist() == source.labels[calibration.indices].tolist()
+    assert calibration.images.dtype == torch.uint8 and calibration.images.shape == (22, 3, 32, 32)
+    assert calibration.images.is_contiguous()
+    drawn = windows(calibration.indices, [(32, 32)] * 22, config=config, seed=derive_seed(3, "calibration"), epoch=0)
+    for row, index in enumerate(calibration.indices):
         y, x = drawn.y[row] + 4, drawn.x[row] + 4
         expected = np.pad(pixels[index], ((4, 4), (4, 4), (0, 0)))[y : y + 32, x : x + 32]
         expected = expected[:, ::-1] if drawn.flip[row] else expected
-        assert np.array_equal(subset.images[row].permute(1, 2, 0).numpy(), expected)
-    by_hand = hashlib.sha256(subset.images.numpy().tobytes() + subset.labels.numpy().tobytes()).hexdigest()
-    assert subset.digest == by_hand
+        assert np.array_equal(calibration.images[row].permute(1, 2, 0).numpy(), expected)
+    by_hand = hashlib.sha256(calibration.images.numpy().tobytes() + calibration.labels.numpy().tobytes()).hexdigest()
+    assert calibration.digest == by_hand
 
 
 def test_the_same_seed_gives_the_same_subset(config):
     source = open_source(config, "train")
-    one, again, other = (draw_subset(source, config, images=20, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (draw_calibration_images(source, config, images=20, seed=seed) for seed in (0, 0, 1))
     assert one.digest == again.digest and one.indices.tolist() == again.indices.tolist()
     assert other.digest != one.digest
 
 
 def test_all_there_are_if_fewer_and_the_log_says_so(config, caplog):
     with caplog.at_level(logging.INFO):
-        subset = draw_subset(open_source(config, "train"), config, images=1000, seed=0)
-    assert sorted(subset.indices.tolist()) == list(range(66))
-    assert "the loss subset has 66 images, 1000 were asked for" in caplog.text
+        calibration = draw_calibration_images(open_source(config, "train"), config, images=1000, seed=0)
+    assert sorted(calibration.indices.tolist()) == list(range(66))
+    assert "the calibration set has 66 images, 1000 were asked for" in caplog.text
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
@@ -99,16 +99,16 @@ def test_an_unreadable_image_is_replaced_as_if_it_had_been_excluded(config, tmp_
 
     config = dataclasses.replace(config, loader=loader)
     source = open_source(config, "train")
-    whole = draw_subset(source, config, images=22, seed=0)
+    whole = draw_calibration_images(source, config, images=22, seed=0)
     broken = int(whole.indices[whole.labels == 0][0])
     name = source.name(broken)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:300])
     told = []
-    found = draw_subset(source, config, images=22, seed=0, on_unreadable=told.append)
+    found = draw_calibration_images(source, config, images=22, seed=0, on_unreadable=told.append)
     assert told == [name]
     assert len(found.indices) == 22 and broken not in found.indices
     assert np.bincount(found.labels.numpy()).tolist() == [8, 8, 6]
-    resumed = draw_subset(source, config, images=22, seed=0, excluded=told)
+    resumed = draw_calibration_images(source, config, images=22, seed=0, excluded=told)
     assert resumed.digest == found.digest
 
 
@@ -121,6 +121,6 @@ def test_digits_give_rgb_jpegs_of_all_classes(tmp_path, monkeypatch):
     monkeypatch.setenv("LAASP_RAY_CACHE", str(tmp_path))
     config = DataConfig(image_size=32, eval_resize=32)
     source = open_source(config, "train")
-    subset = draw_subset(source, config, images=100, seed=0)
-    assert np.bincount(subset.labels.numpy()).tolist() == [10] * 10
+    calibration = draw_calibration_images(source, config, images=100, seed=0)
+    assert np.bincount(calibration.labels.numpy()).tolist() == [10] * 10
     assert Image.open(io.BytesIO(source.read(0))).format == "JPEG"

@@ -6,10 +6,10 @@ from torch import nn
 
 from laasp_ray.distributed import moments, tasks
 from laasp_ray.errors import SearchError
-from laasp_ray.search.activations import Wanted, chunks_of, importance
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.activations import ImportanceRequest, chunks_of, importance
+from laasp_ray.search.evaluate import CalibrationSet
 
-WANTED = Wanted(("0", "2"), "max", 2)
+WANTED = ImportanceRequest(("0", "2"), "max", 2)
 
 
 class FakeRay:
@@ -69,37 +69,37 @@ def network():
 
 
 @pytest.fixture
-def subset():
-    return LossSubset(torch.randn(90, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(90) % 3, 5)
+def calibration():
+    return CalibrationSet(torch.randn(90, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(90) % 3, 5)
 
 
-def spread(monkeypatch, network, subset, slots, ray):
+def spread(monkeypatch, network, calibration, slots, ray):
     class Process:
         def network(self, *inputs):
-            assert inputs == ("unpruned", "turn", "subset")
-            return network, subset
+            assert inputs == ("unpruned", "iteration", "calibration")
+            return network, calibration
 
     monkeypatch.setattr(moments, "ray", ray)
     monkeypatch.setattr(tasks, "ray", ray)
     monkeypatch.setattr(moments, "PROCESS", Process())
     monkeypatch.setattr(moments, "device", lambda: torch.device("cpu"))
     chunks = chunks_of(90, 5)
-    return moments.spread(["unpruned", "turn", "subset"], WANTED, chunks, slots, {"num_cpus": 0.9})
+    return moments.spread(["unpruned", "iteration", "calibration"], WANTED, chunks, slots, {"num_cpus": 0.9})
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 100])
-def test_any_number_of_workers_gives_the_serial_importance_to_the_last_bit(monkeypatch, network, subset, slots):
+def test_any_number_of_workers_gives_the_serial_importance_to_the_last_bit(monkeypatch, network, calibration, slots):
     ray = FakeRay()
-    found = spread(monkeypatch, network, subset, slots, ray)
-    serial = importance(network, subset, WANTED)
+    found = spread(monkeypatch, network, calibration, slots, ray)
+    serial = importance(network, calibration, WANTED)
     assert found.keys() == serial.keys()
     assert all(torch.equal(found[layer], serial[layer]) for layer in serial)
     # Every chunk once, and no more at a time than the slots are kept busy with.
     assert (ray.asked, ray.most, ray.cancelled) == (18, min(18, 2 * slots), 0)
 
 
-def test_a_task_that_is_lost_names_the_remedy_and_the_others_are_cancelled(monkeypatch, network, subset):
+def test_a_task_that_is_lost_names_the_remedy_and_the_others_are_cancelled(monkeypatch, network, calibration):
     ray = FakeRay(lost=(4,))
     with pytest.raises(SearchError, match=r"was not finished .* 6 times\): the node died.*prune\.pooling"):
-        spread(monkeypatch, network, subset, 2, ray)
+        spread(monkeypatch, network, calibration, 2, ray)
     assert ray.cancelled == 3

@@ -1,26 +1,27 @@
-"""One turn of PLS: what is chosen, that it is one plan of many layers, and how many filters go turn by turn."""
+"""One iteration of PLS: what is chosen, that it is one plan of many layers, and how many filters go iteration by
+iteration."""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from helpers import first_standing, randomise_batchnorm, shared_data, turns_of, vip_by_scikit_learn
+from helpers import first_standing, iterations_of, randomise_batchnorm, shared_data, vip_by_scikit_learn
 from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.calibration import draw_subset
+from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.pls import choose, take_turn
+from laasp_ray.methods.pls import choose, iterate
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
-from laasp_ray.search.activations import Wanted, chunks_of, first_look, moments_of, scores_of
-from laasp_ray.search.evaluate import LossSubset, MeasuredLoss
+from laasp_ray.search.activations import ImportanceRequest, chunks_of, measure_first_batch, moments_of, scores_of
+from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -44,38 +45,40 @@ class RandomScores:
         return [MeasuredLoss(1.0, 10, 0.0) for _ in tasks]
 
 
-def turns(model, executor, count, example=EXAMPLE):
-    """`count` turns, each on the physically pruned network: (turn, network after it)."""
-    for turn, _, after in itertools.islice(
-        turns_of(take_turn, first_standing(model, example, CONFIG, executor)), count
+def iterations(model, executor, count, example=EXAMPLE):
+    """`count` iterations, each on the physically pruned network: (iteration, network after it)."""
+    for iteration, _, after in itertools.islice(
+        iterations_of(iterate, first_standing(model, example, CONFIG, executor)), count
     ):
-        yield turn, after
+        yield iteration, after
 
 
-def removed(turn):
-    return {prune.layer: prune.filters for prune in turn.decision.prunes}
+def removed(iteration):
+    return {prune.layer: prune.filters for prune in iteration.decision.prunes}
 
 
 def removed_in_all(found):
     totals, total = [], 0
-    for turn, _ in found:
-        total += sum(len(filters) for filters in removed(turn).values())
+    for iteration, _ in found:
+        total += sum(len(filters) for filters in removed(iteration).values())
         totals.append(total)
     return totals
 
 
-def test_resnet56_loses_as_many_filters_as_published_turn_by_turn():
+def test_resnet56_loses_as_many_filters_as_published_iteration_by_iteration():
     model = models.build(recipe("resnet56_cifar10").model).eval()
-    found = list(turns(model, RandomScores(), 9))
+    found = list(iterations(model, RandomScores(), 9))
     totals = removed_in_all(found)
     assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
     allowed = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9)}
-    assert set().union(*(removed(turn) for turn, _ in found)) == allowed
+    assert set().union(*(removed(iteration) for iteration, _ in found)) == allowed
     # What is left of the network is what the decisions say, and runs.
-    last_turn, last = found[-1]
+    last_iteration, last = found[-1]
     assert sum(last.get_submodule(name).out_channels for name in allowed) == 1008 - 618
     macs = count_macs(models.build(recipe("resnet56_cifar10").model).eval(), EXAMPLE).total
-    assert last_turn.decision.flops_reduction == pytest.approx(1 - count_macs(last, EXAMPLE).total / macs, abs=1e-12)
+    assert last_iteration.decision.flops_reduction == pytest.approx(
+        1 - count_macs(last, EXAMPLE).total / macs, abs=1e-12
+    )
 
 
 def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
@@ -92,8 +95,8 @@ def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
     # Nor is the first convolution, which lies before all blocks: its outputs are read by a shortcut, not added to one.
     assert independent_layers(PruningGraph(model, example)) == ("conv1", *widths)
     config = dataclasses.replace(CONFIG, ignored=("conv1",))
-    turn, _, pruned = next(turns_of(take_turn, first_standing(model, example, config, RandomScores())))
-    gone = {layer: len(filters) for layer, filters in removed(turn).items()}
+    iteration, _, pruned = next(iterations_of(iterate, first_standing(model, example, config, RandomScores())))
+    gone = {layer: len(filters) for layer, filters in removed(iteration).items()}
     assert sum(widths.values()) == 7552 and sum(gone.values()) == 755
     assert gone.keys() <= widths.keys()
     left = {layer: width - gone.get(layer, 0) for layer, width in widths.items()}
@@ -107,7 +110,7 @@ def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
         outputs = pruned(example)
     assert outputs.shape == (1, 1000) and outputs.isfinite().all()
     reduction = 1 - count_macs(pruned, example).total / count_macs(model, example).total
-    assert turn.decision.flops_reduction == pytest.approx(reduction, abs=1e-12)
+    assert iteration.decision.flops_reduction == pytest.approx(reduction, abs=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +120,20 @@ def resnet56():
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(shared_data("cifar10_mini"))))
     model = models.build(config.model).eval()
     models.load_weights(model, shared_data("checkpoints/resnet56_epoch60.safetensors"))
-    subset = draw_subset(open_source(config.data, "train"), config.data, images=1000, seed=0)
-    return model, LossSubset(subset.images, subset.labels, 250, lambda batch: normalise(batch, config.data))
+    calibration = draw_calibration_images(open_source(config.data, "train"), config.data, images=1000, seed=0)
+    return model, CalibrationSet(
+        calibration.images, calibration.labels, 250, lambda batch: normalise(batch, config.data)
+    )
 
 
 @pytest.mark.exhaustive
 def test_resnet56_on_real_images_loses_as_many_filters_as_published(resnet56):
-    model, subset = resnet56
-    executor = InProcessExecutor(model, subset, torch.device("cpu"), SearchConfig(), 0)
-    found = list(turns(model, executor, 9))
+    model, calibration = resnet56
+    executor = InProcessExecutor(model, calibration, torch.device("cpu"), SearchConfig(), 0)
+    found = list(iterations(model, executor, 9))
     totals = removed_in_all(found)
     assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
-    assert all(prune.criterion == "pls" for turn, _ in found for prune in turn.decision.prunes)
+    assert all(prune.criterion == "pls" for iteration, _ in found for prune in iteration.decision.prunes)
 
 
 def test_scores_choose_over_all_layers_at_once():
@@ -172,40 +177,40 @@ def test_the_filter_that_tells_nothing_goes_first_and_the_prune_is_measured():
             model.get_submodule(name).weight[index] = 0
     generator = torch.Generator().manual_seed(1)
     images, labels = torch.randn(60, 3, 16, 16, generator=generator), torch.arange(60) % 10
-    subset = LossSubset(images, labels, 20)
-    executor = InProcessExecutor(model, subset, torch.device("cpu"), SearchConfig(), 0)
-    ((turn, pruned),) = turns(model, executor, 1, EXAMPLE[:, :, :16, :16])
-    assert sum(len(filters) for filters in removed(turn).values()) == 34  # of 3 x (16 + 32 + 64) = 336
-    assert 5 in removed(turn)["layer1.1.conv1"] and 40 in removed(turn)["layer3.0.conv1"]
-    assert len(turn.ranking) == 0 and turn.seconds.keys() == {"graph", "score", "evaluate"}
+    calibration = CalibrationSet(images, labels, 20)
+    executor = InProcessExecutor(model, calibration, torch.device("cpu"), SearchConfig(), 0)
+    ((iteration, pruned),) = iterations(model, executor, 1, EXAMPLE[:, :, :16, :16])
+    assert sum(len(filters) for filters in removed(iteration).values()) == 34  # of 3 x (16 + 32 + 64) = 336
+    assert 5 in removed(iteration)["layer1.1.conv1"] and 40 in removed(iteration)["layer3.0.conv1"]
+    assert len(iteration.ranking) == 0 and iteration.seconds.keys() == {"graph", "score", "evaluate"}
     with torch.inference_mode():
-        for loss, network in ((turn.decision.loss_before, model), (turn.decision.loss, pruned)):
+        for loss, network in ((iteration.decision.loss_before, model), (iteration.decision.loss, pruned)):
             assert loss == pytest.approx(float(nn.functional.cross_entropy(network(images), labels)), abs=1e-4)
 
 
 def test_vip_of_real_activations_equals_scikit_learn(resnet56):
-    model, subset = resnet56
+    model, calibration = resnet56
     layers = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9))
     outputs = {name: [] for name in layers}
 
     def keep(name):
         return lambda module, inputs, output: outputs[name].append(output.amax((2, 3)))
 
-    wanted = Wanted(layers, "max", 1)
-    look = first_look(model, subset, wanted)
+    wanted = ImportanceRequest(layers, "max", 1)
+    look = measure_first_batch(model, calibration, wanted)
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     chunks = chunks_of(1000, 250)
-    moments = [moments_of(model, subset, wanted, look, chunk) for chunk in chunks]
+    moments = [moments_of(model, calibration, wanted, look, chunk) for chunk in chunks]
     for hook in hooks:
         hook.remove()
     features = torch.cat([torch.cat(outputs[name]) for name in layers], dim=1)
     assert features.shape == (1000, 1008) and len(moments) == 4
     for components in (1, 2, 5):
         found = scores_of(moments, look, components)
-        together = torch.cat([found[name] for name in layers])
-        reference = vip_by_scikit_learn(features, subset.labels, components)
-        assert float((together - reference).abs().max()) < 1e-6
-        assert float(together.square().mean()) == pytest.approx(1, abs=1e-12)
+        joint = torch.cat([found[name] for name in layers])
+        reference = vip_by_scikit_learn(features, calibration.labels, components)
+        assert float((joint - reference).abs().max()) < 1e-6
+        assert float(joint.square().mean()) == pytest.approx(1, abs=1e-12)
 
 
 def test_what_is_left_of_a_layer_is_a_multiple():

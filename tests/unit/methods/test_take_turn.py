@@ -1,4 +1,4 @@
-"""One turn: what is told as it goes, and what becomes of candidates that cannot be measured."""
+"""One iteration: what is told as it goes, and what becomes of candidates that cannot be measured."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.laasp import take_turn
+from laasp_ray.methods.laasp import iterate
 from laasp_ray.search.evaluate import MeasuredLoss
 
 CONFIG = PruneConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
@@ -47,7 +47,7 @@ def network():
     return nn.Sequential(*layers, nn.Linear(16, 3)).eval()
 
 
-def turn_of(network, script):
+def iteration_of(network, script):
     heard = []
     now = first_standing(
         network,
@@ -56,7 +56,7 @@ def turn_of(network, script):
         TellingExecutor(script),
         lambda done, total, entry: heard.append((done, total, entry)),
     )
-    return take_turn(dataclasses.replace(now, turn=4)), heard
+    return iterate(dataclasses.replace(now, iteration=4)), heard
 
 
 def ok(loss, **more):
@@ -64,14 +64,14 @@ def ok(loss, **more):
 
 
 def test_results_are_counted_up_to_the_number_of_candidates_the_unpruned_network_not_among_them(network):
-    turn, heard = turn_of(network, lambda tasks: [(p, ok(1 + p)) for p in reversed(range(tasks))])
-    total = len(turn.ranking)
+    iteration, heard = iteration_of(network, lambda tasks: [(p, ok(1 + p)) for p in reversed(range(tasks))])
+    total = len(iteration.ranking)
     assert total > 3
     assert [(done, of) for done, of, _ in heard] == [(number, total) for number in range(1, total + 1)]
     assert [entry.loss for _, _, entry in heard] == [1.0 + p for p in reversed(range(total))]
-    assert turn.decision.loss == 1.0
-    assert turn.decision.loss_before == 1.0 + total
-    assert turn.decision.turn == 4
+    assert iteration.decision.loss == 1.0
+    assert iteration.decision.loss_before == 1.0 + total
+    assert iteration.decision.iteration == 4
 
 
 def test_shares_are_told_in_candidates_and_the_count_never_goes_back(network):
@@ -79,8 +79,8 @@ def test_shares_are_told_in_candidates_and_the_count_never_goes_back(network):
         results = [(position, ok(1 + position)) for position in range(tasks)]
         return [0.0, 0.5, 0.5, *results[:1], 0.8, *results[1:-1], 1.0, results[-1]]
 
-    turn, heard = turn_of(network, script)
-    total = len(turn.ranking)
+    iteration, heard = iteration_of(network, script)
+    total = len(iteration.ranking)
     half, most = int(0.5 * total), int(0.8 * total)
     expected = [(half, False), (half, True), (most, False), *((max(most, n), True) for n in range(2, total + 1))]
     assert [(done, entry is not None) for done, _, entry in heard] == expected
@@ -90,21 +90,23 @@ def test_shares_are_told_in_candidates_and_the_count_never_goes_back(network):
 def test_a_candidate_that_failed_is_left_out_with_a_warning(network, caplog):
     failed = MeasuredLoss(math.nan, 10, 0.0, error="RuntimeError: broken")
     with caplog.at_level(logging.WARNING):
-        turn, heard = turn_of(network, lambda tasks: [(0, failed), *((p, ok(2 + p)) for p in range(1, tasks))])
-    entry = turn.ranking[-1]
+        iteration, heard = iteration_of(
+            network, lambda tasks: [(0, failed), *((p, ok(2 + p)) for p in range(1, tasks))]
+        )
+    entry = iteration.ranking[-1]
     assert [record.getMessage() for record in caplog.records] == [
         f"{entry.candidate.name} is left out: RuntimeError: broken"
     ]
-    assert (entry.error, turn.decision.loss) == ("RuntimeError: broken", 3.0)
-    assert heard[-1][0] == len(turn.ranking)
+    assert (entry.error, iteration.decision.loss) == ("RuntimeError: broken", 3.0)
+    assert heard[-1][0] == len(iteration.ranking)
 
 
-def test_a_turn_in_which_all_failed_ends_with_the_first_ones_error(network):
+def test_a_iteration_in_which_all_failed_ends_with_the_first_ones_error(network):
     def script(tasks):
         return [(p, MeasuredLoss(math.nan, 10, 0.0, error=f"RuntimeError: number {p}")) for p in range(tasks - 1)]
 
     with pytest.raises(SearchError, match=r"no candidate's loss could be measured; 0 by l1 \(.* number 0"):
-        turn_of(network, script)
+        iteration_of(network, script)
 
 
 def test_candidates_measured_on_copies_are_told_with_the_reasons(network, caplog):
@@ -113,25 +115,25 @@ def test_candidates_measured_on_copies_are_told_with_the_reasons(network, caplog
         return [(p, ok(1 + p, copied=reasons[p] if p < 3 else "")) for p in range(tasks)]
 
     with caplog.at_level(logging.INFO, logger="laasp_ray.methods.laasp"):
-        turn, _ = turn_of(network, script)
+        iteration, _ = iteration_of(network, script)
     assert [record.getMessage() for record in caplog.records] == [
-        f"3 of {len(turn.ranking)} candidates were measured on pruned copies, which is slower than masks: "
+        f"3 of {len(iteration.ranking)} candidates were measured on pruned copies, which is slower than masks: "
         "2 because norm over channels; 1 because a view"
     ]
 
 
 def test_nothing_is_said_of_copies_where_there_are_none(network, caplog):
     with caplog.at_level(logging.INFO, logger="laasp_ray.methods.laasp"):
-        turn_of(network, lambda tasks: [(p, ok(1 + p)) for p in range(tasks)])
+        iteration_of(network, lambda tasks: [(p, ok(1 + p)) for p in range(tasks)])
     assert caplog.records == []
 
 
 def test_the_step_carries_out_the_decision(network):
-    turn, _ = turn_of(network, lambda tasks: [(p, ok(5.0 - (p == 2))) for p in range(tasks)])
-    assert turn.ranking[0].loss == turn.decision.loss == 4.0
-    before = dict(network.named_modules())[turn.decision.layer].out_channels
-    (kept,) = turn.step.tensors[f"{turn.decision.layer}.weight"][0]
-    assert sorted((*kept, *turn.decision.filters)) == list(range(before))
+    iteration, _ = iteration_of(network, lambda tasks: [(p, ok(5.0 - (p == 2))) for p in range(tasks)])
+    assert iteration.ranking[0].loss == iteration.decision.loss == 4.0
+    before = dict(network.named_modules())[iteration.decision.layer].out_channels
+    (kept,) = iteration.step.tensors[f"{iteration.decision.layer}.weight"][0]
+    assert sorted((*kept, *iteration.decision.filters)) == list(range(before))
 
 
 def test_a_method_that_chooses_nothing_is_told_before_anything_is_measured(network):

@@ -1,4 +1,4 @@
-"""Several prunes in one turn: which go together, what is measured, and what the decision says."""
+"""Several prunes in one iteration: which go together, what is measured, and what the decision says."""
 
 import logging
 import math
@@ -9,11 +9,11 @@ from helpers import first_standing
 from torch import nn
 
 from laasp_ray.config import PruneConfig, SearchConfig
-from laasp_ray.methods.laasp import take_turn
+from laasp_ray.methods.laasp import iterate
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune
-from laasp_ray.search.evaluate import LossSubset, MeasuredLoss, mean_loss
+from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss, mean_loss
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -26,10 +26,10 @@ def last(weights):
 
 
 class Scripted:
-    """An executor that tells the losses it was given, by (layer, criterion), and `together` for all at once."""
+    """An executor that tells the losses it was given, by (layer, criterion), and `joint` for all at once."""
 
-    def __init__(self, losses, together=0.75):
-        self._losses, self._together = losses, together
+    def __init__(self, losses, joint=0.75):
+        self._losses, self._together = losses, joint
         self.asked = []
 
     def for_scoring(self, network):
@@ -65,9 +65,9 @@ def network():
     return model
 
 
-def turn_of(model, executor, example=EXAMPLE, **changes):
-    settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_turn": 2, **changes}
-    return take_turn(first_standing(model, example, PruneConfig(**settings), executor))
+def iteration_of(model, executor, example=EXAMPLE, **changes):
+    settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_iteration": 2, **changes}
+    return iterate(first_standing(model, example, PruneConfig(**settings), executor))
 
 
 LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8}
@@ -75,32 +75,32 @@ LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8
 
 def test_the_next_best_of_another_group_goes_with_the_best(network):
     executor = Scripted(LOSSES)
-    turn = turn_of(network, executor)
-    assert (turn.decision.layer, turn.decision.criterion, turn.decision.filters) == ("2", "l1", (0, 1))
+    iteration = iteration_of(network, executor)
+    assert (iteration.decision.layer, iteration.decision.criterion, iteration.decision.filters) == ("2", "l1", (0, 1))
     # The second best is of the same layer; the third is not.
-    assert turn.decision.further == (LayerPrune(layer="0", criterion=LAST, filters=(6, 7)),)
-    assert (turn.decision.loss, turn.decision.loss_before) == (0.75, 0.25)
+    assert iteration.decision.further == (LayerPrune(layer="0", criterion=LAST, filters=(6, 7)),)
+    assert (iteration.decision.loss, iteration.decision.loss_before) == (0.75, 0.25)
     # 36*6*9 + 16*6*6*9 + 4*4*6*9 + 48 are left
-    assert turn.decision.flops_reduction == pytest.approx(1 - (1944 + 5184 + 864 + 48) / 13008, abs=1e-12)
-    assert turn.step.layers == {"2": (2, 3, 4, 5, 6, 7), "0": (0, 1, 2, 3, 4, 5)}
-    together, before = executor.asked[1]
-    assert together.step == turn.step and together.mask == {"4": (0, 1), "2": (6, 7)} and before.unpruned
-    assert len(turn.ranking) == 6 and turn.ranking[0].loss == 0.5
+    assert iteration.decision.flops_reduction == pytest.approx(1 - (1944 + 5184 + 864 + 48) / 13008, abs=1e-12)
+    assert iteration.step.layers == {"2": (2, 3, 4, 5, 6, 7), "0": (0, 1, 2, 3, 4, 5)}
+    joint, before = executor.asked[1]
+    assert joint.step == iteration.step and joint.mask == {"4": (0, 1), "2": (6, 7)} and before.unpruned
+    assert len(iteration.ranking) == 6 and iteration.ranking[0].loss == 0.5
 
 
 def test_as_many_as_are_asked_for_and_no_more_than_there_are(network):
     for most, layers in ((3, ["2", "0", "4"]), (9, ["2", "0", "4"]), (1, ["2"])):
-        turn = turn_of(network, Scripted(LOSSES), prunes_per_turn=most)
-        assert [prune.layer for prune in turn.decision.prunes] == layers
-        assert set(turn.step.layers) == set(layers)
+        iteration = iteration_of(network, Scripted(LOSSES), prunes_per_iteration=most)
+        assert [prune.layer for prune in iteration.decision.prunes] == layers
+        assert set(iteration.step.layers) == set(layers)
 
 
-def test_one_prune_a_turn_measures_nothing_more(network):
+def test_one_prune_a_iteration_measures_nothing_more(network):
     executor = Scripted(LOSSES)
-    turn = turn_of(network, executor, prunes_per_turn=1)
+    iteration = iteration_of(network, executor, prunes_per_iteration=1)
     assert len(executor.asked) == 1
-    assert (turn.decision.loss, turn.decision.further) == (0.5, ())
-    assert turn.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
+    assert (iteration.decision.loss, iteration.decision.further) == (0.5, ())
+    assert iteration.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,16 @@ def test_one_prune_a_turn_measures_nothing_more(network):
     ],
 )
 def test_no_more_go_once_the_targets_are_reached(network, targets, layers):
-    turn = turn_of(network, Scripted(LOSSES), prunes_per_turn=3, **targets)
-    assert [prune.layer for prune in turn.decision.prunes] == layers
+    iteration = iteration_of(network, Scripted(LOSSES), prunes_per_iteration=3, **targets)
+    assert [prune.layer for prune in iteration.decision.prunes] == layers
 
 
 def test_those_that_a_race_dropped_or_that_have_no_loss_stay(network):
     dropped, failed = MeasuredLoss(0.1, 5, 0.0, dropped_at=1), MeasuredLoss(math.nan, 0, 0.0, error="broken")
     rest = dict.fromkeys([("0", "l1"), ("4", LAST), ("2", LAST)], failed)
     executor = Scripted({("2", "l1"): 0.5, ("0", LAST): dropped, ("4", "l1"): dropped, **rest})
-    turn = turn_of(network, executor, prunes_per_turn=3)
-    assert [prune.layer for prune in turn.decision.prunes] == ["2"] and len(executor.asked) == 1
+    iteration = iteration_of(network, executor, prunes_per_iteration=3)
+    assert [prune.layer for prune in iteration.decision.prunes] == ["2"] and len(executor.asked) == 1
 
 
 class Residual(nn.Module):
@@ -149,26 +149,28 @@ class Residual(nn.Module):
 def test_one_of_a_coupled_group():
     losses = {("stem", "l1"): 0.5, ("second", LAST): 0.6, ("stem", LAST): 0.65, ("first", "l1"): 0.7}
     torch.manual_seed(0)
-    turn = turn_of(Residual().eval(), Scripted(losses), torch.zeros(1, 3, 4, 4), step=1e-6, prunes_per_turn=4)
-    assert [prune.layer for prune in turn.decision.prunes] == ["stem", "first"]
+    iteration = iteration_of(
+        Residual().eval(), Scripted(losses), torch.zeros(1, 3, 4, 4), step=1e-6, prunes_per_iteration=4
+    )
+    assert [prune.layer for prune in iteration.decision.prunes] == ["stem", "first"]
 
 
 @pytest.mark.parametrize("together", [math.nan, math.inf])
-def test_the_best_goes_alone_where_all_together_have_no_loss(network, caplog, together):
+def test_the_best_goes_alone_where_all_together_have_no_loss(network, caplog, joint):
     with caplog.at_level(logging.WARNING):
-        turn = turn_of(network, Scripted(LOSSES, together))
-    assert (turn.decision.loss, turn.decision.further) == (0.5, ())
-    assert turn.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
+        iteration = iteration_of(network, Scripted(LOSSES, joint))
+    assert (iteration.decision.loss, iteration.decision.further) == (0.5, ())
+    assert iteration.step == PruningGraph(network, EXAMPLE).step("2", (0, 1))
     assert "only the best goes of 2 by l1 (2 filters), 0 by" in caplog.text
 
 
 @pytest.mark.parametrize("racing", ["off", "on"])
 def test_the_loss_is_that_of_the_network_without_all_of_them(network, racing):
     generator = torch.Generator().manual_seed(1)
-    subset = LossSubset(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 3, 10)
-    executor = InProcessExecutor(network, subset, torch.device("cpu"), SearchConfig(racing=racing), 0)
-    turn = turn_of(network, executor)
-    assert len(turn.decision.further) == 1
-    apply_plan(network, turn.step)
-    assert turn.decision.loss == pytest.approx(mean_loss(network, subset), abs=1e-5)
-    assert turn.decision.loss != turn.ranking[0].loss
+    calibration = CalibrationSet(torch.randn(40, 1, 8, 8, generator=generator), torch.arange(40) % 3, 10)
+    executor = InProcessExecutor(network, calibration, torch.device("cpu"), SearchConfig(racing=racing), 0)
+    iteration = iteration_of(network, executor)
+    assert len(iteration.decision.further) == 1
+    apply_plan(network, iteration.step)
+    assert iteration.decision.loss == pytest.approx(mean_loss(network, calibration), abs=1e-5)
+    assert iteration.decision.loss != iteration.ranking[0].loss

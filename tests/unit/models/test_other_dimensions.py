@@ -9,7 +9,7 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.models.format import in_format_of, to_channels_last, to_fast_format
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.evaluate import LossSubset, mean_loss, ready
+from laasp_ray.search.evaluate import CalibrationSet, mean_loss, ready
 from laasp_ray.train.trainer import rebuild_on
 
 CPU = torch.device("cpu")
@@ -55,9 +55,9 @@ def test_only_images_tensors_go_channels_last(kind):
     build, shape = NETWORKS[kind]
     model = build()
     images, labels = torch.rand(4, *shape), torch.tensor([0, 1, 2, 0])
-    subset = LossSubset(images, labels, 2)
-    wanted = mean_loss(model, subset)
-    assert mean_loss(ready(model, CPU), subset) == pytest.approx(wanted, rel=1e-5)
+    calibration = CalibrationSet(images, labels, 2)
+    wanted = mean_loss(model, calibration)
+    assert mean_loss(ready(model, CPU), calibration) == pytest.approx(wanted, rel=1e-5)
     for parameter in model.parameters():
         if parameter.ndim == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)

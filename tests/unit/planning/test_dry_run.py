@@ -10,7 +10,7 @@ from torch import nn
 
 from laasp_ray.errors import ConfigError, DataError, StoreError
 from laasp_ray.planning.dry_run import Machine, describe, dry_run, seconds_of
-from laasp_ray.planning.workload import LaaspTurns, SparseStages, workload_of
+from laasp_ray.planning.workload import LaaspIterations, SparseStages, workload_of
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.run.preflight import prepare
 from laasp_ray.store.journal import Journal
@@ -24,25 +24,26 @@ MACHINE = Machine(
 
 
 def test_seconds_by_hand():
-    work = LaaspTurns(
+    work = LaaspIterations(
         proposals=40,
         candidates=30,
         removes=0.01,
         passes=16.0,
-        loss_images=1000,
-        turns=50,
-        recoveries=10,
-        epochs={"train": 5, "recover": 20, "final": 7},
+        calibration_images=1000,
+        iterations=50,
+        fine_tunes=10,
+        epochs={"train": 5, "fine-tune": 20, "final": 7},
         evaluations=12,
         preparing_s=2.0,
     )
-    # An epoch: 4,000 images at 4 x 100 a second. A turn: 16 x 1,000 at 8 x 500, and 2 s. Evaluation: 800 at 4 x 200.
+    # An epoch: 4,000 images at 4 x 100 a second. An iteration: 16 x 1,000 at 8 x 500, and 2 s. Evaluation: 800 at 4 x
+    # 200.
     assert seconds_of(work, MACHINE, train_images=4000, test_images=800) == pytest.approx(
-        {"train": 50, "turns": 50 * (4 + 2), "recover": 200, "final": 70, "evaluate": 12}
+        {"train": 50, "iterations": 50 * (4 + 2), "fine-tune": 200, "final": 70, "evaluate": 12}
     )
     stages = SparseStages(epochs=work.epochs, evaluations=3, stages=(), dense={})
     assert seconds_of(stages, MACHINE, train_images=4000, test_images=800) == pytest.approx(
-        {"train": 50, "recover": 200, "final": 70, "evaluate": 3}
+        {"train": 50, "fine-tune": 200, "final": 70, "evaluate": 3}
     )
 
 
@@ -52,25 +53,25 @@ def test_what_it_says(tmp_path):
     text = describe(prepared, work, MACHINE, runs=3)
     assert "cifar.resnet20, 10,203,776 multiply-accumulates" in text  # a quarter of 40,813,184, less the head
     assert "from scratch, 2 epochs; pruning at epoch 2 of 3" in text
-    assert f"about {work.turns}: 12.00% of FLOPs, {work.removes:.2%} a candidate" in text
-    assert f"42 proposals a turn, {work.candidates} distinct (21 layers, 2 criteria)" in text
-    assert f"40 images for each candidate: {40 * work.candidates:,} a turn" in text
-    # Before pruning, after recoveries, at the end, and after the first of the two epochs that come before pruning.
-    assert f"evaluations     about {3 + work.recoveries} on the test images" in text
+    assert f"about {work.iterations}: 12.00% of FLOPs, {work.removes:.2%} a candidate" in text
+    assert f"42 proposals an iteration, {work.candidates} distinct (21 layers, 2 criteria)" in text
+    assert f"40 images for each candidate: {40 * work.candidates:,} an iteration" in text
+    # Before pruning, after fine-tunings, at the end, and after the first of the two epochs that come before pruning.
+    assert f"evaluations     about {3 + work.fine_tunes} on the test images" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
     assert "teacher" not in text
-    taught = prepare(small_run(tmp_path, train__distill=0.5))
-    assert "every epoch asks the teacher" in describe(taught, work, MACHINE)
+    teacher_logits = prepare(small_run(tmp_path, train__distill=0.5))
+    assert "every epoch asks the teacher" in describe(teacher_logits, work, MACHINE)
     exhaustive = prepare(small_run(tmp_path, search__racing="off"))
-    prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_turn": 2}
+    prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_iteration": 2}
     other = describe(prepare(small_run(tmp_path, **prune, search__reestimate_batchnorm=True)), work, MACHINE)
     shares = "12.00% of FLOPs and 20.00% of parameters and 10.00% of latency"
-    assert f"about {work.turns}: {shares}, {work.removes:.2%} of FLOPs a candidate, 2 together" in other
-    assert "latency falls as FLOPs do" in other and "every turn makes 2 prunes" in other
-    assert "latency" not in text and "every turn makes" not in text
+    assert f"about {work.iterations}: {shares}, {work.removes:.2%} of FLOPs a candidate, 2 together" in other
+    assert "latency falls as FLOPs do" in other and "every iteration makes 2 prunes" in other
+    assert "latency" not in text and "every iteration makes" not in text
     assert "racing" not in describe(exhaustive, work, MACHINE)
-    assert "at most" not in text.partition("recoveries")[0] and "drawn" not in text
+    assert "at most" not in text.partition("fine-tunings")[0] and "drawn" not in text
     pool = prepare(small_run(tmp_path, prune__criteria=["l1", "pls"], prune__iterations=2))
     bounded = describe(pool, work, MACHINE)
     assert f"{work.removes:.2%} a candidate; at most 2\n" in bounded and "- pls: its picks" in bounded
@@ -80,10 +81,12 @@ def test_what_it_says_of_pls(tmp_path):
     prepared = prepare(small_run(tmp_path, prune__method="pls", prune__iterations=5))
     work = workload_of(prepared)
     text = describe(prepared, work, MACHINE)
-    assert f"about 2: 12.00% of FLOPs, {work.removes:.2%} a turn; at most 5\n" in text
-    assert "336 in 9 layers that no others are coupled to; 34 go in the first turn, 10% of those left in each" in text
+    assert f"about 2: 12.00% of FLOPs, {work.removes:.2%} an iteration; at most 5\n" in text
+    assert (
+        "336 in 9 layers that no others are coupled to; 34 go in the first iteration, 10% of those left in each" in text
+    )
     assert "40 images: scored, then the loss" in text and "worth 3 forward passes" in text
-    assert "every layer loses the same share of its filters" in text and "time, turns" in text
+    assert "every layer loses the same share of its filters" in text and "time, iterations" in text
     assert "candidate" not in text and "racing" not in text
 
 
@@ -100,7 +103,7 @@ def test_what_it_says_of_stages(tmp_path):
         assert f"{label}         {pruned} of 8 in 20 layers: {stay}" in text
     assert "left dense      conv1: 3 inputs a filter, fewer than the group of 8" in text
     assert "linear, and sparsity.fc_prune is not given" in text
-    assert "time, recover" in text and "time, turns" not in text and "evaluation tasks" not in text
+    assert "time, fine-tune" in text and "time, iterations" not in text and "evaluation tasks" not in text
     begun = dataclasses.replace(prepared.config.sparsity, from_run="there")
     config = dataclasses.replace(prepared.config, sparsity=begun)
     work = dataclasses.replace(work, epochs={**work.epochs, "train": 0})
@@ -166,7 +169,7 @@ def test_what_is_in_the_store_is_said_and_left_alone(fast, tmp_path):
     journal.append("epoch", {"checkpoint": "000000"})
     before = files_in(tmp_path)
     text = dry_run(config, distributed=False)
-    assert "in the store    small has begun (turns done: 0, epochs: 1), and would go on" in text
+    assert "in the store    small has begun (iterations done: 0, epochs: 1), and would go on" in text
     assert files_in(tmp_path) == before
     journal.append("finish", {})
     assert "small is finished, and would be left as it is" in dry_run(config, distributed=False)

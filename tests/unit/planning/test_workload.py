@@ -9,7 +9,7 @@ from helpers import small_run, write_pictures
 from torch import nn
 
 from laasp_ray.planning.dry_run import Machine, describe
-from laasp_ray.planning.workload import LaaspTurns, PlsTurns, SparseStages, Stage, network_of, workload_of
+from laasp_ray.planning.workload import LaaspIterations, PlsIterations, SparseStages, Stage, network_of, workload_of
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import apply_plan
@@ -45,8 +45,8 @@ def workload(tmp_path, **changes):
         "prune__flops_reduction": 0.7,
         "prune__step": 0.01,
         "prune__criteria": ["l1", "l2"],
-        "prune__recover_every": 0.3,
-        "prune__recover_epochs": 3,
+        "prune__fine_tune_every": 0.3,
+        "prune__fine_tune_epochs": 3,
         "train__epochs": 9,
         "train__prune_epoch": 2,
         **changes,
@@ -65,27 +65,28 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
     assert (found.proposals, found.candidates) == (4, 2)
     removes = ((A / 4 + B / 4) + (B / 4 + FC / 4)) / 2 / TOTAL
     assert found.removes == pytest.approx(removes) == pytest.approx(0.1964, abs=1e-4)
-    # 0.7 / 0.1964 = 3.56: 4 turns; 0.3 / 0.1964 = 1.5: a recovery every 2 of them.
-    assert (found.turns, found.recoveries) == (4, 2)
-    assert found.epochs == {"train": 2, "recover": 6, "final": 7}
-    # Before the first prune, after two recoveries and at the end; of 2 and 7 epochs around them after all but the last.
+    # 0.7 / 0.1964 = 3.56: 4 iterations; 0.3 / 0.1964 = 1.5: a fine-tuning every 2 of them.
+    assert (found.iterations, found.fine_tunes) == (4, 2)
+    assert found.epochs == {"train": 2, "fine-tune": 6, "final": 7}
+    # Before the first prune, after two fine-tunings and at the end; of 2 and 7 epochs around them after all but the
+    # last.
     assert found.evaluations == 4 + 1 + 6
-    assert found.loss_images == 40
+    assert found.calibration_images == 40
     assert found.passes == pytest.approx(1 + ONE_EACH, rel=0.01)  # and the network as it stands
 
 
 @pytest.mark.parametrize(
-    ("changes", "recoveries", "epochs"),
+    ("changes", "fine-tunings", "epochs"),
     [
-        ({"prune__recover_every": 0.0}, 4, {"train": 2, "recover": 12, "final": 7}),
-        ({"prune__recover_epochs": 0}, 0, {"train": 2, "recover": 0, "final": 7}),
-        ({"train__prune_epoch": 0}, 2, {"train": 0, "recover": 6, "final": 9}),
-        ({"train__prune_epoch": 9}, 2, {"train": 9, "recover": 6, "final": 0}),
+        ({"prune__fine_tune_every": 0.0}, 4, {"train": 2, "fine-tune": 12, "final": 7}),
+        ({"prune__fine_tune_epochs": 0}, 0, {"train": 2, "fine-tune": 0, "final": 7}),
+        ({"train__prune_epoch": 0}, 2, {"train": 0, "fine-tune": 6, "final": 9}),
+        ({"train__prune_epoch": 9}, 2, {"train": 9, "fine-tune": 6, "final": 0}),
     ],
 )
-def test_epochs_by_phase(tmp_path, changes, recoveries, epochs):
+def test_epochs_by_phase(tmp_path, changes, fine_tunes, epochs):
     found = workload(tmp_path, **changes)
-    assert (found.recoveries, found.epochs) == (recoveries, epochs)
+    assert (found.fine_tunes, found.epochs) == (fine_tunes, epochs)
 
 
 @pytest.mark.parametrize(
@@ -103,32 +104,34 @@ def test_epochs_by_phase(tmp_path, changes, recoveries, epochs):
 )
 def test_evaluations_between_epochs(tmp_path, changes, between):
     found = workload(tmp_path, **changes)
-    assert found.evaluations == 2 + found.recoveries + between
+    assert found.evaluations == 2 + found.fine_tunes + between
 
 
-def test_turns_by_the_target_that_is_furthest(tmp_path):
+def test_iterations_by_the_target_that_is_furthest(tmp_path):
     # Of 4 * 27 + 4, 4 * 36 + 4 and 4 * 10 + 10 parameters a prune of `a` takes 28 and 36, one of `b` 37 and 10.
     each = ((28 + 36) + (37 + 10)) / 2 / (112 + 148 + 50)
     assert each == pytest.approx(0.1790, abs=1e-4)
     parameters = {"prune__parameters_reduction": 0.7}
-    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).turns == 4  # 3.91
-    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).turns == 4
-    assert workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).turns == 5  # 4.02
-    assert workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).turns == 4  # as FLOPs: 3.56
+    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).iterations == 4  # 3.91
+    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).iterations == 4
+    assert workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).iterations == 5  # 4.02
+    assert (
+        workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).iterations == 4
+    )  # as FLOPs: 3.56
 
 
-@pytest.mark.parametrize(("iterations", "turns", "recoveries"), [(3, 3, 1), (4, 4, 2), (9, 4, 2)])
-def test_no_more_turns_than_iterations(tmp_path, iterations, turns, recoveries):
-    found = workload(tmp_path, prune__iterations=iterations)
-    assert (found.turns, found.recoveries, found.epochs["recover"]) == (turns, recoveries, 3 * recoveries)
+@pytest.mark.parametrize(("bound", "iterations", "fine_tunes"), [(3, 3, 1), (4, 4, 2), (9, 4, 2)])
+def test_no_more_iterations_than_the_bound(tmp_path, bound, iterations, fine_tunes):
+    found = workload(tmp_path, prune__iterations=bound)
+    assert (found.iterations, found.fine_tunes, found.epochs["fine-tune"]) == (iterations, fine_tunes, 3 * fine_tunes)
 
 
-def test_several_prunes_a_turn_and_statistics_measured_anew(tmp_path):
+def test_several_prunes_a_iteration_and_statistics_measured_anew(tmp_path):
     plain = workload(tmp_path)
-    several = workload(tmp_path, prune__prunes_per_turn=2)
-    # 0.7 / (2 * 0.1964) = 1.8 turns; a recovery after each, which takes more than 0.3.
-    assert (several.turns, several.recoveries) == (2, 2)
-    assert several.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
+    joint = workload(tmp_path, prune__prunes_per_iteration=2)
+    # 0.7 / (2 * 0.1964) = 1.8 iterations; a fine-tuning after each, which takes more than 0.3.
+    assert (joint.iterations, joint.fine_tunes) == (2, 2)
+    assert joint.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
 
 
 def test_criteria_of_activations_pick_for_themselves_and_look_at_the_images_once(tmp_path):
@@ -146,7 +149,7 @@ def test_criteria_of_activations_pick_for_themselves_and_look_at_the_images_once
 
 
 def test_no_more_images_than_there_are(tmp_path):
-    assert workload(tmp_path, search__images=100_000).loss_images == 1442
+    assert workload(tmp_path, search__images=100_000).calibration_images == 1442
 
 
 PLS = {"prune__method": "pls", "prune__percent": 25.0}
@@ -163,23 +166,23 @@ def test_what_pls_takes_by_hand(tmp_path):
     # Of 8 filters go 2, of 6 again 2, of 4 one: 5 / 8, halfway between what a half and three quarters take.
     gone = [1 - left_by(0.25), 1 - left_by(0.5), 1 - (left_by(0.5) + left_by(0.75)) / 2]
     assert gone == pytest.approx([0.3571, 0.6428, 0.7500], abs=1e-4)
-    # 0.7 is reached by the third; of 0.3 each the second, 0.2857 after the first, does not ask for a recovery.
-    assert (found.turns, found.recoveries) == (3, 2)
+    # 0.7 is reached by the third; of 0.3 each the second, 0.2857 after the first, does not ask for a fine-tuning.
+    assert (found.iterations, found.fine_tunes) == (3, 2)
     assert found.removes == pytest.approx(gone[-1] / 3)
-    assert found.epochs == {"train": 2, "recover": 6, "final": 7}
+    assert found.epochs == {"train": 2, "fine-tune": 6, "final": 7}
     assert found.evaluations == 4 + 1 + 6
     assert found.passes == 3  # the scores, and the losses without what goes and with it
-    assert found.loss_images == 40
+    assert found.calibration_images == 40
 
 
 @pytest.mark.parametrize(
-    ("changes", "turns", "recoveries"),
+    ("changes", "iterations", "fine-tunings"),
     [
         ({"prune__iterations": 2}, 2, 1),
         ({"prune__iterations": 5}, 3, 2),
         ({"prune__flops_reduction": 0.35}, 1, 1),
-        ({"prune__recover_every": 0.0}, 3, 3),
-        ({"prune__recover_epochs": 0}, 3, 0),
+        ({"prune__fine_tune_every": 0.0}, 3, 3),
+        ({"prune__fine_tune_epochs": 0}, 3, 0),
         # 8, 6, 4, 3, 2, 1 and none: what is out of reach ends with the last filters.
         ({"prune__flops_reduction": 0.85}, 4, 2),
         ({"prune__flops_reduction": 0.99, "prune__iterations": 20}, 6, 2),
@@ -189,9 +192,9 @@ def test_what_pls_takes_by_hand(tmp_path):
         ({"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.64}, 2, 1),
     ],
 )
-def test_turns_and_recoveries_of_pls(tmp_path, changes, turns, recoveries):
+def test_iterations_and_fine_tunes_of_pls(tmp_path, changes, iterations, fine_tunes):
     found = workload(tmp_path, **PLS, **changes)
-    assert (found.turns, found.recoveries) == (turns, recoveries)
+    assert (found.iterations, found.fine_tunes) == (iterations, fine_tunes)
 
 
 def test_pls_prunes_inside_the_blocks_of_a_residual_network(tmp_path):
@@ -200,7 +203,7 @@ def test_pls_prunes_inside_the_blocks_of_a_residual_network(tmp_path):
     # The first convolutions of 3 blocks each of 16, 32 and 64 filters; a tenth of 336, and of the 302 left 30.
     assert (found.layers, found.filters, found.first) == (9, 336, 34)
     # 34 / 336 of what the blocks' 18 convolutions take is less than 12%, 64 / 336 more.
-    assert found.turns == 2
+    assert found.iterations == 2
     assert found.passes == 4
 
 
@@ -212,7 +215,7 @@ def sparse(tmp_path):
     config = small_run(
         tmp_path,
         prune__flops_reduction=0.0,
-        prune__recover_epochs=4,
+        prune__fine_tune_epochs=4,
         sparsity={"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [3]},
     )
     return prepare(config, model)
@@ -226,7 +229,7 @@ def test_stages_by_hand(tmp_path):
         Stage(layers={6: 1, 3: 1}, weights=192 + 120, kept=12 * 4 + 10 * 8, epochs=1),
     )
     assert found.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
-    assert found.epochs == {"train": 2, "recover": 4, "final": 1}
+    assert found.epochs == {"train": 2, "fine-tune": 4, "final": 1}
     assert found.evaluations == 3 + 1  # of 2 epochs before, 4 in between and 1 after
 
 
@@ -300,17 +303,20 @@ def test_every_recipe_has_a_plan(name, pictures):
         (stage,) = found.stages
         assert stage.layers == {12: SPARSE_LAYERS[name]} and stage.kept * 4 == stage.weights
         assert f"stage 1         12 of 16 in {SPARSE_LAYERS[name]} layers: {stage.kept:,} of {stage.weights:,}" in text
-        assert "3 inputs a filter, fewer than the group of 16" in text and "turns" not in text
+        assert "3 inputs a filter, fewer than the group of 16" in text and "iterations" not in text
         return
-    assert isinstance(found, LaaspTurns)
-    assert (found.turns - 1) * found.removes < prune.flops_reduction <= found.turns * found.removes
-    assert 0 < found.recoveries <= found.turns and found.epochs["recover"] == found.recoveries * prune.recover_epochs
-    assert f"about {found.turns}: {prune.flops_reduction:.2%} of FLOPs" in text
+    assert isinstance(found, LaaspIterations)
+    assert (found.iterations - 1) * found.removes < prune.flops_reduction <= found.iterations * found.removes
+    assert (
+        0 < found.fine_tunes <= found.iterations
+        and found.epochs["fine-tune"] == found.fine_tunes * prune.fine_tune_epochs
+    )
+    assert f"about {found.iterations}: {prune.flops_reduction:.2%} of FLOPs" in text
 
 
 @pytest.mark.exhaustive
-def test_pls_on_resnet56_needs_as_many_turns_as_published(pictures):
+def test_pls_on_resnet56_needs_as_many_iterations_as_published(pictures):
     found = workload_of(planned("resnet56_cifar10", pictures, method="pls"))
-    assert isinstance(found, PlsTurns)
+    assert isinstance(found, PlsIterations)
     assert (found.layers, found.filters, found.first) == (27, 1008, 101)
-    assert found.turns == 8  # for 52.56%
+    assert found.iterations == 8  # for 52.56%

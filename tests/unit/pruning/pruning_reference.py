@@ -71,13 +71,13 @@ def with_zeroed_producers(model, plan):
     return result
 
 
-def prune_by_turns(model, example, layers, turns):
-    """Prunes in place, a fresh graph each turn; gives the composed plan."""
+def prune_by_iterations(model, example, layers, iterations):
+    """Prunes in place, a fresh graph each iteration; gives the composed plan."""
     plan = Plan()
-    for turn in range(turns):
+    for iteration in range(iterations):
         graph = PruningGraph(model, example)
-        layer = layers[turn % len(layers)]
-        step = graph.step(layer, some_filters(graph.layers[layer], share=0.2, seed=turn))
+        layer = layers[iteration % len(layers)]
+        step = graph.step(layer, some_filters(graph.layers[layer], share=0.2, seed=iteration))
         apply_plan(model, step)
         plan = plan.then(step)
     return plan

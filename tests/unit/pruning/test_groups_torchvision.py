@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from pruning_reference import prune_by_turns, pruned_copy, randomise, some_filters, with_zeroed_producers
+from pruning_reference import prune_by_iterations, pruned_copy, randomise, some_filters, with_zeroed_producers
 from torch import nn
 
 from laasp_ray.config import ModelConfig
@@ -117,7 +117,7 @@ def test_steps_replayed_on_a_fresh_network(builder, layers):
     torch.manual_seed(0)
     model = randomise(build(ModelConfig(builder=builder)), EXAMPLE)
     fresh, macs = pruned_copy(model, Plan()), count_macs(model, EXAMPLE)
-    plan = prune_by_turns(model, EXAMPLE, layers, len(layers) + 1)
+    plan = prune_by_iterations(model, EXAMPLE, layers, len(layers) + 1)
     replayed = pruned_copy(fresh, Plan.from_json(json.loads(json.dumps(plan.to_json()))))
     assert replayed.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in replayed.state_dict().items())

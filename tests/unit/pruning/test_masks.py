@@ -1,4 +1,4 @@
-"""Making layers deaf to channels: exact small cases, and why it is the readers that are made deaf."""
+"""Making layers masked to channels: exact small cases, and why it is the readers that are made masked."""
 
 import copy
 

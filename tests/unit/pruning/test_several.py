@@ -9,7 +9,7 @@ from laasp_ray.config import ModelConfig
 from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.joint import independent_layers, removal_of_several
+from laasp_ray.pruning.joint import independent_layers, joint_removal
 from laasp_ray.pruning.plan import Plan, apply_plan
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
@@ -50,10 +50,10 @@ def test_one_plan_does_what_one_after_the_other_does():
     graph = PruningGraph(model, EXAMPLE)
     chosen = {"layer1.0.conv1": (0, 3), "layer1.1.conv1": (15,), "layer3.2.conv1": tuple(range(1, 64))}
     steps = [graph.step(layer, filters) for layer, filters in chosen.items()]
-    together = plan_of(removal_of_several(graph, chosen))
-    assert together == Plan.empty().then(steps[0]).then(steps[1]).then(steps[2])
-    apply_plan(model, together)
+    joint = plan_of(joint_removal(graph, chosen))
+    assert joint == Plan.empty().then(steps[0]).then(steps[1]).then(steps[2])
+    apply_plan(model, joint)
     assert model(EXAMPLE).shape == (1, 10)
     assert model.get_submodule("layer3.2.conv1").out_channels == 1
     with pytest.raises(PruningError, match=r"all 16 filters of layer1\.0\.conv1"):
-        removal_of_several(graph, {"layer1.0.conv1": range(16)})
+        joint_removal(graph, {"layer1.0.conv1": range(16)})

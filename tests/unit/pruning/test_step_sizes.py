@@ -65,7 +65,7 @@ def count(filters, original, step_size, blocks=1, *, limit=0.75, rule="flops_sha
         ((7, 10, 9), 4),  # floor(7.5) - 3
     ],
 )
-def test_count_for_a_turn(arguments, expected):
+def test_count_for_a_iteration(arguments, expected):
     assert count(*arguments) == expected
 
 

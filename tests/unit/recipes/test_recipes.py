@@ -1,4 +1,4 @@
-"""The published figures that recipes must have, and one turn of each phase of every recipe on tiny real input."""
+"""The published figures that recipes must have, and one iteration of each phase of every recipe on tiny real input."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.recipes import RECIPES, VARIANTS, group_sparsity, recipe
 from laasp_ray.records import RunState, decision_from_json
 from laasp_ray.run.preflight import prepare
-from laasp_ray.run.state import initial_state, next_spell
+from laasp_ray.run.state import initial_state, next_training_phase
 
 # Millions of multiply-accumulates, as printed.
 MACS = {
@@ -46,7 +46,7 @@ ROWS = {
 }
 DIGITS = "resnet50_digits"
 HEAVY = {"resnet110_cifar10", "resnet34_imagenet", "resnet50_imagenet", "resnet50_imagenet-pls", DIGITS}
-"""Their turns take longest; resnet56_cifar10 and resnet18_imagenet are of the same make."""
+"""Their iterations take longest; resnet56_cifar10 and resnet18_imagenet are of the same make."""
 # A tenth of the filters that no other layer's are coupled to: of ResNet-56 9 x (16 + 32 + 64); of ResNet-50, whose
 # blocks have two such convolutions and whose first one is another, 2 x (3 x 64 + 4 x 128 + 6 x 256 + 3 x 512) + 64.
 BY_PLS = {"resnet56_cifar10-pls": 101, "resnet50_imagenet-pls": 762}
@@ -86,7 +86,7 @@ def test_every_row_of_the_paper_can_be_reached(name):
 def schedule(config: RunConfig):
     train, rate = config.train, config.train.learning_rate_at
     rates = [epoch for epoch in range(1, train.epochs) if rate(epoch) != rate(epoch - 1)]
-    recovery = (config.prune.recover_epochs, config.prune.recover_every)
+    fine_tune = (config.prune.fine_tune_epochs, config.prune.fine_tune_every)
     return (
         train.epochs,
         train.learning_rate,
@@ -95,7 +95,7 @@ def schedule(config: RunConfig):
         train.batch_size,
         train.weight_decay,
         train.prune_epoch,
-        recovery,
+        fine_tune,
     )
 
 
@@ -155,17 +155,17 @@ def test_the_three_starts():
     weights = dataclasses.replace(scratch, train=dataclasses.replace(scratch.train, pretrained="weights.pt"))
     finished = dataclasses.replace(weights, train=dataclasses.replace(weights.train, prune_epoch=90))
 
-    def spell(config, phase):
-        epochs = next_spell(RunState(phase=phase), config).epochs
+    def training_phase(config, phase):
+        epochs = next_training_phase(RunState(phase=phase), config).epochs
         return [(epoch.epoch, pytest.approx(epoch.learning_rate)) for epoch in epochs]
 
     assert initial_state(scratch).phase == "train"
-    assert spell(scratch, "train") == [(epoch, 0.1) for epoch in range(25)]
+    assert training_phase(scratch, "train") == [(epoch, 0.1) for epoch in range(25)]
     for config, first, rate in ((weights, 25, 0.1), (finished, 90, 1e-4)):
         assert initial_state(config).phase == "prune"
-        assert spell(config, "recover") == [(first, rate)] * 2
-        assert spell(config, "final")[0] == (first, rate) and spell(config, "final")[-1] == (99, 1e-4)
-        assert len(spell(config, "final")) == 100 - first
+        assert training_phase(config, "fine-tune") == [(first, rate)] * 2
+        assert training_phase(config, "final")[0] == (first, rate) and training_phase(config, "final")[-1] == (99, 1e-4)
+        assert len(training_phase(config, "final")) == 100 - first
 
 
 @pytest.fixture(scope="module")
@@ -188,15 +188,26 @@ RUNS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in RUNS]
 )
-def test_one_turn_of_each_phase(name, pictures, tmp_path):
+def test_one_iteration_of_each_phase(name, pictures, tmp_path):
     config = tiny(RUNS[name](), pictures, tmp_path)
     assert config.name == name
     result, events = run_here(config)
     assert [event.name for event in events] == (
-        ["start", "epoch", "spell", "subset", "turn", "epoch", "spell", "epoch", "spell", "finish"]
+        [
+            "start",
+            "epoch",
+            "training_phase",
+            "calibration",
+            "iteration",
+            "epoch",
+            "training_phase",
+            "epoch",
+            "training_phase",
+            "finish",
+        ]
     )
-    assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "recover", "final"]
-    decision = decision_from_json(next(event for event in events if event.name == "turn").data["decision"])
+    assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "fine-tune", "final"]
+    decision = decision_from_json(next(event for event in events if event.name == "iteration").data["decision"])
     filters = {layer: module.out_channels for layer, module in convolutions(build(config.model)).items()}
     kept = {layer: module.out_channels for layer, module in convolutions(result.model).items()}
     assert all(kept[prune.layer] == filters[prune.layer] - len(prune.filters) for prune in decision.prunes)
@@ -217,15 +228,15 @@ def test_the_variant_recovers_for_six_epochs_after_every_fiftieth(pictures, tmp_
     whole = recipe("resnet20_cifar10", "2023")
     prune = dataclasses.replace(whole.prune, flops_reduction=0.05)
     _, events = run_here(dataclasses.replace(tiny(whole, pictures, tmp_path), prune=prune))
-    expected, recovered_at, waited = ["start", "epoch", "spell", "subset"], 0.0, 0
+    expected, fine_tuned_at, waited = ["start", "epoch", "training_phase", "calibration"], 0.0, 0
     for event in events:
-        if event.name == "turn":
+        if event.name == "iteration":
             reduction = event.data["decision"]["flops_reduction"]
-            due = reduction - recovered_at >= 0.02
-            expected += ["turn", *["epoch"] * 6, "spell"] if due else ["turn"]
-            recovered_at, waited = (reduction if due else recovered_at), waited + (not due)
-    assert [event.name for event in events] == [*expected, "epoch", "spell", "finish"]
-    assert recovered_at > 0 and waited > 0
+            due = reduction - fine_tuned_at >= 0.02
+            expected += ["iteration", *["epoch"] * 6, "training_phase"] if due else ["iteration"]
+            fine_tuned_at, waited = (reduction if due else fine_tuned_at), waited + (not due)
+    assert [event.name for event in events] == [*expected, "epoch", "training_phase", "finish"]
+    assert fine_tuned_at > 0 and waited > 0
 
 
 def convolutions(model):

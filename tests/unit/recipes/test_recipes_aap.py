@@ -1,4 +1,4 @@
-"""One turn of each phase of every recipe of group sparsity on tiny real input."""
+"""One iteration of each phase of every recipe of group sparsity on tiny real input."""
 
 import json
 import shutil
@@ -47,14 +47,25 @@ def layers_of(model):
     "name",
     [pytest.param(name, marks=pytest.mark.exhaustive) if name in HEAVY else name for name in NAMES],
 )
-def test_one_turn_of_each_phase(name, pictures, storage):
+def test_one_iteration_of_each_phase(name, pictures, storage):
     config = tiny(recipe(name), pictures, storage, side=SIDES.get(name, 32))
     assert (config.sparsity.group, config.sparsity.prune, config.sparsity.stages) == (16, 12, (6, 12))
     result, events = run_here(config)
     assert [event.name for event in events] == (
-        ["start", "epoch", "spell", "stage", "epoch", "spell", "stage", "epoch", "spell", "finish"]
+        [
+            "start",
+            "epoch",
+            "training_phase",
+            "stage",
+            "epoch",
+            "training_phase",
+            "stage",
+            "epoch",
+            "training_phase",
+            "finish",
+        ]
     )
-    assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "recover", "final"]
+    assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "fine-tune", "final"]
     layers = list(layers_of(result.model))
     sparse = {layer: weight for layer, weight, is_sparse in layers if is_sparse}
     assert 1 < len(sparse) < len(layers)

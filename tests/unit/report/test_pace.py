@@ -2,12 +2,12 @@
 
 import pytest
 
-from laasp_ray.report.eta import Pace, format_duration
+from laasp_ray.report.eta import EtaEstimator, format_duration
 
 
 def test_the_mean_pace_so_far_gives_the_remaining_time():
     now = [100.0]
-    pace = Pace(lambda: now[0])
+    pace = EtaEstimator(lambda: now[0])
     assert pace.seconds_until(10) is None
     pace.update(2)
     assert pace.seconds_until(10) is None  # nothing has grown yet

@@ -29,9 +29,9 @@ def clock():
     return Clock()
 
 
-def decision(turn, reduction, filters=(1, 4)):
+def decision(iteration, reduction, filters=(1, 4)):
     return Decision(
-        turn=turn,
+        iteration=iteration,
         layer="layer3.0.conv1",
         criterion="cosine",
         filters=filters,
@@ -55,20 +55,20 @@ def loss(value, layer="a"):
 
 
 def tell(progress, clock):
-    """A short run: two epochs, a turn, a recovery, a turn."""
+    """A short run: two epochs, an iteration, a fine-tuning, an iteration."""
     progress.phase("train", "2 epochs")
     clock.now = 10
     progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5, "test top1": 0.625}, 0.1)
     clock.now = 30
     progress.epoch("train", 2, 2, {"loss": 1.5, "top1": 0.755}, 0.01)
-    progress.phase("prune", "turn 1")
+    progress.phase("prune", "iteration 1")
     for done, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, 4.0)):
         progress.candidates(done, 4, loss(value, layer="abcd"[done - 1]), 1)
     clock.now = 40
     progress.decision(decision(1, 0.05), gone(0.05), FLOPS, 10.0)
-    progress.phase("recover", "1 epochs")
+    progress.phase("fine-tune", "1 epochs")
     progress.note("left out: x.jpg")
-    progress.phase("prune", "turn 2")
+    progress.phase("prune", "iteration 2")
     progress.candidates(1, 2, loss(5.0), 2)
     progress.candidates(2, 2, None, 2)
     clock.now = 100
@@ -86,30 +86,33 @@ def test_lines_where_there_is_no_terminal(clock):
         "train: 2 epochs",
         "train: epoch 1 of 2, loss 2.0000, top1 50.00%, test top1 62.50%, learning rate 0.1",
         "train: epoch 2 of 2, loss 1.5000, top1 75.50%, learning rate 0.01, train done in 0 s",
-        "prune: turn 1",
-        "turn 1: 4 candidates measured, least loss 2.0000 (c by l1 (2 filters))",
-        "turn 1: layer3.0.conv1 by cosine, 2 filters, loss 0.1250 -> 0.2500, FLOPs -5.00% of 25.00%, 10 s",
-        "recover: 1 epochs",
+        "prune: iteration 1",
+        "iteration 1: 4 candidates measured, least loss 2.0000 (c by l1 (2 filters))",
+        "iteration 1: layer3.0.conv1 by cosine, 2 filters, loss 0.1250 -> 0.2500, FLOPs -5.00% of 25.00%, 10 s",
+        "fine-tune: 1 epochs",
         "note: left out: x.jpg",
-        "prune: turn 2",
-        "turn 2: 2 candidates measured, least loss 5.0000 (a by l1 (2 filters))",
+        "prune: iteration 2",
+        "iteration 2: 2 candidates measured, least loss 5.0000 (a by l1 (2 filters))",
         # 5% took 60 s, so the 15% that are left take 180 s
-        "turn 2: layer3.0.conv1 by cosine, 1 filter, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 1 min 05 s, "
+        "iteration 2: layer3.0.conv1 by cosine, 1 filter, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 1 min 05 s, "
         "target in 3 min 00 s",
         "done",
     ]
 
 
-def cut_off(phase, turn, reduction, epochs):
-    return RunState(phase=phase, turn=turn, flops_reduction=reduction, epochs_trained=epochs)
+def cut_off(phase, iteration, reduction, epochs):
+    return RunState(phase=phase, iteration=iteration, flops_reduction=reduction, epochs_trained=epochs)
 
 
 @pytest.mark.parametrize(
     ("state", "line"),
     [
-        (cut_off("prune", 11, 0.3139, 9), "going on at turn 12, 31.4% of 53.8% FLOPs gone, 9 epochs trained"),
-        (cut_off("recover", 12, 0.335, 9), "going on at turn 12, 33.5% of 53.8% FLOPs gone, 9 epochs trained"),
-        (cut_off("train", 0, 0.0, 3), "going on before the first turn, 0.0% of 53.8% FLOPs gone, 3 epochs trained"),
+        (cut_off("prune", 11, 0.3139, 9), "going on at iteration 12, 31.4% of 53.8% FLOPs gone, 9 epochs trained"),
+        (cut_off("fine-tune", 12, 0.335, 9), "going on at iteration 12, 33.5% of 53.8% FLOPs gone, 9 epochs trained"),
+        (
+            cut_off("train", 0, 0.0, 3),
+            "going on before the first iteration, 0.0% of 53.8% FLOPs gone, 3 epochs trained",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
@@ -121,7 +124,7 @@ def test_a_run_that_goes_on_says_where(clock, stream, state, line):
     assert line in shown.getvalue()
 
 
-def test_a_run_that_prunes_nothing_has_no_first_turn():
+def test_a_run_that_prunes_nothing_has_no_first_iteration():
     assert resumed_line(cut_off("final", 0, 0.0, 3), {}) == "going on, 3 epochs trained"
 
 
@@ -133,7 +136,7 @@ def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(c
             progress._console.print(progress.render())
         assert "30.00% of 50.00%" in capture.get()
         clock.now = 60
-        progress.phase("prune", "turn 12")
+        progress.phase("prune", "iteration 12")
         progress.decision(decision(12, 0.4), gone(0.4), HALF, 60.0)
         assert progress._standing.remaining() == "target in 1 min 00 s"
     finally:
@@ -149,7 +152,7 @@ def test_log_records_go_above_the_live_display_and_where_they_went_before_after_
     logging.root.manager.loggerDict["some.library"] = logger
     try:
         progress = make_progress(FLOPS, stream, clock)
-        progress.phase("prune", "turn 1")
+        progress.phase("prune", "iteration 1")
         progress.note("drawn")
         before = len(stream.getvalue())
         logger.warning("a record [sic]")
@@ -163,23 +166,23 @@ def test_log_records_go_above_the_live_display_and_where_they_went_before_after_
         del logging.root.manager.loggerDict["some.library"]
 
 
-def test_turns_that_follow_each_other_are_announced_once(clock):
+def test_iterations_that_follow_each_other_are_announced_once(clock):
     stream = io.StringIO()
     progress = LineProgress(FLOPS, stream, clock)
-    for turn in (1, 2, 3):
-        progress.phase("prune", f"turn {turn}")
-    assert stream.getvalue() == "prune: turn 1\n"
+    for iteration in (1, 2, 3):
+        progress.phase("prune", f"iteration {iteration}")
+    assert stream.getvalue() == "prune: iteration 1\n"
 
 
-def test_remaining_time_of_a_spell_is_by_epochs_and_starts_anew_with_each_spell(clock):
+def test_remaining_time_of_a_training_phase_is_by_epochs_and_starts_anew_with_each_training_phase(clock):
     stream = io.StringIO()
     progress = LineProgress(FLOPS, stream, clock)
     progress.phase("final", "4 epochs")
     for epoch in (1, 2):
         clock.now += 60
         progress.epoch("final", epoch, 4, {"loss": 1.0}, 0.1)
-    progress.phase("recover", "2 epochs")
-    progress.epoch("recover", 1, 2, {"loss": 1.0}, 0.1)
+    progress.phase("fine-tune", "2 epochs")
+    progress.epoch("fine-tune", 1, 2, {"loss": 1.0}, 0.1)
     lines = stream.getvalue().splitlines()
     assert lines[2].endswith("final done in 2 min 00 s") and lines[4].endswith("learning rate 0.1")
 
@@ -193,7 +196,7 @@ def test_a_terminal_gets_a_live_display_with_lines_above(clock):
     progress.close()
     progress.close()
     shown = stream.getvalue()
-    assert shown.index("epoch 1 of 2") < shown.index("turn 1: layer3.0.conv1") < shown.index("done [sic]")
+    assert shown.index("epoch 1 of 2") < shown.index("iteration 1: layer3.0.conv1") < shown.index("done [sic]")
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor comes back
 
 
@@ -203,14 +206,14 @@ def test_what_the_display_holds(clock):
     try:
         tell(progress, clock)
         console.file.truncate(0)
-        progress.phase("prune", "turn 3")
+        progress.phase("prune", "iteration 3")
         progress.candidates(30, 40, loss(0.5, "x"), 3)
         with console.capture() as capture:
             console.print(progress.render())
     finally:
         progress.close()
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    assert lines[0] == "prune  turn 3"
+    assert lines[0] == "prune  iteration 3"
     assert lines[1].startswith("FLOPs reduction") and lines[1].endswith("10.00% of 25.00%")
     assert lines[2].startswith("candidates") and lines[2].endswith("30 of 40")
     assert lines[1].count("━") > 0
@@ -225,16 +228,16 @@ def further(criterion):
 
 
 def test_a_decision_of_several_layers_counts_them_and_their_filters():
-    several = dataclasses.replace(decision(2, 0.1), criterion="pls", further=further("pls"))
-    assert decision_line(several, gone(0.1), FLOPS, 5.0) == (
-        "turn 2: layer3.0.conv1 and 2 more by pls, 6 filters, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 5 s"
+    joint = dataclasses.replace(decision(2, 0.1), criterion="pls", further=further("pls"))
+    assert decision_line(joint, gone(0.1), FLOPS, 5.0) == (
+        "iteration 2: layer3.0.conv1 and 2 more by pls, 6 filters, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 5 s"
     )
 
 
 def test_prunes_by_several_criteria_are_named_with_theirs():
-    several = dataclasses.replace(decision(2, 0.1), further=further("l1"))
-    assert decision_line(several, gone(0.1), FLOPS, 5.0) == (
-        "turn 2: layer3.0.conv1 by cosine and b by pls and c by l1, 6 filters, loss 0.1250 -> 0.2500, "
+    joint = dataclasses.replace(decision(2, 0.1), further=further("l1"))
+    assert decision_line(joint, gone(0.1), FLOPS, 5.0) == (
+        "iteration 2: layer3.0.conv1 by cosine and b by pls and c by l1, 6 filters, loss 0.1250 -> 0.2500, "
         "FLOPs -10.00% of 25.00%, 5 s"
     )
 
@@ -243,9 +246,9 @@ def test_every_target_is_shown_that_is_given_and_flops_always(clock):
     other = {"parameters": 0.4, "latency": 0.2}
     line = decision_line(decision(2, 0.1), gone(0.1, 0.3, -0.05), other, 5.0)
     assert line.endswith("FLOPs -10.00%, parameters -30.00% of 40.00%, latency +5.00% of 20.00%, 5 s")
-    state = RunState(phase="prune", turn=1, flops_reduction=0.1, parameters_reduction=0.3, latency_reduction=0.05)
+    state = RunState(phase="prune", iteration=1, flops_reduction=0.1, parameters_reduction=0.3, latency_reduction=0.05)
     assert resumed_line(state, other) == (
-        "going on at turn 2, 30.0% of 40.0% parameters gone, 5.0% of 20.0% latency gone, 0 epochs trained"
+        "going on at iteration 2, 30.0% of 40.0% parameters gone, 5.0% of 20.0% latency gone, 0 epochs trained"
     )
     console = Console(file=io.StringIO(), width=100)
     progress = LiveProgress(other, console, clock)
@@ -264,7 +267,7 @@ def test_the_remaining_time_is_that_of_the_target_that_is_furthest(clock):
     targets = {"FLOPs": 0.25, "parameters": 0.25}
     stream = io.StringIO()
     progress = LineProgress(targets, stream, clock)
-    progress.phase("prune", "turn 1")
+    progress.phase("prune", "iteration 1")
     progress.decision(decision(1, 0.05), gone(0.05, 0.1), targets, 5.0)
     assert "targets in" not in stream.getvalue()
     clock.now = 60

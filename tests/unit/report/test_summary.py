@@ -13,9 +13,9 @@ def metrics(top1, loss=0.5):
     return {"loss": loss, "top1": top1, "top5": 1.0, "images": 360}
 
 
-def turn(number, reduction, kept, seconds):
+def iteration(number, reduction, kept, seconds):
     decision = {
-        "turn": number,
+        "iteration": number,
         "layer": "layer1.0.conv1",
         "criterion": "l1",
         "filters": [0],
@@ -24,7 +24,7 @@ def turn(number, reduction, kept, seconds):
         "flops_reduction": reduction,
         "also": [],
     }
-    return "turn", {
+    return "iteration", {
         "decision": decision,
         "kept_filters": kept,
         "candidates": 10 * number,
@@ -44,16 +44,16 @@ START = (
 FIRST = [
     START,
     ("epoch", {"phase": "train"}),
-    ("spell", {"phase": "train", "metrics": metrics(0.5), "seconds": 4.0}),
+    ("training_phase", {"phase": "train", "metrics": metrics(0.5), "seconds": 4.0}),
     ("epoch", {"phase": "train"}),
-    ("spell", {"phase": "train", "metrics": metrics(0.9625), "seconds": 6.0}),
-    turn(1, 0.1, {"layer1.0.conv1": 2}, 1.0),
+    ("training_phase", {"phase": "train", "metrics": metrics(0.9625), "seconds": 6.0}),
+    iteration(1, 0.1, {"layer1.0.conv1": 2}, 1.0),
     ("excluded", {"image": "x.jpg", "reason": "cannot be decoded"}),
-    ("spell", {"phase": "recover", "metrics": metrics(0.75), "seconds": 2.0}),
-    turn(2, 0.26, {"layer1.0.conv1": 1, "layer2.0.conv1": 3}, 2.0),
+    ("training_phase", {"phase": "fine-tune", "metrics": metrics(0.75), "seconds": 2.0}),
+    iteration(2, 0.26, {"layer1.0.conv1": 1, "layer2.0.conv1": 3}, 2.0),
 ]
 LAST = [
-    ("spell", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
+    ("training_phase", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
     (
         "finish",
         {
@@ -80,11 +80,11 @@ def test_a_finished_run(tmp_path):
     assert (summary.parameters, summary.parameters_after, summary.reached) == (2000, 1500, {"FLOPs": 0.26})
     assert summary.before == Metrics(loss=0.5, top1=0.9625, top5=1.0, images=360)
     assert summary.after == Metrics(loss=0.0625, top1=0.975, top5=1.0, images=360)
-    assert [decision.turn for decision in summary.decisions] == [1, 2] and summary.candidates == 30
+    assert [decision.iteration for decision in summary.decisions] == [1, 2] and summary.candidates == 30
     best = Metrics(loss=0.09375, top1=0.98125, top5=1.0, images=360)
     assert summary.best == BestEpoch(epoch=186, epochs=200, metrics=best)
-    assert summary.turn_seconds == {"graph": 1.5, "evaluate": 4.5, "total": 7.5}
-    assert summary.phase_seconds == {"train": 10.0, "recover": 2.0, "final": 90.0} and summary.epochs == 2
+    assert summary.iteration_seconds == {"graph": 1.5, "evaluate": 4.5, "total": 7.5}
+    assert summary.phase_seconds == {"train": 10.0, "fine-tune": 2.0, "final": 90.0} and summary.epochs == 2
     assert summary.kept_filters == {"layer1.0.conv1": 1, "layer2.0.conv1": 3}
     assert summary.excluded_images == ("x.jpg",)
     assert format_summary(summary).splitlines() == [
@@ -99,8 +99,8 @@ def test_a_finished_run(tmp_path):
         "loss            0.5000   0.0625",
         "test images        360      360",
         "",
-        "Turns: 2, 15 candidates each, 7.50 s each (graph 1.50, evaluate 4.50)",
-        "Training: 2 epochs; train 10 s, recover 2 s, final 1 min 30 s",
+        "Iterations: 2, 15 candidates each, 7.50 s each (graph 1.50, evaluate 4.50)",
+        "Training: 2 epochs; train 10 s, fine-tune 2 s, final 1 min 30 s",
         "Best tested epoch of the final training: 187 of 200, top-1 98.12%, top-5 100.00%, loss 0.0938 "
         "(the table has the last)",
         "Images left out: x.jpg",
@@ -128,14 +128,14 @@ def test_an_unfinished_run_says_so(tmp_path):
 
 def test_a_run_that_has_only_started(tmp_path):
     text = format_summary(summarise(journal(tmp_path, [START])))
-    assert "Turns: none yet" in text and "FLOPs reduction 0.00% of 25.00%" in text
+    assert "Iterations: none yet" in text and "FLOPs reduction 0.00% of 25.00%" in text
 
 
 def test_weights_that_were_given_are_the_baseline(tmp_path):
     events = [
         START,
         ("baseline", {"metrics": metrics(0.875)}),
-        ("spell", {"phase": "recover", "metrics": metrics(0.5), "seconds": 1.0}),
+        ("training_phase", {"phase": "fine-tune", "metrics": metrics(0.5), "seconds": 1.0}),
     ]
     assert summarise(journal(tmp_path, events)).before.top1 == 0.875
 
@@ -153,7 +153,7 @@ def test_a_journal_that_lacks_something_is_refused(tmp_path):
 
 
 def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
-    name, data = turn(1, 0.1, {"layer1.0.conv1": 2}, 1.0)
+    name, data = iteration(1, 0.1, {"layer1.0.conv1": 2}, 1.0)
     prune = {"flops_reduction": 0.0, "parameters_reduction": 0.2, "latency_reduction": 0.3}
     start = ("start", START[1] | {"config": {"name": "digits", "prune": prune}})
     events = [start, (name, data | {"reached": {"parameters": 0.15, "latency": 0.25}})]
@@ -163,6 +163,6 @@ def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
         "Run digits: not finished, FLOPs reduction 10.00%, parameters reduction 15.00% of 20.00%, "
         "latency reduction 25.00% of 30.00%"
     )
-    assert "Turns: 1" in format_summary(summary)
+    assert "Iterations: 1" in format_summary(summary)
     short = summarise(journal(tmp_path / "short", [*events, ("exhausted", {"reason": "nothing left"})]))
     assert "short of its target, with no filter left to give), FLOPs reduction" in format_summary(short).splitlines()[0]

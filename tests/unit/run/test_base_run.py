@@ -9,7 +9,7 @@ from whole_runs import Silent, events_of, power_cut
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.errors import ConfigError
-from laasp_ray.methods.laasp import take_turn
+from laasp_ray.methods.laasp import iterate
 from laasp_ray.planning.dry_run import Machine, describe
 from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.summary import format_summary, summarise
@@ -43,9 +43,9 @@ def trained(tmp_path_factory):
     return config, run(config)
 
 
-def test_the_whole_schedule_is_one_spell(trained):
+def test_the_whole_schedule_is_one_training_phase(trained):
     config, result = trained
-    assert [event.name for event in events_of(config)] == ["start", *["epoch"] * 3, "spell", "finish"]
+    assert [event.name for event in events_of(config)] == ["start", *["epoch"] * 3, "training_phase", "finish"]
     epochs = [event.data for event in events_of(config) if event.name == "epoch"]
     assert [(epoch["phase"], epoch["epoch"]) for epoch in epochs] == [("final", 0), ("final", 1), ("final", 2)]
     assert [epoch["learning_rate"] for epoch in epochs] == pytest.approx([0.1, 0.1, 0.02])
@@ -68,12 +68,12 @@ def test_the_network_loads_and_is_evaluated_as_any_other(trained):
     assert pruned.metrics.top1 == pytest.approx(result.summary["metrics"]["top1"])
 
 
-def test_the_summary_has_nothing_before_and_no_turns(trained):
+def test_the_summary_has_nothing_before_and_no_iterations(trained):
     config, _ = trained
     summary = summarise(events_of(config))
     assert summary.before is None and summary.targets == {}
     text = format_summary(summary)
-    assert "FLOPs reduction 0.00%" in text and "Turns" not in text
+    assert "FLOPs reduction 0.00%" in text and "Iterations" not in text
 
 
 @pytest.mark.parametrize("position", [3, 5])
@@ -91,7 +91,7 @@ def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch
     weights = f"{trained[0].storage}/{trained[0].name}/pruned/model.safetensors"
     config = base_run(tmp_path, train__pretrained=weights, train__prune_epoch=2)
     run(config)
-    assert [event.name for event in events_of(config)] == ["start", "baseline", "epoch", "spell", "finish"]
+    assert [event.name for event in events_of(config)] == ["start", "baseline", "epoch", "training_phase", "finish"]
     baseline, epoch = (next(e.data for e in events_of(config) if e.name == name) for name in ("baseline", "epoch"))
     assert baseline["metrics"] == trained[1].summary["metrics"]
     assert (epoch["epoch"], epoch["learning_rate"]) == (2, pytest.approx(0.02))
@@ -105,7 +105,7 @@ def test_the_plan_of_a_dry_run(tmp_path):
     prepared = prepare(config)
     workload = workload_of(prepared)
     assert type(workload) is Workload
-    assert (workload.epochs, workload.evaluations) == ({"train": 0, "recover": 0, "final": 3}, 3)
+    assert (workload.epochs, workload.evaluations) == ({"train": 0, "fine-tune": 0, "final": 3}, 3)
     speed = TrainingSpeed(training=100.0, evaluation=200.0, device="cpu", loader="dali-cpu")
     text = describe(prepared, workload, Machine(workers=1, tasks=1, trainer=speed, forward=1.0))
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -117,7 +117,7 @@ def test_the_plan_of_a_dry_run(tmp_path):
 
 def test_what_chooses_prunes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a method is given to a run that prunes nothing"):
-        prune(None, base_run(tmp_path), distributed=False, method=take_turn)
+        prune(None, base_run(tmp_path), distributed=False, method=iterate)
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
     with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):

@@ -26,17 +26,17 @@ def epoch(phase, number, top1=None):
     return SimpleNamespace(name="epoch", data={"phase": phase, "epoch": number, "metrics": tested})
 
 
-def spell(phase, top1):
-    return SimpleNamespace(name="spell", data={"phase": phase, "metrics": metrics(top1)})
+def training_phase(phase, top1):
+    return SimpleNamespace(name="training_phase", data={"phase": phase, "metrics": metrics(top1)})
 
 
 BEFORE = [
     SimpleNamespace(name="start", data={"checkpoint": "initial"}),
     epoch("train", 0, 0.875),
     epoch("train", 1),
-    spell("train", 1.0),
-    epoch("recover", 2),
-    spell("recover", 1.0),
+    training_phase("train", 1.0),
+    epoch("fine-tune", 2),
+    training_phase("fine-tune", 1.0),
 ]
 
 
@@ -52,7 +52,7 @@ BEFORE = [
     ],
 )
 def test_the_best_epoch_by_hand(events, best):
-    found = _best([*BEFORE, *events, spell("final", 0.75)])
+    found = _best([*BEFORE, *events, training_phase("final", 0.75)])
     assert found == (None if best is None else {"epoch": best[0], "metrics": metrics(best[1])})
 
 
@@ -60,7 +60,7 @@ def test_a_runs_seconds_are_also_those_of_its_tests():
     events = [
         SimpleNamespace(name="epoch", data={"seconds": 8.0, "test_seconds": 2.0}),
         SimpleNamespace(name="epoch", data={"seconds": 16.0, "test_seconds": 0.0}),
-        SimpleNamespace(name="spell", data={"seconds": 99.0, "evaluation_seconds": 4.0}),
+        SimpleNamespace(name="training_phase", data={"seconds": 99.0, "evaluation_seconds": 4.0}),
     ]
     assert _seconds(events) == 30.0
 
@@ -71,14 +71,14 @@ def pictures(tmp_path_factory):
 
 
 def config_of(storage, pictures, **changes) -> RunConfig:
-    """Epochs 0 to 2, two turns with a recovery each, epochs 3 to 6."""
+    """Epochs 0 to 2, two iterations with a fine-tuning each, epochs 3 to 6."""
     settings = {
         "train__prune_epoch": 3,
         "train__epochs": 7,
         "train__learning_rate": 0.02,
         "train__ema": 0.5,
-        "prune__recover_every": 0.0,
-        "prune__recover_epochs": 2,
+        "prune__fine_tune_every": 0.0,
+        "prune__fine_tune_epochs": 2,
         "prune__flops_reduction": 0.05,
     }
     return on_pictures(storage, pictures, **(settings | changes))
@@ -105,12 +105,12 @@ def undisturbed(tmp_path_factory, pictures):
 
 def test_the_epochs_before_and_after_pruning_are_tested_but_for_the_last_of_each(undisturbed):
     config, _, _ = undisturbed
-    tested = {phase: [] for phase in ("train", "recover", "final")}
+    tested = {phase: [] for phase in ("train", "fine-tune", "final")}
     for phase, number, found in metrics_of(config):
         tested[phase] += [(number, found is not None)]
     assert tested["train"] == [(0, True), (1, True), (2, False)]
     assert tested["final"] == [(3, True), (4, True), (5, True), (6, False)]
-    assert len(tested["recover"]) >= 4 and set(tested["recover"]) == {(3, False)}
+    assert len(tested["fine-tune"]) >= 4 and set(tested["fine-tune"]) == {(3, False)}
     seconds = [event.data["test_seconds"] > 0 for event in events_of(config) if event.name == "epoch"]
     assert seconds == [found is not None for _, _, found in metrics_of(config)]
     assert all(found["images"] == 9 for _, _, found in metrics_of(config) if found)
@@ -131,11 +131,11 @@ def test_the_best_epoch_is_in_the_summary(undisturbed):
 def test_who_watches_sees_the_test_accuracy_of_an_epoch(undisturbed):
     config, _, lines = undisturbed
     shown = [line for line in lines if line.startswith(("train: epoch", "final: epoch"))]
-    tested = [found for phase, _, found in metrics_of(config) if phase != "recover"]
+    tested = [found for phase, _, found in metrics_of(config) if phase != "fine-tune"]
     assert len(shown) == len(tested) == 7
     for line, found in zip(shown, tested, strict=True):
         assert (f", test top1 {found['top1']:.2%}, learning rate" in line) if found else "test" not in line
-    assert not any("test top1" in line for line in lines if line.startswith("recover"))
+    assert not any("test top1" in line for line in lines if line.startswith("fine-tune"))
 
 
 def test_the_plots_have_every_test_once(undisturbed):
@@ -143,7 +143,7 @@ def test_the_plots_have_every_test_once(undisturbed):
     expected, trained = [], 0
     for event in events_of(config):
         trained += event.name == "epoch"
-        found = event.data.get("metrics") if event.name in ("epoch", "spell") else None
+        found = event.data.get("metrics") if event.name in ("epoch", "training_phase") else None
         if found is not None:
             expected.append((trained, found))
     folder = Storage.open(config.storage).child(config.name).local_path / "tensorboard"
@@ -159,7 +159,7 @@ def test_a_run_cut_off_in_its_final_epochs_ends_as_if_it_never_was(undisturbed, 
     reference, result, _ = undisturbed
     config = config_of(tmp_path, pictures)
     count = len(events_of(reference))
-    assert [event.name for event in events_of(reference)][-6:] == ["epoch"] * 4 + ["spell", "finish"]
+    assert [event.name for event in events_of(reference)][-6:] == ["epoch"] * 4 + ["training_phase", "finish"]
     # The power fails when an event is about to be written, all work for it done.
     for position in range(count - 5, count):
         with power_cut(monkeypatch, position):
@@ -183,7 +183,8 @@ def test_without_tests_the_run_is_the_same_and_the_last_epoch_the_best_that_is_k
     assert other.summary["best"] == {"epoch": 6, "metrics": other.summary["metrics"]}
     assert other.summary["metrics"] == result.summary["metrics"]
     decisions = [
-        [event.data["decision"] for event in events_of(each) if event.name == "turn"] for each in (config, reference)
+        [event.data["decision"] for event in events_of(each) if event.name == "iteration"]
+        for each in (config, reference)
     ]
     assert decisions[0] == decisions[1]
     for name, tensor in result.model.state_dict().items():

@@ -32,7 +32,7 @@ def run(config):
     return prune(None, config, distributed=False, progress=Silent())
 
 
-@pytest.mark.parametrize("position", [3, 5])  # after the first spell; after the first turn
+@pytest.mark.parametrize("position", [3, 5])  # after the first training phase; after the first iteration
 def test_an_image_left_out_and_then_removed_changes_nothing(tmp_path, pictures, monkeypatch, position):
     (pictures / BROKEN).write_bytes(b"no image")
     copy = Path(shutil.copytree(pictures, tmp_path / "copy"))

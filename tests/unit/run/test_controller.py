@@ -25,7 +25,7 @@ def run(config: RunConfig, model=None, progress=None):
 
 
 def decisions(config: RunConfig):
-    return [event.data["decision"] for event in events_of(config) if event.name == "turn"]
+    return [event.data["decision"] for event in events_of(config) if event.name == "iteration"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def undisturbed(tmp_path_factory):
     config, progress = small_run(tmp_path_factory.mktemp("undisturbed")), Silent()
     result = run(config, progress=progress)
     assert "resumed" not in progress.told
-    # Every spell says it to the journal; who watches is told once.
-    loaders = [event.data["loader"] for event in events_of(config) if event.name == "spell"]
+    # Every training phase says it to the journal; who watches is told once.
+    loaders = [event.data["loader"] for event in events_of(config) if event.name == "training_phase"]
     assert len(loaders) > 2 and set(loaders) == {"dali-cpu"}
     noted = [text for (text,) in progress.told["note"] if "decoded" in text]
     assert noted == ["the trainers' images are decoded by dali-cpu"]
@@ -44,10 +44,10 @@ def undisturbed(tmp_path_factory):
 def test_a_run_meets_its_target_and_writes_down_what_it_did(undisturbed):
     config, result = undisturbed
     names = [event.name for event in events_of(config)]
-    # Two epochs of training and the spell's end come first; the run's end comes last.
-    assert names[:4] == ["start", "epoch", "epoch", "spell"]
-    assert names[-3:] == ["epoch", "spell", "finish"]
-    assert names.count("turn") >= 3
+    # Two epochs of training and the training phase's end come first; the run's end comes last.
+    assert names[:4] == ["start", "epoch", "epoch", "training_phase"]
+    assert names[-3:] == ["epoch", "training_phase", "finish"]
+    assert names.count("iteration") >= 3
     reductions = [decision["flops_reduction"] for decision in decisions(config)]
     assert reductions == sorted(reductions)
     assert reductions[-2] < 0.12 <= reductions[-1] == pytest.approx(result.summary["flops_reduction"])
@@ -112,12 +112,12 @@ def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, tmp_p
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in result.model.state_dict().items())
 
 
-def test_a_turn_is_written_down_with_what_is_left_of_each_layer(undisturbed):
+def test_a_iteration_is_written_down_with_what_is_left_of_each_layer(undisturbed):
     config, _ = undisturbed
-    turns = [event.data for event in events_of(config) if event.name == "turn"]
+    iterations = [event.data for event in events_of(config) if event.name == "iteration"]
     plan = json.loads((Path(config.storage) / config.name / "pruned" / "plan.json").read_text())
-    assert turns[-1]["kept_filters"] == {layer: len(kept) for layer, kept in plan["layers"].items()}
-    assert all("plan" not in turn for turn in turns)
+    assert iterations[-1]["kept_filters"] == {layer: len(kept) for layer, kept in plan["layers"].items()}
+    assert all("plan" not in iteration for iteration in iterations)
 
 
 def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed):
@@ -137,10 +137,10 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
     again = run(config, progress=progress)
     ((state, targets),) = progress.told["resumed"]
     assert (state.phase, targets) == ("done", {"FLOPs": 0.12})
-    assert state.turn == sum(event.name == "turn" for event in before)
+    assert state.iteration == sum(event.name == "iteration" for event in before)
     assert state.epochs_trained == sum(event.name == "epoch" for event in before)
     # The seconds are those of the work that counts, whichever attempt it was done in.
-    work = [event.data for event in before if event.name in ("epoch", "turn", "spell")]
+    work = [event.data for event in before if event.name in ("epoch", "iteration", "training_phase")]
     took = [data.get("evaluation_seconds", data["seconds"]) for data in work]
     took = [seconds["total"] if isinstance(seconds, dict) else seconds for seconds in took]
     took += [data.get("test_seconds", 0.0) for data in work]
@@ -159,8 +159,8 @@ def test_given_weights_are_measured_first_and_the_first_training_left_out(undist
     config = small_run(tmp_path / "runs", train__pretrained=str(weights), prune__flops_reduction=0.02)
     run(config)
     names = [event.name for event in events_of(config)]
-    assert names[:4] == ["start", "baseline", "subset", "turn"]
-    before = next(event for event in events_of(reference) if event.name == "spell").data["metrics"]
+    assert names[:4] == ["start", "baseline", "calibration", "iteration"]
+    before = next(event for event in events_of(reference) if event.name == "training_phase").data["metrics"]
     assert events_of(config)[1].data["metrics"]["top1"] == pytest.approx(before["top1"])
     # The same weights and the same images: the same first decision.
     assert decisions(config)[0]["layer"] == decisions(reference)[0]["layer"]
@@ -228,7 +228,7 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
 
 def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     def by_l2(now):
-        return laasp.take_turn(dataclasses.replace(now, config=dataclasses.replace(now.config, criteria=("l2",))))
+        return laasp.iterate(dataclasses.replace(now, config=dataclasses.replace(now.config, criteria=("l2",))))
 
     config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
     prune(None, config, distributed=False, progress=Silent(), method=by_l2)
@@ -237,7 +237,7 @@ def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     again = dataclasses.replace(config, name="again")
     with power_cut(monkeypatch, 3):
         prune(None, again, distributed=False, progress=Silent(), method=by_l2)
-    for other, named in ((None, "it is given none"), (laasp.take_turn, r"laasp_ray\.methods\.laasp\.take_turn")):
+    for other, named in ((None, "it is given none"), (laasp.iterate, r"laasp_ray\.methods\.laasp\.iterate")):
         with pytest.raises(ConfigError, match=rf"was started with .*by_l2, now .*{named}.*give the same method"):
             prune(None, again, distributed=False, progress=Silent(), method=other)
     prune(None, again, distributed=False, progress=Silent(), method=by_l2)
@@ -264,13 +264,13 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path):
 
 def test_the_subset_is_checked_to_be_the_one_the_run_began_with(tmp_path, monkeypatch):
     config = small_run(tmp_path)
-    with power_cut(monkeypatch, 6):  # the subset is drawn and journaled before the first turn
+    with power_cut(monkeypatch, 6):  # the calibration set is drawn and journaled before the first iteration
         run(config)
-    path = next((tmp_path / "small" / "journal").glob("*-subset.json"))
+    path = next((tmp_path / "small" / "journal").glob("*-calibration.json"))
     event = json.loads(path.read_text())
     event["data"]["digest"] = "0" * 64
     path.write_text(json.dumps(event))
-    with pytest.raises(Exception, match="loss subset drawn now has digest"):
+    with pytest.raises(Exception, match="calibration set drawn now has digest"):
         run(config)
 
 
@@ -279,7 +279,7 @@ PLS = {
     "prune__iterations": 2,
     "prune__percent": 5.0,
     "prune__flops_reduction": 0.9,
-    "prune__recover_every": 0.0,
+    "prune__fine_tune_every": 0.0,
     "train__epochs": 2,
     "train__prune_epoch": 1,
 }
@@ -291,11 +291,15 @@ def by_pls(tmp_path_factory):
     return config, run(config)
 
 
-def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by_pls):
+def test_a_run_by_pls_prunes_many_layers_a_iteration_and_ends_after_its_iterations(by_pls):
     config, result = by_pls
     names = [event.name for event in events_of(config)]
-    spells = [event.data["phase"] for event in events_of(config) if event.name == "spell"]
-    assert spells == ["train", "recover", "recover", "final"] and names.count("turn") == 2 and names[-1] == "finish"
+    training_phases = [event.data["phase"] for event in events_of(config) if event.name == "training_phase"]
+    assert (
+        training_phases == ["train", "fine-tune", "fine-tune", "final"]
+        and names.count("iteration") == 2
+        and names[-1] == "finish"
+    )
     gone = []
     for decision in decisions(config):
         layers = [decision["layer"], *(prune["layer"] for prune in decision["further"])]
@@ -307,18 +311,18 @@ def test_a_run_by_pls_prunes_many_layers_a_turn_and_ends_after_its_iterations(by
     assert decisions(config)[-1]["flops_reduction"] == pytest.approx(result.summary["flops_reduction"])
     assert not (Path(config.storage) / config.name / "candidates").exists()
     summary = format_summary(summarise(events_of(config)))
-    assert "Turns: 2, " in summary and "candidates" not in summary
+    assert "Iterations: 2, " in summary and "candidates" not in summary
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(load_pruned(Path(config.storage) / config.name)(images), result.model(images))
 
 
-def test_a_run_by_pls_cut_off_at_its_turns_ends_as_if_it_never_was(by_pls, tmp_path, monkeypatch):
+def test_a_run_by_pls_cut_off_at_its_iterations_ends_as_if_it_never_was(by_pls, tmp_path, monkeypatch):
     reference, result = by_pls
     config = small_run(tmp_path, **PLS)
     names = [event.name for event in events_of(reference)]
-    second_turn = len(names) - 1 - names[::-1].index("turn")
-    for position in (second_turn, second_turn + 1, len(names) - 1):
+    second_iteration = len(names) - 1 - names[::-1].index("iteration")
+    for position in (second_iteration, second_iteration + 1, len(names) - 1):
         with power_cut(monkeypatch, position):
             run(config)
     again = run(config)

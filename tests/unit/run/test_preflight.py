@@ -217,11 +217,11 @@ def test_statistics_need_a_batchnorm(tmp_path):
 
 
 @pytest.mark.parametrize(("racing", "told"), [("on", 1), ("off", 0)])
-def test_several_prunes_a_turn_and_racing_do_not_go_well_together(tmp_path, caplog, racing, told):
-    config = small_run(tmp_path, prune__prunes_per_turn=3, search__racing=racing)
+def test_several_prunes_a_iteration_and_racing_do_not_go_well_together(tmp_path, caplog, racing, told):
+    config = small_run(tmp_path, prune__prunes_per_iteration=3, search__racing=racing)
     with caplog.at_level(logging.WARNING):
         prepare(config)
-    found = [record.getMessage() for record in caplog.records if "prunes_per_turn is 3" in record.getMessage()]
+    found = [record.getMessage() for record in caplog.records if "prunes_per_iteration is 3" in record.getMessage()]
     assert len(found) == told and all("set search.racing=off" in text for text in found)
 
 

@@ -7,15 +7,15 @@ import pytest
 
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.recipes import recipe
-from laasp_ray.run.state import advance, fold, initial_state, next_spell
+from laasp_ray.run.state import advance, fold, initial_state, next_training_phase
 
 
-def config(*, target=0.5, recover_every=0.02, recover_epochs=2, epochs=6, prune_epoch=3, pretrained=None):
+def config(*, target=0.5, fine_tune_every=0.02, fine_tune_epochs=2, epochs=6, prune_epoch=3, pretrained=None):
     base = recipe("resnet20_cifar10")
     return dataclasses.replace(
         base,
         prune=dataclasses.replace(
-            base.prune, flops_reduction=target, recover_every=recover_every, recover_epochs=recover_epochs
+            base.prune, flops_reduction=target, fine_tune_every=fine_tune_every, fine_tune_epochs=fine_tune_epochs
         ),
         train=dataclasses.replace(
             base.train, epochs=epochs, prune_epoch=prune_epoch, drop_epochs=(4,), pretrained=pretrained
@@ -27,12 +27,12 @@ def epoch(checkpoint):
     return "epoch", {"checkpoint": checkpoint}
 
 
-def turn(reduction, kept=(0, 1)):
+def iteration(reduction, kept=(0, 1)):
     step = Plan(
         tensors={"conv.weight": {0: (kept,)}}, attributes={"conv": {"out_channels": len(kept)}}, layers={"conv": kept}
     )
     decision = {
-        "turn": 1,
+        "iteration": 1,
         "layer": "conv",
         "criterion": "l1",
         "filters": [2],
@@ -40,10 +40,10 @@ def turn(reduction, kept=(0, 1)):
         "loss_before": 1.0,
         "flops_reduction": reduction,
     }
-    return "turn", {"decision": decision, "step": step.to_json()}
+    return "iteration", {"decision": decision, "step": step.to_json()}
 
 
-SPELL = ("spell", {})
+SPELL = ("training_phase", {})
 
 
 def test_a_run_begins_with_training_unless_it_is_given_trained_weights():
@@ -52,60 +52,60 @@ def test_a_run_begins_with_training_unless_it_is_given_trained_weights():
     assert initial_state(config(pretrained="weights.safetensors")).phase == "prune"
 
 
-def test_first_spell_trains_up_to_the_prune_epoch():
-    spell = next_spell(initial_state(config()), config())
-    assert [(plan.epoch, plan.data_epoch) for plan in spell.epochs] == [(0, 0), (1, 1), (2, 2)]
-    assert (spell.phase, spell.number, spell.done) == ("train", 0, 0)
+def test_first_training_phase_trains_up_to_the_prune_epoch():
+    training_phase = next_training_phase(initial_state(config()), config())
+    assert [(plan.epoch, plan.data_epoch) for plan in training_phase.epochs] == [(0, 0), (1, 1), (2, 2)]
+    assert (training_phase.phase, training_phase.number, training_phase.done) == ("train", 0, 0)
 
 
-def test_a_spell_that_was_cut_off_goes_on_after_its_last_epoch():
+def test_a_training_phase_that_was_cut_off_goes_on_after_its_last_epoch():
     state = fold([epoch("000000"), epoch("000001")], config())
-    spell = next_spell(state, config())
-    assert (state.checkpoint, state.epochs_trained, spell.done) == ("000001", 2, 2)
-    assert [plan.data_epoch for plan in spell.epochs] == [0, 1, 2]
+    training_phase = next_training_phase(state, config())
+    assert (state.checkpoint, state.epochs_trained, training_phase.done) == ("000001", 2, 2)
+    assert [plan.data_epoch for plan in training_phase.epochs] == [0, 1, 2]
 
 
-def test_recovery_comes_when_enough_has_gone_and_trains_at_the_prune_epochs_rate():
+def test_fine_tune_comes_when_enough_has_gone_and_trains_at_the_prune_epochs_rate():
     state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL], config())
     assert state.phase == "prune"
-    state = advance(state, *turn(0.01), config())
+    state = advance(state, *iteration(0.01), config())
     assert state.phase == "prune"
-    state = advance(state, *turn(0.0201), config())
-    assert state.phase == "recover"
-    spell = next_spell(state, config())
-    assert [(plan.epoch, plan.data_epoch) for plan in spell.epochs] == [(3, 3), (3, 4)]
-    assert [plan.learning_rate for plan in spell.epochs] == pytest.approx([0.1, 0.1])  # before the drop at 4
+    state = advance(state, *iteration(0.0201), config())
+    assert state.phase == "fine-tune"
+    training_phase = next_training_phase(state, config())
+    assert [(plan.epoch, plan.data_epoch) for plan in training_phase.epochs] == [(3, 3), (3, 4)]
+    assert [plan.learning_rate for plan in training_phase.epochs] == pytest.approx([0.1, 0.1])  # before the drop at 4
     state = advance(advance(advance(state, *epoch("d"), config()), *epoch("e"), config()), *SPELL, config())
-    assert (state.phase, state.recovered_at, state.epochs_trained) == ("prune", 0.0201, 5)
+    assert (state.phase, state.fine_tuned_at, state.epochs_trained) == ("prune", 0.0201, 5)
 
 
-def test_recoveries_train_at_the_cosine_schedules_rate_of_the_prune_epoch():
-    base = config(recover_every=0.0, target=0.3)
+def test_fine_tunes_train_at_the_cosine_schedules_rate_of_the_prune_epoch():
+    base = config(fine_tune_every=0.0, target=0.3)
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, schedule="cosine"))
-    events = [epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.3)]
+    events = [epoch("a"), epoch("b"), epoch("c"), SPELL, iteration(0.3)]
     # Epoch 3 of 6 is the middle of the half cosine.
-    recovery = next_spell(fold(events, base), base)
-    assert [plan.learning_rate for plan in recovery.epochs] == pytest.approx([0.05, 0.05])
-    final = next_spell(fold([*events, epoch("d"), epoch("e"), SPELL], base), base)
+    fine_tune = next_training_phase(fold(events, base), base)
+    assert [plan.learning_rate for plan in fine_tune.epochs] == pytest.approx([0.05, 0.05])
+    final = next_training_phase(fold([*events, epoch("d"), epoch("e"), SPELL], base), base)
     assert [plan.learning_rate for plan in final.epochs] == pytest.approx([0.05, 0.025, 0.05 * (1 - math.sqrt(0.75))])
 
 
-def test_recover_every_zero_means_after_every_prune():
-    state = advance(initial_state(config(prune_epoch=0)), *turn(0.001), config(recover_every=0.0))
-    assert state.phase == "recover"
+def test_fine_tune_every_zero_means_after_every_prune():
+    state = advance(initial_state(config(prune_epoch=0)), *iteration(0.001), config(fine_tune_every=0.0))
+    assert state.phase == "fine-tune"
 
 
-def test_without_recovery_epochs_pruning_goes_on():
-    state = advance(initial_state(config(prune_epoch=0)), *turn(0.3), config(recover_epochs=0))
+def test_without_fine_tune_epochs_pruning_goes_on():
+    state = advance(initial_state(config(prune_epoch=0)), *iteration(0.3), config(fine_tune_epochs=0))
     assert state.phase == "prune"
 
 
 def test_the_target_leads_to_the_final_training_and_that_to_the_end():
-    once = config(target=0.3, recover_every=0.5)
-    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.3)], once)
+    once = config(target=0.3, fine_tune_every=0.5)
+    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, iteration(0.3)], once)
     assert state.phase == "final"
-    spell = next_spell(state, once)
-    assert [(plan.epoch, plan.learning_rate) for plan in spell.epochs] == [
+    training_phase = next_training_phase(state, once)
+    assert [(plan.epoch, plan.learning_rate) for plan in training_phase.epochs] == [
         (3, pytest.approx(0.1)),
         (4, pytest.approx(0.02)),
         (5, pytest.approx(0.02)),
@@ -114,20 +114,22 @@ def test_the_target_leads_to_the_final_training_and_that_to_the_end():
 
 
 def test_the_iterations_end_pruning_short_of_the_target():
-    base = config(prune_epoch=0, recover_every=0.0)
+    base = config(prune_epoch=0, fine_tune_every=0.0)
     bounded = dataclasses.replace(base, prune=dataclasses.replace(base.prune, iterations=2))
-    state = advance(initial_state(bounded), *turn(0.01), bounded)
+    state = advance(initial_state(bounded), *iteration(0.01), bounded)
     state = advance(state, *SPELL, bounded)
-    assert (state.phase, state.turn) == ("prune", 1)
-    state = advance(state, *turn(0.02, (0,)), bounded)
-    assert state.phase == "recover"
+    assert (state.phase, state.iteration) == ("prune", 1)
+    state = advance(state, *iteration(0.02, (0,)), bounded)
+    assert state.phase == "fine-tune"
     assert advance(state, *SPELL, bounded).phase == "final"
-    at_once = dataclasses.replace(bounded, prune=dataclasses.replace(bounded.prune, recover_epochs=0))
-    assert fold([turn(0.01), turn(0.02, (0,))], at_once).phase == "final"
+    at_once = dataclasses.replace(bounded, prune=dataclasses.replace(bounded.prune, fine_tune_epochs=0))
+    assert fold([iteration(0.01), iteration(0.02, (0,))], at_once).phase == "final"
 
 
 def test_prunes_since_the_checkpoint_are_kept_to_be_replayed_and_plans_compose():
-    state = fold([epoch("a"), epoch("b"), epoch("c"), SPELL, turn(0.005, (0, 2, 3)), turn(0.01, (0, 2))], config())
+    state = fold(
+        [epoch("a"), epoch("b"), epoch("c"), SPELL, iteration(0.005, (0, 2, 3)), iteration(0.01, (0, 2))], config()
+    )
     assert (state.checkpoint, state.checkpoint_plan, len(state.steps)) == ("c", None, 2)
     assert Plan.from_json(state.plan).layers == {"conv": (0, 3)}  # the third of (0, 2, 3) is original filter 3
     state = advance(state, *epoch("d"), config())
@@ -141,16 +143,16 @@ def test_an_unreadable_image_is_noted_once():
 
 def test_events_without_consequence_change_nothing():
     state = initial_state(config())
-    assert advance(state, "subset", {"digest": "0"}, config()) == state
+    assert advance(state, "calibration", {"digest": "0"}, config()) == state
 
 
 def with_targets(**shares):
-    base = config(prune_epoch=0, recover_every=0.5)
+    base = config(prune_epoch=0, fine_tune_every=0.5)
     return dataclasses.replace(base, prune=dataclasses.replace(base.prune, **shares))
 
 
 def reached(reduction, kept=(0, 1), **others):
-    name, data = turn(reduction, kept)
+    name, data = iteration(reduction, kept)
     return name, data | {"reached": others}
 
 
@@ -162,7 +164,7 @@ def test_pruning_ends_when_every_target_is_reached():
         ((0.31, {"parameters": 0.20, "latency": 0.09}), "prune"),  # a clock goes back, too
         ((0.32, {"parameters": 0.21, "latency": 0.10}), "final"),
     ):
-        state = advance(state, *reached(shares[0], tuple(range(5 - state.turn)), **shares[1]), three)
+        state = advance(state, *reached(shares[0], tuple(range(5 - state.iteration)), **shares[1]), three)
         assert state.phase == phase
         assert state.reached == {"FLOPs": shares[0], **shares[1]}
 
@@ -174,15 +176,15 @@ def test_a_target_may_stand_without_one_for_flops(of, key):
     assert advance(initial_state(alone), *reached(0.1, **{of: 0.2}), alone).phase == "final"
 
 
-def test_recovery_goes_by_flops_whatever_the_targets_are():
-    alone = with_targets(flops_reduction=0.0, parameters_reduction=0.2, recover_every=0.1)
+def test_fine_tune_goes_by_flops_whatever_the_targets_are():
+    alone = with_targets(flops_reduction=0.0, parameters_reduction=0.2, fine_tune_every=0.1)
     assert advance(initial_state(alone), *reached(0.09, parameters=0.15), alone).phase == "prune"
     state = advance(initial_state(alone), *reached(0.1, parameters=0.05), alone)
-    assert state.phase == "recover"
+    assert state.phase == "fine-tune"
     assert advance(state, *SPELL, alone).phase == "prune"
 
 
 def test_when_no_filter_is_left_the_final_training_follows():
     alone = with_targets(flops_reduction=0.0, latency_reduction=0.2)
     state = fold([reached(0.1, latency=0.05), ("exhausted", {"reason": "no layer has a filter left"})], alone)
-    assert (state.phase, state.turn, state.reached["latency"]) == ("final", 1, 0.05)
+    assert (state.phase, state.iteration, state.reached["latency"]) == ("final", 1, 0.05)

@@ -19,7 +19,18 @@ from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer
 
-EVENTS = ["start", "epoch", "spell", "stage", "epoch", "spell", "stage", "epoch", "spell", "finish"]
+EVENTS = [
+    "start",
+    "epoch",
+    "training_phase",
+    "stage",
+    "epoch",
+    "training_phase",
+    "stage",
+    "epoch",
+    "training_phase",
+    "finish",
+]
 SPARSITY = {"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [4]}
 
 
@@ -58,7 +69,11 @@ def test_stages_are_trained_in_between_and_the_last_for_the_rest_of_the_schedule
     config, _ = undisturbed
     events = events_of(config)
     assert [event.name for event in events] == EVENTS
-    assert [event.data["phase"] for event in events if event.name == "spell"] == ["train", "recover", "final"]
+    assert [event.data["phase"] for event in events if event.name == "training_phase"] == [
+        "train",
+        "fine-tune",
+        "final",
+    ]
     first, second = (event.data for event in events if event.name == "stage")
     assert (first["prune"]["layer1.0.conv1"], first["prune"]["fc"]) == (4, 2)
     assert (second["prune"]["layer1.0.conv1"], second["prune"]["fc"]) == (6, 4)
@@ -114,7 +129,7 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
 
 
 def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
-    changes = {"train__prune_epoch": 0, "train__epochs": 1, "prune__recover_epochs": 0}
+    changes = {"train__prune_epoch": 0, "train__epochs": 1, "prune__fine_tune_epochs": 0}
     first = config_of(
         tmp_path, pictures, **changes, name="filters", sparsity=None, prune__flops_reduction=0.03, search__images=6
     )
@@ -126,17 +141,19 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
         **{**changes, "train__prune_epoch": 1, "train__epochs": 2, "train__distill": 0.5, "train__ema": 0.9},
         sparsity=sparsity,
     )
-    taught, teach = [], InProcessTrainer.teach
-    monkeypatch.setattr(InProcessTrainer, "teach", lambda self, who: taught.append(who) or teach(self, who))
+    teacher_logits, set_teacher = [], InProcessTrainer.set_teacher
+    monkeypatch.setattr(
+        InProcessTrainer, "teach", lambda self, who: teacher_logits.append(who) or set_teacher(self, who)
+    )
     result = run(config)
     # The network that was never pruned teaches.
-    (teacher,) = taught
+    (teacher,) = teacher_logits
     never_pruned = load_checkpoint(Storage.open(str(folder_of(first))), "unpruned").model
     assert teacher.plan.is_empty and teacher.tensors.keys() == never_pruned.keys()
     assert all(torch.equal(tensor, never_pruned[name]) for name, tensor in teacher.tensors.items())
     # What the first run made is where this one begins: no training up to the prune epoch.
     names = [event.name for event in events_of(config)]
-    assert names == ["start", "baseline", "stage", "epoch", "spell", "finish"]
+    assert names == ["start", "baseline", "stage", "epoch", "training_phase", "finish"]
     before, after = load_pruned(folder_of(first)), load_pruned(folder_of(config))
     assert {name: t.shape for name, t in after.state_dict().items()} == {
         name: t.shape for name, t in before.state_dict().items()
@@ -167,7 +184,7 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
     ("changes", "message"),
     [
         ({"prune__flops_reduction": 0.1}, r"prune\.flops_reduction is 0\.1, must be 0 with sparsity"),
-        ({"prune__recover_epochs": 0}, r"prune\.recover_epochs is 0, must be at least 1 with several"),
+        ({"prune__fine_tune_epochs": 0}, r"prune\.fine_tune_epochs is 0, must be at least 1 with several"),
         (
             {"train__pretrained": "w.pt", "sparsity": {"from_run": "runs/x"}},
             r"train\.pretrained is 'w\.pt', must be left",
@@ -223,7 +240,7 @@ def test_the_job_prints_the_report(tmp_path, pictures, capsys):
     [
         (["--prune", "8"], "sparsity.prune is 8, must be from 1 to below sparsity.group (8)"),
         (["--stages", "2,4"], "sparsity.stages is (2, 4), must be rising"),
-        (["--stages", "2,6", "--epochs-per-stage", "0"], "prune.recover_epochs is 0, must be at least 1"),
+        (["--stages", "2,6", "--epochs-per-stage", "0"], "prune.fine_tune_epochs is 0, must be at least 1"),
         (["--fc-prune", "4,4"], "the network has 1 linear layers with groups of 8 (fc)"),
         (["--from-run", "nowhere"], "nowhere"),
         (["--group", "128", "--prune", "64"], "no layer of the network can be sparse in groups of 128"),

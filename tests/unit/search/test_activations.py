@@ -12,17 +12,17 @@ from laasp_ray.criteria.pls import Moments, vip
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search import rank
 from laasp_ray.search.activations import (
-    Wanted,
+    ImportanceRequest,
     check_columns,
     chunks_of,
-    first_look,
     importance,
+    measure_first_batch,
     moments_of,
     pooled,
     scores_of,
     shapes_of,
 )
-from laasp_ray.search.evaluate import LossSubset
+from laasp_ray.search.evaluate import CalibrationSet
 
 PICTURE = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, -9.0]]]])
 LAYERS = ("0", "2")
@@ -41,11 +41,11 @@ def network():
     ).eval()
 
 
-def subset(images=70, batch_size=4):
+def calibration(images=70, batch_size=4):
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(images) % 3
     pixels = torch.randn(images, 3, 8, 8, generator=generator) + labels.reshape(-1, 1, 1, 1) * 0.3
-    return LossSubset(pixels, labels, batch_size)
+    return CalibrationSet(pixels, labels, batch_size)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_outputs_without_places_are_taken_as_they_are():
 
 @pytest.mark.parametrize("pooling", ["max", "avg", "max2x2"])
 def test_importance_is_that_of_all_features_at_once_averaged_over_windows(pooling):
-    model, images = network(), subset()
+    model, images = network(), calibration()
     with torch.no_grad():
         first = model[0](images.images)
         outputs = [pooled(first, pooling), pooled(model[2](model[1](first)), pooling)]
@@ -81,7 +81,7 @@ def test_importance_is_that_of_all_features_at_once_averaged_over_windows(poolin
     whole = Moments.empty(torch.zeros(features.shape[1]), 3)
     whole.add(features, images.labels)
     columns = vip(whole, 2)
-    found = importance(model, images, Wanted(LAYERS, pooling, 2))
+    found = importance(model, images, ImportanceRequest(LAYERS, pooling, 2))
     split = columns.split([output[0].numel() for output in outputs])
     for layer, values, output in zip(LAYERS, split, outputs, strict=True):
         expected = values.reshape(output.shape[1:]).mean(dim=1)
@@ -90,8 +90,8 @@ def test_importance_is_that_of_all_features_at_once_averaged_over_windows(poolin
 
 
 def test_the_importance_does_not_depend_on_who_measures_the_chunks():
-    model, images, wanted = network(), subset(), Wanted(LAYERS, "max", 2)
-    look, chunks = first_look(model, images, wanted), chunks_of(70, 4)
+    model, images, wanted = network(), calibration(), ImportanceRequest(LAYERS, "max", 2)
+    look, chunks = measure_first_batch(model, images, wanted), chunks_of(70, 4)
     serial = importance(model, images, wanted)
     for workers in (1, 2, 5):
         # Each worker measures every so-manieth chunk; the driver adds them up in their order.
@@ -116,7 +116,10 @@ def test_chunks_are_whole_batches_and_not_too_many():
 
 def test_shapes_tell_filters_and_windows():
     model = network().train()
-    assert shapes_of(model, torch.zeros(1, 3, 8, 8), Wanted(LAYERS, "max2x2", 1)) == {"0": (4, 9), "2": (5, 4)}
+    assert shapes_of(model, torch.zeros(1, 3, 8, 8), ImportanceRequest(LAYERS, "max2x2", 1)) == {
+        "0": (4, 9),
+        "2": (5, 4),
+    }
     assert model.training
 
 
@@ -129,7 +132,7 @@ def test_a_layer_that_runs_twice_has_windows_of_both_times():
         def forward(self, x):
             return self.conv(self.conv(x)).flatten(1)
 
-    assert shapes_of(Twice(), torch.zeros(1, 3, 2, 2), Wanted(("conv",), "max", 1)) == {"conv": (3, 2)}
+    assert shapes_of(Twice(), torch.zeros(1, 3, 2, 2), ImportanceRequest(("conv",), "max", 1)) == {"conv": (3, 2)}
 
 
 def test_more_features_than_memory_are_refused_with_the_remedy():
@@ -142,14 +145,14 @@ def test_outputs_that_are_not_finite_name_the_layer():
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = math.nan
     with pytest.raises(SearchError, match="the outputs of 2 are not finite"):
-        importance(model, subset(), Wanted(LAYERS, "max", 2))
+        importance(model, calibration(), ImportanceRequest(LAYERS, "max", 2))
 
 
 def test_a_ranking_can_have_the_criterion_pls_in_its_pool():
-    images = subset()
+    images = calibration()
     model = network()
     ranking = rank(model, images.images, images.labels, criteria=("l1", "pls"), step=0.3, pooling="avg", components=1)
-    found = importance(model, dataclasses.replace(images, batch_size=250), Wanted(LAYERS, "avg", 1))
+    found = importance(model, dataclasses.replace(images, batch_size=250), ImportanceRequest(LAYERS, "avg", 1))
     for layer in LAYERS:
         entry = ranking[ranking.rank_of(layer, "pls") - 1]
         assert entry.filters == tuple(sorted(found[layer].argsort(stable=True)[: len(entry.filters)].tolist()))

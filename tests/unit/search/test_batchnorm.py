@@ -14,14 +14,14 @@ from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search import batchnorm
 from laasp_ray.search.batchnorm import norms_of, reestimate
-from laasp_ray.search.evaluate import LossSubset, LossTask, mean_loss, ready
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, mean_loss, ready
 from laasp_ray.search.executor import InProcessExecutor
 
 
 def subset_of(values, batch_size=2):
     """A picture of one channel for each row of values."""
     images = torch.tensor(values).reshape(len(values), 1, 1, -1)
-    return LossSubset(images, torch.zeros(len(values), dtype=torch.int64), batch_size)
+    return CalibrationSet(images, torch.zeros(len(values), dtype=torch.int64), batch_size)
 
 
 def test_the_mean_over_batches_by_their_images_by_hand(monkeypatch):
@@ -72,21 +72,21 @@ def network():
 
 def pictures(count=96, batch_size=7):
     generator = torch.Generator().manual_seed(1)
-    return LossSubset(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 3, batch_size)
+    return CalibrationSet(torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % 3, batch_size)
 
 
 def test_equal_batches_give_what_torch_gives_without_momentum(network, monkeypatch):
     monkeypatch.setattr(batchnorm, "BATCH", 32)
-    subset = pictures()
+    calibration = pictures()
     reference = copy.deepcopy(network)
     for module in (reference[1], reference[5]):
         module.reset_running_stats()
         module.train().momentum = None
     with torch.no_grad():
         for start in (0, 32, 64):
-            reference(subset.images[start : start + 32].contiguous(memory_format=torch.channels_last))
+            reference(calibration.images[start : start + 32].contiguous(memory_format=torch.channels_last))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    found = reestimate(network, subset)
+    found = reestimate(network, calibration)
     assert found.keys() == {"1.running_mean", "1.running_var", "5.running_mean", "5.running_var"}
     assert all(torch.equal(tensor, reference.state_dict()[name]) for name, tensor in found.items())
     # The second layer's statistics are those behind the first's own batches, not behind its running ones.
@@ -113,12 +113,12 @@ def test_a_network_is_scored_as_it_is_unless_it_is_asked_for(network):
 
 
 def test_what_is_scored_is_the_network_with_its_statistics_in_place(network):
-    subset, state = pictures(), capture(network, Plan.empty())
+    calibration, state = pictures(), capture(network, Plan.empty())
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
     search = SearchConfig(reestimate_batchnorm=True)
-    executor = InProcessExecutor(network, subset, torch.device("cpu"), search, 0)
+    executor = InProcessExecutor(network, calibration, torch.device("cpu"), search, 0)
     scored = executor.for_scoring(state)
-    expected = before | reestimate(ready(copy.deepcopy(network), torch.device("cpu")), subset)
+    expected = before | reestimate(ready(copy.deepcopy(network), torch.device("cpu")), calibration)
     assert scored.tensors.keys() == before.keys() and scored.plan is state.plan
     assert all(torch.equal(scored.tensors[name], tensor) for name, tensor in expected.items())
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in before.items())
@@ -126,20 +126,20 @@ def test_what_is_scored_is_the_network_with_its_statistics_in_place(network):
         scored, [LossTask("as it is", Plan.empty(), {})], lambda position, result: None, lambda share: None
     )
     network.load_state_dict(expected)
-    assert result.loss == pytest.approx(mean_loss(network, subset), abs=1e-5)
+    assert result.loss == pytest.approx(mean_loss(network, calibration), abs=1e-5)
 
 
 def test_the_task_of_a_cluster_measures_the_same_to_the_last_bit(network, monkeypatch):
-    subset = pictures()
+    calibration = pictures()
 
     class Process:
         def network(self, *inputs):
-            assert inputs == ("unpruned", "turn", "subset")
-            return network, subset
+            assert inputs == ("unpruned", "iteration", "calibration")
+            return network, calibration
 
     monkeypatch.setattr(on_ray, "PROCESS", Process())
     monkeypatch.setattr(on_ray, "device", lambda: torch.device("cpu"))
-    arrays, serial = on_ray.statistics_task(["unpruned", "turn", "subset"]), reestimate(network, subset)
+    arrays, serial = on_ray.statistics_task(["unpruned", "iteration", "calibration"]), reestimate(network, calibration)
     assert arrays.keys() == serial.keys()
     assert all(torch.equal(torch.from_numpy(arrays[name]), tensor) for name, tensor in serial.items())
 

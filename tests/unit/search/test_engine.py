@@ -19,8 +19,8 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Cost, Engine
-from laasp_ray.search.evaluate import LossSubset, LossTask, measure, ready
-from laasp_ray.search.program import Site
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure, ready
+from laasp_ray.search.program import BranchPoint
 
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ALL = np.arange(len(IMAGES))
@@ -63,41 +63,43 @@ def all_tasks(model, criteria=DEFAULT_CRITERIA, step=0.05):
 
 
 def subset_of(batch_size):
-    return LossSubset(IMAGES, torch.arange(7) % 5, batch_size)
+    return CalibrationSet(IMAGES, torch.arange(7) % 5, batch_size)
 
 
-def least_memory(model, subset, tasks):
+def least_memory(model, calibration, tasks):
     """The bytes that an image needs for these tasks: those of the unchanged network, and of one branch."""
-    engine = Engine(model, subset)
-    sites = [
-        engine.sites.find(task) for task in tasks if isinstance(engine.sites.find(task), Site) and not task.unpruned
+    engine = Engine(model, calibration)
+    branch_points = [
+        engine.branch_points.find(task)
+        for task in tasks
+        if isinstance(engine.branch_points.find(task), BranchPoint) and not task.unpruned
     ]
     engine.losses(tasks, np.arange(1))
-    base, branch = engine._program.peak_bytes(sites, whole=UNPRUNED in tasks)
+    base, branch = engine._program.peak_bytes(branch_points, whole=UNPRUNED in tasks)
     return max(base, engine._copy_bytes), branch
 
 
-def expected(model, tasks, subset):
-    return [measure(model, task, subset).loss for task in tasks]
+def expected(model, tasks, calibration):
+    return [measure(model, task, calibration).loss for task in tasks]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_batches_do_not_change_the_losses(batch_size):
     model = small()
-    tasks, subset = all_tasks(model), subset_of(batch_size)
-    engine = Engine(model, subset)
-    assert {bool(engine.sites.cost(task).copied) for task in tasks} == {True, False}
+    tasks, calibration = all_tasks(model), subset_of(batch_size)
+    engine = Engine(model, calibration)
+    assert {bool(engine.branch_points.cost(task).copied) for task in tasks} == {True, False}
     found = engine.losses(tasks, ALL)
     assert (found.values.shape, found.values.dtype) == ((len(tasks), 7), np.float32)
-    assert found.values.mean(1, dtype=np.float64) == pytest.approx(expected(model, tasks, subset), rel=1e-5)
+    assert found.values.mean(1, dtype=np.float64) == pytest.approx(expected(model, tasks, calibration), rel=1e-5)
     whole = Engine(model, subset_of(7)).losses(tasks, ALL).values
     np.testing.assert_allclose(found.values, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_any_tasks_on_any_images_in_any_order():
     model = small()
-    tasks, subset = all_tasks(model), subset_of(2)
-    engine = Engine(model, subset)
+    tasks, calibration = all_tasks(model), subset_of(2)
+    engine = Engine(model, calibration)
     whole = engine.losses(tasks, ALL).values
     order, images = [5, len(tasks) - 1, 0, 3], np.array([6, 0, 3])
     found = engine.losses([tasks[position] for position in order], images)
@@ -108,10 +110,10 @@ def test_any_tasks_on_any_images_in_any_order():
 @pytest.mark.parametrize("times", [1, 2.5])
 def test_little_memory_does_not_change_the_losses(times):
     model = small()
-    tasks, subset = all_tasks(model), subset_of(7)
-    bound = int(times * sum(least_memory(model, subset, tasks)))
-    found = Engine(model, subset, memory_bytes=bound).losses(tasks, ALL)
-    assert found.values.mean(1, dtype=np.float64) == pytest.approx(expected(model, tasks, subset), rel=1e-5)
+    tasks, calibration = all_tasks(model), subset_of(7)
+    bound = int(times * sum(least_memory(model, calibration, tasks)))
+    found = Engine(model, calibration, memory_bytes=bound).losses(tasks, ALL)
+    assert found.values.mean(1, dtype=np.float64) == pytest.approx(expected(model, tasks, calibration), rel=1e-5)
 
 
 def test_too_little_memory_for_one_image_says_how_much_it_takes():
@@ -175,21 +177,21 @@ class Long(nn.Sequential):
 @pytest.mark.parametrize("copied", [False, True], ids=["branches", "copies"])
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("kind", [Small, Roundabout, Long])
-def test_the_memory_bound_is_honoured(kind, together, copied, monkeypatch):
+def test_the_memory_bound_is_honoured(kind, joint, copied, monkeypatch):
     """Of what is alive at a time, two chunks' images (this and the one before) and two layers' weights are allowed."""
     model, images = made(kind), torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    subset = LossSubset(images, torch.arange(5) % 5, 5)
+    calibration = CalibrationSet(images, torch.arange(5) % 5, 5)
     tasks = all_tasks(model, ("l1",))
     if copied:
         tasks = [replace(task, mask="none is wanted") for task in tasks[:-1]]
     else:
         tasks = [task for task in tasks if not isinstance(task.mask, str)]
-    base, branch = least_memory(model, subset, tasks)
-    bound = base + together * branch
-    if together > 1:
-        monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (1, together))
-    for memory in (bound, *([int(2.5 * bound)] if together == 1 else [])):
-        engine = Engine(model, subset, memory_bytes=memory)
+    base, branch = least_memory(model, calibration, tasks)
+    bound = base + joint * branch
+    if joint > 1:
+        monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (1, joint))
+    for memory in (bound, *([int(2.5 * bound)] if joint == 1 else [])):
+        engine = Engine(model, calibration, memory_bytes=memory)
         with LiveBytes(model, *engine._program._modules.values()) as live:
             assert not engine.losses(tasks, np.arange(5)).errors
         size = engine._copy_size(5) if copied else memory // bound
@@ -206,11 +208,11 @@ def test_a_network_that_cannot_be_traced_is_bounded_too():
             return super().forward(x if x.mean() < 9 else -x)
 
     model, images = made(ByValue), torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    subset = LossSubset(images, torch.arange(5) % 5, 5)
+    calibration = CalibrationSet(images, torch.arange(5) % 5, 5)
     with pytest.raises(SearchError, match=r"raise search\.memory_mb"):
-        Engine(model, subset, memory_bytes=1000).losses([UNPRUNED], ALL[:5])
+        Engine(model, calibration, memory_bytes=1000).losses([UNPRUNED], ALL[:5])
     memory = 1_000_000  # enough for two images, not for five
-    engine = Engine(model, subset, memory_bytes=memory)
+    engine = Engine(model, calibration, memory_bytes=memory)
     with LiveBytes(model) as live:
         assert not engine.losses([UNPRUNED], ALL[:5]).errors
     assert memory / 3 < live.most <= memory + 2 * 4 * 2 * images[0].numel()
@@ -243,11 +245,11 @@ def silence(*channels):
 
 
 @pytest.mark.parametrize("together", [1, 3, 8])
-def test_a_candidate_that_raises_has_no_losses_and_stops_nobody(together, monkeypatch):
-    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (2, together))
+def test_a_candidate_that_raises_has_no_losses_and_stops_nobody(joint, monkeypatch):
+    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (2, joint))
     model, images = touchy(), IMAGES.clone()
     images[3, 0] = 50.0  # the only bright one
-    engine = Engine(model, LossSubset(images, torch.arange(7) % 5, 2))
+    engine = Engine(model, CalibrationSet(images, torch.arange(7) % 5, 2))
     broken = LossTask("broken", Plan(tensors={"stem.weight": {0: ((0, 99),)}}), "no mask")
     alive = [silence(1), silence(2, 3), silence(6), UNPRUNED]
     wanted = engine.losses(alive, ALL).values
@@ -264,7 +266,7 @@ def test_a_candidate_that_raises_has_no_losses_and_stops_nobody(together, monkey
 def test_what_a_failed_branch_held_is_let_go():
     engine = Engine(touchy(), subset_of(7))
     program, task = engine._program, silence(4)
-    [(_, _, outcome)] = program.run(IMAGES, {engine.sites.find(task): [[task.mask]]}, whole=False)
+    [(_, _, outcome)] = program.run(IMAGES, {engine.branch_points.find(task): [[task.mask]]}, whole=False)
     assert isinstance(outcome, ValueError)
     assert outcome.__traceback__ is None
 
@@ -283,7 +285,7 @@ def test_a_network_that_fails_itself_is_no_candidates_fault():
     ("builder", "together"),
     [("small", 2), ("small", 3), ("small", 100), ("cifar.resnet20", 3), ("torchvision.mobilenet_v2", 2)],
 )
-def test_branches_in_batches_are_as_one_by_one(builder, together, monkeypatch):
+def test_branches_in_batches_are_as_one_by_one(builder, joint, monkeypatch):
     if builder == "small":
         model = small()
     else:
@@ -293,7 +295,7 @@ def test_branches_in_batches_are_as_one_by_one(builder, together, monkeypatch):
     tasks = all_tasks(model)[::5]
     engine = Engine(model, subset_of(3))
     one_by_one = engine.losses(tasks, ALL)
-    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (3, together))
+    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (3, joint))
     batches = engine.losses(tasks, ALL)
     assert not batches.errors
     np.testing.assert_allclose(batches.values, one_by_one.values, rtol=1e-5, atol=1e-6)
@@ -301,19 +303,19 @@ def test_branches_in_batches_are_as_one_by_one(builder, together, monkeypatch):
 
 def test_costs_by_hand():
     model = small()
-    subset = subset_of(7)
-    sites = Engine(model, subset).sites
+    calibration = subset_of(7)
+    branch_points = Engine(model, calibration).branch_points
     stem, left, right = 8 * 27 * 256, 12 * 72 * 64, 12 * 8 * 64
     grouped, last, head = 12 * 36 * 64, 6 * 12 * 64, 6 * 5
     whole = stem + left + right + grouped + last + head
     assert whole == count_macs(model, IMAGES).total
-    costs = {task.name.split()[0]: sites.cost(task) for task in all_tasks(model, ("l1",))[:-1]}
+    costs = {task.name.split()[0]: branch_points.cost(task) for task in all_tasks(model, ("l1",))[:-1]}
     # read by left and right, of which right is computed last
     assert costs["stem"] == Cost(stem + left + right, left + right + grouped + last + head)
     assert costs["right"] == Cost(stem + left + right + grouped, grouped + last + head)
     assert costs["left"] == costs["grouped"] == Cost(whole - head, last + head)
     assert costs["last"] == Cost(0, whole, "norm normalises over its channels")
-    assert sites.cost(UNPRUNED) == Cost(0, whole)
+    assert branch_points.cost(UNPRUNED) == Cost(0, whole)
 
 
 def test_costs_where_nothing_is_known_are_all_the_same():
@@ -321,8 +323,8 @@ def test_costs_where_nothing_is_known_are_all_the_same():
         def forward(self, x):
             return super().forward(x if x.mean() < 9 else -x)
 
-    sites = Engine(made(ByValue), subset_of(7)).sites
-    cost = sites.cost(silence(1))
+    branch_points = Engine(made(ByValue), subset_of(7)).branch_points
+    cost = branch_points.cost(silence(1))
     assert (cost.shared, cost.own) == (0, 1)
     assert cost.copied.startswith("its forward pass cannot be traced")
-    assert sites.cost(UNPRUNED) == Cost(0, 1)
+    assert branch_points.cost(UNPRUNED) == Cost(0, 1)

@@ -11,7 +11,7 @@ from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, measure, ready
+from laasp_ray.search.evaluate import CalibrationSet, measure, ready
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +29,14 @@ def test_losses_are_those_of_pruned_copies_within_the_memory_allowed(builder, mo
     config = PruneConfig(flops_reduction=0.5)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    subset = LossSubset(images, (torch.arange(64) % 10).to(device), 64)
+    calibration = CalibrationSet(images, (torch.arange(64) % 10).to(device), 64)
     network, bound = ready(model, device), 200_000_000
-    engine = Engine(network, subset, memory_bytes=bound)
+    engine = Engine(network, calibration, memory_bytes=bound)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     found = engine.losses(tasks, np.arange(64))
     assert torch.cuda.max_memory_allocated() - held <= 2 * bound  # the library's own workspace comes on top
     assert not found.errors
     for position in range(0, len(tasks), 7):
-        expected = measure(network, tasks[position], subset).loss
+        expected = measure(network, tasks[position], calibration).loss
         assert found.values[position].mean() == pytest.approx(expected, rel=1e-5)

@@ -15,11 +15,11 @@ from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, ready_with
 from laasp_ray.search.executor import InProcessExecutor
 
 IMAGES = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def by_cutting(model, images, ranking):
     """The losses of networks that are cut, by plain torch in its own format."""
     graph = PruningGraph(model, images)
     for entry in ranking:
-        pruned = twin(model).eval()
+        pruned = clone_sharing_parameters(model).eval()
         apply_plan(pruned, graph.step(entry.layer, entry.filters))
         with torch.no_grad():
             yield functional.cross_entropy(pruned(images), LABELS).item()
@@ -86,21 +86,21 @@ def test_losses_are_those_of_cut_networks(kind, memory_mb):
 
 
 def test_only_a_network_that_does_not_run_channels_last_is_run_otherwise():
-    subset = LossSubset(IMAGES, LABELS, 4)
+    calibration = CalibrationSet(IMAGES, LABELS, 4)
     for kind, last in ((Viewing, False), (Keeping, True)):
-        model, fitted = ready_with(kind(), subset)
+        model, fitted = ready_with(kind(), calibration)
         assert fitted.at(np.arange(4))[0].is_contiguous(memory_format=torch.channels_last) == last
         assert model.first.weight.is_contiguous(memory_format=torch.channels_last) == last
         assert not model.training
 
 
 def test_the_serial_executor_takes_such_networks_and_scores_them():
-    model, subset = randomise_batchnorm(Viewing()), LossSubset(IMAGES, LABELS, 4)
+    model, calibration = randomise_batchnorm(Viewing()), CalibrationSet(IMAGES, LABELS, 4)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
     config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.1)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     search = SearchConfig(batch_size=4, reestimate_batchnorm=True, racing="off")
-    executor = InProcessExecutor(model, subset, torch.device("cpu"), search, 0)
+    executor = InProcessExecutor(model, calibration, torch.device("cpu"), search, 0)
     network = executor.for_scoring(capture(model, Plan.empty()))
     results = executor.measure(network, tasks, lambda *_: None, lambda share: None)
     assert all(np.isfinite(result.loss) and not result.error for result in results)
@@ -112,7 +112,7 @@ def test_an_error_that_is_no_matter_of_format_is_raised():
             raise RuntimeError("a review of it")  # which has the word in it
 
     with pytest.raises(RuntimeError, match="a review of it"):
-        ready_with(Broken(), LossSubset(IMAGES, LABELS, 4))
+        ready_with(Broken(), CalibrationSet(IMAGES, LABELS, 4))
 
 
 def test_what_a_network_keeps_is_copied_without_its_history():
@@ -120,7 +120,7 @@ def test_what_a_network_keeps_is_copied_without_its_history():
     model(IMAGES)
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
-    for made in (deep_copy(model), twin(model), rebuild(model, capture(model, Plan.empty()))):
+    for made in (deep_copy(model), clone_sharing_parameters(model), rebuild(model, capture(model, Plan.empty()))):
         assert torch.equal(made.last, model.last)
         assert torch.equal(made.maps["all"][0], model.maps["all"][0])
         assert made.last.data_ptr() != model.last.data_ptr()
@@ -130,5 +130,5 @@ def test_what_a_network_keeps_is_copied_without_its_history():
 
 
 def test_engines_of_networks_that_keep_what_they_computed():
-    model, subset = ready_with(Keeping(), LossSubset(IMAGES, LABELS, 3))
-    assert Engine(model, subset).sites.untraced == ""
+    model, calibration = ready_with(Keeping(), CalibrationSet(IMAGES, LABELS, 3))
+    assert Engine(model, calibration).branch_points.untraced == ""

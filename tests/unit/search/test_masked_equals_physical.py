@@ -13,10 +13,10 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
-from laasp_ray.pruning.verify import scramble, twin
+from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, measure, ready
+from laasp_ray.search.evaluate import CalibrationSet, measure, ready
 
 SPREAD = 8
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -48,27 +48,31 @@ def prepared(builder, criteria):
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
     config = PruneConfig(flops_reduction=0.5, criteria=criteria)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    return ready(model, torch.device("cpu")), LossSubset(IMAGES, torch.arange(len(IMAGES)) % 10, 4), tasks
+    return ready(model, torch.device("cpu")), CalibrationSet(IMAGES, torch.arange(len(IMAGES)) % 10, 4), tasks
 
 
 @torch.inference_mode()
-def losses_of_copy(model, task, subset):
+def losses_of_copy(model, task, calibration):
     """Image by image, what `measure` gives the mean of."""
-    pruned = twin(model)
+    pruned = clone_sharing_parameters(model)
     apply_plan(pruned, task.step)
-    return functional.cross_entropy(pruned(subset.images), subset.labels, reduction="none").numpy()
+    return functional.cross_entropy(pruned(calibration.images), calibration.labels, reduction="none").numpy()
 
 
-def check(builder, model, subset, tasks):
+def check(builder, model, calibration, tasks):
     """Compares the engine's losses of these tasks with copies', and says which were masked."""
-    engine = Engine(model, subset)
-    found = engine.losses(tasks, np.arange(len(subset)))
+    engine = Engine(model, calibration)
+    found = engine.losses(tasks, np.arange(len(calibration)))
     assert not found.errors
     copied = []
     for task, losses in zip(tasks, found.values, strict=True):
-        copied.append(engine.sites.cost(task).copied)
-        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, subset).loss, rel=1e-5), task.name
-        np.testing.assert_allclose(losses, losses_of_copy(model, task, subset), rtol=1e-4, atol=2e-5, err_msg=task.name)
+        copied.append(engine.branch_points.cost(task).copied)
+        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, calibration).loss, rel=1e-5), (
+            task.name
+        )
+        np.testing.assert_allclose(
+            losses, losses_of_copy(model, task, calibration), rtol=1e-4, atol=2e-5, err_msg=task.name
+        )
     assert len({tuple(row) for row in found.values}) > len(tasks) // 2  # the prunes do tell
     if builder == "torchvision.convnext_tiny":
         norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
@@ -79,9 +83,9 @@ def check(builder, model, subset, tasks):
 
 @pytest.mark.parametrize("builder", NETWORKS)
 def test_a_spread_of_candidates(builder):
-    model, subset, tasks = prepared(builder, ("l1",))
+    model, calibration, tasks = prepared(builder, ("l1",))
     spread = [tasks[position] for position in np.linspace(0, len(tasks) - 1, SPREAD + 1).round().astype(int)]
-    check(builder, model, subset, spread)  # the last is the network as it stands
+    check(builder, model, calibration, spread)  # the last is the network as it stands
 
 
 @pytest.mark.exhaustive

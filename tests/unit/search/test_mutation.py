@@ -12,8 +12,8 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
-from laasp_ray.search.engine import Engine, Sites
-from laasp_ray.search.evaluate import LossSubset, measure
+from laasp_ray.search.engine import BranchPoints, Engine
+from laasp_ray.search.evaluate import CalibrationSet, measure
 from laasp_ray.search.tracing import trace, verdict
 
 LABELS = torch.arange(5) % 4
@@ -88,12 +88,14 @@ def test_losses_are_those_of_cut_networks_behind_a_blank_first_image(kind):
     graph, macs = PruningGraph(model, images), count_macs(model, images[:1])
     config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    subset = LossSubset(images, LABELS, 2)
-    engine = Engine(model, subset)
-    assert any(engine.sites.cost(task).copied for task in tasks) == (kind in KINDS)
+    calibration = CalibrationSet(images, LABELS, 2)
+    engine = Engine(model, calibration)
+    assert any(engine.branch_points.cost(task).copied for task in tasks) == (kind in KINDS)
     found = engine.losses(tasks, np.arange(5))
     for task, losses in zip(tasks, found.values, strict=True):
-        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, subset).loss, rel=1e-5), task.name
+        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, calibration).loss, rel=1e-5), (
+            task.name
+        )
 
 
 class OnDark(Body):
@@ -111,7 +113,7 @@ def test_what_a_blank_image_does_not_show_noise_does():
         model.norm.bias.fill_(0.5)
     assert not isinstance(trace(model, BLANK), str)
     assert verdict(model, BLANK) == "its traced operations do not give what it gives"
-    assert Sites(model, BLANK).program is None
+    assert BranchPoints(model, BLANK).program is None
 
 
 class ByValue(Body):

@@ -15,7 +15,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.verify import scramble
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, ready_with
 
 # library, network, side of its images, layers that can be pruned, convolutions
 NETWORKS = [
@@ -100,8 +100,8 @@ def check(library, name, side, prunable, convolutions, spread):
     if spread is not None:
         tasks = [tasks[position] for position in np.unique(np.linspace(0, len(tasks) - 1, spread).round().astype(int))]
     labels = torch.arange(len(images))
-    model, subset = ready_with(model, LossSubset(images, labels, len(images)))
-    found = Engine(model, subset).losses(tasks, np.arange(len(images)))
+    model, calibration = ready_with(model, CalibrationSet(images, labels, len(images)))
+    found = Engine(model, calibration).losses(tasks, np.arange(len(images)))
     assert not found.errors
     for task, losses in zip(tasks, found.values, strict=True):
         np.testing.assert_allclose(

@@ -12,10 +12,10 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import MemoryShortError, SearchError, is_out_of_memory
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
-from laasp_ray.search.activations import Wanted, importance
+from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, ready
+from laasp_ray.search.evaluate import CalibrationSet, ready
 
 IMAGES = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(9) % 5
@@ -59,11 +59,11 @@ def network(masked=True):
 
 
 def prepared(masked, batch_size=9):
-    model, subset = network(masked), LossSubset(IMAGES, LABELS, batch_size)
+    model, calibration = network(masked), CalibrationSet(IMAGES, LABELS, batch_size)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
     config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    return Engine(model, subset), tasks
+    return Engine(model, calibration), tasks
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["branches", "copies"])
@@ -124,14 +124,14 @@ def test_the_choice_is_the_same_when_memory_ran_out_once(racing, monkeypatch):
 
 
 def test_what_scores_filters_is_tried_again_and_names_the_batch(monkeypatch):
-    model, subset, wanted = network(), LossSubset(IMAGES, LABELS, 4), Wanted(("3",), "max", 2)
-    undisturbed = importance(model, subset, wanted)
+    model, calibration, wanted = network(), CalibrationSet(IMAGES, LABELS, 4), ImportanceRequest(("3",), "max", 2)
+    undisturbed = importance(model, calibration, wanted)
     Tight.calls = 0
     monkeypatch.setattr(Tight, "fails", staticmethod(lambda call, images: call == 2))
-    assert torch.equal(importance(model, subset, wanted)["3"], undisturbed["3"])
+    assert torch.equal(importance(model, calibration, wanted)["3"], undisturbed["3"])
     monkeypatch.setattr(Tight, "fails", staticmethod(lambda call, images: True))
     with pytest.raises(MemoryShortError, match=r"a batch of 4 images.*lower search\.batch_size"):
-        importance(model, subset, wanted)
+        importance(model, calibration, wanted)
 
 
 def test_other_errors_are_not_taken_for_it():

@@ -20,8 +20,8 @@ from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
-from laasp_ray.search.engine import Cost, Engine, Sites
-from laasp_ray.search.evaluate import LossSubset, LossTask, measure, pruned_copy, ready
+from laasp_ray.search.engine import BranchPoints, Cost, Engine
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure, pruned_copy, ready
 from laasp_ray.search.precision import full_precision
 from laasp_ray.search.schedule import Unit
 
@@ -66,17 +66,17 @@ def resnet(builder):
 def test_a_worker_that_rounds_masks_what_the_driver_masked(builder, tf32):
     model, tasks = resnet(builder)
     tasks = [*tasks[:-1:7], tasks[-1]]
-    subset = LossSubset(IMAGES, torch.arange(4), 4)
-    sites = Sites(model, torch.zeros(1, 3, 16, 16))
-    assert sites.untraced == ""
-    assert not any(sites.cost(task).copied for task in tasks)
+    calibration = CalibrationSet(IMAGES, torch.arange(4), 4)
+    branch_points = BranchPoints(model, torch.zeros(1, 3, 16, 16))
+    assert branch_points.untraced == ""
+    assert not any(branch_points.cost(task).copied for task in tasks)
     tf32()
     light = [replace(task, step=Plan.empty()) for task in tasks]
-    found = Engine(model, subset, untraced=sites.untraced).losses(light, ALL)
+    found = Engine(model, calibration, untraced=branch_points.untraced).losses(light, ALL)
     assert not found.errors
     losses = found.values.mean(1, dtype=np.float64)
     for task, loss in zip(tasks, losses, strict=True):
-        assert loss == pytest.approx(measure(model, task, subset).loss, rel=0.02), task.name
+        assert loss == pytest.approx(measure(model, task, calibration).loss, rel=0.02), task.name
     # Not one is the network as it stands.
     assert np.abs(losses[:-1] - losses[-1]).min() > 0
 
@@ -87,11 +87,11 @@ def test_a_prune_without_a_plan_is_never_measured_as_the_unpruned_network():
     assert not light.unpruned
     with pytest.raises(UnmaskedError, match="came without the plan"):
         pruned_copy(model, light)
-    engine = Engine(model, LossSubset(IMAGES, torch.arange(4), 4), untraced="the driver says so")
+    engine = Engine(model, CalibrationSet(IMAGES, torch.arange(4), 4), untraced="the driver says so")
     with pytest.raises(UnmaskedError, match="came without the plan"):
         engine.losses([light, tasks[-1]], ALL)
     with pytest.raises(SearchError, match="came without the plan"):
-        measure(model, light, LossSubset(IMAGES, torch.arange(4), 4))
+        measure(model, light, CalibrationSet(IMAGES, torch.arange(4), 4))
 
 
 class Reference:
@@ -101,7 +101,7 @@ class Reference:
         self.outcome = outcome
 
 
-def hands(monkeypatch, able):
+def backend(monkeypatch, able):
     """Workers that can measure where `able` says so of the inputs they are given, and what they were given."""
 
     def get(reference):
@@ -128,7 +128,7 @@ def hands(monkeypatch, able):
 
 
 def test_a_worker_that_cannot_mask_is_sent_the_plans(monkeypatch, caplog):
-    made, asked = hands(monkeypatch, lambda inputs: inputs == ["with plans"])
+    made, asked = backend(monkeypatch, lambda inputs: inputs == ["with plans"])
     units = [Unit((number,), ALL) for number in range(3)]
     for unit in units:
         made.submit(unit)
@@ -139,7 +139,7 @@ def test_a_worker_that_cannot_mask_is_sent_the_plans(monkeypatch, caplog):
 
 
 def test_one_that_cannot_do_it_with_plans_ends_the_search(monkeypatch):
-    made, asked = hands(monkeypatch, lambda inputs: False)
+    made, asked = backend(monkeypatch, lambda inputs: False)
     made.submit(Unit((0,), ALL))
     with pytest.raises(UnmaskedError):
         made.collect()
@@ -173,10 +173,10 @@ class Watching(nn.Module):
 
 def test_losses_are_measured_in_full_precision():
     model = Watching().eval()
-    subset = LossSubset(IMAGES, torch.arange(4), 4)
-    engine = Engine(model, subset, untraced="to be seen")
+    calibration = CalibrationSet(IMAGES, torch.arange(4), 4)
+    engine = Engine(model, calibration, untraced="to be seen")
     model.seen.clear()
     engine.losses([LossTask("as it stands", Plan.empty(), {})], ALL)
-    measure(model, LossTask("as it stands", Plan.empty(), {}), subset)
+    measure(model, LossTask("as it stands", Plan.empty(), {}), calibration)
     assert set(model.seen) == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -28,23 +28,23 @@ def test_a_program_gives_what_its_network_gives(kind):
     model = made(kind)
     program = program_of(model)
     images = IMAGES.clone()
-    [(site, number, found)] = program.run(images, {}, whole=True)
-    assert (site, number) == (None, 0)
+    [(branch_point, number, found)] = program.run(images, {}, whole=True)
+    assert (branch_point, number) == (None, 0)
     close(found, outputs(model))
     assert torch.equal(images, IMAGES)
 
 
 SOME = ((0, 3), (1,), (2, 4, 5))
-"""Channels of six that readers are made deaf to: one mask is few enough to be taken away, the others are not."""
+"""Channels of six that readers are made masked to: one mask is few enough to be taken away, the others are not."""
 
 
 def masks_of(kind):
     """Site by site: every reader on its own, and two at once."""
-    sites = [("conv",), ("tail",), ("head",), ("conv", "tail"), ("conv", "head")]
-    sites = [layers for layers in sites if kind is not Concatenated or "tail" not in layers]
+    branch_points = [("conv",), ("tail",), ("head",), ("conv", "tail"), ("conv", "head")]
+    branch_points = [layers for layers in branch_points if kind is not Concatenated or "tail" not in layers]
     return {
         layers: [{layer: tuple(c for c in some if c < 5 or layer != "head") for layer in layers} for some in SOME]
-        for layers in sites
+        for layers in branch_points
     }
 
 
@@ -54,15 +54,17 @@ def test_all_branches_at_once_spoil_nothing(kind, order):
     model = made(kind)
     program = program_of(model)
     masks = list(masks_of(kind).items())[::order]
-    sites = {program.site(layers): several for layers, several in masks}
-    found = run(program, {site: [[mask] for mask in several] for site, several in sites.items()}, whole=True)
+    branch_points = {program.branch_point(layers): joint for layers, joint in masks}
+    found = run(
+        program, {branch_point: [[mask] for mask in joint] for branch_point, joint in branch_points.items()}, whole=True
+    )
     assert [entry[:2] for entry in found[-1:]] == [(None, 0)]
     close(found[-1][2], outputs(model))
-    assert sorted((site.ready, number) for site, number, _ in found[:-1]) == sorted(
-        (site.ready, number) for site, several in sites.items() for number in range(len(several))
+    assert sorted((branch_point.ready, number) for branch_point, number, _ in found[:-1]) == sorted(
+        (branch_point.ready, number) for branch_point, joint in branch_points.items() for number in range(len(joint))
     )
-    for site, number, outcome in found[:-1]:
-        close(outcome, deaf(model, sites[site][number]))
+    for branch_point, number, outcome in found[:-1]:
+        close(outcome, deaf(model, branch_points[branch_point][number]))
 
 
 @pytest.mark.parametrize("kind", TRACEABLE)
@@ -72,9 +74,9 @@ def test_several_masks_in_one_batch_are_as_one_by_one(kind):
     assert program.sized == (kind is BySize)
     if program.sized:
         return  # such a program's batches must have as many rows as there are images
-    for layers, several in masks_of(kind).items():
-        [(_, _, together)] = run(program, {program.site(layers): [several]})
-        close(together, torch.cat([deaf(model, mask) for mask in several]))
+    for layers, joint in masks_of(kind).items():
+        [(_, _, joint)] = run(program, {program.branch_point(layers): [joint]})
+        close(joint, torch.cat([deaf(model, mask) for mask in joint]))
 
 
 @pytest.mark.parametrize("kind", TRACEABLE)
@@ -82,7 +84,7 @@ def test_the_network_is_left_alone(kind):
     model = made(kind)
     state = copy.deepcopy(model.state_dict())
     program = program_of(model)
-    run(program, {program.site(("conv",)): [[{"conv": (1,)}]]}, whole=True)
+    run(program, {program.branch_point(("conv",)): [[{"conv": (1,)}]]}, whole=True)
     assert not any(module.training for module in model.modules())
     assert model.relu.inplace
     assert model.drop.inplace

@@ -15,7 +15,7 @@ def run(base, losses, **settings):
     """A race over the rows of `losses`, to its end."""
     race = Race(base, len(losses), **settings)
     while not race.decided:
-        race.look(losses[np.ix_(race.survivors, race.samples[race.looks])])
+        race.finish_round(losses[np.ix_(race.survivors, race.samples[race.rounds])])
     return race
 
 
@@ -64,13 +64,13 @@ def test_fewer_images_than_strata_are_a_stratum_each():
 
 
 @pytest.mark.parametrize("images", [1, 2, 9, 95, 96, 97, 1000, 4001])
-def test_the_looks_cover_every_image_once(images):
+def test_the_rounds_cover_every_image_once(images):
     race = Race(hard_and_easy(np.random.default_rng(images), images), 5)
     assert sorted(np.concatenate(race.samples).tolist()) == list(range(images))
     assert all(len(sample) for sample in race.samples)
 
 
-def test_looks_grow_and_the_first_is_small():
+def test_rounds_grow_and_the_first_is_small():
     known = np.cumsum([len(sample) for sample in Race(hard_and_easy(np.random.default_rng(0), 5000), 5).samples])
     assert racing.FIRST_LOOK <= known[0] <= racing.FIRST_LOOK + racing.STRATA
     assert all(after / before < racing.GROWTH + 0.1 for before, after in itertools.pairwise(known))
@@ -107,7 +107,7 @@ def test_samples_follow_from_the_seed():
 
 @pytest.fixture
 def two_strata(monkeypatch):
-    """10 easy images, of which the first look has 6, and 2 hard ones, of which it has both; then the rest."""
+    """10 easy images, of which the first round has 6, and 2 hard ones, of which it has both; then the rest."""
     monkeypatch.setattr(racing, "STRATA", 2)
     monkeypatch.setattr(racing, "FIRST_LOOK", 8)
     monkeypatch.setattr(racing, "LEAST_IMAGES", 6)
@@ -118,7 +118,7 @@ def two_strata(monkeypatch):
     return base
 
 
-def drop_at_first_look(base, gap, error):
+def drop_at_first_round(base, gap, error):
     """Whether B falls, which loses `gap` more than A on the hard images, and `gap` +- 0.1 on the easy ones seen."""
     race = Race(base, 2, error=error)
     sample = race.samples[0]
@@ -129,7 +129,7 @@ def drop_at_first_look(base, gap, error):
     losses[1] += gap
     losses[1, easy[::2]] += 0.1
     losses[1, easy[1::2]] -= 0.1
-    dropped = race.look(losses)
+    dropped = race.finish_round(losses)
     assert race.estimates == pytest.approx([0.0, gap])  # 10/12 * gap + 2/12 * gap
     assert race.images.tolist() == [8, 8]
     return dropped == [1]
@@ -137,7 +137,7 @@ def drop_at_first_look(base, gap, error):
 
 def test_one_is_dropped_just_beyond_the_limit_and_not_just_within(two_strata):
     # The hard stratum is known. In the easy one six differences gap +- 0.1: variance 6 * 0.01 / 5 = 0.012, pooled with
-    # itself; a part of the greatest square, (gap + 0.1)^2, over 6; times (10/12)^2 (1 - 6/10) / 6. Two looks.
+    # itself; a part of the greatest square, (gap + 0.1)^2, over 6; times (10/12)^2 (1 - 6/10) / 6. Two rounds.
     for error in (0.01, 0.2):
         quantile = NormalDist().inv_cdf(1 - error / 2)
 
@@ -149,8 +149,8 @@ def test_one_is_dropped_just_beyond_the_limit_and_not_just_within(two_strata):
         while beyond - within > 1e-9:
             middle = (within + beyond) / 2
             within, beyond = (middle, beyond) if middle <= limit(middle) else (within, middle)
-        assert not drop_at_first_look(two_strata, within - 1e-6, error)
-        assert drop_at_first_look(two_strata, beyond + 1e-6, error)
+        assert not drop_at_first_round(two_strata, within - 1e-6, error)
+        assert drop_at_first_round(two_strata, beyond + 1e-6, error)
 
 
 def test_small_samples_are_pooled_with_the_median_of_the_others(two_strata, monkeypatch):
@@ -164,7 +164,7 @@ def test_small_samples_are_pooled_with_the_median_of_the_others(two_strata, monk
         sign = np.where(np.arange(8) % 2, 1.0, -1.0) * (race.samples[0] < 10)
         assert sign.sum() == 0
         losses = np.stack([np.zeros(8), np.full(8, gap), 0.2 + 0.1 * sign, 0.2 + 0.3 * sign])
-        assert (1 in race.look(losses)) is falls
+        assert (1 in race.finish_round(losses)) is falls
 
 
 def test_a_loss_that_is_not_finite_drops_at_once():
@@ -173,14 +173,14 @@ def test_a_loss_that_is_not_finite_drops_at_once():
         race = Race(base, 3)
         losses = np.zeros((3, len(race.samples[0])))
         losses[1, 17] = bad
-        assert race.look(losses) == [1]
+        assert race.finish_round(losses) == [1]
         assert (race.survivors, race.fell, race.images.tolist()) == ([0, 2], {1: 1}, [len(race.samples[0])] * 3)
         assert not math.isfinite(race.estimates[1])
 
 
 def test_all_not_finite_ends_the_race_without_a_winner():
     race = run(np.zeros(500), np.full((3, 500), math.nan))
-    assert (race.survivors, race.looks, race.fell) == ([], 1, {0: 1, 1: 1, 2: 1})
+    assert (race.survivors, race.rounds, race.fell) == ([], 1, {0: 1, 1: 1, 2: 1})
 
 
 def test_a_loss_that_is_not_finite_at_the_last_image_is_not_chosen():
@@ -188,17 +188,17 @@ def test_a_loss_that_is_not_finite_at_the_last_image_is_not_chosen():
     losses = np.stack([base, base])
     losses[0, Race(base, 2).samples[-1][-1]] = math.nan
     race = run(base, losses)
-    assert (race.survivors, race.looks) == ([1], len(race.samples))
+    assert (race.survivors, race.rounds) == ([1], len(race.samples))
 
 
 @pytest.mark.parametrize("candidates", [2, 3, 7, 50])
-def test_identical_candidates_stay_to_the_last_look_with_the_mean_over_all_images(candidates):
+def test_identical_candidates_stay_to_the_last_round_with_the_mean_over_all_images(candidates):
     draw = np.random.default_rng(candidates)
     base = hard_and_easy(draw, 1500)
     row = base + draw.normal(0, 0.3, 1500)
     race = run(base, np.tile(row, (candidates, 1)), seed=candidates)
     assert race.survivors == list(range(candidates))
-    assert race.looks == len(race.samples)
+    assert race.rounds == len(race.samples)
     assert set(race.images.tolist()) == {1500}
     assert len(set(race.estimates.tolist())) == 1  # to the last bit: the first wins, as in an exhaustive search
     assert race.estimates[0] == pytest.approx(row.mean(), rel=1e-12)
@@ -222,7 +222,7 @@ def test_estimates_are_unbiased():
     first = []
     for seed in range(200):
         race = Race(base, 1, seed=seed)
-        race.look(row[race.samples[0]][None])
+        race.finish_round(row[race.samples[0]][None])
         first.append(race.estimates[0])
     assert abs(np.mean(first) - row.mean()) < 4 * np.std(first) / math.sqrt(200)
     # Strata help: an unstratified sample of the same size would scatter several times as much.

@@ -13,10 +13,10 @@ from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
-from laasp_ray.pruning.verify import scramble, twin
+from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, ready
+from laasp_ray.search.evaluate import CalibrationSet, ready
 
 CHUNKS, NETWORKS = 15, 300
 LABELS = torch.arange(len(IMAGES)) % 5
@@ -25,7 +25,7 @@ MOST_BYTES = 4_000_000_000
 
 @torch.inference_mode()
 def losses_of_copy(model, task, images=IMAGES, labels=LABELS):
-    pruned = twin(model)
+    pruned = clone_sharing_parameters(model)
     apply_plan(pruned, task.step)
     return functional.cross_entropy(pruned(images), labels, reduction="none").numpy()
 
@@ -42,13 +42,13 @@ def checked(seed):
     macs = count_macs(model, IMAGES)
     config = PruneConfig(flops_reduction=0.5, criteria=("l1", "cosine"), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    engine = Engine(ready(model, torch.device("cpu")), LossSubset(IMAGES, LABELS, 4))
+    engine = Engine(ready(model, torch.device("cpu")), CalibrationSet(IMAGES, LABELS, 4))
     found = engine.losses(tasks, np.arange(len(IMAGES)))
     assert not found.errors
     masked = 0
     for task, losses in zip(tasks[:-1], found.values, strict=False):
         np.testing.assert_allclose(losses, losses_of_copy(model, task), rtol=1e-4, atol=2e-5, err_msg=task.name)
-        masked += not engine.sites.cost(task).copied
+        masked += not engine.branch_points.cost(task).copied
     return len(graph.layers), masked
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from laasp_ray.errors import ConfigError, PruningError, SearchError
 from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.search import rank
-from laasp_ray.search.evaluate import LossSubset, mean_loss
+from laasp_ray.search.evaluate import CalibrationSet, mean_loss
 
 IMAGES = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 2
@@ -112,7 +112,7 @@ def test_the_network_and_the_random_state_are_left_as_they_were():
     state = copy.deepcopy(model.state_dict())
     kept = IMAGES.clone(), LABELS.clone()
     rank(model, IMAGES, LABELS, step=0.3, reference=reference)
-    mean_loss(model, LossSubset(IMAGES, LABELS, 4))
+    mean_loss(model, CalibrationSet(IMAGES, LABELS, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (torch.equal(IMAGES, kept[0]), torch.equal(LABELS, kept[1])) == (True, True)
     for network in (model, reference):

@@ -1,4 +1,4 @@
-"""Units of work: how a turn is cut, and that what comes out does not depend on who does them, and when."""
+"""Units of work: how an iteration is cut, and that what comes out does not depend on who does them, and when."""
 
 import itertools
 import math
@@ -129,11 +129,11 @@ def test_exhaustive_losses_are_the_means_over_all_images():
         assert loss == pytest.approx(row.astype(np.float64).mean(), rel=1e-12)
 
 
-def test_a_race_gives_what_race_itself_gives_look_by_look():
+def test_a_race_gives_what_race_itself_gives_round_by_round():
     losses = matrix(25, 900)
     race = Race(losses[-1], 25, seed=3)
     while not race.decided:
-        race.look(losses[np.ix_(race.survivors, race.samples[race.looks])])
+        race.finish_round(losses[np.ix_(race.survivors, race.samples[race.rounds])])
     found = results_of(losses, True, 7, 1)
     assert [item[2] for item in found[:-1]] == [race.fell.get(candidate) for candidate in range(25)]
     assert [item[1] for item in found] == [*race.images.tolist(), 900]
@@ -141,26 +141,26 @@ def test_a_race_gives_what_race_itself_gives_look_by_look():
     assert sum(found[k][2] is None for k in range(25)) < 25
 
 
-def test_idle_hands_begin_with_the_next_look_before_this_one_is_over():
+def test_idle_workers_begin_with_the_next_round_before_this_one_is_over():
     losses = matrix(25, 900)
     for slots, early in ((1, False), (7, True)):
-        hands = FakeHands(losses, slots, 0)
-        measure(hands, 26, Settings(900, 64, racing=True), ignore)
+        backend = FakeHands(losses, slots, 0)
+        measure(backend, 26, Settings(900, 64, racing=True), ignore)
         samples = [set(sample.tolist()) for sample in Race(losses[-1], 25).samples]
 
-        def look_of(unit, samples=samples):
-            return next(look for look, sample in enumerate(samples) if int(unit.images[0]) in sample)
+        def round_of(unit, samples=samples):
+            return next(round for round_number, sample in enumerate(samples) if int(unit.images[0]) in sample)
 
-        events = [(what, look_of(unit)) for what, unit in hands.events if unit.tasks != (25,)]
+        events = [(what, round_of(unit)) for what, unit in backend.events if unit.tasks != (25,)]
         last_of_first = max(n for n, event in enumerate(events) if event == ("collect", 0))
         first_of_second = events.index(("submit", 1))
         assert (first_of_second < last_of_first) is early
-        # Nobody begins with the look after the next one.
+        # Nobody begins with the round after the next one.
         assert ("submit", 2) not in events[:last_of_first]
         # No slot is asked for what nobody is free for, and each pair is measured once.
-        pairs = [pair for unit in hands.submitted for pair in itertools.product(unit.tasks, unit.images.tolist())]
+        pairs = [pair for unit in backend.submitted for pair in itertools.product(unit.tasks, unit.images.tolist())]
         assert len(pairs) == len(set(pairs))
-        assert hands.waiting == []
+        assert backend.waiting == []
 
 
 @pytest.mark.parametrize("racing", [True, False])
@@ -178,10 +178,10 @@ def test_a_task_that_fails_says_why_and_the_others_go_on(racing, slots):
     assert min(kept, key=lambda k: results[k].loss) == second
 
 
-def test_what_fails_where_only_other_hands_would_have_looked_does_not_count():
-    """The winner fails in the look after the one that decides, which only several hands begin with."""
+def test_what_fails_where_only_other_workers_would_have_measured_does_not_count():
+    """The winner fails in the round after the one that decides, which only several workers begin with."""
     losses = np.zeros((3, 400), np.float32)
-    losses[1] = 5.0  # worse on every image: it falls at the first look
+    losses[1] = 5.0  # worse on every image: it falls at the first round
     second = set(Race(losses[-1], 2, seed=0).samples[1].tolist())
 
     class FailsLater(FakeHands):
@@ -194,14 +194,14 @@ def test_what_fails_where_only_other_hands_would_have_looked_does_not_count():
             return unit, found
 
         def submit(self, unit):
-            # Last in, first out: the next look's unit comes back before this look's last one.
+            # Last in, first out: the next round's unit comes back before this round's last one.
             super().submit(unit)
             self.waiting.insert(0, self.waiting.pop())
 
-    hands = FailsLater(losses, slots=8)
-    results = measure(hands, 3, Settings(400, 400, racing=True), ignore)
+    backend = FailsLater(losses, slots=8)
+    results = measure(backend, 3, Settings(400, 400, racing=True), ignore)
     assert any(
-        what == "collect" and 0 in unit.tasks and second & set(unit.images.tolist()) for what, unit in hands.events
+        what == "collect" and 0 in unit.tasks and second & set(unit.images.tolist()) for what, unit in backend.events
     )
     assert (results[0].loss, results[0].error, results[0].dropped_at) == (0.0, "", None)
     assert (results[1].loss, results[1].dropped_at) == (5.0, 1)
@@ -210,21 +210,21 @@ def test_what_fails_where_only_other_hands_would_have_looked_does_not_count():
 @pytest.mark.parametrize("racing", [True, False])
 def test_each_result_is_told_once_when_nothing_more_will_be_known_of_it(racing):
     losses = matrix(12, 600)
-    heard, hands = {}, FakeHands(losses, 7, 0)
+    heard, backend = {}, FakeHands(losses, 7, 0)
 
     def hear(position, result):
         assert position not in heard
         heard[position] = result
 
-    results = measure(hands, 13, Settings(600, 64, racing=racing), hear)
+    results = measure(backend, 13, Settings(600, 64, racing=racing), hear)
     assert heard == dict(enumerate(results))
 
 
-def test_the_share_that_is_done_rises_to_one_in_an_exhaustive_turn():
+def test_the_share_that_is_done_rises_to_one_in_an_exhaustive_iteration():
     shares = []
-    hands = FakeHands(matrix(12, 600), 7, 0)
-    measure(hands, 13, Settings(600, 64), ignore, shares.append)
-    assert len(shares) == len(hands.submitted) > 10
+    backend = FakeHands(matrix(12, 600), 7, 0)
+    measure(backend, 13, Settings(600, 64), ignore, shares.append)
+    assert len(shares) == len(backend.submitted) > 10
     assert shares == sorted(set(shares))
     assert shares[-1] == 1.0
     assert shares[0] == pytest.approx(1 / len(shares))
@@ -240,7 +240,7 @@ def test_one_candidate_or_none_needs_no_race(racing):
             assert result.loss == pytest.approx(row.astype(np.float64).mean(), rel=1e-12)
 
 
-def test_fewer_images_than_a_first_look_are_all_looked_at():
+def test_fewer_images_than_a_first_round_are_all_measured_at_once():
     losses = matrix(5, 40)
     raced = results_of(losses, True, 2, 0)
     whole = results_of(losses, False, 2, 0)
@@ -252,8 +252,8 @@ def test_fewer_images_than_a_first_look_are_all_looked_at():
 def test_five_hundred_candidates_on_sixty_four_hands_stay_a_small_job():
     losses = matrix(500, 5000)
     for racing, most in ((True, 2500), (False, 64 * UNITS_PER_SLOT + 5000 // 250)):
-        hands = FakeHands(losses, 64, 0)
-        results = measure(hands, 501, Settings(5000, 250, racing=racing), ignore)
-        assert len(hands.submitted) <= most
+        backend = FakeHands(losses, 64, 0)
+        results = measure(backend, 501, Settings(5000, 250, racing=racing), ignore)
+        assert len(backend.submitted) <= most
         first = min((k for k in range(500) if results[k].dropped_at is None), key=lambda k: results[k].loss)
         assert first == int(losses[:-1].mean(1).argmin())

@@ -10,9 +10,9 @@ from torch.nn import functional
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.pruning.verify import twin
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import LossSubset, LossTask, measure
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure
 from laasp_ray.search.tracing import trace
 
 LABELS = torch.arange(5) % 4
@@ -45,7 +45,7 @@ class ByWeight(Body):
     ],
 )
 def test_where_a_prune_cannot_branch_off(kind, layers, reason):
-    assert program_of(made(kind)).site(layers) == reason
+    assert program_of(made(kind)).branch_point(layers) == reason
 
 
 class DependsOnValues(Body):
@@ -138,27 +138,27 @@ def prune_stem(model, filters):
 
 @pytest.mark.parametrize("kind", [SetsItems, ByWeight, SetsAttribute])
 def test_then_the_engine_measures_copies(kind):
-    model, subset = made(kind), LossSubset(IMAGES, LABELS, 2)
-    engine = Engine(model, subset)
+    model, calibration = made(kind), CalibrationSet(IMAGES, LABELS, 2)
+    engine = Engine(model, calibration)
     tasks = [prune_stem(model, kept) for kept in ((0, 1, 2, 4, 5), (3, 4))] + [LossTask("as is", Plan.empty(), {})]
     found = engine.losses(tasks, np.arange(5))
     assert not found.errors
     reason = UNTRACEABLE.get(kind, "conv is not called as a module of its own")
-    assert [engine.sites.cost(task).copied.startswith(reason) for task in tasks[:-1]] == [True, True]
-    assert engine.sites.cost(tasks[-1]).copied == ""
+    assert [engine.branch_points.cost(task).copied.startswith(reason) for task in tasks[:-1]] == [True, True]
+    assert engine.branch_points.cost(tasks[-1]).copied == ""
     for task, losses in zip(tasks, found.values, strict=True):
-        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, subset).loss, rel=1e-5)
+        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, calibration).loss, rel=1e-5)
 
 
 def test_copies_take_other_ways_when_values_say_so():
     """What the network does with data-dependent control flow is decided anew for every copy and batch."""
-    model, subset = made(DependsOnValues), LossSubset(IMAGES, LABELS, 2)
+    model, calibration = made(DependsOnValues), CalibrationSet(IMAGES, LABELS, 2)
     graph = PruningGraph(model, IMAGES)
     removal = graph.removal("tail", [0, 2])
     task = LossTask("tail", graph.step("tail", [0, 2]), mask_of(removal))
-    found = Engine(model, subset).losses([task], np.arange(5)).values[0]
+    found = Engine(model, calibration).losses([task], np.arange(5)).values[0]
     with torch.inference_mode():
-        pruned = twin(model)
+        pruned = clone_sharing_parameters(model)
         apply_plan(pruned, task.step)
         wanted = functional.cross_entropy(pruned(IMAGES), LABELS, reduction="none").numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -181,7 +181,7 @@ def test_what_comes_before_the_branches_is_computed_once_a_chunk():
     model = made(InPlaceModule)
     model.relu = nn.Identity()
     model.stem = nn.Sequential(model.stem, Spied())
-    engine = Engine(model, LossSubset(IMAGES, LABELS, 2))
+    engine = Engine(model, CalibrationSet(IMAGES, LABELS, 2))
     tasks = [
         LossTask("", Plan(layers={"": (0,)}), {layer: (channel,)})
         for layer in ("conv", "tail")
@@ -196,7 +196,7 @@ def test_what_comes_before_the_branches_is_computed_once_a_chunk():
 def test_nothing_behind_the_last_branching_point_is_computed_but_by_branches():
     model = made(InPlaceModule)
     model.head = nn.Sequential(Spied(), model.head)
-    engine = Engine(model, LossSubset(IMAGES, LABELS, 5))
+    engine = Engine(model, CalibrationSet(IMAGES, LABELS, 5))
     tasks = [LossTask("", Plan(layers={"": (0,)}), {"tail": (channel,)}) for channel in (0, 1, 4)]
     for some, calls in ((tasks, 3), ([*tasks, LossTask("as is", Plan.empty(), {})], 4)):
         Spied.calls = 0

@@ -28,16 +28,16 @@ def test_tensors_of_every_kind_come_back(storage):
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "channels_last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
-    carried = {"momentum": np.array([[1.5, 2.5]], dtype=np.float32)[:, ::-1], "steps": np.int64(3)}
-    save_checkpoint(storage, "000007", model=model, carried=carried, metadata={"epoch": "7"})
+    optimizer_state = {"momentum": np.array([[1.5, 2.5]], dtype=np.float32)[:, ::-1], "steps": np.int64(3)}
+    save_checkpoint(storage, "000007", model=model, optimizer_state=optimizer_state, metadata={"epoch": "7"})
     assert storage.list() == ["checkpoints/000007.safetensors"]
     checkpoint = load_checkpoint(storage, "000007")
     assert list(checkpoint.model.keys() ^ model.keys()) == []
     for name, tensor in model.items():
         assert checkpoint.model[name].dtype == tensor.dtype and checkpoint.model[name].shape == tensor.shape
         assert torch.equal(checkpoint.model[name], tensor), name
-    assert checkpoint.carried["momentum"].tolist() == [[2.5, 1.5]]
-    assert checkpoint.carried["steps"].shape == () and checkpoint.carried["steps"].dtype == torch.int64
+    assert checkpoint.optimizer_state["momentum"].tolist() == [[2.5, 1.5]]
+    assert checkpoint.optimizer_state["steps"].shape == () and checkpoint.optimizer_state["steps"].dtype == torch.int64
     assert checkpoint.metadata == {"epoch": "7"}
 
 

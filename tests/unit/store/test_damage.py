@@ -131,11 +131,11 @@ def test_a_damaged_config_is_named_with_a_remedy(run, content):
     [
         *DAMAGED,
         b"{}",
-        b'{"schema_version": 1, "sequence": 1, "name": "start", "time": 0, "data": null}',
-        b'{"schema_version": 1, "sequence": 1, "name": "start", "time": 0, "data": [1]}',
-        b'{"schema_version": 1, "sequence": [], "name": "start", "time": 0, "data": {}}',
-        b'{"schema_version": 1, "sequence": 1, "name": "start", "time": "x", "data": {}}',
-        b'{"schema_version": 1, "sequence": 1, "name": "start", "time": 0, "data": {}}',
+        b'{"schema_version": 2, "sequence": 1, "name": "start", "time": 0, "data": null}',
+        b'{"schema_version": 2, "sequence": 1, "name": "start", "time": 0, "data": [1]}',
+        b'{"schema_version": 2, "sequence": [], "name": "start", "time": 0, "data": {}}',
+        b'{"schema_version": 2, "sequence": 1, "name": "start", "time": "x", "data": {}}',
+        b'{"schema_version": 2, "sequence": 1, "name": "start", "time": 0, "data": {}}',
     ],
 )
 def test_a_damaged_event_is_named_with_a_remedy(run, content):
@@ -151,15 +151,15 @@ def test_a_damaged_event_is_named_with_a_remedy(run, content):
 def test_an_event_with_values_of_another_kind_is_named(run):
     config, storage = run
     names = storage.list("journal/")
-    turn = next(name for name in names if name.endswith("-turn.json"))
-    for name in names[names.index(turn) + 1 :]:
+    iteration = next(name for name in names if name.endswith("-iteration.json"))
+    for name in names[names.index(iteration) + 1 :]:
         storage.delete(name)
-    sequence = int(turn[8:14])
+    sequence = int(iteration[8:14])
     storage.write(
-        turn,
-        b'{"schema_version":1,"sequence":%d,"name":"turn","time":0,"data":{"step":3,"decision":4}}' % sequence,
+        iteration,
+        b'{"schema_version":2,"sequence":%d,"name":"iteration","time":0,"data":{"step":3,"decision":4}}' % sequence,
     )
-    with pytest.raises(StoreError, match=rf"{turn} in .* is damaged .*restore it from a copy"):
+    with pytest.raises(StoreError, match=rf"{iteration} in .* is damaged .*restore it from a copy"):
         prune(None, config, distributed=False, progress=Silent())
 
 

@@ -49,10 +49,10 @@ def test_time_is_the_wall_clock(storage, monkeypatch):
 
 def test_dataclasses_and_non_finite_numbers_have_a_json_form(storage):
     decision = Decision(
-        turn=1, layer="conv", criterion="l1", filters=(2, 5), loss=math.inf, loss_before=0.5, flops_reduction=0.125
+        iteration=1, layer="conv", criterion="l1", filters=(2, 5), loss=math.inf, loss_before=0.5, flops_reduction=0.125
     )
-    Journal(storage).append("turn", {"decision": decision, "nan": math.nan})
-    data = Journal(storage).last("turn").data
+    Journal(storage).append("iteration", {"decision": decision, "nan": math.nan})
+    data = Journal(storage).last("iteration").data
     assert data["decision"]["filters"] == [2, 5] and data["decision"]["loss"] == "inf" and data["nan"] == "nan"
     assert math.isnan(float(data["nan"]))
 
@@ -73,7 +73,7 @@ def test_a_second_driver_is_noticed_by_the_first(storage):
     assert len(Journal(storage).events()) == 2
 
 
-@pytest.mark.parametrize("name", ["start", "turn"])
+@pytest.mark.parametrize("name", ["start", "iteration"])
 def test_two_drivers_in_the_same_moment(storage, name):
     """The rival writes its event of the same number between our look and our write."""
 
@@ -93,21 +93,21 @@ def test_two_drivers_in_the_same_moment(storage, name):
     [
         (
             lambda s: s.delete("journal/000002-epoch.json"),
-            "broken at journal/000003-turn.json: the one before is missing",
+            "broken at journal/000003-iteration.json: the one before is missing",
         ),
         (
-            lambda s: s.write("journal/000002-turn.json", s.read("journal/000002-epoch.json")),
-            "broken at journal/000002-turn.json: a number twice",
+            lambda s: s.write("journal/000002-iteration.json", s.read("journal/000002-epoch.json")),
+            "broken at journal/000002-iteration.json: a number twice",
         ),
         (lambda s: s.write("journal/notes.txt", b""), "journal/notes.txt is no file of a journal"),
         (lambda s: s.write("journal/000002-epoch.json", b"{"), "journal/000002-epoch.json in .* not JSON.*restore"),
         (lambda s: s.write("journal/000002-epoch.json", b"[]"), "journal/000002-epoch.json in .* holds a list"),
-        (lambda s: s.write("journal/000002-epoch.json", s.read("journal/000003-turn.json")), "renamed or copied"),
+        (lambda s: s.write("journal/000002-epoch.json", s.read("journal/000003-iteration.json")), "renamed or copied"),
     ],
 )
 def test_a_broken_journal_is_refused(storage, change, message):
     journal = Journal(storage)
-    for name in ("start", "epoch", "turn"):
+    for name in ("start", "epoch", "iteration"):
         journal.append(name, {})
     change(storage)
     with pytest.raises(StoreError, match=message):
@@ -122,8 +122,8 @@ def test_hidden_files_of_others_do_no_harm(storage):
 
 
 def test_events_are_written_without_blanks(storage):
-    Journal(storage).append("turn", {"filters": [1, 2], "loss": 0.5})
-    assert b'"data":{"filters":[1,2],"loss":0.5}}' in storage.read("journal/000001-turn.json")
+    Journal(storage).append("iteration", {"filters": [1, 2], "loss": 0.5})
+    assert b'"data":{"filters":[1,2],"loss":0.5}}' in storage.read("journal/000001-iteration.json")
 
 
 def test_another_schema_version_is_refused(storage):

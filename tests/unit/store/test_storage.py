@@ -134,8 +134,8 @@ def test_a_reader_never_sees_a_part_of_a_write(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for turn in range(40):
-        storage.write("x", contents[turn % 2])
+    for iteration in range(40):
+        storage.write("x", contents[iteration % 2])
     stop.set()
     reader.join()
     assert seen <= set(contents) and seen

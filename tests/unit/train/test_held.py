@@ -12,14 +12,14 @@ from laasp_ray.data.loaders.reading import Batch
 from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
-from laasp_ray.train.loop import EpochPlan, Spell, run_spell
-from laasp_ray.train.mask_enforcement import HeldMasks
+from laasp_ray.train.loop import EpochPlan, TrainingPhase, run_training_phase
+from laasp_ray.train.mask_enforcement import MaskEnforcer
 
 CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=4, momentum=0.9, nesterov=True, weight_decay=0.1)
 
 
 class Pictures:
-    """What `run_spell` needs of a SpellData: twelve random pictures of 8 x 8 pixels, of three classes."""
+    """What `run_training_phase` needs of a SpellData: twelve random pictures of 8 x 8 pixels, of three classes."""
 
     device = torch.device("cpu")
     rank, world, share, train_images, test_images = 0, 1, 4, 12, 12
@@ -49,12 +49,14 @@ def kept_of(model, *names):
     return {name: group_mask(model.get_parameter(name), GroupRule(4, 3)) for name in names}
 
 
-def train(model, kept, *, epochs=2, done=0, carried=None, ema=0.0):
+def train(model, kept, *, epochs=2, done=0, optimizer_state=None, ema=0.0):
     plans = tuple(EpochPlan(epoch=i, data_epoch=i, learning_rate=0.1) for i in range(epochs))
     masks = {name: pack_mask(mask) for name, mask in kept.items()}
-    spell = Spell(number=0, phase="final", epochs=plans, done=done, masks=masks)
+    training_phase = TrainingPhase(number=0, phase="final", epochs=plans, done=done, masks=masks)
     config = dataclasses.replace(CONFIG, ema=ema)
-    *finished, _ = run_spell(model, carried or {}, spell, data=Pictures(), config=config, seed=1)
+    *finished, _ = run_training_phase(
+        model, optimizer_state or {}, training_phase, data=Pictures(), config=config, seed=1
+    )
     return finished
 
 
@@ -76,7 +78,7 @@ def test_what_is_pruned_stays_zero_and_everything_else_is_trained():
     # Of every epoch's weights, not only of the last: they are what a run is resumed from.
     assert all((done.tensors["3.weight"][~kept["3.weight"]] == 0).all() for done in epochs)
     # Without the mask momentum and weight decay bring every weight back.
-    assert all(done.carried["momentum/3.weight"].count_nonzero() == kept["3.weight"].numel() for done in epochs)
+    assert all(done.optimizer_state["momentum/3.weight"].count_nonzero() == kept["3.weight"].numel() for done in epochs)
 
 
 def test_without_masks_the_weights_come_back():
@@ -110,22 +112,22 @@ def test_the_average_and_what_it_is_of_have_the_same_zeros():
     check_held(model, kept, before)
     for done in epochs:
         for name, mask in kept.items():
-            for tensor in (done.tensors[name], done.carried[f"weights/{name}"]):
+            for tensor in (done.tensors[name], done.optimizer_state[f"weights/{name}"]):
                 assert torch.equal(tensor != 0, mask) and not torch.signbit(tensor[~mask]).any()
     assert torch.equal(model.get_parameter("3.weight"), epochs[-1].tensors["3.weight"])
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_spell_that_is_cut_off_goes_on_to_the_same_weights(ema):
+def test_a_training_phase_that_is_cut_off_goes_on_to_the_same_weights(ema):
     whole, cut = network(), network()
     kept = kept_of(whole, "3.weight")
     first, _ = train(whole, kept, ema=ema)
     cut.load_state_dict(first.tensors)
-    train(cut, kept, done=1, carried=first.carried, ema=ema)
+    train(cut, kept, done=1, optimizer_state=first.optimizer_state, ema=ema)
     assert all(torch.equal(tensor, cut.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_a_spell_of_no_epochs_has_its_zeros_too():
+def test_a_training_phase_of_no_epochs_has_its_zeros_too():
     model = network()
     kept = kept_of(model, "3.weight")
     assert train(model, kept, epochs=0) == []
@@ -135,16 +137,16 @@ def test_a_spell_of_no_epochs_has_its_zeros_too():
 def test_masks_take_the_memory_format_of_their_weights():
     model = network().to(memory_format=torch.channels_last)
     kept = kept_of(model, "3.weight")
-    HeldMasks(model, {"3.weight": pack_mask(kept["3.weight"])}).apply()
+    MaskEnforcer(model, {"3.weight": pack_mask(kept["3.weight"])}).apply()
     weight = model.get_parameter("3.weight")
     assert torch.equal(weight != 0, kept["3.weight"]) and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_spell_with_masks_travels_to_other_processes():
-    spell = Spell(number=1, phase="final", masks={"3.weight": b"\x01\x02"})
-    assert pickle.loads(pickle.dumps(spell)) == spell
+def test_a_training_phase_with_masks_travels_to_other_processes():
+    training_phase = TrainingPhase(number=1, phase="final", masks={"3.weight": b"\x01\x02"})
+    assert pickle.loads(pickle.dumps(training_phase)) == training_phase
 
 
 def test_a_mask_for_nothing_is_named():
     with pytest.raises(TrainingError, match=r"a mask for 7\.weight"):
-        HeldMasks(network(), {"7.weight": b""})
+        MaskEnforcer(network(), {"7.weight": b""})

@@ -1,4 +1,5 @@
-"""A spell of training without Ray: steps worked out by hand, one rank against two, and a spell that is cut off."""
+"""A training phase without Ray: steps worked out by hand, one rank against two, and a training phase that is cut
+off."""
 
 import dataclasses
 import math
@@ -11,7 +12,7 @@ import torch.multiprocessing as mp
 from helpers import write_pictures
 from torch import nn
 from torch.nn import functional
-from training_by_hand import CONFIG, CPU, DECAYING, GRADIENT, PLAIN, ROWS, TWO, FakeData, linear, spell, train
+from training_by_hand import CONFIG, CPU, DECAYING, GRADIENT, PLAIN, ROWS, TWO, FakeData, linear, train, training_phase
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.ordering import epoch_batches
@@ -19,7 +20,7 @@ from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.train.data import SpellData
 from laasp_ray.train.ddp import distributed
-from laasp_ray.train.loop import evaluate, run_spell
+from laasp_ray.train.loop import evaluate, run_training_phase
 
 TRAIN_IMAGES, TEST_IMAGES, CLASSES = 22, 19, 3
 OPTIONS = dataclasses.replace(CONFIG, label_smoothing=0.1, ema=0.9, distill=0.5)
@@ -28,9 +29,9 @@ OPTIONS = dataclasses.replace(CONFIG, label_smoothing=0.1, ema=0.9, distill=0.5)
 
 def test_first_step_of_sgd_with_nesterov_momentum_and_weight_decay():
     # The buffer starts as g, the step is g + 0.9 g, the weights lose 0.5 of it.
-    (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), config=DECAYING)
+    (epoch,), _ = train(linear(ROWS), TWO, training_phase(0.5), config=DECAYING)
     torch.testing.assert_close(epoch.tensors["weight"], torch.tensor([[1.1425, 1.5725], [0.6675, 2.0475]]))
-    torch.testing.assert_close(epoch.carried["momentum/weight"], GRADIENT)
+    torch.testing.assert_close(epoch.optimizer_state["momentum/weight"], GRADIENT)
     assert epoch.loss == pytest.approx(math.log(2), abs=1e-6)
     assert (epoch.top1, epoch.images, epoch.position, epoch.plan.epoch) == (0.5, 2, 0, 7)
 
@@ -38,15 +39,15 @@ def test_first_step_of_sgd_with_nesterov_momentum_and_weight_decay():
 def test_step_with_the_momentum_of_the_epoch_before():
     # Buffer 0.9 v + g, step g + 0.9 of the buffer.
     before = {"momentum/weight": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
-    (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), carried=before, config=DECAYING)
-    torch.testing.assert_close(epoch.carried["momentum/weight"], torch.tensor([[0.75, 0.45], [0.35, -0.05]]))
+    (epoch,), _ = train(linear(ROWS), TWO, training_phase(0.5), optimizer_state=before, config=DECAYING)
+    torch.testing.assert_close(epoch.optimizer_state["momentum/weight"], torch.tensor([[0.75, 0.45], [0.35, -0.05]]))
     torch.testing.assert_close(epoch.tensors["weight"], torch.tensor([[0.7375, 1.5725], [0.6675, 2.0475]]))
     assert torch.equal(before["momentum/weight"], torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # a copy was trained on
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.125])
 def test_learning_rate_of_the_epoch_is_the_one_used(rate):
-    (first, second), _ = train(linear(ROWS), TWO, spell(rate, 0.0), config=PLAIN)
+    (first, second), _ = train(linear(ROWS), TWO, training_phase(rate, 0.0), config=PLAIN)
     gradient = torch.tensor([[-0.25, 0.25], [0.25, -0.25]])
     torch.testing.assert_close(first.tensors["weight"], torch.tensor(ROWS) - rate * gradient)
     assert torch.equal(second.tensors["weight"], first.tensors["weight"])
@@ -56,11 +57,13 @@ def test_learning_rate_of_the_epoch_is_the_one_used(rate):
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_an_epochs_tensors_are_not_changed_by_the_next_epoch(ema):
     config = dataclasses.replace(DECAYING, ema=ema)
-    running = run_spell(linear(ROWS), {}, spell(0.5, 0.5), data=TWO, config=config, seed=3)
+    running = run_training_phase(linear(ROWS), {}, training_phase(0.5, 0.5), data=TWO, config=config, seed=3)
     first = next(running)
-    kept = {name: tensor.clone() for name, tensor in [*first.tensors.items(), *first.carried.items()]}
+    kept = {name: tensor.clone() for name, tensor in [*first.tensors.items(), *first.optimizer_state.items()]}
     second = next(running)
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in [*first.tensors.items(), *first.carried.items()])
+    assert all(
+        torch.equal(tensor, kept[name]) for name, tensor in [*first.tensors.items(), *first.optimizer_state.items()]
+    )
     assert not torch.equal(second.tensors["weight"], first.tensors["weight"])
 
 
@@ -79,9 +82,9 @@ def test_top_5_of_fewer_than_5_classes_is_certain():
     assert (metrics.top1, metrics.top5, metrics.images) == (0.5, 1.0, 2)
 
 
-def test_a_spell_without_epochs_only_evaluates():
+def test_a_training_phase_without_epochs_only_evaluates():
     model = nn.Sequential(nn.Dropout(0.9), linear(ROWS))
-    epochs, done = train(model, TWO, spell())
+    epochs, done = train(model, TWO, training_phase())
     assert epochs == [] and done.metrics.loss == pytest.approx(math.log(2), rel=1e-6)
     assert torch.equal(model[1].weight, torch.tensor(ROWS))
 
@@ -98,7 +101,7 @@ def test_training_that_is_not_finite_names_the_epoch(scale, rates, message):
     data = FakeData([[scale, 0.0], [0.0, scale]], [0, 1])
     seen = []
     with pytest.raises(TrainingError, match=message):
-        for epoch in run_spell(linear(ROWS), {}, spell(*rates), data=data, config=DECAYING, seed=3):
+        for epoch in run_training_phase(linear(ROWS), {}, training_phase(*rates), data=data, config=DECAYING, seed=3):
             seen.append(epoch.position)
     assert seen == list(range(len(rates) - 1))
 
@@ -116,7 +119,7 @@ def mask_of(data_epoch, rank=0, scramble=0):
     torch.manual_seed(scramble)
     model = Recording(2, 2)
     data = FakeData(TWO.images.tolist() * 2, [0, 1, 0, 1], rank, 2)
-    train(model, data, spell(0.1, first=data_epoch), config=dataclasses.replace(DECAYING, batch_size=4))
+    train(model, data, training_phase(0.1, first=data_epoch), config=dataclasses.replace(DECAYING, batch_size=4))
     return model.mask
 
 
@@ -202,15 +205,15 @@ def one_of_two(rank, root, out):
 
     try:
         results = {
-            "plain": result(small_network(), spell(0.1, 0.05)),
-            "options": result(small_network(), spell(0.1, 0.05), config=OPTIONS, teacher=another_network()),
-            "masked": result(small_network(), masked(spell(0.1, 0.05))),
-            "batchnorm": result(with_batchnorm(), spell(0.1)),
-            "batchnorm, averaged": result(with_batchnorm(), spell(0.1), config=OPTIONS),
+            "plain": result(small_network(), training_phase(0.1, 0.05)),
+            "options": result(small_network(), training_phase(0.1, 0.05), config=OPTIONS, teacher=another_network()),
+            "masked": result(small_network(), masked(training_phase(0.1, 0.05))),
+            "batchnorm": result(with_batchnorm(), training_phase(0.1)),
+            "batchnorm, averaged": result(with_batchnorm(), training_phase(0.1), config=OPTIONS),
             "unused": train(
                 WithUnusedHead(),
                 data,
-                spell(0.1, 0.05),
+                training_phase(0.1, 0.05),
                 wrap=lambda model: distributed(model, (3, 8, 8), CONFIG),
             ),
         }
@@ -236,7 +239,7 @@ def ranks(folder, tmp_path_factory):
 
 
 def test_a_parameter_without_a_gradient_does_not_end_training_on_two_ranks(folder, ranks):
-    epochs, _ = run_alone(folder_config(folder), spell(0.1, 0.05), WithUnusedHead())
+    epochs, _ = run_alone(folder_config(folder), training_phase(0.1, 0.05), WithUnusedHead())
     for rank in ranks:
         theirs, _ = rank["unused"]
         assert len(theirs) == 2
@@ -247,12 +250,12 @@ def test_a_parameter_without_a_gradient_does_not_end_training_on_two_ranks(folde
 @pytest.mark.parametrize("kind", ["plain", "options", "masked"])
 def test_two_ranks_train_and_measure_what_one_does(folder, ranks, kind):
     options = {"config": OPTIONS, "teacher": another_network()} if kind == "options" else {}
-    what = masked(spell(0.1, 0.05)) if kind == "masked" else spell(0.1, 0.05)
+    what = masked(training_phase(0.1, 0.05)) if kind == "masked" else training_phase(0.1, 0.05)
     epochs, done = run_alone(folder_config(folder), what, small_network(), **options)
     for their_epochs, their_done in (rank[kind] for rank in ranks):
         assert len(their_epochs) == len(epochs) == 2
         for theirs, ours in zip(their_epochs, epochs, strict=True):
-            for tensors, expected in ((theirs.tensors, ours.tensors), (theirs.carried, ours.carried)):
+            for tensors, expected in ((theirs.tensors, ours.tensors), (theirs.optimizer_state, ours.optimizer_state)):
                 assert tensors.keys() == expected.keys()
                 for name, tensor in expected.items():
                     torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
@@ -274,7 +277,7 @@ def test_what_is_masked_is_zero_on_both_ranks(ranks):
         for epoch in epochs:
             assert torch.equal(epoch.tensors["3.weight"] != 0, kept_weights())
             # It is held, not merely never moved.
-            assert epoch.carried["momentum/3.weight"][~kept_weights()].count_nonzero() > 0
+            assert epoch.optimizer_state["momentum/3.weight"][~kept_weights()].count_nonzero() > 0
 
 
 @pytest.mark.parametrize("kind", ["batchnorm", "batchnorm, averaged"])
@@ -282,48 +285,55 @@ def test_two_ranks_agree_on_batchnorms_statistics(folder, ranks, kind):
     # They are each rank's own until they are agreed upon: what is measured must be what is saved.
     ((one,), measured), ((other,), _) = (rank[kind] for rank in ranks)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert all(torch.equal(one.carried[name], other.carried[name]) for name in one.carried)
+    assert all(torch.equal(one.optimizer_state[name], other.optimizer_state[name]) for name in one.optimizer_state)
     saved = with_batchnorm()
     saved.load_state_dict(one.tensors)
-    _, alone = run_alone(folder_config(folder), spell(), saved)
+    _, alone = run_alone(folder_config(folder), training_phase(), saved)
     assert alone.metrics.loss == pytest.approx(measured.metrics.loss, rel=1e-6)
     assert alone.metrics.top1 == measured.metrics.top1
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_a_spell_that_was_cut_off_ends_in_the_same_weights(folder, done, ema):
+def test_a_training_phase_that_was_cut_off_ends_in_the_same_weights(folder, done, ema):
     config, rates, options = folder_config(folder), (0.1, 0.1, 0.02), dataclasses.replace(CONFIG, ema=ema)
-    whole, measured = run_alone(config, spell(*rates), with_batchnorm(), config=options)
+    whole, measured = run_alone(config, training_phase(*rates), with_batchnorm(), config=options)
     last = whole[done - 1]
     resumed = with_batchnorm()
     resumed.load_state_dict(last.tensors)
     torch.manual_seed(99)
-    rest, again = run_alone(config, spell(*rates, done=done), resumed, carried=last.carried, config=options)
+    rest, again = run_alone(
+        config, training_phase(*rates, done=done), resumed, optimizer_state=last.optimizer_state, config=options
+    )
     assert [epoch.position for epoch in rest] == list(range(done, 3))
     for ours, theirs in zip(rest, whole[done:], strict=True):
-        assert ours.tensors.keys() == theirs.tensors.keys() and ours.carried.keys() == theirs.carried.keys()
+        assert (
+            ours.tensors.keys() == theirs.tensors.keys()
+            and ours.optimizer_state.keys() == theirs.optimizer_state.keys()
+        )
         assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
-        assert all(torch.equal(ours.carried[name], theirs.carried[name]) for name in theirs.carried)
+        assert all(
+            torch.equal(ours.optimizer_state[name], theirs.optimizer_state[name]) for name in theirs.optimizer_state
+        )
         assert (ours.loss, ours.top1, ours.images) == (theirs.loss, theirs.top1, TRAIN_IMAGES)
         assert ours.metrics == theirs.metrics and (ours.metrics is None) == (ours.position == 2)
     assert again.metrics == measured.metrics
 
 
 @pytest.mark.parametrize(("ema", "part"), [(0.0, "momentum/"), (0.9, "momentum/"), (0.9, "weights/")])
-def test_without_what_it_carries_a_spell_goes_on_differently(folder, ema, part):
+def test_without_what_it_carries_a_training_phase_goes_on_differently(folder, ema, part):
     config, options = folder_config(folder), dataclasses.replace(CONFIG, ema=ema)
-    whole, _ = run_alone(config, spell(0.1, 0.1), with_batchnorm(), config=options)
-    assert any(name.startswith(part) for name in whole[0].carried)
-    rest = {name: tensor for name, tensor in whole[0].carried.items() if not name.startswith(part)}
+    whole, _ = run_alone(config, training_phase(0.1, 0.1), with_batchnorm(), config=options)
+    assert any(name.startswith(part) for name in whole[0].optimizer_state)
+    rest = {name: tensor for name, tensor in whole[0].optimizer_state.items() if not name.startswith(part)}
     resumed = with_batchnorm()
     resumed.load_state_dict(whole[0].tensors)
-    (last,), _ = run_alone(config, spell(0.1, 0.1, done=1), resumed, carried=rest, config=options)
+    (last,), _ = run_alone(config, training_phase(0.1, 0.1, done=1), resumed, optimizer_state=rest, config=options)
     assert not torch.equal(last.tensors["0.weight"], whole[1].tensors["0.weight"])
 
 
 def test_training_learns(folder):
-    epochs, done = run_alone(folder_config(folder), spell(*[0.02] * 8), small_network())
+    epochs, done = run_alone(folder_config(folder), training_phase(*[0.02] * 8), small_network())
     assert epochs[-1].loss < epochs[0].loss / 2
     assert done.metrics.top1 > 0.9
 
@@ -332,16 +342,16 @@ def test_training_learns(folder):
 def test_unreadable_images_are_left_out_and_told_once(tmp_path, loader):
     bad, bad_test = "train/a/003.png", "val/b/004.png"
     config = folder_config(make_folder(tmp_path, junk=(bad, bad_test)), loader)
-    epochs, done = run_alone(config, spell(0.01, 0.01), small_network())
+    epochs, done = run_alone(config, training_phase(0.01, 0.01), small_network())
     assert [epoch.unreadable for epoch in epochs] == [(bad, bad_test), ()]
     assert [epoch.images for epoch in epochs] == [TRAIN_IMAGES - 1] * 2
     assert done.unreadable == () and epochs[0].metrics.images == done.metrics.images == TEST_IMAGES - 1
     # If they are evaluated at the end only, what cannot be read of the test images is told then.
     untested = dataclasses.replace(CONFIG, test_every=0)
-    epochs, done = run_alone(config, spell(0.01, 0.01), small_network(), config=untested)
+    epochs, done = run_alone(config, training_phase(0.01, 0.01), small_network(), config=untested)
     assert [epoch.unreadable for epoch in epochs] == [(bad,), ()] and done.unreadable == (bad_test,)
     # One who knows of them from the start tells nothing, and from then on trains the same.
-    known, _ = run_alone(config, spell(0.01, 0.01, excluded=(bad, bad_test)), small_network())
+    known, _ = run_alone(config, training_phase(0.01, 0.01, excluded=(bad, bad_test)), small_network())
     assert [epoch.unreadable for epoch in known] == [(), ()]
     assert torch.equal(known[1].tensors["0.weight"], epochs[1].tensors["0.weight"])
 
@@ -356,7 +366,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error_that_names_the_epoch(t
         for index in lost:
             files[index].write_bytes(b"junk")
         with pytest.raises(TrainingError, match="epoch 7: not one image of a batch of 2 could be read"):
-            train(small_network(), data, spell(0.01), config=dataclasses.replace(CONFIG, batch_size=2))
+            train(small_network(), data, training_phase(0.01), config=dataclasses.replace(CONFIG, batch_size=2))
     finally:
         data.close()
 

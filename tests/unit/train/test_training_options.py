@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from training_by_hand import PLAIN, ROWS, TWO, FakeData, linear, spell, train
+from training_by_hand import PLAIN, ROWS, TWO, FakeData, linear, train, training_phase
 
 from laasp_ray.data.ordering import epoch_batches
 from laasp_ray.train.ema import MovingAverage
@@ -29,7 +29,7 @@ def cross_entropy(difference):
 
 def test_a_step_with_label_smoothing_by_hand():
     # Labels of 0.9 and 0.1 against probabilities of 1/2: 0.4 in place of 0.5, halved by the mean of two images.
-    (first, second), done = train(linear(ROWS), TWO, spell(0.5, 0.0), config=options(label_smoothing=0.2))
+    (first, second), done = train(linear(ROWS), TWO, training_phase(0.5, 0.0), config=options(label_smoothing=0.2))
     torch.testing.assert_close(first.tensors["weight"], torch.tensor([[1.1, 1.9], [0.9, 2.1]]))
     assert first.loss == pytest.approx(math.log(2), rel=1e-6)
     # The true class is 0.2 above the other now. What is minimised is smoothed, what is measured on test images is not.
@@ -47,7 +47,7 @@ def test_a_step_with_distillation_by_hand():
     teacher = nn.Sequential(nn.Dropout(0.9), linear(TEACHER_ROWS), nn.BatchNorm1d(2, affine=False, eps=0.0))
     before = copy.deepcopy(teacher.state_dict())
     config = options(distill=0.5, distill_temperature=2.0)
-    (epoch,), done = train(linear(ROWS), TWO, spell(0.5), config=config, teacher=teacher.train())
+    (epoch,), done = train(linear(ROWS), TWO, training_phase(0.5), config=config, teacher=teacher.train())
     torch.testing.assert_close(epoch.tensors["weight"], torch.tensor([[1.1375, 1.9625], [0.8625, 2.0375]]))
     divergences = 0.8 * math.log(1.6) + 0.2 * math.log(0.4), 0.6 * math.log(1.2) + 0.4 * math.log(0.8)
     assert epoch.loss == pytest.approx((math.log(2) + 4 * sum(divergences) / 2) / 2, rel=1e-6)
@@ -59,14 +59,14 @@ def test_a_step_with_distillation_by_hand():
 
 def test_smoothing_and_distillation_together_against_plain_sums():
     generator = torch.Generator().manual_seed(1)
-    output, taught = (3 * torch.randn(5, 3, generator=generator) for _ in range(2))
+    output, teacher_logits = (3 * torch.randn(5, 3, generator=generator) for _ in range(2))
     labels = torch.tensor([0, 1, 2, 2, 1])
     targets = 0.9 * functional.one_hot(labels, 3) + 0.1 / 3
     told = -(targets * output.softmax(1).log()).sum()
-    ours, theirs = (output / 3).softmax(1), (taught / 3).softmax(1)
+    ours, theirs = (output / 3).softmax(1), (teacher_logits / 3).softmax(1)
     imitated = (theirs * (theirs / ours).log()).sum()
     config = options(label_smoothing=0.1, distill=0.7, distill_temperature=3.0)
-    torch.testing.assert_close(training_loss(output, labels, config, taught), 0.3 * told + 0.7 * 9 * imitated)
+    torch.testing.assert_close(training_loss(output, labels, config, teacher_logits), 0.3 * told + 0.7 * 9 * imitated)
     # Without a teacher all that counts are the labels.
     torch.testing.assert_close(training_loss(output, labels, config), told)
 
@@ -78,13 +78,13 @@ def test_two_steps_of_the_average_by_hand(ema, decays):
     second = 0.125 + 0.25 / (1 + math.exp(0.25))
     average = (1 - decays[0]) * 0.125
     model = linear(ROWS)
-    epochs, done = train(model, TWO, spell(0.5, 0.5), config=options(ema=ema))
+    epochs, done = train(model, TWO, training_phase(0.5, 0.5), config=options(ema=ema))
     for epoch, weight, mean in (
         (epochs[0], 0.125, average),
         (epochs[1], second, decays[1] * average + (1 - decays[1]) * second),
     ):
         moved = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-        torch.testing.assert_close(epoch.carried["weights/weight"], torch.tensor(ROWS) + weight * moved)
+        torch.testing.assert_close(epoch.optimizer_state["weights/weight"], torch.tensor(ROWS) + weight * moved)
         torch.testing.assert_close(epoch.tensors["weight"], torch.tensor(ROWS) + mean * moved)
     # What is measured, and what is left, is the average.
     assert done.metrics.loss == pytest.approx(cross_entropy(2 * mean), rel=1e-6)
@@ -92,8 +92,8 @@ def test_two_steps_of_the_average_by_hand(ema, decays):
 
 
 def test_without_an_average_nothing_more_is_carried():
-    (epoch,), _ = train(linear(ROWS), TWO, spell(0.5), config=options(momentum=0.9))
-    assert epoch.carried.keys() == {"momentum/weight"}
+    (epoch,), _ = train(linear(ROWS), TWO, training_phase(0.5), config=options(momentum=0.9))
+    assert epoch.optimizer_state.keys() == {"momentum/weight"}
 
 
 def test_the_average_of_a_network_with_batchnorm_against_plain_torch():
@@ -115,11 +115,11 @@ def test_the_average_of_a_network_with_batchnorm_against_plain_torch():
                 mean = decay * average[name] + (1 - decay) * tensor
                 average[name] = tensor.clone() if name.endswith("num_batches_tracked") else mean
     assert (steps, decay) == (9, 0.5)  # at the end it is the one asked for: 9 / 18 is reached at step 8
-    epochs, _ = train(model, data, spell(0.1, 0.1, 0.1), config=config)
+    epochs, _ = train(model, data, training_phase(0.1, 0.1, 0.1), config=config)
     assert epochs[-1].tensors.keys() == average.keys()
     for name, tensor in average.items():
         torch.testing.assert_close(epochs[-1].tensors[name], tensor)
-        torch.testing.assert_close(epochs[-1].carried[f"weights/{name}"], expected.state_dict()[name])
+        torch.testing.assert_close(epochs[-1].optimizer_state[f"weights/{name}"], expected.state_dict()[name])
     assert epochs[-1].tensors["1.num_batches_tracked"] == steps
     assert not torch.allclose(average["1.running_var"], expected.state_dict()["1.running_var"], rtol=1e-3)
 

@@ -1,11 +1,11 @@
-"""Spells of training on tensors, small enough to be worked out by hand."""
+"""Training phases on tensors, small enough to be worked out by hand."""
 
 import torch
 from torch import nn
 
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.loaders.reading import Batch
-from laasp_ray.train.loop import EpochPlan, Spell, SpellDone, run_spell
+from laasp_ray.train.loop import EpochPlan, PhaseResult, TrainingPhase, run_training_phase
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=8, weight_decay=1e-3)
@@ -26,7 +26,7 @@ class InMemory:
 
 
 class FakeData:
-    """What `run_spell` needs of a SpellData; images of shape (n, features), the same for training and test."""
+    """What `run_training_phase` needs of a SpellData; images of shape (n, features), the same for training and test."""
 
     device = CPU
 
@@ -41,15 +41,15 @@ class FakeData:
         return ()
 
 
-def spell(*rates, done=0, excluded=(), first=0):
+def training_phase(*rates, done=0, excluded=(), first=0):
     plans = tuple(EpochPlan(epoch=7 + i, data_epoch=first + i, learning_rate=rate) for i, rate in enumerate(rates))
-    return Spell(number=0, phase="train", epochs=plans, done=done, excluded=excluded)
+    return TrainingPhase(number=0, phase="train", epochs=plans, done=done, excluded=excluded)
 
 
-def train(model, data, what, *, carried=None, config=CONFIG, **options):
-    """The epochs of a spell, and its evaluation."""
-    *epochs, last = run_spell(model, carried or {}, what, data=data, config=config, seed=3, **options)
-    assert isinstance(last, SpellDone)
+def train(model, data, what, *, optimizer_state=None, config=CONFIG, **options):
+    """The epochs of a training phase, and its evaluation."""
+    *epochs, last = run_training_phase(model, optimizer_state or {}, what, data=data, config=config, seed=3, **options)
+    assert isinstance(last, PhaseResult)
     return epochs, last
 
 
