@@ -316,7 +316,7 @@ def _calibration(
     elif known.data["digest"] != calibration.digest:
         raise DataError(
             f"the calibration set drawn now has digest {calibration.digest[:12]}, the run's "
-            f"{known.data['digest'][:12]}: the training images or the decoder have changed; restore them, or start a new "
-            "run with another --name"
+            f"{known.data['digest'][:12]}: the training images or the decoder have changed; restore them, or start a "
+            "new run with another --name"
         )
     return calibration

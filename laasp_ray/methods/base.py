@@ -103,7 +103,9 @@ class IterationContext:
         left cannot be evaluated.
         """
         if not filters:
-            raise ExhaustedError(f"{criterion} chose no filter in turn {self.iteration}: there is nothing to prune")
+            raise ExhaustedError(
+                f"{criterion} chose no filter in iteration {self.iteration}: there is nothing to prune"
+            )
         removal = joint_removal(self.graph, filters)
         step = plan_of(removal)
         after, before = self.measure(removal, f"the prune by {criterion}")

@@ -124,7 +124,8 @@ class Journal:
         if version != JOURNAL_VERSION:
             raise StoreError(
                 f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "
-                f"{JOURNAL_VERSION}: the run was begun by another version; finish it with that one, or start it anew under another --name"
+                f"{JOURNAL_VERSION}: the run was begun by another version; finish it with that one, or start it anew "
+                "under another --name"
             )
         if _file_name(event.sequence, event.name) != file:
             raise StoreError(

@@ -63,7 +63,7 @@ def _try_cut(
     except PruningError as error:  # each was tried alone; that they do not go together is no fault of training
         logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
         return ""
-    return try_step(deep_copy(cut), shape, config).fault  # a step writes to weights, and a twin shares them
+    return try_step(deep_copy(cut), shape, config).fault  # a step writes to weights, and the copy shares them
 
 
 def small_plan(graph: PruningGraph, layers: Sequence[str]) -> Plan:
