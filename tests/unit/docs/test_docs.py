@@ -2,8 +2,11 @@
 
 import ast
 import contextlib
+import dataclasses
 import functools
+import importlib
 import io
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from laasp_ray import config
 from laasp_ray.cli import main
+from laasp_ray.config import RunConfig
 from laasp_ray.config.fields import flatten
-from laasp_ray.recipes import RECIPES, recipe, with_sparsity
+from laasp_ray.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -72,10 +77,19 @@ def flags_of(job: str) -> frozenset[str]:
 
 @functools.cache
 def keys() -> frozenset[str]:
-    """Every dotted key of any recipe's config."""
-    configs = [recipe(name) for name in RECIPES]
-    every = [*configs, *(with_sparsity(config) for config in configs)]
-    return frozenset(key for config in every for key in flatten(config.to_dict()))
+    """Every dotted key that a config may have: those of the recipes, and the fields of every section's class.
+
+    A class that is named after no field of RunConfig is a method's: its section is `prune`.
+    """
+    found = {key for name in RECIPES for key in flatten(recipe(name).to_dict())}
+    sections = {field.name for field in dataclasses.fields(RunConfig)}
+    for module in pkgutil.iter_modules(config.__path__, f"{config.__name__}."):
+        for name, kind in vars(importlib.import_module(module.name)).items():
+            if name.endswith("Config") and dataclasses.is_dataclass(kind) and kind is not RunConfig:
+                section = name.removesuffix("Config").lower()
+                prefix = section if section in sections else "prune"
+                found |= {f"{prefix}.{field.name}" for field in dataclasses.fields(kind)}
+    return frozenset(found)
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
