@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from baselines import pls_iteration, random_iteration, uniform_iteration
+from baselines import PlsByFlops, RandomPruning, UniformPruning
 from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
@@ -83,9 +83,9 @@ class Method:
 COMPARED = {
     "laasp": Method(),
     **{name: Method((f'prune.criteria=["{name}"]',)) for name in ("l1", "l2", "euclidean", "cosine")},
-    "pls": Method(("prune.method=pls",), of_seed=lambda seed: pls_iteration),
-    "uniform": Method(of_seed=lambda seed: uniform_iteration),
-    "random": Method(of_seed=random_iteration),
+    "pls": Method(("prune.method=pls",), of_seed=lambda seed: PlsByFlops()),
+    "uniform": Method(of_seed=lambda seed: UniformPruning()),
+    "random": Method(of_seed=RandomPruning),
 }
 OPTIONS = {
     "laasp-distillation": Method(("train.distill=0.5",)),

@@ -21,7 +21,7 @@ from laasp_ray.data.sources.identity import identify
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
-from laasp_ray.methods import METHODS, PruningMethod
+from laasp_ray.methods import PruningMethod, method_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
@@ -41,7 +41,6 @@ from laasp_ray.run.events import (
     started,
 )
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
-from laasp_ray.run.sparse_controller import SparseController
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.store.addresses import public_data
@@ -216,7 +215,7 @@ def _control(
         parts = RunServices(
             trainer,
             executor,
-            method or METHODS[config.prune.method],
+            method or method_of(config),
             storage,
             journal,
             (progress, scalars),
@@ -225,8 +224,7 @@ def _control(
         state = folded(journal, config)
         if resumed:
             progress.on_event(RunResumed(), state)
-        loop = Controller if config.sparsity is None else SparseController
-        return loop(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
+        return Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
     finally:
         _close(reversed(made.values()))
 
@@ -252,8 +250,7 @@ def _check_method(start: RunStarted, method: PruningMethod | None) -> None:
 def _name_of(method: PruningMethod | None) -> str | None:
     if method is None:
         return None
-    named = method if hasattr(method, "__qualname__") else type(method)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
 def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod | None) -> None:

@@ -24,6 +24,7 @@ from laasp_ray import api, models
 from laasp_ray.config import RunConfig
 from laasp_ray.config.compat import RENAMED_KEYS, current_name
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
+from laasp_ray.methods.group_sparsity import REPORT
 from laasp_ray.methods.sparsity_report import sparsity_from_json
 from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe, with_sparsity
@@ -34,7 +35,6 @@ from laasp_ray.report.sparsity import sparsity_table
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run import evaluate as evaluation
 from laasp_ray.run.events import read_events
-from laasp_ray.run.sparse_controller import REPORT
 from laasp_ray.store.addresses import public_text
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage

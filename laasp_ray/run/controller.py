@@ -16,10 +16,11 @@ from torch import nn
 
 from laasp_ray.config import TARGETS, RunConfig
 from laasp_ray.errors import DataError, ExhaustedError, TrainingError
-from laasp_ray.methods import IterationContext, PruningMethod
+from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
 from laasp_ray.methods.targets import measure_targets
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
+from laasp_ray.pruning.sparsity.groups import masked
 from laasp_ray.records import Place, RunState
 from laasp_ray.run.events import (
     BaselineMeasured,
@@ -41,10 +42,11 @@ from laasp_ray.run.events import (
 )
 from laasp_ray.run.state import advance, next_training_phase
 from laasp_ray.search.candidates import Baseline
-from laasp_ray.search.executor import Executor
+from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
-from laasp_ray.store.checkpoint import delete_checkpoints, load_checkpoint, save_checkpoint
+from laasp_ray.store.checkpoint import delete_checkpoints, has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal, write_candidates
+from laasp_ray.store.sparse import has_masks, load_masks, save_masks
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import Trainer
@@ -86,7 +88,7 @@ class Controller:
         self._parts = parts
         self._has_teacher = False
         self.state = state
-        self._network, self._optimizer_state = self._restore()
+        self._network, self._optimizer_state, self._masks = self._restore()
 
     def run(self) -> nn.Module:
         """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
@@ -104,16 +106,17 @@ class Controller:
     def _has(self, name: str) -> bool:
         return self._parts.journal.last(name) is not None
 
-    def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor]]:
-        """The network as the state has it, and what is carried from epoch to epoch in the middle of a training
-        phase."""
-        state = self.state
-        checkpoint = load_checkpoint(self._parts.storage, state.checkpoint)
+    def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor], Mapping[str, bytes]]:
+        """The network as the state has it, the optimizer's state in the middle of a training phase, and the masks."""
+        state, storage = self.state, self._parts.storage
+        checkpoint = load_checkpoint(storage, state.checkpoint)
         network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
         optimizer_state = checkpoint.optimizer_state if state.phase_epochs_done else {}
         for step in state.steps:
             network = self._after(network, Plan.from_json(step))
-        return network, optimizer_state
+        masks = load_masks(storage, state.iteration) if has_masks(storage, state.iteration) else {}
+        # A run cut off between an iteration and its first epoch has the weights from before the masks.
+        return NetworkState(network.plan, masked(network.tensors, masks)), optimizer_state, masks
 
     def _after(self, network: NetworkState, step: Plan) -> NetworkState:
         model = rebuild(self._unpruned, network)
@@ -143,14 +146,46 @@ class Controller:
     def _iteration(self) -> None:
         started = time.perf_counter()
         parts, number = self._parts, self.state.iteration + 1
-        self._notify(PhaseStarted(phase="prune", detail=f"iteration {number}"))
-        if number == 1:
+        self._notify(PhaseStarted(phase="prune", detail=parts.method.title(number)))
+        if number == 1 and not has_checkpoint(parts.storage, UNPRUNED):
             save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
-        model = rebuild(self._unpruned, self._network).eval()
-        executor = parts.executor(self.state.excluded, lambda name: self._exclude((name,)))
+        context = self._context(number)
         prepared = time.perf_counter() - started
-        context = IterationContext(
-            model=model,
+        try:
+            result = parts.method.iterate(context)
+        except ExhaustedError as error:
+            if not self._config.prune.latency_reduction:
+                raise
+            self._record(Exhausted(reason=str(error)))
+            return
+        applied = time.perf_counter()
+        self._apply(result, number)
+        measured = measure_targets(self._unpruned, self._network, self._config)
+        ended = time.perf_counter()
+        seconds = {"prepare": prepared, **result.seconds, "apply": ended - applied, "total": ended - started}
+        self._record(
+            IterationDone(
+                iteration=number,
+                decision=result.decision,
+                step=None if result.step is None else result.step.to_json(),
+                kept_filters={layer: len(kept) for layer, kept in self._network.plan.layers.items()},
+                candidates=len(result.ranking),
+                seconds=seconds,
+                reached=measured.shares,
+                latency=measured.latency,
+                ends_pruning=result.ends_pruning,
+                details=result.details,
+                text=result.text,
+            )
+        )
+
+    def _context(self, number: int) -> IterationContext:
+        parts = self._parts
+        executor: Executor = NO_EXECUTOR
+        if parts.method.measures_losses:
+            executor = parts.executor(self.state.excluded, lambda name: self._exclude((name,)))
+        return IterationContext(
+            model=rebuild(self._unpruned, self._network).eval(),
             network=self._network,
             example_input=self._example,
             baseline=self._baseline,
@@ -160,36 +195,24 @@ class Controller:
             on_candidate=lambda done, total, latest: self._notify(
                 CandidatesMeasured(iteration=number, done=done, total=total, latest=latest)
             ),
+            masks=self._masks,
         )
-        try:
-            result = parts.method(context)
-        except ExhaustedError as error:
-            if not self._config.prune.latency_reduction:
-                raise
-            self._record(Exhausted(reason=str(error)))
-            return
-        applied = time.perf_counter()
-        self._network, self._optimizer_state = self._after(self._network, result.step), {}
+
+    def _apply(self, result: IterationResult, number: int) -> None:
+        """The network, the masks and the candidates' losses after an iteration; what is stored is before its event."""
+        storage = self._parts.storage
+        self._network, self._optimizer_state = result.network or self._network, {}
+        if result.step is not None:
+            self._network = self._after(self._network, result.step)
+        if result.masks is not None:
+            save_masks(storage, number, result.masks)
+            self._masks = result.masks
         if result.ranking:
-            write_candidates(parts.storage, number, result.ranking)
-        measured = measure_targets(self._unpruned, self._network, self._config)
-        ended = time.perf_counter()
-        self._record(
-            IterationDone(
-                iteration=number,
-                decision=result.decision,
-                step=result.step.to_json(),
-                kept_filters={layer: len(kept) for layer, kept in self._network.plan.layers.items()},
-                candidates=len(result.ranking),
-                seconds={"prepare": prepared, **result.seconds, "apply": ended - applied, "total": ended - started},
-                reached=measured.shares,
-                latency=measured.latency,
-            )
-        )
+            write_candidates(storage, number, result.ranking)
 
     def _train(self) -> PhaseResult:
         started = time.perf_counter()
-        phase, parts = self._training_phase(), self._parts
+        phase, parts = replace(next_training_phase(self.state, self._config), masks=self._masks), self._parts
         self._notify(PhaseStarted(phase=phase.phase, detail=f"{len(phase.epochs) - phase.done} epochs"))
         try:
             done = self._trainer().run(self._network, self._optimizer_state, phase, self._epoch_done)
@@ -217,9 +240,6 @@ class Controller:
             trainer.set_teacher(NetworkState(Plan.empty(), load_checkpoint(self._parts.storage, UNPRUNED).model))
             self._has_teacher = True
         return trainer
-
-    def _training_phase(self) -> TrainingPhase:
-        return next_training_phase(self.state, self._config)
 
     def _epoch_done(self, done: EpochResult) -> None:
         state, plan, parts = self.state, done.plan, self._parts
@@ -289,26 +309,32 @@ class Controller:
             seconds=seconds_spent(events),
         )
         details = self._save(model, summary)
-        summary = replace(summary, details=details)
-        self._record(replace(summary, text=self._result(summary)))
+        self._record(replace(summary, details=details, text=self._result(summary, details)))
         return model
 
     def _save(self, model: nn.Module, summary: RunFinished) -> Mapping[str, Any]:
-        """Writes the finished network; gives what there is to say of it besides."""
-        save_pruned(
-            self._parts.storage.child("pruned"),
+        """Writes the finished network and what its method tells of it; gives the method's details."""
+        storage = self._parts.storage
+        finished = FinishedNetwork(model=model, example_input=self._example, masks=self._masks)
+        report = self._parts.method.report(finished) if self._config.prunes else MethodReport()
+        for name, content in report.files.items():
+            storage.write(name, content)
+        written = save_pruned(
+            storage.child("pruned"),
             model=model,
             model_config=self._config.model,
             plan=self._network.plan,
-            metrics=data_of(summary),
+            metrics=data_of(replace(summary, details=report.details)),
+            masks=self._masks,
         )
-        return {}
+        return {**report.details, "weights_bytes": written}
 
-    def _result(self, summary: RunFinished) -> str:
+    def _result(self, summary: RunFinished, details: Mapping[str, Any]) -> str:
         if not self._config.prunes:
             return "trained, nothing pruned"
         reached = {of: getattr(summary, TARGETS[of]) for of in {"FLOPs": 0.0} | self._config.prune.targets}
-        return "pruned by " + ", ".join(f"{share:.2%} of {of}" for of, share in reached.items())
+        gone = "pruned by " + ", ".join(f"{share:.2%} of {of}" for of, share in reached.items())
+        return self._parts.method.result(details) or gone
 
 
 def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:

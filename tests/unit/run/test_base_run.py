@@ -9,7 +9,7 @@ from whole_runs import Silent, events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.errors import ConfigError
-from laasp_ray.methods.laasp import iterate
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.planning.dry_run import Machine, describe
 from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.summary import format_summary, summarise
@@ -117,7 +117,7 @@ def test_the_plan_of_a_dry_run(tmp_path):
 
 def test_what_chooses_prunes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a method is given to a run that prunes nothing"):
-        prune(None, base_run(tmp_path), distributed=False, method=iterate)
+        prune(None, base_run(tmp_path), distributed=False, method=Laasp())
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
     with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):

@@ -229,27 +229,30 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
         run(small_run(tmp_path, model__arguments={"num_classes": 12}))
 
 
-def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
-    def by_l2(now):
-        return laasp.iterate(dataclasses.replace(now, config=dataclasses.replace(now.config, criteria=("l2",))))
+class ByL2(laasp.Laasp):
+    def iterate(self, context):
+        config = dataclasses.replace(context.config, criteria=("l2",))
+        return super().iterate(dataclasses.replace(context, config=config))
 
+
+def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
-    prune(None, config, distributed=False, progress=Silent(), method=by_l2)
+    prune(None, config, distributed=False, progress=Silent(), method=ByL2())
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
     again = dataclasses.replace(config, name="again")
     with power_cut(monkeypatch, 3):
-        prune(None, again, distributed=False, progress=Silent(), method=by_l2)
-    for other, named in ((None, "it is given none"), (laasp.iterate, r"laasp_ray\.methods\.laasp\.iterate")):
-        with pytest.raises(ConfigError, match=rf"was started with .*by_l2, now .*{named}.*give the same method"):
+        prune(None, again, distributed=False, progress=Silent(), method=ByL2())
+    for other, named in ((None, "it is given none"), (laasp.Laasp(), r"laasp_ray\.methods\.laasp\.Laasp")):
+        with pytest.raises(ConfigError, match=rf"was started with .*ByL2, now .*{named}.*give the same method"):
             prune(None, again, distributed=False, progress=Silent(), method=other)
-    prune(None, again, distributed=False, progress=Silent(), method=by_l2)
+    prune(None, again, distributed=False, progress=Silent(), method=ByL2())
     assert decisions(again) == decisions(config)
     sparse = dataclasses.replace(
         config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
     )
     with pytest.raises(ConfigError, match="a method is given to a run with sparsity"):
-        prune(None, sparse, distributed=False, progress=Silent(), method=by_l2)
+        prune(None, sparse, distributed=False, progress=Silent(), method=ByL2())
 
 
 def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):
