@@ -52,7 +52,9 @@ from laasp_ray.config import RunConfig
 from laasp_ray.errors import LaaspError
 from laasp_ray.methods import PruningMethod
 from laasp_ray.recipes import recipe
+from laasp_ray.records import RunState
 from laasp_ray.report.progress import LineProgress
+from laasp_ray.run.events import Happening, PhaseStarted
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -129,9 +131,9 @@ class Forking(LineProgress):
         super().__init__(config.prune.targets, stream, time.monotonic)
         self._config, self._following = config, following
 
-    def phase(self, name: str, detail: str) -> None:
-        super().phase(name, detail)
-        if name == "final" and self._following is not None:
+    def on_event(self, event: Happening, state: RunState) -> None:
+        super().on_event(event, state)
+        if isinstance(event, PhaseStarted) and event.phase == "final" and self._following is not None:
             fork(self._config, self._following)
 
 

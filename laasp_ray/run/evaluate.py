@@ -18,6 +18,7 @@ from laasp_ray.data.sources.base import check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.records import Metrics
+from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint
@@ -92,9 +93,8 @@ def _config(storage: Storage) -> RunConfig:
 
 def _classes(storage: Storage) -> tuple[str, ...] | None:
     """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
-    start = Journal(storage).last("start")
-    images = {} if start is None else start.data.get("images", {})
-    return tuple(row[0] for row in images["train"]["classes"]) if "train" in images else None
+    start = started(Journal(storage))
+    return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
 
 
 def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:

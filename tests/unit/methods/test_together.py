@@ -155,7 +155,7 @@ def test_one_of_a_coupled_group():
     assert [prune.layer for prune in iteration.decision.prunes] == ["stem", "first"]
 
 
-@pytest.mark.parametrize("together", [math.nan, math.inf])
+@pytest.mark.parametrize("joint", [math.nan, math.inf])
 def test_the_best_goes_alone_where_all_together_have_no_loss(network, caplog, joint):
     with caplog.at_level(logging.WARNING):
         iteration = iteration_of(network, Scripted(LOSSES, joint))
