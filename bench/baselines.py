@@ -83,7 +83,7 @@ def pls_iteration(now: IterationContext) -> IterationResult:
     """
     rooms = rooms_of(now, independent_layers(now.graph))
     now.clock.lap("graph")
-    scores = within(now.executor.importance(now.scored, ImportanceRequest.of(rooms, now.config)), rooms)
+    scores = within(now.executor.importance(now.scored, ImportanceRequest.of(rooms, "pls", now.config)), rooms)
     blocks = {layer: room.blocks for layer, room in rooms.items()}
     filters = sum(room.filters for room in rooms.values())
     percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.criteria import looks_at_data
 from laasp_ray.methods.base import IterationContext, IterationResult
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.records import Ranking
@@ -27,9 +27,10 @@ def iterate(now: IterationContext) -> IterationResult:
     config, graph, macs = now.config, now.graph, now.macs
     now.clock.lap("graph")
     network = now.scored
-    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
     given = {
-        name: now.executor.importance(network, ImportanceRequest.of(graph.layers, config)) for name in by_activations
+        name: now.executor.importance(network, ImportanceRequest.of(graph.layers, name, config))
+        for name in config.criteria
+        if looks_at_data(name)
     }
     proposals = propose(now.model, graph, macs, now.baseline, config, given)
     now.clock.lap("propose")

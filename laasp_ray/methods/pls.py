@@ -28,7 +28,7 @@ def iterate(now: IterationContext) -> IterationResult:
             "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
         )
     now.clock.lap("graph")
-    scores = now.executor.importance(now.scored, ImportanceRequest.of(layers, now.config))
+    scores = now.executor.importance(now.scored, ImportanceRequest.of(layers, "pls", now.config))
     now.clock.lap("score")
     blocks = {layer: now.graph.layers[layer].blocks for layer in layers}
     return now.prune(choose(scores, blocks, now.config.percent, now.config.round_to), "pls")

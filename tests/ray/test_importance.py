@@ -8,6 +8,7 @@ import torch
 from helpers import randomise_batchnorm, small_run
 
 from laasp_ray import models
+from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
@@ -23,7 +24,7 @@ from laasp_ray.search.executor import InProcessExecutor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
+WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "pls", Pls(2, "max"))
 
 
 def setting(storage, **search):
