@@ -6,6 +6,7 @@ import pytest
 import ray
 import torch
 from helpers import randomise_batchnorm, small_run
+from own_criteria import MeanActivation
 
 from laasp_ray import models
 from laasp_ray.criteria.pls import Pls
@@ -44,11 +45,12 @@ def test_the_spread_importance_is_the_serial_one(session, tmp_path):
     spread = RayExecutor(put_network(network), network, drawn, config, share)
     serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
-    found, expected = (one.importance(state, WANTED) for one in (spread, serial))
-    for layer in WANTED.layers:
-        torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=1e-6)
-    again = spread.importance(state, WANTED)
-    assert all(torch.equal(found[layer], again[layer]) for layer in WANTED.layers)
+    for wanted in (WANTED, ImportanceRequest(WANTED.layers, "own_criteria:MeanActivation", MeanActivation())):
+        found, expected = (one.importance(state, wanted) for one in (spread, serial))
+        for layer in wanted.layers:
+            torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=1e-6)
+        again = spread.importance(state, wanted)
+        assert all(torch.equal(found[layer], again[layer]) for layer in wanted.layers)
 
 
 def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, tmp_path, monkeypatch):

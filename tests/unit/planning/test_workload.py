@@ -76,7 +76,7 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fine-tunings", "epochs"),
+    ("changes", "fine_tunes", "epochs"),
     [
         ({"prune__fine_tune_every": 0.0}, 4, {"train": 2, "fine-tune": 12, "final": 7}),
         ({"prune__fine_tune_epochs": 0}, 0, {"train": 2, "fine-tune": 0, "final": 7}),
@@ -134,10 +134,11 @@ def test_several_prunes_a_iteration_and_statistics_measured_anew(tmp_path):
     assert joint.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
 
 
-def test_criteria_of_activations_pick_for_themselves_and_look_at_the_images_once(tmp_path):
-    alone = workload(tmp_path, prune__criteria=["pls"])
-    assert (alone.proposals, alone.candidates) == (2, 2)
-    assert alone.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
+def test_criteria_of_data_pick_for_themselves_and_look_at_the_images_once(tmp_path):
+    for name in ("pls", "own_criteria:MeanActivation"):
+        alone = workload(tmp_path, prune__criteria=[name])
+        assert (alone.proposals, alone.candidates) == (2, 2)
+        assert alone.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
     # Whatever is drawn: of each layer one candidate more, or the norms' again.
     pools = [workload(tmp_path, prune__criteria=["l1", "l2", "pls"], seed=seed) for seed in range(8)]
     assert all(found.proposals == 6 for found in pools)
@@ -176,7 +177,7 @@ def test_what_pls_takes_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "iterations", "fine-tunings"),
+    ("changes", "iterations", "fine_tunes"),
     [
         ({"prune__iterations": 2}, 2, 1),
         ({"prune__iterations": 5}, 3, 2),
