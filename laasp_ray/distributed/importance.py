@@ -7,12 +7,14 @@ number of workers does not change a bit of the scores.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from ray import cloudpickle
 
 from laasp_ray.criteria import FirstBatch
 from laasp_ray.distributed.process import PROCESS, device
@@ -33,7 +35,8 @@ def spread(
     `inputs` are references to the unpruned network, the iteration's (plan and tensors) and the calibration set. Raises
     what `search.activations.importance` does, SearchError if tasks are lost.
     """
-    first: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, wanted))
+    request = (wanted.name, cloudpickle.dumps(wanted))
+    first: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, request))
     shared = ray.put(first)
     task = ray.remote(chunk_task).options(**options)
 
@@ -43,7 +46,7 @@ def spread(
         try:
             while True:
                 pending += [
-                    task.remote(inputs, wanted, [shared], chunk)
+                    task.remote(inputs, request, [shared], chunk)
                     for _, chunk in zip(range(AHEAD * slots - len(pending)), todo, strict=False)
                 ]
                 if not pending:
@@ -56,14 +59,16 @@ def spread(
     return scores_of(states(), first, wanted)
 
 
-def first_batch_task(inputs: list[Any], wanted: ImportanceRequest) -> FirstBatch:
+def first_batch_task(inputs: list[Any], request: tuple[str, bytes]) -> FirstBatch:
     """The task that looks at the first batch; references inside the list `inputs` are kept by the process."""
+    wanted = _unpacked(*request)
     model, calibration = PROCESS.network(*inputs)
     return measure_first_batch(model, calibration, wanted).to(torch.device("cpu"))
 
 
-def chunk_task(inputs: list[Any], wanted: ImportanceRequest, first: list[Any], chunk: np.ndarray) -> list[np.ndarray]:
+def chunk_task(inputs: list[Any], request: tuple[str, bytes], first: list[Any], chunk: np.ndarray) -> list[np.ndarray]:
     """The task that gives the criterion's state after the images at `chunk`, packed."""
+    wanted = _unpacked(*request)
     model, calibration = PROCESS.network(*inputs)
     state = state_of(model, calibration, wanted, ray.get(first[0]), chunk)
     try:
@@ -76,6 +81,17 @@ def chunk_task(inputs: list[Any], wanted: ImportanceRequest, first: list[Any], c
         del state
         torch.cuda.empty_cache()  # the trainers share this GPU
     return arrays
+
+
+def _unpacked(name: str, request: bytes) -> ImportanceRequest:
+    """What was asked for; raises ConfigError where this process cannot import the criterion `name`."""
+    try:
+        return pickle.loads(request)
+    except Exception as error:
+        raise ConfigError(
+            f"a worker cannot load criterion {name!r}: {type(error).__name__}: {error}; workers must be able to import "
+            "its module: install it on every node, or submit the job with a --working-dir that has it"
+        ) from error
 
 
 def _answer(reference: Any) -> Any:

@@ -1,5 +1,7 @@
 """The spread importance, with tasks that run in this process: what is asked for, when, and what is added up."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,12 @@ def test_a_criterion_of_the_user_s_own_is_spread_like_the_first(monkeypatch, net
     serial = importance(network, calibration, wanted)
     assert all(torch.equal(found[layer], serial[layer]) for layer in wanted.layers)
     assert all(values.std() > 0 for values in found.values())
+
+
+def test_a_criterion_that_a_worker_cannot_load_is_refused():
+    request = pickle.dumps(own("MeanActivation")).replace(b"own_criteria", b"no_criteria!")
+    with pytest.raises(ConfigError, match=r"cannot load criterion 'a:B': ModuleNotFoundError: .*--working-dir"):
+        spread_importance.first_batch_task([], ("a:B", request))
 
 
 def test_a_state_that_cannot_travel_is_refused(monkeypatch, network, calibration):
