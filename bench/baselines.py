@@ -90,7 +90,9 @@ class PlsByFlops(PruningMethod):
     def iterate(self, context: IterationContext) -> IterationResult:
         rooms = rooms_of(context, independent_layers(context.graph))
         context.clock.lap("graph")
-        scores = within(context.executor.importance(context.scored, ImportanceRequest.of(rooms, context.config)), rooms)
+        scores = within(
+            context.executor.importance(context.scored, ImportanceRequest.of(rooms, "pls", context.config)), rooms
+        )
         blocks = {layer: room.blocks for layer, room in rooms.items()}
         filters = sum(room.filters for room in rooms.values())
         percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))

@@ -1,41 +1,56 @@
-"""Which filters of a layer matter least: pure functions from weights to a score per filter, by name.
+"""Which filters of a layer matter least: criteria by name or import path, of two kinds.
 
-A criterion takes weights of shape (N, K), one row a filter, and gives scores of shape (N,), on the same device; the
-filters of lowest score go first. Those of OF_ACTIVATIONS score what filters give on images, all layers at once; who
-has the network and the images (search/activations.py) hands their scores on.
+A criterion of weights is a pure function of weights of shape (N, K), one row a filter; it gives scores of shape (N,),
+on the same device. One that looks at data (DataCriterion) scores what filters give on images, all layers at once; who
+has the network and the images (search/activations.py) hands their outputs on. The filters of lowest score go first.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from laasp_ray.criteria import magnitude as _magnitude
+from laasp_ray.criteria import of_data as _of_data
+from laasp_ray.criteria import pls as _pls
 from laasp_ray.criteria import similarity as _similarity
-from laasp_ray.criteria.registry import CRITERIA, Criterion, register
+from laasp_ray.criteria.of_data import DataCriterion, FirstBatch, Shapes
+from laasp_ray.criteria.pooling import pooled
+from laasp_ray.criteria.registry import CRITERIA, AnyCriterion, Criterion, register
 from laasp_ray.errors import ConfigError, SearchError
 
-__all__ = ["OF_ACTIVATIONS", "Criterion", "filters_of", "get", "known", "lowest", "register", "scores"]
-_BUILT_IN = (_magnitude, _similarity)
+__all__ = [
+    "Criterion",
+    "DataCriterion",
+    "FirstBatch",
+    "Shapes",
+    "data_criterion",
+    "filters_of",
+    "get",
+    "known",
+    "looks_at_data",
+    "lowest",
+    "pooled",
+    "register",
+    "scores",
+]
+_BUILT_IN = (_magnitude, _similarity, _pls)
 """Modules whose import fills the registry."""
-OF_ACTIVATIONS = ("pls",)
-"""Criteria that are no functions of a weight."""
 
 
 def known() -> tuple[str, ...]:
-    """The registered names, in the order of registration."""
-    return (*CRITERIA, *OF_ACTIVATIONS)
+    """The registered names, of weights first."""
+    return tuple(sorted(CRITERIA, key=lambda name: _of_data.is_data_criterion(CRITERIA[name])))
 
 
-def get(name: str) -> Criterion:
-    """A criterion of weights by its name, or by import path `package.module:function`. Raises ConfigError."""
+def get(name: str) -> AnyCriterion:
+    """A criterion by its name, or by import path `package.module:name`. Raises ConfigError."""
     if name in CRITERIA:
         return CRITERIA[name]
-    if name in OF_ACTIVATIONS:
-        raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
     if ":" not in name:
         close = difflib.get_close_matches(name, known(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -47,9 +62,22 @@ def get(name: str) -> Criterion:
         criterion = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"criterion {name!r} cannot be imported: {error}") from error
-    if not callable(criterion):
-        raise ConfigError(f"criterion {name!r} is a {type(criterion).__name__}, must be a function")
-    return criterion
+    return _of_data.checked(name, criterion)
+
+
+def looks_at_data(name: str) -> bool:
+    """Whether the criterion `name` is one of data, not of weights. Raises ConfigError for an unknown one."""
+    return _of_data.is_data_criterion(get(name))
+
+
+def data_criterion(name: str, **options: Any) -> DataCriterion[Any]:
+    """The criterion of data `name`, made with those of the `options` that it takes.
+
+    Raises ConfigError for an unknown criterion, one of weights, and one that cannot be made.
+    """
+    if not looks_at_data(name):
+        raise ConfigError(f"criterion {name!r} scores weights, not activations: it looks at no images")
+    return _of_data.made(name, get(name), options)
 
 
 def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
@@ -60,8 +88,10 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     """
     rows = filters_of(weight) if isinstance(weight, nn.Module) else weight.detach().flatten(1)
     criterion = get(name)
+    if _of_data.is_data_criterion(criterion):
+        raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
     try:
-        result = criterion(rows)
+        result = cast(Criterion, criterion)(rows)
     except Exception as error:  # a user's function can fail in any way
         raise ConfigError(
             f"criterion {name!r} failed on weights of shape {tuple(rows.shape)}: {type(error).__name__}: {error}"

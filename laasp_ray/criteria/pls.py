@@ -1,4 +1,5 @@
-"""Variable importance in projection (VIP): how much each feature tells of the labels, by partial least squares.
+"""The criterion pls: variable importance in projection (VIP), how much each feature tells of the labels, by partial
+least squares.
 
 Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020, who prune the filters whose features tell least. The
 fit needs no table of images by features: counts, class-wise sums and products of the features suffice, which batches
@@ -7,11 +8,16 @@ and workers add up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 
-from laasp_ray.errors import SearchError
+from laasp_ray.criteria.of_data import DataCriterion, FirstBatch, Shapes
+from laasp_ray.criteria.pooling import pooled
+from laasp_ray.criteria.registry import register
+from laasp_ray.errors import ConfigError, SearchError
 
 CONSTANT = 1e-12
 """A column whose standard deviation is at most this share of its mean is constant: what is left of it is rounding."""
@@ -19,6 +25,8 @@ EXHAUSTED = 1e-20
 """When X'Y has shrunk to this share (squared) of what it was, the labels have been told, and the rest is rounding."""
 SHOWN = 5
 """How many columns an error names."""
+MEMORY_SHARE = 0.5
+"""How much of the memory that is free two tables of products, a chunk's and the sum, may take."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,51 @@ class Moments:
         self.counts.add_(other.counts.to(self.counts))
         self.sums.add_(other.sums.to(self.sums))
         self.products.add_(other.products.to(self.products))
+
+
+@register("pls")
+@dataclass(frozen=True)
+class Pls(DataCriterion[Moments]):
+    """VIP of filters' pooled outputs, all layers in one fit of `components`; a filter's is the mean over its windows.
+
+    Its errors are those of `vip` and `pooled`.
+    """
+
+    components: int = 2
+    pooling: str = "max"
+
+    def check(self, shapes: Shapes, device: torch.device) -> None:
+        """Raises ConfigError if the products of all features do not fit into memory."""
+        columns = sum(filters * windows for filters, windows in shapes.values())
+        wanted = 2 * 8 * columns**2
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if wanted > MEMORY_SHARE * free:
+            raise ConfigError(
+                f"prune.pooling {self.pooling!r} gives {columns} features, whose products take {wanted / 1e9:.1f} GB "
+                f"of the {free / 1e9:.1f} GB that are free: pool in larger windows (such as max8x8) or whole (max, "
+                "avg), or name layers in prune.ignored"
+            )
+
+    def features(self, output: torch.Tensor) -> torch.Tensor:
+        return pooled(output, self.pooling)
+
+    def start(self, first: FirstBatch) -> Moments:
+        return Moments.empty(torch.cat([mean.flatten() for mean in first.means.values()]), first.classes)
+
+    def accumulate(self, state: Moments, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> Moments:
+        state.add(torch.cat([part.flatten(1) for part in features.values()], dim=1), labels)
+        return state
+
+    def merge(self, state: Moments, other: Moments) -> Moments:
+        state.merge(other)
+        return state
+
+    def scores(self, state: Moments, shapes: Shapes) -> dict[str, torch.Tensor]:
+        """On the CPU, float64."""
+        columns = vip(state, self.components).cpu()
+        parted = columns.split([filters * windows for filters, windows in shapes.values()])
+        pairs = zip(shapes.items(), parted, strict=True)
+        return {layer: values.unflatten(0, shape).mean(dim=1) for (layer, shape), values in pairs}
 
 
 def vip(moments: Moments, components: int) -> torch.Tensor:

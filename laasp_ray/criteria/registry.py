@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from laasp_ray.criteria.of_data import DataCriterion, checked
 from laasp_ray.errors import ConfigError
 
 Criterion = Callable[[torch.Tensor], torch.Tensor]
 """Weights (N, K), one row a filter -> scores (N,), lowest goes first."""
+AnyCriterion = Criterion | type[DataCriterion[Any]] | DataCriterion[Any]
+"""One of weights, or one that looks at data, as an object or as a class to make it of."""
+Registered = TypeVar("Registered", bound=AnyCriterion)
 
-CRITERIA: dict[str, Criterion] = {}
+CRITERIA: dict[str, AnyCriterion] = {}
 
 
-def register(name: str) -> Callable[[Criterion], Criterion]:
+def register(name: str) -> Callable[[Registered], Registered]:
     """Decorator that makes a criterion known under `name`; raises ConfigError if the name is taken."""
 
-    def keep(criterion: Criterion) -> Criterion:
-        if CRITERIA.setdefault(name, criterion) is not criterion:
+    def keep(criterion: Registered) -> Registered:
+        if CRITERIA.setdefault(name, checked(name, criterion)) is not criterion:
             raise ConfigError(f"a criterion {name!r} is registered already; choose another name")
         return criterion
 

@@ -15,7 +15,7 @@ from torch import nn
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.registry import normalise
-from laasp_ray.distributed import moments
+from laasp_ray.distributed import importance
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.process import PROCESS, device
 from laasp_ray.distributed.tasks import TASK_RETRIES, answer
@@ -101,7 +101,7 @@ class RayExecutor:
         iteration = ray.put((network.plan, pack(network.tensors)))
         chunks = chunks_of(self._images, self._search.batch_size)
         slots = slots_of(ray.cluster_resources(), self._share)
-        return moments.spread([self._network, iteration, self._calibration], wanted, chunks, slots, self._options)
+        return importance.spread([self._network, iteration, self._calibration], wanted, chunks, slots, self._options)
 
     def close(self) -> None:
         return None

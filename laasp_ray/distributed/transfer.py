@@ -1,9 +1,12 @@
-"""State dicts as numpy arrays, which Ray's object store hands to every process of a node without copying them."""
+"""Tensors as numpy arrays, which Ray's object store hands to every process of a node without copying them."""
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,37 @@ def unpack(arrays: Mapping[str, np.ndarray], *, copy: bool) -> dict[str, torch.T
     """With `copy` False the tensors are views of the object store: whoever writes to one corrupts it for everyone."""
     if copy:
         return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    return {name: _view(np.asarray(array)) for name, array in arrays.items()}
+
+
+def pack_object(value: Any) -> list[np.ndarray]:
+    """Any value that can be pickled, as bytes: its pickle, then the tensors and arrays in it, each for itself."""
+    file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    return [np.frombuffer(file.getvalue(), np.uint8), *(np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers)]
+
+
+def unpack_object(arrays: Sequence[np.ndarray]) -> Any:
+    """The value, its tensors on the CPU: views of the object store, as those of `unpack` without `copy`."""
+    head, *buffers = arrays
+    return pickle.loads(head.tobytes(), buffers=buffers)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor as its bytes, beside the rest."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        tensor = value.detach().cpu().contiguous()
+        return _tensor_of, (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+
+
+def _tensor_of(array: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return _view(array).view(dtype).reshape(shape)
+
+
+def _view(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+        return torch.from_numpy(array)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.criteria import looks_at_data
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.records import Ranking
@@ -30,10 +30,10 @@ class Laasp(PruningMethod):
         config, graph, macs = context.config, context.graph, context.macs
         context.clock.lap("graph")
         network = context.scored
-        by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
         given = {
-            name: context.executor.importance(network, ImportanceRequest.of(graph.layers, config))
-            for name in by_activations
+            name: context.executor.importance(network, ImportanceRequest.of(graph.layers, name, config))
+            for name in config.criteria
+            if looks_at_data(name)
         }
         proposals = propose(context.model, graph, macs, context.baseline, config, given)
         context.clock.lap("propose")

@@ -31,7 +31,7 @@ class Pls(PruningMethod):
                 "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
             )
         context.clock.lap("graph")
-        scores = context.executor.importance(context.scored, ImportanceRequest.of(layers, context.config))
+        scores = context.executor.importance(context.scored, ImportanceRequest.of(layers, "pls", context.config))
         context.clock.lap("score")
         blocks = {layer: context.graph.layers[layer].blocks for layer in layers}
         return context.prune(choose(scores, blocks, context.config.percent, context.config.round_to), "pls")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from laasp_ray.config import PruneConfig, RunConfig
-from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.criteria import looks_at_data
 from laasp_ray.distributed.address import check_address
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.planning.workload import (
@@ -234,7 +234,7 @@ def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
 
 def _assumptions_of_laasp(config: RunConfig, prune: PruneConfig) -> list[str]:
     lines = []
-    of_images = [name for name in prune.criteria if name in OF_ACTIVATIONS]
+    of_images = [name for name in prune.criteria if looks_at_data(name)]
     if of_images:
         lines.append(
             f"{', '.join(of_images)}: its picks, not known before images are looked at, are drawn here; where "

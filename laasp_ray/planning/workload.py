@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig, SparsityConfig
-from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.criteria import looks_at_data
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.methods.group_sparsity import layer_rules
 from laasp_ray.models.copying import deep_copy
@@ -116,7 +116,7 @@ def _laasp(prepared: Prepared) -> LaaspIterations:
     config, prune = prepared.config, prepared.config.prune
     started = time.perf_counter()
     graph = _graph(prepared)
-    drawn = {name: _drawn_scores(graph, name, config.seed) for name in prune.criteria if name in OF_ACTIVATIONS}
+    drawn = {name: _drawn_scores(graph, name, config.seed) for name in prune.criteria if looks_at_data(name)}
     proposals = propose(prepared.unpruned, graph, prepared.baseline.macs, prepared.baseline, prune, drawn)
     preparing = time.perf_counter() - started
     branch_points = BranchPoints(deep_copy(prepared.unpruned).eval(), prepared.example_input)
@@ -135,7 +135,7 @@ def _laasp(prepared: Prepared) -> LaaspIterations:
         iterations=iterations,
         fine_tunes=fine_tunes,
         removes=removes,
-        # Besides the candidates: the network as it stands, its statistics, what criteria of activations look at, what
+        # Besides the candidates: the network as it stands, its statistics, what criteria of data look at, what
         # several prunes come to together.
         passes=sum(costs) / whole
         + (1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_iteration > 1)),

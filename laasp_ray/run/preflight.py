@@ -39,7 +39,7 @@ from laasp_ray.records import RunState
 from laasp_ray.run.controller import UNPRUNED
 from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.run.state import fold
-from laasp_ray.search.activations import ImportanceRequest, check_columns, shapes_of
+from laasp_ray.search.activations import ImportanceRequest, check_request
 from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.addresses import public, public_data
@@ -145,7 +145,7 @@ def prepare(
     `model` that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of those that
     the run began with, `state` is where it stands.
     """
-    for name in _of_weights(config):
+    for name in config.prune.criteria:
         criteria.get(name)
     check_available(config.data.loader)
     state = state or RunState()
@@ -175,9 +175,8 @@ def prepare(
     _check_search(config, unpruned)
     if config.prune.latency_reduction:
         check_latency_batch(deep_copy(unpruned), config)
-    if config.prune.method == "pls" or set(config.prune.criteria) & set(criteria.OF_ACTIVATIONS):
-        shapes = shapes_of(deep_copy(unpruned), example_input, ImportanceRequest.of(layers, config.prune))
-        check_columns(shapes, config.prune.pooling, example_input.device)
+    for name in ("pls",) if config.prune.method == "pls" else _of_data(config):
+        check_request(deep_copy(unpruned), example_input, ImportanceRequest.of(layers, name, config.prune))
     if config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
     return Prepared(config, unpruned, example_input, baseline, train, test)
@@ -291,7 +290,11 @@ def _check_search(config: RunConfig, unpruned: nn.Module) -> None:
 
 
 def _of_weights(config: RunConfig) -> list[str]:
-    return [name for name in config.prune.criteria if name not in criteria.OF_ACTIVATIONS]
+    return [name for name in config.prune.criteria if not criteria.looks_at_data(name)]
+
+
+def _of_data(config: RunConfig) -> list[str]:
+    return [name for name in config.prune.criteria if criteria.looks_at_data(name)]
 
 
 def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:

@@ -1,69 +1,69 @@
-"""What a network's filters tell of the classes: the VIP (criteria/pls.py) of their pooled outputs on the calibration
-set.
+"""The scores of a network's filters by a criterion that looks at data.
 
-Images are looked at in chunks that are always cut the same way, each giving its moments, which are added up in their
-order: whoever measures the chunks, and however many they are, the sums are the same to the last bit.
+What filters give on the calibration set is handed to the criterion (criteria/of_data.py says how).
+
+Images are looked at in chunks that are always cut the same way, each giving its state; states are merged in their
+order: whoever measures the chunks, and however many they are, the scores are the same to the last bit.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
-from torch.nn import functional
 
-from laasp_ray.config import POOLING, PruneConfig
-from laasp_ray.criteria.pls import Moments, vip
-from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray import criteria
+from laasp_ray.config import PruneConfig
+from laasp_ray.criteria import DataCriterion, FirstBatch, Shapes
+from laasp_ray.errors import ConfigError, LaaspError, SearchError, is_out_of_memory
 from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
 CHUNKS = 32
-"""At most so many chunks: each one's products travel to where they are added up."""
-MEMORY_SHARE = 0.5
-"""How much of the memory that is free two tables of products, a chunk's and the sum, may take."""
+"""At most so many chunks: each one's state travels to where they are merged."""
+TRIAL_IMAGES = 8
+
+logger = logging.getLogger(__name__)
+
+
+class NanScoresError(SearchError):
+    """A criterion gives NaN where the filters' outputs are finite."""
 
 
 @dataclass(frozen=True)
 class ImportanceRequest:
-    """The importance of these layers' filters is wanted, all layers in one fit of `components`."""
+    """The scores of these layers' filters are wanted by `criterion`, whose `name` errors say."""
 
     layers: tuple[str, ...]
-    pooling: str
-    components: int
+    name: str
+    criterion: DataCriterion[Any]
 
     @staticmethod
-    def of(layers: Iterable[str], config: PruneConfig) -> ImportanceRequest:
-        return ImportanceRequest(tuple(layers), config.pooling, config.components)
-
-
-@dataclass(frozen=True)
-class FirstBatch:
-    """What the first batch shows: `pilot` (D,) is its features' mean, `shapes` each layer's filters and windows."""
-
-    pilot: torch.Tensor
-    shapes: Mapping[str, tuple[int, int]]
-    classes: int
+    def of(layers: Iterable[str], name: str, config: PruneConfig) -> ImportanceRequest:
+        """Raises ConfigError if there is no such criterion of data."""
+        criterion = criteria.data_criterion(name, components=config.components, pooling=config.pooling)
+        return ImportanceRequest(tuple(layers), name, criterion)
 
 
 def importance(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
-    """VIP (N,) of the N filters of each wanted layer; `model` in eval mode on the calibration set's device, not
-    changed.
+    """Scores (N,), on the CPU, of the N filters of each wanted layer; `model` in eval mode on the calibration set's
+    device, not changed.
 
-    A filter's features are its raw outputs, pooled; with windows, its VIP is the mean over them. Raises SearchError
-    where outputs are not finite or the classes cannot be told apart, ConfigError for more features than there is
-    memory for.
+    Raises SearchError where outputs are not finite or scores are NaN, ConfigError for a criterion that fails or gives
+    something of another shape; and what the criterion itself raises on purpose.
     """
-    look = measure_first_batch(model, calibration, wanted)
+    first = measure_first_batch(model, calibration, wanted)
     chunks = chunks_of(len(calibration), calibration.batch_size)
-    return scores_of((moments_of(model, calibration, wanted, look, chunk) for chunk in chunks), look, wanted.components)
+    return scores_of((state_of(model, calibration, wanted, first, chunk) for chunk in chunks), first, wanted)
 
 
 def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
@@ -76,98 +76,91 @@ def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
 @torch.no_grad()
 def measure_first_batch(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> FirstBatch:
     images, labels = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
-    shapes, features = _features_of_batch(model, images, wanted)
-    check_columns(shapes, wanted.pooling, labels.device)
-    return FirstBatch(features.double().mean(dim=0), shapes, int(calibration.labels.max()) + 1)
+    features = _features_of_batch(model, images, wanted)
+    shapes = _shapes(features)
+    _check(wanted, shapes, labels.device)
+    # In one table: how a mean is rounded may depend on how many columns there are.
+    means = torch.cat([part.flatten(1) for part in features.values()], dim=1).double().mean(dim=0)
+    parted = means.split([filters * width for filters, width in shapes.values()])
+    pairs = zip(shapes.items(), parted, strict=True)
+    return FirstBatch(
+        {layer: part.unflatten(0, shape).clone() for (layer, shape), part in pairs}, int(calibration.labels.max()) + 1
+    )
 
 
 @full_precision()
 @torch.no_grad()
-def moments_of(
-    model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest, look: FirstBatch, chunk: np.ndarray
-) -> Moments:
-    """The moments of the images at `chunk` (n,), batch by batch, on the calibration set's device."""
-    moments = Moments.empty(look.pilot.to(calibration.labels.device), look.classes)
+def state_of(
+    model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest, first: FirstBatch, chunk: np.ndarray
+) -> Any:
+    """The criterion's state after the images at `chunk` (n,), batch by batch, on the calibration set's device."""
+    state = _start(wanted, first.to(calibration.labels.device))
     for start in range(0, len(chunk), calibration.batch_size):
         images, labels = calibration.at(chunk[start : start + calibration.batch_size])
-        moments.add(_features_of_batch(model, images, wanted)[1], labels)
-    return moments
-
-
-def scores_of(parts: Iterable[Moments], look: FirstBatch, components: int) -> dict[str, torch.Tensor]:
-    """VIP (N,) of every layer's filters, on the CPU, from the moments of all chunks, in the order of the chunks."""
-    total = Moments.empty(look.pilot, look.classes)
-    for part in parts:
-        total.merge(part)
-    columns = vip(total, components).cpu()
-    parted = columns.split([filters * windows for filters, windows in look.shapes.values()])
-    return {
-        layer: values.unflatten(0, shape).mean(dim=1)
-        for (layer, shape), values in zip(look.shapes.items(), parted, strict=True)
-    }
+        features = _features_of_batch(model, images, wanted)
+        with _called(wanted, "accumulate"):
+            state = _given(wanted, "accumulate", wanted.criterion.accumulate(state, features, labels))
+    return state
 
 
 @torch.no_grad()
-def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> dict[str, tuple[int, int]]:
-    """Layer -> its filters and the windows that each has. Its modules' modes are put back."""
+def scores_of(states: Iterable[Any], first: FirstBatch, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
+    """Scores (N,) of every layer's filters, on the CPU, from the states of all chunks, in the order of the chunks."""
+    total = _start(wanted, first)
+    for state in states:
+        with _called(wanted, "merge"):
+            total = _given(wanted, "merge", wanted.criterion.merge(total, state))
+    shapes = first.shapes
+    with _called(wanted, "scores"):
+        found = wanted.criterion.scores(total, shapes)
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"criterion {wanted.name!r} must give scores by layer, a mapping, gave a {type(found).__name__}"
+        )
+    return {layer: _checked_scores(wanted.name, layer, found.get(layer), shapes[layer][0]) for layer in wanted.layers}
+
+
+@torch.no_grad()
+def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> Shapes:
+    """Layer -> its filters and the features that each has. Its modules' modes are put back."""
     with in_eval_mode(model):
-        return _features(model, example_input, wanted)[0]
+        return _shapes(_features(model, example_input, wanted))
 
 
-def check_columns(shapes: Mapping[str, tuple[int, int]], pooling: str, device: torch.device) -> None:
-    """Raises ConfigError if the products of all features do not fit into memory."""
-    columns = sum(filters * windows for filters, windows in shapes.values())
-    wanted = 2 * 8 * columns**2
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if wanted > MEMORY_SHARE * free:
-        raise ConfigError(
-            f"prune.pooling {pooling!r} gives {columns} features, whose products take {wanted / 1e9:.1f} GB of the "
-            f"{free / 1e9:.1f} GB that are free: pool in larger windows (such as max8x8) or whole (max, avg), or name "
-            "layers in prune.ignored"
-        )
+def check_request(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> None:
+    """Raises ConfigError for a criterion that does not work on this network: for all layers together, as it says
+    itself, and tried on the first of them. Modules' modes are put back.
 
-
-def pooled(output: torch.Tensor, pooling: str) -> torch.Tensor:
-    """A filter's outputs in one number for each window: (B, N, ...) -> (B, N, windows).
-
-    Windows lie side by side from the corner on; those at the far edges may be smaller. Raises ConfigError for windows
-    in outputs that are not pictures.
+    The trial is on noise, of which a criterion may say, by SearchError, that it tells it nothing.
     """
-    match = POOLING.fullmatch(pooling)
-    assert match is not None  # checked by the config
-    kind, *window = match.groups()
-    if output.ndim == 2:
-        return output.unsqueeze(2)
-    if window[0] is None:
-        flat = output.flatten(2)
-        return flat.amax(dim=2, keepdim=True) if kind == "max" else flat.mean(dim=2, keepdim=True)
-    if output.ndim != 4:
-        raise ConfigError(
-            f"prune.pooling {pooling!r} has windows of a picture, but a layer's output has shape "
-            f"{tuple(output.shape)}: use 'max' or 'avg'"
-        )
-    size = [min(int(wanted), have) for wanted, have in zip(window, output.shape[2:], strict=True)]
-    pool = functional.max_pool2d if kind == "max" else functional.avg_pool2d
-    return pool(output, size, stride=size, ceil_mode=True).flatten(2)
+    _check(wanted, shapes_of(model, example_input, wanted), example_input.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(TRIAL_IMAGES, *example_input.shape[1:], generator=generator).to(example_input)
+    labels = torch.arange(TRIAL_IMAGES, device=example_input.device) % 2
+    calibration = CalibrationSet(noise, labels, TRIAL_IMAGES // 2, memory_format=torch.contiguous_format)
+    tried = ImportanceRequest(wanted.layers[:1], wanted.name, wanted.criterion)
+    try:
+        with in_eval_mode(model):
+            importance(model, calibration, tried)
+    except (ConfigError, NanScoresError) as error:
+        raise ConfigError(f"prune.criteria, tried on layer {wanted.layers[0]}: {error}") from error
+    except SearchError as error:
+        logger.debug("criterion %s, tried on noise: %s", wanted.name, error)
 
 
-def _features_of_batch(
-    model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest
-) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
+def _features_of_batch(model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
     what = f"a batch of {len(images)} images, whose outputs filters are scored by,"
     return retried(lambda: _features(model, images, wanted), what, "lower search.batch_size")
 
 
-def _features(
-    model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest
-) -> tuple[dict[str, tuple[int, int]], torch.Tensor]:
-    """Layer -> its filters and windows, and their features (B, D) in this order."""
+def _features(model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
+    """Layer -> features (B, N, W)."""
     found: dict[str, list[torch.Tensor]] = {layer: [] for layer in wanted.layers}
 
     def hook_of(layer: str) -> object:
         def keep(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
             by_filter = output.movedim(-1, 1) if isinstance(module, nn.Linear) else output
-            found[layer].append(pooled(by_filter, wanted.pooling))
+            found[layer].append(_features_of_layer(wanted, layer, by_filter))
 
         return keep
 
@@ -177,17 +170,74 @@ def _features(
     finally:
         for hook in hooks:
             hook.remove()
-    # A layer that is run several times gives windows each time.
-    features = {layer: torch.cat(parts, dim=2) for layer, parts in found.items()}
-    _check_finite(features)
-    shapes = {layer: (part.shape[1], part.shape[2]) for layer, part in features.items()}
-    return shapes, torch.cat([part.flatten(1) for part in features.values()], dim=1)
+    # A layer that is run several times gives features each time.
+    return {layer: torch.cat(parts, dim=2) for layer, parts in found.items()}
 
 
-def _check_finite(features: Mapping[str, torch.Tensor]) -> None:
-    wrong: Sequence[str] = [layer for layer, part in features.items() if not bool(part.isfinite().all())]
-    if wrong:
+def _features_of_layer(wanted: ImportanceRequest, layer: str, output: torch.Tensor) -> torch.Tensor:
+    """Features (B, N, W) of a layer's output (B, N, ...)."""
+    with _called(wanted, "features"):
+        features = wanted.criterion.features(output)
+    if not isinstance(features, torch.Tensor) or features.ndim != 3 or features.shape[:2] != output.shape[:2]:
+        raise ConfigError(
+            f"criterion {wanted.name!r} must give features of shape ({output.shape[0]}, {output.shape[1]}, any) for "
+            f"outputs of shape {tuple(output.shape)} of layer {layer}, gave {_kind(features)}"
+        )
+    if not bool(features.isfinite().all()):
+        if bool(output.isfinite().all()):
+            raise NanScoresError(
+                f"criterion {wanted.name!r} gives features that are not finite for finite outputs of layer {layer}"
+            )
         raise SearchError(
-            f"the outputs of {wrong[0]} are not finite: the network's weights have probably diverged; lower "
+            f"the outputs of {layer} are not finite: the network's weights have probably diverged; lower "
             "train.learning_rate or start from an earlier checkpoint"
         )
+    # What the network does with its output in place must not change what is kept of it.
+    shared = features.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    return features.clone() if shared else features
+
+
+def _shapes(features: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    return {layer: (part.shape[1], part.shape[2]) for layer, part in features.items()}
+
+
+def _checked_scores(name: str, layer: str, scores: Any, filters: int) -> torch.Tensor:
+    if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != (filters,):
+        raise ConfigError(
+            f"criterion {name!r} must give a tensor of shape ({filters},) for layer {layer}, gave {_kind(scores)}"
+        )
+    wrong = torch.isnan(scores).nonzero().flatten().tolist()
+    if wrong:
+        raise NanScoresError(f"criterion {name!r} gives NaN for filters {wrong} of layer {layer}")
+    return scores.cpu()
+
+
+def _check(wanted: ImportanceRequest, shapes: Shapes, device: torch.device) -> None:
+    with _called(wanted, "check"):
+        wanted.criterion.check(shapes, device)
+
+
+def _start(wanted: ImportanceRequest, first: FirstBatch) -> Any:
+    with _called(wanted, "start"):
+        return _given(wanted, "start", wanted.criterion.start(first))
+
+
+def _given(wanted: ImportanceRequest, method: str, state: Any) -> Any:
+    if state is None:
+        raise ConfigError(f"criterion {wanted.name!r} gives None in {method}, must give its state")
+    return state
+
+
+@contextmanager
+def _called(wanted: ImportanceRequest, method: str) -> Iterator[None]:
+    """What a criterion's method raises is its own fault, unless it says otherwise or memory runs out."""
+    try:
+        yield
+    except Exception as error:  # a user's method can fail in any way
+        if isinstance(error, LaaspError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"criterion {wanted.name!r} failed in {method}: {type(error).__name__}: {error}") from error
+
+
+def _kind(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -74,7 +74,7 @@ def propose(
 ) -> list[Proposal]:
     """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.
 
-    `given` has the scores of criteria that are not functions of a layer's weight (criteria.OF_ACTIVATIONS).
+    `given` has the scores of criteria that look at data (search/activations.py).
 
     Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
     candidate, and so do layers of one coupled group whose picks remove the same channels; it is credited to the first

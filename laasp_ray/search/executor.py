@@ -34,7 +34,7 @@ class Executor(Protocol):
         """
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
-        """The VIP of filters (search/activations.py says of what, and what is raised), on the CPU."""
+        """The scores of filters by a criterion that looks at data (search/activations.py says what is raised)."""
 
     def close(self) -> None: ...
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.criteria import OF_ACTIVATIONS
+from laasp_ray.criteria import looks_at_data
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
@@ -62,7 +62,7 @@ def rank(
     With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
     them, and `.dropped_at` is the round at which a candidate fell, None for the choice and its last rivals, which come
     first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
-    The criterion pls fits `components` to outputs under `pooling` (see PruneConfig).
+    Criteria of data take of `components` and `pooling` what they know: pls fits so many to outputs so pooled.
     Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
@@ -109,9 +109,10 @@ def _rank(
         baseline = measure_baseline(graph, macs, config)
     else:
         baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
-    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
     given = {
-        name: importance(model, calibration, ImportanceRequest.of(graph.layers, config)) for name in by_activations
+        name: importance(model, calibration, ImportanceRequest.of(graph.layers, name, config))
+        for name in config.criteria
+        if looks_at_data(name)
     }
     proposals = propose(model, graph, macs, baseline, config, given)
     tasks = tasks_of(proposals)

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import ray
 
@@ -5,6 +8,8 @@ import ray
 @pytest.fixture(scope="session")
 def session():
     """One Ray session of two CPUs for all tests here, stopped by its own handle."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:  # workers import from the tests, as this process does
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

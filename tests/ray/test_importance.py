@@ -6,8 +6,10 @@ import pytest
 import ray
 import torch
 from helpers import randomise_batchnorm, small_run
+from own_criteria import MeanActivation
 
 from laasp_ray import models
+from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
@@ -23,7 +25,7 @@ from laasp_ray.search.executor import InProcessExecutor
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
-WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "max", 2)
+WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "pls", Pls(2, "max"))
 
 
 def setting(storage, **search):
@@ -43,11 +45,12 @@ def test_the_spread_importance_is_the_serial_one(session, tmp_path):
     spread = RayExecutor(put_network(network), network, drawn, config, share)
     serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
-    found, expected = (one.importance(state, WANTED) for one in (spread, serial))
-    for layer in WANTED.layers:
-        torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=1e-6)
-    again = spread.importance(state, WANTED)
-    assert all(torch.equal(found[layer], again[layer]) for layer in WANTED.layers)
+    for wanted in (WANTED, ImportanceRequest(WANTED.layers, "own_criteria:MeanActivation", MeanActivation())):
+        found, expected = (one.importance(state, wanted) for one in (spread, serial))
+        for layer in wanted.layers:
+            torch.testing.assert_close(found[layer], expected[layer], rtol=0, atol=1e-6)
+        again = spread.importance(state, wanted)
+        assert all(torch.equal(found[layer], again[layer]) for layer in wanted.layers)
 
 
 def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
@@ -20,7 +21,7 @@ from laasp_ray.methods.pls import Pls, choose
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
-from laasp_ray.search.activations import ImportanceRequest, chunks_of, measure_first_batch, moments_of, scores_of
+from laasp_ray.search.activations import ImportanceRequest, chunks_of, measure_first_batch, scores_of, state_of
 from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss
 from laasp_ray.search.executor import InProcessExecutor
 
@@ -196,17 +197,17 @@ def test_vip_of_real_activations_equals_scikit_learn(resnet56):
     def keep(name):
         return lambda module, inputs, output: outputs[name].append(output.amax((2, 3)))
 
-    wanted = ImportanceRequest(layers, "max", 1)
+    wanted = ImportanceRequest(layers, "pls", Pls(1, "max"))
     look = measure_first_batch(model, calibration, wanted)
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     chunks = chunks_of(1000, 250)
-    moments = [moments_of(model, calibration, wanted, look, chunk) for chunk in chunks]
+    moments = [state_of(model, calibration, wanted, look, chunk) for chunk in chunks]
     for hook in hooks:
         hook.remove()
     features = torch.cat([torch.cat(outputs[name]) for name in layers], dim=1)
     assert features.shape == (1000, 1008) and len(moments) == 4
     for components in (1, 2, 5):
-        found = scores_of(moments, look, components)
+        found = scores_of(moments, look, dataclasses.replace(wanted, criterion=Pls(components, "max")))
         joint = torch.cat([found[name] for name in layers])
         reference = vip_by_scikit_learn(features, calibration.labels, components)
         assert float((joint - reference).abs().max()) < 1e-6

@@ -74,9 +74,10 @@ def test_what_it_says(tmp_path):
     assert "latency" not in text and "every iteration makes" not in text
     assert "racing" not in describe(exhaustive, work, MACHINE)
     assert "at most" not in text.partition("fine-tunings")[0] and "drawn" not in text
-    pool = prepare(small_run(tmp_path, prune__criteria=["l1", "pls"], prune__iterations=2))
+    pool = prepare(small_run(tmp_path, prune__criteria=["l1", "pls", "own_criteria:INSTANCE"], prune__iterations=2))
     bounded = describe(pool, work, MACHINE)
-    assert f"{work.removes:.2%} a candidate; at most 2\n" in bounded and "- pls: its picks" in bounded
+    assert f"{work.removes:.2%} a candidate; at most 2\n" in bounded
+    assert "- pls, own_criteria:INSTANCE: its picks" in bounded
 
 
 def test_what_it_says_of_pls(tmp_path):

@@ -134,10 +134,11 @@ def test_several_prunes_a_iteration_and_statistics_measured_anew(tmp_path):
     assert joint.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
 
 
-def test_criteria_of_activations_pick_for_themselves_and_look_at_the_images_once(tmp_path):
-    alone = workload(tmp_path, prune__criteria=["pls"])
-    assert (alone.proposals, alone.candidates) == (2, 2)
-    assert alone.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
+def test_criteria_of_data_pick_for_themselves_and_look_at_the_images_once(tmp_path):
+    for name in ("pls", "own_criteria:MeanActivation"):
+        alone = workload(tmp_path, prune__criteria=[name])
+        assert (alone.proposals, alone.candidates) == (2, 2)
+        assert alone.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
     # Whatever is drawn: of each layer one candidate more, or the norms' again.
     pools = [workload(tmp_path, prune__criteria=["l1", "l2", "pls"], seed=seed) for seed in range(8)]
     assert all(found.proposals == 6 for found in pools)

@@ -345,9 +345,10 @@ def test_a_run_by_pls_ends_at_its_target_if_that_comes_first(tmp_path):
     assert len(decisions(config)) == 1 and decisions(config)[0]["flops_reduction"] >= 0.02
 
 
-def test_pls_can_be_a_criterion_of_the_pool(tmp_path):
-    changes = {"prune__criteria": ["pls"], "prune__flops_reduction": 0.02, "train__prune_epoch": 0, "train__epochs": 1}
+@pytest.mark.parametrize("name", ["pls", "own_criteria:MeanActivation"])
+def test_a_criterion_of_data_can_be_one_of_the_pool(tmp_path, name):
+    changes = {"prune__criteria": [name], "prune__flops_reduction": 0.02, "train__prune_epoch": 0, "train__epochs": 1}
     config = small_run(tmp_path, **changes)
     run(config)
-    assert {decision["criterion"] for decision in decisions(config)} == {"pls"}
+    assert {decision["criterion"] for decision in decisions(config)} == {name}
     assert (tmp_path / "small" / "candidates" / "000001.parquet").is_file()

@@ -9,11 +9,11 @@ from helpers import small_run
 from torch import nn
 
 from laasp_ray import models
+from laasp_ray.criteria import pls as pls_module
 from laasp_ray.data.loaders import registry as loader_module
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.methods import targets
 from laasp_ray.run.preflight import check_workers, open_run, prepare
-from laasp_ray.search import activations
 
 
 def config_for(tmp_path, batch_size):
@@ -122,6 +122,23 @@ def test_a_criterion_of_ones_own_is_tried_before_anything_starts(tmp_path, crite
     name = f"{__name__}:{criterion.__name__}"
     with pytest.raises(ConfigError, match=f"tried on layer 0: criterion '{name}' .*{message}"):
         prepare(small_run(tmp_path, prune__criteria=["l1", name], prune__flops_reduction=0.5), network())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FailsInMerge", "tried on layer 0: criterion 'own_criteria:FailsInMerge' failed in merge: KeyError: 'mine'"),
+        ("WrongScores", r"tried on layer 0: .* must give a tensor of shape \(4,\) for layer 0, gave \(4, 1\)"),
+        ("NotANumber", "tried on layer 0: criterion 'own_criteria:NotANumber' gives NaN"),
+        ("TooMany", r"^criterion 'own_criteria:TooMany' failed in check: ValueError: .*\(4, 1\)"),
+        ("Unfinished", "is a class without accumulate, merge, scores"),
+        ("Needing", "cannot be made of the options components, pooling"),
+    ],
+)
+def test_a_criterion_of_data_of_ones_own_is_tried_too(tmp_path, name, message):
+    config = small_run(tmp_path, prune__criteria=["l1", f"own_criteria:{name}"], prune__flops_reduction=0.5)
+    with pytest.raises(ConfigError, match=message):
+        prepare(config, network())
 
 
 def test_a_loader_that_is_missing_is_told_before_anything_starts(tmp_path, monkeypatch):
@@ -250,7 +267,7 @@ def test_pls_needs_a_layer_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("change", [{"prune__method": "pls"}, {"prune__criteria": ["l1", "pls"]}])
 def test_features_that_do_not_fit_into_memory_are_refused_before_anything_starts(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(activations, "MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(pls_module, "MEMORY_SHARE", 1e-9)
     with pytest.raises(ConfigError, match=r"prune\.pooling 'max1x1' gives 1024 features"):
         prepare(small_run(tmp_path, prune__flops_reduction=0.5, prune__pooling="max1x1", **change), network())
 

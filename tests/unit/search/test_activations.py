@@ -1,4 +1,4 @@
-"""Pooled outputs of filters, their moments in chunks, and the importance that comes of them."""
+"""Pooled outputs of filters, their moments in chunks, and the scores of the criterion pls that come of them."""
 
 import dataclasses
 import math
@@ -8,24 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.criteria.pls import Moments, vip
+from laasp_ray.criteria import pooled
+from laasp_ray.criteria.pls import Moments, Pls, vip
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search import rank
 from laasp_ray.search.activations import (
     ImportanceRequest,
-    check_columns,
     chunks_of,
     importance,
     measure_first_batch,
-    moments_of,
-    pooled,
     scores_of,
     shapes_of,
+    state_of,
 )
 from laasp_ray.search.evaluate import CalibrationSet
 
 PICTURE = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, -9.0]]]])
 LAYERS = ("0", "2")
+
+
+def pls(pooling, components):
+    return ImportanceRequest(LAYERS, "pls", Pls(components, pooling))
 
 
 def network():
@@ -81,7 +84,7 @@ def test_importance_is_that_of_all_features_at_once_averaged_over_windows(poolin
     whole = Moments.empty(torch.zeros(features.shape[1]), 3)
     whole.add(features, images.labels)
     columns = vip(whole, 2)
-    found = importance(model, images, ImportanceRequest(LAYERS, pooling, 2))
+    found = importance(model, images, pls(pooling, 2))
     split = columns.split([output[0].numel() for output in outputs])
     for layer, values, output in zip(LAYERS, split, outputs, strict=True):
         expected = values.reshape(output.shape[1:]).mean(dim=1)
@@ -90,20 +93,20 @@ def test_importance_is_that_of_all_features_at_once_averaged_over_windows(poolin
 
 
 def test_the_importance_does_not_depend_on_who_measures_the_chunks():
-    model, images, wanted = network(), calibration(), ImportanceRequest(LAYERS, "max", 2)
+    model, images, wanted = network(), calibration(), pls("max", 2)
     look, chunks = measure_first_batch(model, images, wanted), chunks_of(70, 4)
     serial = importance(model, images, wanted)
     for workers in (1, 2, 5):
         # Each worker measures every so-manieth chunk; the driver adds them up in their order.
         by_worker = [
             {
-                number: moments_of(model, images, wanted, look, chunks[number])
+                number: state_of(model, images, wanted, look, chunks[number])
                 for number in range(start, len(chunks), workers)
             }
             for start in range(workers)
         ]
         parts = (by_worker[number % workers][number] for number in range(len(chunks)))
-        spread = scores_of(parts, look, 2)
+        spread = scores_of(parts, look, wanted)
         assert all(torch.equal(spread[layer], serial[layer]) for layer in LAYERS)
 
 
@@ -116,7 +119,7 @@ def test_chunks_are_whole_batches_and_not_too_many():
 
 def test_shapes_tell_filters_and_windows():
     model = network().train()
-    assert shapes_of(model, torch.zeros(1, 3, 8, 8), ImportanceRequest(LAYERS, "max2x2", 1)) == {
+    assert shapes_of(model, torch.zeros(1, 3, 8, 8), pls("max2x2", 1)) == {
         "0": (4, 9),
         "2": (5, 4),
     }
@@ -132,12 +135,13 @@ def test_a_layer_that_runs_twice_has_windows_of_both_times():
         def forward(self, x):
             return self.conv(self.conv(x)).flatten(1)
 
-    assert shapes_of(Twice(), torch.zeros(1, 3, 2, 2), ImportanceRequest(("conv",), "max", 1)) == {"conv": (3, 2)}
+    wanted = ImportanceRequest(("conv",), "pls", Pls(1, "max"))
+    assert shapes_of(Twice(), torch.zeros(1, 3, 2, 2), wanted) == {"conv": (3, 2)}
 
 
 def test_more_features_than_memory_are_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"'max2x2' gives 10000000 features.*larger windows"):
-        check_columns({"a": (10, 10**6)}, "max2x2", torch.device("cpu"))
+        Pls(2, "max2x2").check({"a": (10, 10**6)}, torch.device("cpu"))
 
 
 def test_outputs_that_are_not_finite_name_the_layer():
@@ -145,14 +149,14 @@ def test_outputs_that_are_not_finite_name_the_layer():
     with torch.no_grad():
         model[2].weight[0, 0, 0, 0] = math.nan
     with pytest.raises(SearchError, match="the outputs of 2 are not finite"):
-        importance(model, calibration(), ImportanceRequest(LAYERS, "max", 2))
+        importance(model, calibration(), pls("max", 2))
 
 
 def test_a_ranking_can_have_the_criterion_pls_in_its_pool():
     images = calibration()
     model = network()
     ranking = rank(model, images.images, images.labels, criteria=("l1", "pls"), step=0.3, pooling="avg", components=1)
-    found = importance(model, dataclasses.replace(images, batch_size=250), ImportanceRequest(LAYERS, "avg", 1))
+    found = importance(model, dataclasses.replace(images, batch_size=250), pls("avg", 1))
     for layer in LAYERS:
         entry = ranking[ranking.rank_of(layer, "pls") - 1]
         assert entry.filters == tuple(sorted(found[layer].argsort(stable=True)[: len(entry.filters)].tolist()))

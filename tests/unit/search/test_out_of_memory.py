@@ -9,6 +9,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.criteria.pls import Pls
 from laasp_ray.errors import MemoryShortError, SearchError, is_out_of_memory
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
@@ -124,7 +125,8 @@ def test_the_choice_is_the_same_when_memory_ran_out_once(racing, monkeypatch):
 
 
 def test_what_scores_filters_is_tried_again_and_names_the_batch(monkeypatch):
-    model, calibration, wanted = network(), CalibrationSet(IMAGES, LABELS, 4), ImportanceRequest(("3",), "max", 2)
+    model, calibration = network(), CalibrationSet(IMAGES, LABELS, 4)
+    wanted = ImportanceRequest(("3",), "pls", Pls(2, "max"))
     undisturbed = importance(model, calibration, wanted)
     Tight.calls = 0
     monkeypatch.setattr(Tight, "fails", staticmethod(lambda call, images: call == 2))

@@ -1,0 +1,102 @@
+"""The scores of filters by a criterion of data, on a cluster: chunks of images as Ray tasks, their states merged in the
+driver.
+
+The chunks are those of the serial procedure (search/activations.py) and are merged in the same order, so that the
+number of workers does not change a bit of the scores.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import cloudpickle
+
+from laasp_ray.criteria import FirstBatch
+from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.tasks import answer
+from laasp_ray.distributed.transfer import pack_object, unpack_object
+from laasp_ray.errors import ConfigError
+from laasp_ray.search.activations import ImportanceRequest, measure_first_batch, scores_of, state_of
+
+AHEAD = 2
+"""How many chunks for each slot are asked for before the first is merged: a state may be hundreds of megabytes."""
+
+
+def spread(
+    inputs: list[Any], wanted: ImportanceRequest, chunks: Sequence[np.ndarray], slots: int, options: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Scores (N,) of every wanted layer's filters.
+
+    `inputs` are references to the unpruned network, the iteration's (plan and tensors) and the calibration set. Raises
+    what `search.activations.importance` does, SearchError if tasks are lost.
+    """
+    request = (wanted.name, cloudpickle.dumps(wanted))
+    first: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, request))
+    shared = ray.put(first)
+    task = ray.remote(chunk_task).options(**options)
+
+    def states() -> Iterator[Any]:
+        pending: list[Any] = []
+        todo = iter(chunks)
+        try:
+            while True:
+                pending += [
+                    task.remote(inputs, request, [shared], chunk)
+                    for _, chunk in zip(range(AHEAD * slots - len(pending)), todo, strict=False)
+                ]
+                if not pending:
+                    return
+                yield unpack_object(_answer(pending.pop(0)))
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=False)
+
+    return scores_of(states(), first, wanted)
+
+
+def first_batch_task(inputs: list[Any], request: tuple[str, bytes]) -> FirstBatch:
+    """The task that looks at the first batch; references inside the list `inputs` are kept by the process."""
+    wanted = _unpacked(*request)
+    model, calibration = PROCESS.network(*inputs)
+    return measure_first_batch(model, calibration, wanted).to(torch.device("cpu"))
+
+
+def chunk_task(inputs: list[Any], request: tuple[str, bytes], first: list[Any], chunk: np.ndarray) -> list[np.ndarray]:
+    """The task that gives the criterion's state after the images at `chunk`, packed."""
+    wanted = _unpacked(*request)
+    model, calibration = PROCESS.network(*inputs)
+    state = state_of(model, calibration, wanted, ray.get(first[0]), chunk)
+    try:
+        arrays = pack_object(state)
+    except Exception as error:  # a user's state may be anything
+        raise ConfigError(
+            f"criterion {wanted.name!r} has a state that cannot be pickled: {type(error).__name__}: {error}"
+        ) from error
+    if device().type == "cuda":
+        del state
+        torch.cuda.empty_cache()  # the trainers share this GPU
+    return arrays
+
+
+def _unpacked(name: str, request: bytes) -> ImportanceRequest:
+    """What was asked for; raises ConfigError where this process cannot import the criterion `name`."""
+    try:
+        return pickle.loads(request)
+    except Exception as error:
+        raise ConfigError(
+            f"a worker cannot load criterion {name!r}: {type(error).__name__}: {error}; workers must be able to import "
+            "its module: install it on every node, or submit the job with a --working-dir that has it"
+        ) from error
+
+
+def _answer(reference: Any) -> Any:
+    return answer(
+        reference,
+        "a task that looks at filters' outputs",
+        "lower search.batch_size or pool in larger windows (prune.pooling)",
+    )
