@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test exhaustive lint docs clean
+.PHONY: install quickstart test exhaustive lint docs options clean
 
 install: $(STAMP)
 
@@ -28,6 +28,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+options: install
+	$(BIN)/python -m laasp_ray.cli.options_page
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict

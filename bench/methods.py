@@ -47,7 +47,7 @@ from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
 from laasp_ray import prune
-from laasp_ray.cli.main import overridden
+from laasp_ray.cli.flags import overridden
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import LaaspError
 from laasp_ray.methods import PruningMethod
@@ -234,7 +234,6 @@ def run(chain: Chain, place: Place) -> Row:
     place.runs.mkdir(parents=True, exist_ok=True)
     with (place.runs / f"{config.name}.log").open("a") as log:
         prune(
-            None,
             config,
             distributed=False,
             progress=Forking(config, following[0] if following else None, log),

@@ -1,24 +1,82 @@
-"""laasp_ray: pruning of convolutional networks while they train, spread over a Ray cluster."""
+"""laasp_ray: pruning of convolutional networks while they train, spread over a Ray cluster.
+
+What is named in `__all__` is the whole public surface, and is imported on first use: whoever only loads a pruned
+network needs neither Ray nor torchvision.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from laasp_ray.api import prune
+    from laasp_ray.config import RunConfig
+    from laasp_ray.errors import (
+        ArtifactError,
+        ConfigError,
+        DataError,
+        ExhaustedError,
+        LaaspError,
+        MemoryShortError,
+        PruningError,
+        SearchError,
+        StoreError,
+        TrainingError,
+        UnmaskedError,
+    )
+    from laasp_ray.recipes import recipe
+    from laasp_ray.search import rank
     from laasp_ray.store.artifact import load_pruned
 
-__all__ = ["load_pruned", "prune"]
+    __version__: str
+
+__all__ = [
+    "ArtifactError",
+    "ConfigError",
+    "DataError",
+    "ExhaustedError",
+    "LaaspError",
+    "MemoryShortError",
+    "PruningError",
+    "RunConfig",
+    "SearchError",
+    "StoreError",
+    "TrainingError",
+    "UnmaskedError",
+    "__version__",
+    "load_pruned",
+    "prune",
+    "rank",
+    "recipe",
+]
+_HOMES = {
+    "RunConfig": "config",
+    "load_pruned": "store.artifact",
+    "prune": "api",
+    "rank": "search.ranking",
+    "recipe": "recipes.registry",
+}
+"""What is public -> the module that it is imported from; whatever ends in Error is of `errors`."""
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: whoever only loads a pruned network needs neither Ray nor torch-pruning.
-    if name == "prune":
-        from laasp_ray.api import prune
-
-        return prune
-    if name == "load_pruned":
-        from laasp_ray.store.artifact import load_pruned
-
-        return load_pruned
+    if name == "__version__":
+        return _version()
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The version that pyproject.toml gave the installed package; a submitted job's copy may not be installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("laasp_ray")
+    except PackageNotFoundError:
+        return "unknown"

@@ -64,8 +64,8 @@ class PruneResult:
 
 @random_state_kept()
 def prune(
-    model: nn.Module | None,
     config: RunConfig,
+    model: nn.Module | None = None,
     *,
     distributed: bool = True,
     ray_address: str | None = None,
@@ -83,6 +83,7 @@ def prune(
     Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
     with everything up to the last epoch or iteration in the store.
     """
+    _check_given(config, model)
     if method is not None and config.sparsity is not None:
         raise ConfigError("a method is given to a run with sparsity, which removes no filters: leave one of them out")
     if method is not None and not config.prunes:
@@ -115,6 +116,19 @@ def prune(
         return PruneResult(run, storage.uri, _summary(finish.data))
     finally:
         _close([progress])
+
+
+def _check_given(config: object, model: object) -> None:
+    if isinstance(model, RunConfig):
+        raise ConfigError(
+            "prune was given its config second, as an earlier version took it: write prune(config, model), or "
+            "prune(config) to have config.model built"
+        )
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"prune's config is of type {type(config).__name__}, must be a RunConfig: a recipe's, recipe(name), or "
+            "RunConfig.from_dict(settings)"
+        )
 
 
 def _summary(finish: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,5 +46,5 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
 
 def run_here(config: RunConfig) -> tuple[PruneResult, list[Event]]:
     """The whole run, in this process, and its journal."""
-    result = prune(None, config, distributed=False, progress=Silent())
+    result = prune(config, distributed=False, progress=Silent())
     return result, events_of(config)

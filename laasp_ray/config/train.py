@@ -19,7 +19,7 @@ class TrainConfig:
     The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
     reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead.
 
-    Test images are evaluated by `test_every` before and after pruning, but not in fine-tunes, and at the end of each
+    Test images are evaluated by `train.test_every` before and after pruning, but not in fine-tunes, and at the end of each
     training phase in any case. Nothing is decided by it.
     """
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 def run(config, *, distributed):
     """The network, the kinds of events, and the decision of the only iteration."""
-    result = prune(None, config, distributed=distributed)
+    result = prune(config, distributed=distributed)
     events = Journal(Storage.open(result.folder)).events()
     (iteration,) = (read_event(event) for event in events if event.name == "iteration")
     return result.model, [event.name for event in events], iteration.decision

@@ -11,6 +11,7 @@ import pytest
 from helpers import write_pictures
 from safetensors.torch import save_file
 
+from laasp_ray.cli import flags
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
@@ -79,7 +80,7 @@ def arguments(images, storage, *more, **changes):
 
 
 def config_of(*given):
-    return cli.overridden(recipe("resnet20_cifar10"), cli._parser("prune.py", "").parse_args(list(given)))
+    return flags.overridden(recipe("resnet20_cifar10"), flags.run_parser("prune.py", "").parse_args(list(given)))
 
 
 def test_every_flag_sets_its_key(tmp_path):
@@ -352,11 +353,11 @@ def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
 
 
 def test_a_sparse_recipe_has_no_target_for_flops_not_even_none():
-    flags = {"--flops-reduction": cli.FLAGS["--flops-reduction"]}
+    only = {"--flops-reduction": flags.FLAGS["--flops-reduction"]}
 
     def config(*settings):
-        given = argparse.Namespace(flags=flags, flops_reduction=0.0, set=list(settings))
-        return cli.overridden(recipe("mobilenet_v1_aap"), given)
+        given = argparse.Namespace(flags=only, flops_reduction=0.0, set=list(settings))
+        return flags.overridden(recipe("mobilenet_v1_aap"), given)
 
     with pytest.raises(ConfigError, match=r"--flops-reduction is 0, but mobilenet_v1_aap makes .* --set sparsity=null"):
         config()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from laasp_ray.cli import main as cli
+from laasp_ray.cli import stopping
 from laasp_ray.errors import ConfigError
 
 JOBS = Path(__file__).parents[3] / "jobs"
@@ -29,7 +30,7 @@ def test_a_command_that_is_stopped_says_one_line(capsys, number, status):
         finally:
             closed.append("closed")
 
-    assert cli._guarded(run) == status
+    assert stopping.guarded(run) == status
     assert capsys.readouterr().err == LINE and closed == ["closed"]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -43,7 +44,7 @@ def test_what_the_terminals_encoding_lacks_is_replaced(monkeypatch):
         print("pruned network: /läufe/1/pruned ▇")
         raise ConfigError("no folder /läufe")
 
-    assert cli._guarded(run) == 2
+    assert stopping.guarded(run) == 2
     out.flush(), err.flush()
     assert out.buffer.getvalue() == b"pruned network: /l?ufe/1/pruned ?\n"
     assert err.buffer.getvalue() == b"error: no folder /l?ufe\n"

@@ -41,7 +41,7 @@ def config_of(storage, pictures, **changes):
 
 
 def run(config, progress=None):
-    return prune(None, config, distributed=False, progress=progress or Silent())
+    return prune(config, distributed=False, progress=progress or Silent())
 
 
 def iterations(config):

@@ -10,7 +10,7 @@ from helpers import randomise_batchnorm
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.cli import main as cli
+from laasp_ray.cli import flags
 from laasp_ray.config import ModelConfig, SparsityConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
@@ -53,9 +53,9 @@ CONVOLUTIONS = {
 }
 
 
-def config_of(name, *flags):
-    parser = cli._parser("sparsify.py", "", cli.SPARSITY_FLAGS)
-    return cli.overridden(with_sparsity(recipe(name)), parser.parse_args(list(flags)))
+def config_of(name, *given):
+    parser = flags.run_parser("sparsify.py", "", flags.SPARSITY_FLAGS)
+    return flags.overridden(with_sparsity(recipe(name)), parser.parse_args(list(given)))
 
 
 def build(name, device="cpu"):

@@ -92,10 +92,10 @@ def test_a_whole_run_leaves_network_and_random_state_alone(tmp_path):
     config = small_run(
         tmp_path, prune__flops_reduction=0.05, train__epochs=1, train__prune_epoch=0, train__drop_epochs=[]
     )
-    result = prune(model, config, distributed=False, progress=Silent())
+    result = prune(config, model, distributed=False, progress=Silent())
     assert_as_it_was(model, before)
     assert result.model.a.out_channels + result.model.b.out_channels < 16
-    prune(model, config, distributed=False, progress=Silent())  # which only loads it
+    prune(config, model, distributed=False, progress=Silent())  # which only loads it
     assert_as_it_was(model, before)
 
 

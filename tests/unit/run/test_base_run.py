@@ -34,7 +34,7 @@ def base_run(storage, **changes):
 
 
 def run(config):
-    return prune(None, config, distributed=False, progress=Silent())
+    return prune(config, distributed=False, progress=Silent())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_plan_of_a_dry_run(tmp_path):
 
 def test_what_chooses_prunes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a method is given to a run that prunes nothing"):
-        prune(None, base_run(tmp_path), distributed=False, method=Laasp())
+        prune(base_run(tmp_path), distributed=False, method=Laasp())
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
     with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):

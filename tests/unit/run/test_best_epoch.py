@@ -81,7 +81,7 @@ def config_of(storage, pictures, **changes) -> RunConfig:
 
 
 def run(config, progress=None):
-    return prune(None, config, distributed=False, progress=progress)
+    return prune(config, distributed=False, progress=progress)
 
 
 def metrics_of(config):

@@ -29,7 +29,7 @@ def tiny(storage, pictures, **changes):
 
 
 def run(config):
-    return prune(None, config, distributed=False, progress=Silent())
+    return prune(config, distributed=False, progress=Silent())
 
 
 @pytest.mark.parametrize("position", [3, 5])  # after the first training phase; after the first iteration

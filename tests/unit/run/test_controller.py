@@ -24,7 +24,7 @@ from laasp_ray.run.events import RunResumed
 
 
 def run(config: RunConfig, model=None, progress=None):
-    return prune(model, config, distributed=False, progress=progress or Silent())
+    return prune(config, model, distributed=False, progress=progress or Silent())
 
 
 def decisions(config: RunConfig):
@@ -237,22 +237,22 @@ class ByL2(laasp.Laasp):
 
 def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
-    prune(None, config, distributed=False, progress=Silent(), method=ByL2())
+    prune(config, distributed=False, progress=Silent(), method=ByL2())
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
     again = dataclasses.replace(config, name="again")
     with power_cut(monkeypatch, 3):
-        prune(None, again, distributed=False, progress=Silent(), method=ByL2())
+        prune(again, distributed=False, progress=Silent(), method=ByL2())
     for other, named in ((None, "it is given none"), (laasp.Laasp(), r"laasp_ray\.methods\.laasp\.Laasp")):
         with pytest.raises(ConfigError, match=rf"was started with .*ByL2, now .*{named}.*give the same method"):
-            prune(None, again, distributed=False, progress=Silent(), method=other)
-    prune(None, again, distributed=False, progress=Silent(), method=ByL2())
+            prune(again, distributed=False, progress=Silent(), method=other)
+    prune(again, distributed=False, progress=Silent(), method=ByL2())
     assert decisions(again) == decisions(config)
     sparse = dataclasses.replace(
         config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
     )
     with pytest.raises(ConfigError, match="a method is given to a run with sparsity"):
-        prune(None, sparse, distributed=False, progress=Silent(), method=ByL2())
+        prune(sparse, distributed=False, progress=Silent(), method=ByL2())
 
 
 def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):

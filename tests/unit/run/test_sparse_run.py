@@ -52,7 +52,7 @@ def config_of(storage, pictures, **changes):
 
 
 def run(config):
-    return prune(None, config, distributed=False)
+    return prune(config, distributed=False)
 
 
 @pytest.fixture(scope="module")

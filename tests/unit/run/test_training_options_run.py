@@ -56,7 +56,7 @@ def pictures(tmp_path_factory):
 
 
 def run(config):
-    return prune(None, config, distributed=False)
+    return prune(config, distributed=False)
 
 
 def same(one, other):

@@ -8,7 +8,7 @@ from helpers import write_pictures
 from whole_runs import Silent, on_pictures
 
 from laasp_ray import prune
-from laasp_ray.cli import main as cli
+from laasp_ray.cli import stopping
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.store.addresses import public, public_data, public_text
 from laasp_ray.store.storage import Storage
@@ -77,7 +77,7 @@ def test_a_run_stores_no_credentials(tmp_path, monkeypatch):
     monkeypatch.setattr("laasp_ray.store.storage._from_uri", lambda kind, uri: (kept, "bucket/runs"))
     address = "s3://KEYID:SECRET@bucket/runs"
     config = dataclasses.replace(on_pictures(tmp_path, pictures), storage=address)
-    result = prune(None, config, distributed=False, progress=Silent())
+    result = prune(config, distributed=False, progress=Silent())
     assert result.folder == f"s3://bucket/runs/{config.name}"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
@@ -85,12 +85,12 @@ def test_a_run_stores_no_credentials(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bucket/runs" / config.name / "config.json").read_text())["storage"] == (
         "s3://bucket/runs"
     )
-    assert prune(None, config, distributed=False).summary == result.summary  # finished: loaded, by the same address
+    assert prune(config, distributed=False).summary == result.summary  # finished: loaded, by the same address
 
 
 def test_the_commands_print_no_credentials(capsys):
     def fail():
         raise ConfigError("the run in s3://KEYID:SECRET@bucket/runs is no run")
 
-    assert cli._guarded(fail) == 2
+    assert stopping.guarded(fail) == 2
     assert capsys.readouterr().err == "error: the run in s3://bucket/runs is no run\n"

@@ -92,7 +92,7 @@ def test_the_probe_writes_as_a_run_does(tmp_path, monkeypatch):
 def finished(tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
     config = on_pictures(top / "store", write_pictures(top / "images", side=8, train=12, test=6))
-    prune(None, config, distributed=False, progress=Silent())
+    prune(config, distributed=False, progress=Silent())
     return config, Storage.open(config.storage).child(config.name)
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_event_is_named_with_a_remedy(run, content):
             storage.delete(name)
     storage.write("journal/000001-start.json", content)
     with pytest.raises(StoreError, match=r"journal/000001-start\.json in .*; restore it from a copy"):
-        prune(None, config, distributed=False, progress=Silent())
+        prune(config, distributed=False, progress=Silent())
 
 
 def test_an_event_with_values_of_another_kind_is_named(run):
@@ -162,7 +162,7 @@ def test_an_event_with_values_of_another_kind_is_named(run):
     with pytest.raises(
         StoreError, match=rf"{iteration} in .* is damaged: it lacks 'iteration'; restore it from a copy"
     ):
-        prune(None, config, distributed=False, progress=Silent())
+        prune(config, distributed=False, progress=Silent())
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
     pictures = write_pictures(top / "images", side=8, train=12, test=6)
     config = on_pictures(top / "store", pictures, model__builder=f"{__name__}:network", prune__flops_reduction=0.001)
-    return prune(None, config, distributed=False, progress=Silent()).folder
+    return prune(config, distributed=False, progress=Silent()).folder
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""The console script `laasp-ray`: subcommands that take exactly what the scripts of their names in jobs/ take."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import laasp_ray
+
+COMMANDS = {
+    "prune": "prune a network while it trains, by a recipe",
+    "sparsify": "make a network's weights sparse in groups, and train it on",
+    "evaluate": "measure a run's pruned and unpruned network",
+}
+"""Subcommand, a function of cli/main.py -> what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`laasp-ray COMMAND ...`. Gives the exit status of the command (see cli/stopping.py)."""
+    listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="laasp-ray",
+        description=f"Prunes convolutional networks on a Ray cluster.\n\ncommands:\n{listed}",
+        epilog="laasp-ray COMMAND --help lists what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"laasp-ray {laasp_ray.__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND", help="one of the commands above")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given[:1])  # what follows is the command's own to read
+
+    from laasp_ray.cli import main as commands  # its imports take seconds, which --version need not wait for
+
+    return getattr(commands, options.command)(given[1:], prog=f"laasp-ray {options.command}")

@@ -1,0 +1,65 @@
+"""How a command ends: the exit status, one line for what is raised on purpose, signals, and what a terminal lacks.
+
+Exit status 0: done; 2: what was given is wrong (settings, data, store); 1: the run failed; 130 and 143: stopped, by
+Ctrl-C and by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
+from laasp_ray.store.addresses import public_text
+
+
+def guarded(run: Callable[[], None], stopped: str = "stopped; the same command goes on with the run") -> int:
+    """Runs it; gives the exit status. What it raises on purpose, and being stopped, is one line on standard error."""
+    _replace_what_cannot_be_printed()
+    try:
+        with _sigterm_as_interrupt() as received:
+            run()
+    except (ConfigError, DataError, StoreError) as error:
+        return _ended(f"error: {error}", 2)
+    except LaaspError as error:
+        return _ended(f"error: {type(error).__name__}: {error}", 1)
+    except KeyboardInterrupt:
+        return _ended(stopped, 128 + (received[0] if received else signal.SIGINT))
+    return 0
+
+
+def _ended(line: str, status: int) -> int:
+    print(public_text(line), file=sys.stderr)
+    return status
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """A terminal's encoding may lack a character of a name: it is printed as '?', and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM is raised as a KeyboardInterrupt, the one exception of a signal's that Ray's C++ core lets through; the
+    list then holds its number."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def raise_it(number: int, *_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was started is being stopped
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
