@@ -101,7 +101,7 @@ class PlsByFlops(PruningMethod):
         )
         context.clock.lap("score")
         config = dataclasses.replace(context.config, percent=percent)
-        return pls.Pls().iterate(
+        return pls.PlsPruning().iterate(
             dataclasses.replace(context, config=config, executor=_Scored(context.executor, context.scored, scores))
         )
 

@@ -17,7 +17,7 @@ from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.search.activations import ImportanceRequest
 
 
-class Pls(PruningMethod):
+class PlsPruning(PruningMethod):
     """The filters that tell least of the classes, of all layers together."""
 
     def iterate(self, context: IterationContext) -> IterationResult:

@@ -8,9 +8,9 @@ from laasp_ray.config import RunConfig
 from laasp_ray.methods.base import PruningMethod
 from laasp_ray.methods.group_sparsity import GroupSparsity
 from laasp_ray.methods.laasp import Laasp
-from laasp_ray.methods.pls import Pls
+from laasp_ray.methods.pls import PlsPruning
 
-METHODS: Mapping[str, Callable[[], PruningMethod]] = {"laasp": Laasp, "pls": Pls}
+METHODS: Mapping[str, Callable[[], PruningMethod]] = {"laasp": Laasp, "pls": PlsPruning}
 """What `prune.method` may be -> its class."""
 
 
