@@ -19,8 +19,8 @@ class TrainConfig:
     The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
     reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead.
 
-    Test images are evaluated by `train.test_every` before and after pruning, but not in fine-tunes, and at the end of each
-    training phase in any case. Nothing is decided by it.
+    Test images are evaluated by `train.test_every` before and after pruning, but not in fine-tunes, and at the end of
+    each training phase in any case. Nothing is decided by it.
     """
 
     epochs: Annotated[int, Doc("epochs of the whole schedule, at least 1")]
