@@ -103,6 +103,7 @@ _RENAMED_FLAGS = {"--loss-images": "--calibration-images"}
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
 _PLS_FLAGS = ("--method", "--iterations", "--percent", "--components", "--pooling")
 _FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--calibration-images", "--criteria", *_PLS_FLAGS)
+_RECIPE_HELP = f"one of {', '.join(sorted(RECIPES))}, or an import path package.module:function"
 
 
 def _numbers(text: str) -> list[int]:
@@ -145,7 +146,7 @@ def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
 def prune(arguments: Sequence[str] | None = None) -> int:
     """`jobs/prune.py RECIPE`."""
     parser = _parser("prune.py", "Prunes a network while it trains, by a recipe.")
-    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    parser.add_argument("recipe", help=_RECIPE_HELP)
     parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
     return _guarded(
         lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe, options.variant))
@@ -155,7 +156,7 @@ def prune(arguments: Sequence[str] | None = None) -> int:
 def sparsify(arguments: Sequence[str] | None = None) -> int:
     """`jobs/sparsify.py RECIPE`."""
     parser = _parser("sparsify.py", "Makes a network's weights sparse in groups, and trains it on.", SPARSITY_FLAGS)
-    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    parser.add_argument("recipe", help=_RECIPE_HELP)
     return _guarded(lambda: _prune(parser.parse_args(arguments), lambda options: with_sparsity(recipe(options.recipe))))
 
 

@@ -7,12 +7,10 @@ has the network and the images (search/activations.py) hands their scores on.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-
 import torch
 from torch import nn
 
+from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.criteria import magnitude as _magnitude
 from laasp_ray.criteria import similarity as _similarity
 from laasp_ray.criteria.registry import CRITERIA, Criterion, register
@@ -36,20 +34,10 @@ def get(name: str) -> Criterion:
         return CRITERIA[name]
     if name in OF_ACTIVATIONS:
         raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
-    if ":" not in name:
-        close = difflib.get_close_matches(name, known(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"unknown criterion {name!r}; {hint}known: {', '.join(known())}, or an import path package.module:function"
-        )
-    module, _, function = name.partition(":")
-    try:
-        criterion = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"criterion {name!r} cannot be imported: {error}") from error
-    if not callable(criterion):
-        raise ConfigError(f"criterion {name!r} is a {type(criterion).__name__}, must be a function")
-    return criterion
+    if not is_import_path(name):
+        hint = f"{did_you_mean(name, known())} known: {', '.join(known())}".lstrip()
+        raise ConfigError(f"unknown criterion {name!r}; {hint}, or an import path package.module:function")
+    return imported(name, "criterion")
 
 
 def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
