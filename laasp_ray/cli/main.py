@@ -167,11 +167,14 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", help="the run's folder, or its s3:// or gs:// address")
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
+    parser.add_argument("--format", help="its layout by name, or an import path (default: the run's)")
     parser.add_argument("--batch-size", type=_at_least_1, default=100, help="images a batch for accuracy (default 100)")
     parser.add_argument("--latency-batch", type=_at_least_1, default=1, help="images a batch for latency (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
-        "--trust", action="store_true", help="run the code that the folder names as its network's builder"
+        "--trust",
+        action="store_true",
+        help="run the code that the folder names: its network's builder, its data's format",
     )
 
     def run() -> None:
@@ -181,6 +184,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
         measured = evaluation.evaluate_run(
             options.folder,
             data=_absolute(options.data, "--data"),
+            data_format=options.format,
             batch_size=options.batch_size,
             latency_batch=options.latency_batch,
             trust=options.trust,

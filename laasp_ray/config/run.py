@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from laasp_ray.config.compat import with_current_names
 from laasp_ray.config.fields import build, check, to_plain
+from laasp_ray.config.names import is_import_path
 
-DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
+DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar")
+"""What `data.format` may be, import paths aside: the layouts of data/sources/registry.py, the digits, or `auto`."""
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 StepRule = Literal["flops_share", "layer_share"]
@@ -49,6 +51,9 @@ class ModelConfig:
 class DataConfig:
     """Where the images are and what is done to them. `path` None is the embedded set of handwritten digits.
 
+    `format` is a layout's name, or the import path `package.module:name` of a class or function that is called with
+    this config and the split and gives an ImageSource (data/sources/base.py); `path` is then what that makes of it.
+
     Training images: `random_resized_crop` takes a window of `scale` of the area at an aspect `ratio` and resizes it to
     `image_size`; `pad_crop` pads by `pad` pixels of zeros and takes a window of `image_size`. Either flips with
     probability `flip`. Evaluation: the shorter side is resized to `eval_resize` (0: not resized) and the centre of
@@ -56,7 +61,7 @@ class DataConfig:
     """
 
     path: str | None = None
-    format: DataFormat = "auto"
+    format: str = "auto"
     train_transform: TrainTransform = "random_resized_crop"
     image_size: int = 224
     eval_resize: int = 256
@@ -71,6 +76,8 @@ class DataConfig:
     max_unreadable: int = 20
 
     def __post_init__(self) -> None:
+        known = self.format in DATA_FORMATS or is_import_path(self.format)
+        check(known, "data.format", self.format, f"one of {', '.join(map(repr, DATA_FORMATS))}, or an import path")
         check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
         check(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
