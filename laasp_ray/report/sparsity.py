@@ -21,6 +21,7 @@ from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import StoreError
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, unpack_mask
 from laasp_ray.records import to_json
+from laasp_ray.report.tables import table_lines
 
 LANES = 16
 """Output channels that share a fetched group: our choice; the more there are, the longer they wait for the slowest."""
@@ -130,15 +131,7 @@ def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
     weights, kept = sum(row.weights for row in rows), sum(row.kept for row in rows)
     macs, left = sum(row.macs for row in rows), sum(row.macs * row.density for row in rows)
     lines.append(("all layers", f"{weights:,}", f"{kept / weights:.2%}", "", "", "", ""))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    left_aligned = (0, len(head) - 1)
-    text = [
-        "  ".join(
-            cell.ljust(width) if column in left_aligned else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = table_lines(lines, rule=False, left=(0, len(head) - 1))
     text.append(
         f"multiply-accumulates with non-zero weights: {left:,.0f} of {macs:,}; used: share of the multipliers that are "
         f"busy on a simulated accelerator of {LANES} lanes, unstructured: with pruning of the same density"

@@ -19,6 +19,7 @@ from laasp_ray.data.sources.base import check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.records import Metrics
+from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint
@@ -147,14 +148,7 @@ def table(measured: tuple[Measured, Measured]) -> str:
     row("MACs", "{:,}", unpruned.macs, pruned.macs)
     row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
     row("latency, ms", "{:.2f}", unpruned.latency.median_ms, pruned.latency.median_ms)
-    widths = [max(len(line[column]) for line in rows) for column in range(4)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in rows
-    ]
+    lines = table_lines(rows, rule=False)
     how = pruned.latency
     lines.append(
         f"{pruned.metrics.images} test images; latency: median of {how.repeats}, batch {how.batch_size}, {how.device}, "
