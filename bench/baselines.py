@@ -43,54 +43,65 @@ class Room:
     allowed: int
 
 
-def uniform_iteration(now: IterationContext) -> IterationResult:
+class UniformPruning(PruningMethod):
     """All layers lose the same share of their original filters, lowest l1 first, up to whole filters.
 
     So the filters go one after the other, each from the layer that has lost the least share. Of layers whose filters
     are coupled the first decides for all.
     """
-    rooms = rooms_of(now, deciding_layers(now.graph))
-    now.clock.lap("graph")
-    scores = {layer: criteria.scores("l1", now.model.get_submodule(layer)) for layer in rooms}
 
-    def picks(counts: Mapping[str, int]) -> Picks:
-        return {layer: criteria.lowest(scores[layer], count, rooms[layer].blocks) for layer, count in counts.items()}
+    def iterate(self, context: IterationContext) -> IterationResult:
+        rooms = rooms_of(context, deciding_layers(context.graph))
+        context.clock.lap("graph")
+        scores = {layer: criteria.scores("l1", context.model.get_submodule(layer)) for layer in rooms}
 
-    chosen = worth_about(map(picks, evenly(rooms)), lambda picks: worth(now, picks), now.config.step)
-    now.clock.lap("propose")
-    return now.prune(chosen, "l1")
+        def picks(counts: Mapping[str, int]) -> Picks:
+            return {
+                layer: criteria.lowest(scores[layer], count, rooms[layer].blocks) for layer, count in counts.items()
+            }
+
+        chosen = worth_about(map(picks, evenly(rooms)), lambda picks: worth(context, picks), context.config.step)
+        context.clock.lap("propose")
+        return context.prune(chosen, "l1")
 
 
-def random_iteration(seed: int) -> PruningMethod:
+class RandomPruning(PruningMethod):
     """The method of a run of `seed`: a random layer loses its step's number of random filters."""
 
-    def iterate(now: IterationContext) -> IterationResult:
-        rooms = rooms_of(now, now.graph.layers)
-        now.clock.lap("graph")
-        draw = random.Random(derive_seed(seed, f"random prune, iteration {now.iteration}"))
-        steps = {layer: removable(now, layer, now.baseline.step_sizes.get(layer, 1)) for layer in rooms}
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def iterate(self, context: IterationContext) -> IterationResult:
+        rooms = rooms_of(context, context.graph.layers)
+        context.clock.lap("graph")
+        draw = random.Random(derive_seed(self._seed, f"random prune, iteration {context.iteration}"))
+        steps = {layer: removable(context, layer, context.baseline.step_sizes.get(layer, 1)) for layer in rooms}
         layer, filters = random_pick(rooms, steps, draw)
-        now.clock.lap("propose")
-        return now.prune({layer: filters}, "random")
-
-    return iterate
+        context.clock.lap("propose")
+        return context.prune({layer: filters}, "random")
 
 
-def pls_iteration(now: IterationContext) -> IterationResult:
+class PlsByFlops(PruningMethod):
     """The library's PLS, at the percentage that makes this iteration worth most nearly `prune.step`.
 
     A layer at `prune.max_pruned` keeps what it has: its other filters' scores are infinite.
     """
-    rooms = rooms_of(now, independent_layers(now.graph))
-    now.clock.lap("graph")
-    scores = within(now.executor.importance(now.scored, ImportanceRequest.of(rooms, now.config)), rooms)
-    blocks = {layer: room.blocks for layer, room in rooms.items()}
-    filters = sum(room.filters for room in rooms.values())
-    percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
-    percent = worth_about(percentages, lambda share: worth(now, pls.choose(scores, blocks, share)), now.config.step)
-    now.clock.lap("score")
-    config = dataclasses.replace(now.config, percent=percent)
-    return pls.iterate(dataclasses.replace(now, config=config, executor=_Scored(now.executor, now.scored, scores)))
+
+    def iterate(self, context: IterationContext) -> IterationResult:
+        rooms = rooms_of(context, independent_layers(context.graph))
+        context.clock.lap("graph")
+        scores = within(context.executor.importance(context.scored, ImportanceRequest.of(rooms, context.config)), rooms)
+        blocks = {layer: room.blocks for layer, room in rooms.items()}
+        filters = sum(room.filters for room in rooms.values())
+        percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
+        percent = worth_about(
+            percentages, lambda share: worth(context, pls.choose(scores, blocks, share)), context.config.step
+        )
+        context.clock.lap("score")
+        config = dataclasses.replace(context.config, percent=percent)
+        return pls.Pls().iterate(
+            dataclasses.replace(context, config=config, executor=_Scored(context.executor, context.scored, scores))
+        )
 
 
 def rooms_of(now: IterationContext, layers: Iterable[str]) -> dict[str, Room]:

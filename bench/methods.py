@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from baselines import pls_iteration, random_iteration, uniform_iteration
+from baselines import PlsByFlops, RandomPruning, UniformPruning
 from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
@@ -52,7 +52,9 @@ from laasp_ray.config import RunConfig
 from laasp_ray.errors import LaaspError
 from laasp_ray.methods import PruningMethod
 from laasp_ray.recipes import recipe
+from laasp_ray.records import RunState
 from laasp_ray.report.progress import LineProgress
+from laasp_ray.run.events import Happening, PhaseStarted
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -81,9 +83,9 @@ class Method:
 COMPARED = {
     "laasp": Method(),
     **{name: Method((f'prune.criteria=["{name}"]',)) for name in ("l1", "l2", "euclidean", "cosine")},
-    "pls": Method(("prune.method=pls",), of_seed=lambda seed: pls_iteration),
-    "uniform": Method(of_seed=lambda seed: uniform_iteration),
-    "random": Method(of_seed=random_iteration),
+    "pls": Method(("prune.method=pls",), of_seed=lambda seed: PlsByFlops()),
+    "uniform": Method(of_seed=lambda seed: UniformPruning()),
+    "random": Method(of_seed=RandomPruning),
 }
 OPTIONS = {
     "laasp-distillation": Method(("train.distill=0.5",)),
@@ -129,9 +131,9 @@ class Forking(LineProgress):
         super().__init__(config.prune.targets, stream, time.monotonic)
         self._config, self._following = config, following
 
-    def phase(self, name: str, detail: str) -> None:
-        super().phase(name, detail)
-        if name == "final" and self._following is not None:
+    def on_event(self, event: Happening, state: RunState) -> None:
+        super().on_event(event, state)
+        if isinstance(event, PhaseStarted) and event.phase == "final" and self._following is not None:
             fork(self._config, self._following)
 
 

@@ -21,7 +21,7 @@ COLUMNS = (
     "FLOPs",
     "parameters",
     "iterations",
-    "fine-tunings",
+    "fine_tunes",
     "s an iteration",
     "s an epoch",
     "s in all",

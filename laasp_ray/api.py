@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +17,36 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
-from laasp_ray.data.sources.base import SPLITS, Split
 from laasp_ray.data.sources.identity import identify
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
-from laasp_ray.methods import METHODS, PruningMethod
+from laasp_ray.methods import PruningMethod, method_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.report.progress import Progress, make_progress
+from laasp_ray.report.progress import make_progress
 from laasp_ray.report.tensorboard import ScalarWriter
 from laasp_ray.run.controller import UNPRUNED, Controller, RunServices
+from laasp_ray.run.events import (
+    CalibrationDrawn,
+    Observer,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    data_of,
+    read_event,
+    started,
+)
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
-from laasp_ray.run.sparse_controller import SparseController
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from laasp_ray.store.journal import Event, Journal
+from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
 
@@ -61,7 +69,7 @@ def prune(
     *,
     distributed: bool = True,
     ray_address: str | None = None,
-    progress: Progress | None = None,
+    progress: Observer | None = None,
     method: PruningMethod | None = None,
 ) -> PruneResult:
     """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
@@ -82,31 +90,36 @@ def prune(
     storage = open_run(config)
     restore_config(storage)
     journal = Journal(storage)
-    finish = journal.last("finish")
+    finish = journal.last(RunFinished.NAME)
     if finish is not None:
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = _copied(model) if model is not None else models.build(config.model)
-        return PruneResult(load_pruned(storage, unpruned), storage.uri, dict(finish.data))
+        return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
     if distributed:
         check_address(ray_address)
-    start = journal.last("start")
+    start = started(journal)
     if start is None:
         prepared = prepare(config, model)
     else:
         _check_method(start, method)
-        state = folded(storage, journal, config)
-        prepared = prepare(config, model, started=True, images=_images(start), state=state)
+        state = folded(journal, config)
+        prepared = prepare(config, model, started=True, images=start.images, state=state)
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
             run = _run_on_ray(prepared, storage, journal, progress, method, ray_address)
         else:
             run = _run_here(prepared, storage, journal, progress, method)
-        finish = journal.last("finish")
+        finish = journal.last(RunFinished.NAME)
         assert finish is not None
-        return PruneResult(run, storage.uri, dict(finish.data))
+        return PruneResult(run, storage.uri, _summary(finish.data))
     finally:
         _close([progress])
+
+
+def _summary(finish: Mapping[str, Any]) -> dict[str, Any]:
+    """The last event's data, the method's own among them."""
+    return {key: value for key, value in finish.items() if key != "details"} | dict(finish.get("details", {}))
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -115,7 +128,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run_here(
-    prepared: Prepared, storage: Storage, journal: Journal, progress: Progress, method: PruningMethod | None
+    prepared: Prepared, storage: Storage, journal: Journal, progress: Observer, method: PruningMethod | None
 ) -> nn.Module:
     config = prepared.config
     check_workers(config, len(prepared.train), 1)
@@ -145,7 +158,7 @@ def _run_on_ray(
     prepared: Prepared,
     storage: Storage,
     journal: Journal,
-    progress: Progress,
+    progress: Observer,
     method: PruningMethod | None,
     address: str | None,
 ) -> nn.Module:
@@ -173,14 +186,14 @@ def _control(
     prepared: Prepared,
     storage: Storage,
     journal: Journal,
-    progress: Progress,
+    progress: Observer,
     method: PruningMethod | None,
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[CalibrationImages], Executor],
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and lets the controller go on from there."""
     config = prepared.config
-    resumed = journal.last("start") is not None
+    resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
         _start(prepared, storage, journal, method)
     if config.sparsity is not None and config.sparsity.from_run is not None:
@@ -197,23 +210,21 @@ def _control(
             made["executor"] = make_executor(_calibration(prepared, journal, excluded, on_unreadable))
         return made["executor"]
 
-    made["events"] = events = ScalarWriter(storage)
+    made["scalars"] = scalars = ScalarWriter(storage)
     try:
         parts = RunServices(
             trainer,
             executor,
-            method or METHODS[config.prune.method],
+            method or method_of(config),
             storage,
             journal,
-            progress,
-            events,
+            (progress, scalars),
             locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
         )
-        state = folded(storage, journal, config)
+        state = folded(journal, config)
         if resumed:
-            progress.resumed(state, config.prune.targets)
-        loop = Controller if config.sparsity is None else SparseController
-        return loop(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
+            progress.on_event(RunResumed(), state)
+        return Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
     finally:
         _close(reversed(made.values()))
 
@@ -227,8 +238,8 @@ def _close(parts: Iterable[Any]) -> None:
             logger.warning("closing %s failed", type(part).__name__, exc_info=True)
 
 
-def _check_method(start: Event, method: PruningMethod | None) -> None:
-    theirs, ours = start.data["method"], _name_of(method)
+def _check_method(start: RunStarted, method: PruningMethod | None) -> None:
+    theirs, ours = start.method, _name_of(method)
     if theirs != ours:
         raise ConfigError(
             f"this run was started with {theirs or 'no method of its own'}, now it is given {ours or 'none'}: give the "
@@ -239,8 +250,7 @@ def _check_method(start: Event, method: PruningMethod | None) -> None:
 def _name_of(method: PruningMethod | None) -> str | None:
     if method is None:
         return None
-    named = method if hasattr(method, "__qualname__") else type(method)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
 def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod | None) -> None:
@@ -254,25 +264,23 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
     initial = f"initial-{uuid.uuid4().hex[:8]}"
     save_checkpoint(storage, initial, model=begun_with.tensors)
-    journal.append(
-        "start",
-        {
-            "config": settings,
-            "method": _name_of(method),
-            "macs": baseline.macs.total,
-            "macs_convention": baseline.macs.convention,
-            "filters": baseline.filters,
-            "parameters": sum(parameter.numel() for parameter in prepared.unpruned.parameters()),
-            "step_sizes": baseline.step_sizes,
-            "layers": len(baseline.step_sizes),
-            "skipped_layers": baseline.skipped,
-            "train_images": len(prepared.train),
-            "test_images": len(prepared.test),
-            "images": {"train": identify(prepared.train), "test": identify(prepared.test)},
-            "checkpoint": initial,
-            "plan": None if begun_with.plan.is_empty else begun_with.plan.to_json(),
-        },
+    event = RunStarted(
+        config=settings,
+        method=_name_of(method),
+        macs=baseline.macs.total,
+        macs_convention=baseline.macs.convention,
+        filters=baseline.filters,
+        parameters=sum(parameter.numel() for parameter in prepared.unpruned.parameters()),
+        step_sizes=baseline.step_sizes,
+        layers=len(baseline.step_sizes),
+        skipped_layers=baseline.skipped,
+        train_images=len(prepared.train),
+        test_images=len(prepared.test),
+        images={"train": identify(prepared.train), "test": identify(prepared.test)},
+        checkpoint=initial,
+        plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
     )
+    journal.append(event.NAME, data_of(event))
     write_config(storage, config.to_dict())
 
 
@@ -282,18 +290,14 @@ def _keep_unpruned(from_run: str, storage: Storage) -> None:
         save_checkpoint(storage, UNPRUNED, model=load_checkpoint(Storage.open(from_run), UNPRUNED).model)
 
 
-def _images(start: Event) -> dict[Split, Any]:
-    """The identities of the images that the run began with; an older version wrote down how many they were."""
-    data = start.data
-    return {split: data.get("images", {}).get(split, {"images": data[f"{split}_images"]}) for split in SPLITS}
-
-
 def _calibration(
     prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
 ) -> CalibrationImages:
     """Drawn anew on a resume, from the same seed and with the same images left out, and checked to be the same."""
     config = prepared.config
-    known = journal.last("calibration")
+    last = journal.last(CalibrationDrawn.NAME)
+    known = None if last is None else read_event(last, journal.uri)
+    assert known is None or isinstance(known, CalibrationDrawn)
     left_out = list(excluded)
 
     def leave_out(name: str) -> None:
@@ -305,18 +309,17 @@ def _calibration(
         config.data,
         images=config.search.images,
         seed=config.seed,
-        excluded=excluded if known is None else known.data["excluded"],
+        excluded=excluded if known is None else known.excluded,
         on_unreadable=leave_out,
     )
     if known is None:
-        journal.append(
-            "calibration", {"images": len(calibration.labels), "digest": calibration.digest, "excluded": left_out}
-        )
+        drawn = CalibrationDrawn(images=len(calibration.labels), digest=calibration.digest, excluded=tuple(left_out))
+        journal.append(drawn.NAME, data_of(drawn))
         logger.info("losses are measured on %d training images", len(calibration.labels))
-    elif known.data["digest"] != calibration.digest:
+    elif known.digest != calibration.digest:
         raise DataError(
             f"the calibration set drawn now has digest {calibration.digest[:12]}, the run's "
-            f"{known.data['digest'][:12]}: the training images or the decoder have changed; restore them, or start a "
+            f"{known.digest[:12]}: the training images or the decoder have changed; restore them, or start a "
             "new run with another --name"
         )
     return calibration

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from laasp_ray.errors import StoreError
-
 SCHEMA_VERSION = 1
 
 
@@ -219,21 +217,3 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"{type(value).__name__} has no JSON form here")
-
-
-def decision_from_json(data: Mapping[str, Any]) -> Decision:
-    """The inverse of `to_json` for a Decision; raises StoreError when a key is missing or unknown."""
-    try:
-        values = dict(data)
-        values["filters"] = tuple(int(index) for index in values["filters"])
-        values["also"] = tuple((str(layer), str(criterion)) for layer, criterion in values.get("also", ()))
-        values["further"] = tuple(_layer_prune(part) for part in values.get("further", ()))
-        values["loss"], values["loss_before"] = float(values["loss"]), float(values["loss_before"])
-        return Decision(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"not a decision that this version can read: {data!r} ({error})") from error
-
-
-def _layer_prune(data: Mapping[str, Any]) -> LayerPrune:
-    filters = tuple(int(index) for index in data["filters"])
-    return LayerPrune(layer=str(data["layer"]), criterion=str(data["criterion"]), filters=filters)

@@ -146,7 +146,8 @@ def iterations_of(
     """Iteration after iteration, each on the physically pruned network: (iteration, network before, network after)."""
     now = first
     for number in itertools.count(2):
-        iteration = method(now)
+        iteration = method.iterate(now)
+        assert iteration.step is not None
         after = clone_sharing_parameters(now.model)
         apply_plan(after, iteration.step)
         yield iteration, now.model, after

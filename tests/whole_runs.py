@@ -11,18 +11,27 @@ import pytest
 from helpers import small_run
 
 from laasp_ray.config import RunConfig
+from laasp_ray.records import RunState
+from laasp_ray.run.events import Happening, RunEvent, read_events
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
 
 
 class Silent:
-    """A Progress that shows nothing and remembers what it was told, by method."""
+    """An observer that shows nothing and remembers what happened, with the state after it."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list[tuple[Any, ...]]] = {}
+        self.seen: list[tuple[Happening, RunState]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.told.setdefault(name, []).append(args)
+    def on_event(self, event: Happening, state: RunState) -> None:
+        self.seen.append((event, state))
+
+    def close(self) -> None:
+        return None
+
+    def of(self, kind: type) -> list[Any]:
+        """The events of this type, in order."""
+        return [event for event, _ in self.seen if isinstance(event, kind)]
 
 
 def on_pictures(storage: Path, pictures: Path, **changes: Any) -> RunConfig:
@@ -48,6 +57,10 @@ def events_of(config: RunConfig) -> list[Event]:
 
 class PowerCutError(Exception):
     pass
+
+
+def read_events_of(config: RunConfig) -> list[RunEvent]:
+    return read_events(Journal(Storage.open(config.storage).child(config.name)))
 
 
 @contextmanager

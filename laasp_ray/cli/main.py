@@ -24,15 +24,18 @@ from laasp_ray import api, models
 from laasp_ray.config import RunConfig
 from laasp_ray.config.compat import RENAMED_KEYS, current_name
 from laasp_ray.errors import ConfigError, DataError, LaaspError, StoreError
+from laasp_ray.methods.group_sparsity import REPORT
+from laasp_ray.methods.sparsity_report import sparsity_from_json
 from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe, with_sparsity
 from laasp_ray.recipes.digits import resnet50_digits
 from laasp_ray.recipes.imagenet import resnet50_imagenet
 from laasp_ray.report import repeats
-from laasp_ray.report.sparsity import sparsity_from_json, sparsity_table
+from laasp_ray.report.evaluation import evaluation_table
+from laasp_ray.report.sparsity import sparsity_table
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run import evaluate as evaluation
-from laasp_ray.run.sparse_controller import REPORT
+from laasp_ray.run.events import read_events
 from laasp_ray.store.addresses import public_text
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
@@ -189,7 +192,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
             latency_batch=options.latency_batch,
             trust=options.trust,
         )
-        print(evaluation.table(measured))
+        print(evaluation_table(measured))
         if options.json is not None:
             options.json.write_text(json.dumps(evaluation.to_dict(measured), indent=2) + "\n")
 
@@ -264,7 +267,7 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
 def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     result = api.prune(None, config, distributed=not options.no_ray, ray_address=options.ray_address)
     storage = Storage.open(config.storage).child(config.name)
-    print(format_summary(summarise(Journal(storage).events())))
+    print(format_summary(summarise(read_events(Journal(storage)))))
     if config.sparsity is not None:
         print(sparsity_table(sparsity_from_json(storage.read_json(REPORT))))
     print(f"{'pruned' if config.prunes else 'trained'} network: {result.folder}/pruned")

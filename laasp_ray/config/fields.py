@@ -13,6 +13,13 @@ from laasp_ray.config.names import did_you_mean
 from laasp_ray.errors import ConfigError
 
 
+@dataclasses.dataclass(frozen=True)
+class Doc:
+    """What a config key is for, in one line, with its unit and range: `key: Annotated[int, Doc("...")]`."""
+
+    text: str
+
+
 def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Raises ConfigError naming the key, its value and what is wanted, unless it `holds`."""
     if not holds:
@@ -37,6 +44,16 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def docs(cls: Any) -> dict[str, str]:
+    """Every key of the dataclass `cls` that has a Doc -> its line."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = {
+        key: [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Doc)]
+        for key, hint in hints.items()
+    }
+    return {key: items[0].text for key, items in found.items() if items}
 
 
 def build(cls: Any, data: Any, where: str) -> Any:

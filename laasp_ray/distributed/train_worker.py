@@ -21,14 +21,14 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import LaaspError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.train.data import SpellData
+from laasp_ray.train.data import PhaseData
 from laasp_ray.train.ddp import distributed
-from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase, run_training_phase
+from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase, run_training_phase
 from laasp_ray.train.trainer import rebuild_on
 
 
 @dataclass(frozen=True)
-class SpellCommand:
+class PhaseCommand:
     """`arrays` holds one object reference: (state dict, carried) as numpy arrays.
 
     `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
@@ -47,7 +47,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     mailbox, config = settings["mailbox"], settings["config"]
     torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
     unpruned = ray.get(settings["unpruned"][0])
-    data: SpellData | None = None
+    data: PhaseData | None = None
     teacher: NetworkState | None = None
     finished = -1
     while (command := _next(mailbox, finished)) is not None:
@@ -90,7 +90,7 @@ def _check_agreement(command: Command) -> None:
         raise RuntimeError(f"the ranks were given different commands: {theirs}")
 
 
-def _teacher(payload: SpellCommand) -> NetworkState | None:
+def _teacher(payload: PhaseCommand) -> NetworkState | None:
     """It is kept, as a view of the object store, so that it comes to this node once."""
     if payload.teacher is None:
         return None
@@ -98,8 +98,8 @@ def _teacher(payload: SpellCommand) -> NetworkState | None:
     return NetworkState(plan, unpack(arrays, copy=False))
 
 
-def _open_data(config: RunConfig, training_phase: TrainingPhase) -> SpellData:
-    return SpellData(
+def _open_data(config: RunConfig, training_phase: TrainingPhase) -> PhaseData:
+    return PhaseData(
         config.data,
         batch_size=config.train.batch_size,
         seed=config.seed,
@@ -112,13 +112,13 @@ def _open_data(config: RunConfig, training_phase: TrainingPhase) -> SpellData:
 
 
 def _carry_out(
-    command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: SpellData
+    command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: PhaseData
 ) -> Iterator[tuple[str, Any]]:
     """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy.
 
     The end is posted when the networks are gone: the search, which then begins, shares this GPU.
     """
-    payload: SpellCommand = command.payload
+    payload: PhaseCommand = command.payload
     training_phase = payload.training_phase
     if command.resume is None:
         arrays, optimizer_state = ray.get(payload.arrays[0])
@@ -147,7 +147,7 @@ def _carry_out(
     yield "done", ended
 
 
-def _packed(event: EpochDone) -> tuple[dict[str, Any], dict[str, Any], EpochDone]:
+def _packed(event: EpochResult) -> tuple[dict[str, Any], dict[str, Any], EpochResult]:
     return pack(event.tensors), pack(event.optimizer_state), replace(event, tensors={}, optimizer_state={})
 
 

@@ -27,11 +27,11 @@ from torch import nn
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.mailbox import Mailbox
-from laasp_ray.distributed.train_worker import SpellCommand, train_worker
+from laasp_ray.distributed.train_worker import PhaseCommand, train_worker
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase
+from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import OnEpoch
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,12 @@ class RayTrainer:
         training_phase: TrainingPhase,
         on_epoch: OnEpoch,
     ) -> PhaseResult:
-        self._last: EpochDone | None = None
+        self._last: EpochResult | None = None
         group = self._group = self._group or self._start()
         self._commands += 1
         # The arrays travel as one reference, so that they cross the network once per node, not once per rank.
         reference = ray.put((pack(network.tensors), pack(optimizer_state)))
-        payload = SpellCommand(training_phase, network.plan, [reference], self._teacher)
+        payload = PhaseCommand(training_phase, network.plan, [reference], self._teacher)
         self._ask(group, group.mailbox.submit.remote(self._commands, payload))
         while True:
             kind, value = self._ask(group, group.mailbox.take.remote())

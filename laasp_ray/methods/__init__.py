@@ -1,13 +1,8 @@
-"""The methods: what to prune next, given the network as it stands. One seam, an iteration of each."""
+"""The methods: what to prune next, given the network as it stands. Each is one object, made from a run's config."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from laasp_ray.config import Method
-from laasp_ray.methods import laasp, pls
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
+from laasp_ray.methods.registry import method_of
 
-__all__ = ["METHODS", "IterationContext", "IterationResult", "PruningMethod"]
-
-METHODS: Mapping[Method, PruningMethod] = {"laasp": laasp.iterate, "pls": pls.iterate}
+__all__ = ["IterationContext", "IterationResult", "PruningMethod", "method_of"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,15 +30,66 @@ OnCandidate = Callable[[int, int, CandidateLoss | None], None]
 """Hears (how many candidates are done, of how many, which or None) as losses come in."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IterationResult:
-    """One iteration of the loop: the choice, the prune that carries it out, the candidates' losses (empty for a method
-    that compares none), and seconds by where they went."""
+    """What one iteration came to; `seconds` by where they went.
 
-    decision: Decision
-    step: Plan
-    ranking: Ranking
-    seconds: Mapping[str, float]
+    `step` is the prune that `decision` chose, None where no filters go; `ranking` has the candidates' losses (empty for
+    a method that compares none). `network` has other weights of the same shapes, `masks` (parameter -> packed) those
+    that stay zero from now on. `ends_pruning` is the method's own word on whether this was the last iteration; None
+    leaves it to the run's targets. `details` go into the event as they are, `text` is a line for people where there is
+    no decision.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    decision: Decision | None = None
+    step: Plan | None = None
+    ranking: Ranking = field(default_factory=lambda: Ranking([]))
+    network: NetworkState | None = None
+    masks: Mapping[str, bytes] | None = None
+    ends_pruning: bool | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedNetwork:
+    """The network that a run ends with: `model` on the CPU, `example_input` (1, C, H, W), the masks that held."""
+
+    model: nn.Module
+    example_input: torch.Tensor
+    masks: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodReport:
+    """What a method tells of a finished network: `details` for the last event, and `files` for the run's folder."""
+
+    details: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+class PruningMethod(ABC):
+    """A way to choose what is pruned next: one object, of which the loop asks an iteration at a time."""
+
+    measures_losses: ClassVar[bool] = True
+    """Whether an iteration uses its executor; without, no calibration images are drawn."""
+
+    @abstractmethod
+    def iterate(self, context: IterationContext) -> IterationResult:
+        """One iteration. Raises ExhaustedError when nothing is left to prune."""
+
+    def title(self, number: int) -> str:
+        """What iteration `number` (from 1) is called as it begins."""
+        return f"iteration {number}"
+
+    def report(self, finished: FinishedNetwork) -> MethodReport:
+        """What there is to tell at a run's end."""
+        return MethodReport()
+
+    def result(self, details: Mapping[str, Any]) -> str:
+        """The result in one line, of the report's details; empty: what is gone of each target tells all."""
+        return ""
 
 
 class Stopwatch:
@@ -67,6 +120,7 @@ class IterationContext:
     executor: Executor
     iteration: int
     on_candidate: OnCandidate
+    masks: Mapping[str, bytes] = field(default_factory=dict)
     clock: Stopwatch = field(default_factory=Stopwatch)
 
     @cached_property
@@ -125,8 +179,4 @@ class IterationContext:
             flops_reduction=self.flops_reduction(step),
             further=tuple(further),
         )
-        return IterationResult(decision, step, Ranking([]), self.clock.seconds)
-
-
-PruningMethod = Callable[[IterationContext], IterationResult]
-"""A method: it chooses what goes next."""
+        return IterationResult(decision=decision, step=step, seconds=self.clock.seconds)

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 
 from laasp_ray.criteria import OF_ACTIVATIONS
-from laasp_ray.methods.base import IterationContext, IterationResult
+from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import ImportanceRequest
@@ -20,43 +20,47 @@ from laasp_ray.search.policy import decide
 logger = logging.getLogger(__name__)
 
 
-def iterate(now: IterationContext) -> IterationResult:
-    """Proposes, measures and chooses. With `prune.prunes_per_iteration` the next best candidates go with the best
-    (joint.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
-    """
-    config, graph, macs = now.config, now.graph, now.macs
-    now.clock.lap("graph")
-    network = now.scored
-    by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
-    given = {
-        name: now.executor.importance(network, ImportanceRequest.of(graph.layers, config)) for name in by_activations
-    }
-    proposals = propose(now.model, graph, macs, now.baseline, config, given)
-    now.clock.lap("propose")
-    done = told = 0
+class Laasp(PruningMethod):
+    """The cheapest prune of one layer."""
 
-    def hear(position: int, result: MeasuredLoss) -> None:
-        nonlocal done
-        if position < len(proposals):
-            done += 1
-            now.on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
-            if result.error:
-                logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
+    def iterate(self, context: IterationContext) -> IterationResult:
+        """Proposes, measures and chooses. With `prune.prunes_per_iteration` the next best candidates go with the best
+        (joint.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
+        """
+        config, graph, macs = context.config, context.graph, context.macs
+        context.clock.lap("graph")
+        network = context.scored
+        by_activations = [name for name in config.criteria if name in OF_ACTIVATIONS]
+        given = {
+            name: context.executor.importance(network, ImportanceRequest.of(graph.layers, config))
+            for name in by_activations
+        }
+        proposals = propose(context.model, graph, macs, context.baseline, config, given)
+        context.clock.lap("propose")
+        done = told = 0
 
-    def hear_share(share: float) -> None:
-        nonlocal told
-        if max(done, told) < (so_far := int(share * len(proposals))) < len(proposals):
-            told = so_far
-            now.on_candidate(so_far, len(proposals), None)
+        def hear(position: int, result: MeasuredLoss) -> None:
+            nonlocal done
+            if position < len(proposals):
+                done += 1
+                context.on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
+                if result.error:
+                    logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
-    results = now.executor.measure(network, tasks_of(proposals), hear, hear_share)
-    ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
-    _say_copied(ranking)
-    decision, step = with_next_best(
-        now, decide(ranking, iteration=now.iteration, loss_before=results[-1].loss), ranking
-    )
-    now.clock.lap("evaluate")
-    return IterationResult(decision, step, ranking, now.clock.seconds)
+        def hear_share(share: float) -> None:
+            nonlocal told
+            if max(done, told) < (so_far := int(share * len(proposals))) < len(proposals):
+                told = so_far
+                context.on_candidate(so_far, len(proposals), None)
+
+        results = context.executor.measure(network, tasks_of(proposals), hear, hear_share)
+        ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
+        _say_copied(ranking)
+        decision, step = with_next_best(
+            context, decide(ranking, iteration=context.iteration, loss_before=results[-1].loss), ranking
+        )
+        context.clock.lap("evaluate")
+        return IterationResult(decision=decision, step=step, ranking=ranking, seconds=context.clock.seconds)
 
 
 def _say_copied(ranking: Ranking) -> None:

@@ -12,26 +12,29 @@ import torch
 
 from laasp_ray import criteria
 from laasp_ray.errors import ExhaustedError
-from laasp_ray.methods.base import IterationContext, IterationResult
+from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.search.activations import ImportanceRequest
 
 
-def iterate(now: IterationContext) -> IterationResult:
-    """Scores all filters anew, and chooses. There are no candidates for `on_candidate` to hear of.
+class Pls(PruningMethod):
+    """The filters that tell least of the classes, of all layers together."""
 
-    Raises ExhaustedError when nothing is left to prune.
-    """
-    layers = independent_layers(now.graph)
-    if not layers:
-        raise ExhaustedError(
-            "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
-        )
-    now.clock.lap("graph")
-    scores = now.executor.importance(now.scored, ImportanceRequest.of(layers, now.config))
-    now.clock.lap("score")
-    blocks = {layer: now.graph.layers[layer].blocks for layer in layers}
-    return now.prune(choose(scores, blocks, now.config.percent, now.config.round_to), "pls")
+    def iterate(self, context: IterationContext) -> IterationResult:
+        """Scores all filters anew, and chooses. There are no candidates for `on_candidate` to hear of.
+
+        Raises ExhaustedError when nothing is left to prune.
+        """
+        layers = independent_layers(context.graph)
+        if not layers:
+            raise ExhaustedError(
+                "no layer has a filter left to give: set prune.iterations, lower the target, or ignore fewer layers"
+            )
+        context.clock.lap("graph")
+        scores = context.executor.importance(context.scored, ImportanceRequest.of(layers, context.config))
+        context.clock.lap("score")
+        blocks = {layer: context.graph.layers[layer].blocks for layer in layers}
+        return context.prune(choose(scores, blocks, context.config.percent, context.config.round_to), "pls")
 
 
 def choose(

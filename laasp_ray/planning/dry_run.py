@@ -119,7 +119,7 @@ def _stored(run: RunConfig) -> str:
         return f"{run.name} is finished, and would be left as it is"
     if not journal.events():
         return ""
-    state = folded(storage, journal, run)
+    state = folded(journal, run)
     done = f"iterations done: {state.iteration}, epochs: {state.epochs_trained}"
     return f"{run.name} has begun ({done}), and would go on; what follows counts all of it"
 

@@ -181,7 +181,7 @@ def _sparse(prepared: Prepared, sparsity: SparsityConfig) -> SparseStages:
         shapes = {layer: network.get_parameter(f"{layer}.weight").shape for layer in layers.rules}
         stages.append(
             Stage(
-                layers=Counter(rule.prune for rule in layers.rules.values()),
+                layers=Counter(rule.pruned_per_group for rule in layers.rules.values()),
                 weights=sum(shape.numel() for shape in shapes.values()),
                 kept=sum(rule.kept_in(shapes[layer]) for layer, rule in layers.rules.items()),
                 epochs=epochs,

@@ -6,8 +6,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.file_proxy import FileProxy
@@ -19,46 +20,24 @@ from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.eta import EtaEstimator, format_duration
+from laasp_ray.run.events import (
+    BaselineMeasured,
+    CandidatesMeasured,
+    EpochDone,
+    Exhausted,
+    Happening,
+    ImageExcluded,
+    IterationDone,
+    PhaseStarted,
+    RunFinished,
+    RunResumed,
+    TrainingPhaseDone,
+)
 
 Clock = Callable[[], float]
 _SHARES = ("top1", "top5", "test top1")
 _BAR_WIDTH = 32
 _REFRESHES_PER_S = 4
-
-
-class Progress(Protocol):
-    """What the controller tells as it goes. Shares are from 0 to 1.
-
-    `targets` and `reached` have the share of the unpruned network's that is to go, and is gone, by what a target may be
-    of (config.TARGETS); `reached` has all, `targets` those that are given.
-    """
-
-    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
-        """A run that was cut off goes on from `state`."""
-
-    def phase(self, name: str, detail: str) -> None:
-        """A training phase, an iteration, or something else begins."""
-
-    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
-        """`epoch` of the `epochs` of this training phase are finished; `metrics` are loss and top1 in training, and
-        `test top1` where the test images were evaluated."""
-
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
-        """`done` of an iteration's `total` candidates have their loss, of which `measured` is the latest or the
-        best."""
-
-    def decision(
-        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
-    ) -> None:
-        """An iteration is over; it took `seconds`."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing, such as an image that was left out."""
-
-    def finished(self, text: str) -> None: ...
-
-    def close(self) -> None:
-        """Gives the terminal back; may be called twice."""
 
 
 def make_progress(
@@ -100,20 +79,18 @@ class _RunView:
         self.losses = {}
         self._epoch_pace = EtaEstimator(self._clock)
 
-    def note_epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-        self.phase, self.epoch, self.epochs, self.losses = phase, epoch, epochs, dict(metrics)
-        self._epoch_pace.update(epoch)
+    def note_epoch(self, event: EpochDone) -> None:
+        self.phase, self.epoch, self.epochs = event.phase, event.position, event.epochs
+        self.losses = shown_metrics(event)
+        self._epoch_pace.update(event.position)
 
-    def note_candidate(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
-        if iteration != self.iteration:
-            self.iteration, self.least = iteration, None
-        self.done, self.total = done, total
-        if (
-            measured is not None
-            and math.isfinite(measured.loss)
-            and (self.least is None or measured.loss < self.least.loss)
-        ):
-            self.least = measured
+    def note_candidates(self, event: CandidatesMeasured) -> None:
+        if event.iteration != self.iteration:
+            self.iteration, self.least = event.iteration, None
+        self.done, self.total = event.done, event.total
+        latest = event.latest
+        if latest is not None and math.isfinite(latest.loss) and (self.least is None or latest.loss < self.least.loss):
+            self.least = latest
 
     def note_decision(self, decision: Decision, reached: Mapping[str, float]) -> None:
         self.iteration, self.losses = decision.iteration, {"loss": decision.loss}
@@ -135,54 +112,125 @@ class _RunView:
         return f"{what} {format_duration(max(known))}" if waits and len(known) == len(waits) else ""
 
 
-class LineProgress:
+class Progress(ABC):
+    """An observer that shows a run; what it looks like is its subclasses' part. Shares are from 0 to 1."""
+
+    def __init__(self, targets: Mapping[str, float], clock: Clock) -> None:
+        self._view, self._targets = _RunView(targets, clock), targets
+        self._loader_told = False
+
+    def on_event(self, event: Happening, state: RunState) -> None:
+        """Shows what happened."""
+        match event:
+            case RunResumed():
+                self._view.resume(state)
+                self._show_resumed(resumed_line(state, self._targets))
+            case PhaseStarted():
+                self._show_phase(event)
+            case CandidatesMeasured():
+                self._view.note_candidates(event)
+                self._show_candidates(event)
+            case EpochDone():
+                self._view.note_epoch(event)
+                self._show_epoch(epoch_line(event))
+            case IterationDone() if event.decision is not None:
+                self._view.note_decision(event.decision, state.reached)
+                self._show_decision(decision_line(event, state.reached, self._targets))
+            case RunFinished():
+                self._show_finished(event.text)
+            case _:
+                for text in self._notes(event, state):
+                    self._show_note(text)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the terminal back; may be called twice."""
+
+    def _notes(self, event: Happening, state: RunState) -> Iterator[str]:
+        match event:
+            case ImageExcluded():
+                yield f"left out from now on, cannot be read or decoded: {event.image}"
+            case IterationDone():
+                yield event.text
+            case Exhausted():
+                reached = ", ".join(f"{of} {-state.reached[of]:+.2%} of {t:.2%}" for of, t in self._targets.items())
+                yield f"pruning ends short of its targets ({reached}): {event.reason}"
+            case TrainingPhaseDone() | BaselineMeasured():
+                if not self._loader_told:  # the trainers' own log does not reach the driver
+                    yield f"the trainers' images are decoded by {event.loader}"
+                self._loader_told = True
+                metrics = event.metrics
+                yield (
+                    f"after {event.phase if isinstance(event, TrainingPhaseDone) else 'baseline'}: test top-1 "
+                    f"{metrics.top1:.2%}, top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} on {metrics.images} images"
+                )
+
+    @abstractmethod
+    def _show_resumed(self, line: str) -> None: ...
+
+    @abstractmethod
+    def _show_phase(self, event: PhaseStarted) -> None: ...
+
+    @abstractmethod
+    def _show_candidates(self, event: CandidatesMeasured) -> None: ...
+
+    @abstractmethod
+    def _show_epoch(self, line: str) -> None: ...
+
+    @abstractmethod
+    def _show_decision(self, line: str) -> None: ...
+
+    @abstractmethod
+    def _show_note(self, text: str) -> None: ...
+
+    @abstractmethod
+    def _show_finished(self, text: str) -> None: ...
+
+
+class LineProgress(Progress):
     """A line per epoch, iteration and decision; for logs and pipes."""
 
     def __init__(self, targets: Mapping[str, float], stream: TextIO, clock: Clock) -> None:
-        self._standing, self._stream = _RunView(targets, clock), stream
-
-    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
-        self._standing.resume(state)
-        self._print(resumed_line(state, targets))
-
-    def phase(self, name: str, detail: str) -> None:
-        if name != self._standing.phase or name != "prune":
-            self._print(f"{name}: {detail}")
-        self._standing.begin(name, detail)
-
-    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
-        self._standing.note_epoch(phase, epoch, epochs, metrics)
-        self._print(_joined(epoch_line(phase, epoch, epochs, metrics, learning_rate), self._standing.remaining()))
-
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
-        self._standing.note_candidate(done, total, measured, iteration)
-        if done == total:
-            self._print(f"iteration {iteration}: {total} candidates measured{_least(self._standing)}")
-
-    def decision(
-        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
-    ) -> None:
-        self._standing.note_decision(decision, reached)
-        self._print(_joined(decision_line(decision, reached, targets, seconds), self._standing.remaining()))
-
-    def note(self, text: str) -> None:
-        self._print(f"note: {text}")
-
-    def finished(self, text: str) -> None:
-        self._print(text)
+        super().__init__(targets, clock)
+        self._stream = stream
 
     def close(self) -> None:
         self._stream.flush()
+
+    def _show_resumed(self, line: str) -> None:
+        self._print(line)
+
+    def _show_phase(self, event: PhaseStarted) -> None:
+        if event.phase != self._view.phase or event.phase != "prune":
+            self._print(f"{event.phase}: {event.detail}")
+        self._view.begin(event.phase, event.detail)
+
+    def _show_candidates(self, event: CandidatesMeasured) -> None:
+        if event.done == event.total:
+            self._print(f"iteration {event.iteration}: {event.total} candidates measured{_least(self._view)}")
+
+    def _show_epoch(self, line: str) -> None:
+        self._print(_joined(line, self._view.remaining()))
+
+    def _show_decision(self, line: str) -> None:
+        self._print(_joined(line, self._view.remaining()))
+
+    def _show_note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def _show_finished(self, text: str) -> None:
+        self._print(text)
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
 
     def __init__(self, targets: Mapping[str, float], console: Console, clock: Clock) -> None:
-        self._standing, self._console = _RunView(targets, clock), console
+        super().__init__(targets, clock)
+        self._console = console
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
         )
@@ -191,51 +239,45 @@ class LiveProgress:
 
     def render(self) -> RenderableType:
         """What the display shows now."""
-        standing = self._standing
+        view = self._view
         bars = Table.grid(padding=(0, 2))
-        for of, target in standing.targets.items():  # none where weights, not filters, are pruned
-            reached = standing.reached[of]
+        for of, target in view.targets.items():  # none where weights, not filters, are pruned
+            reached = view.reached[of]
             bars.add_row(f"{of} reduction", _bar(reached, target), f"{reached:.2%} of {target:.2%}")
-        if standing.epochs:
-            bars.add_row("epochs", _bar(standing.epoch, standing.epochs), f"{standing.epoch} of {standing.epochs}")
-        elif standing.total:
-            bars.add_row("candidates", _bar(standing.done, standing.total), f"{standing.done} of {standing.total}")
-        title = Text.assemble((standing.phase, "bold cyan"), f"  {standing.detail}" if standing.detail else "")
-        facts = _joined(_metrics(standing.losses), _least(standing).removeprefix(", "), standing.remaining())
+        if view.epochs:
+            bars.add_row("epochs", _bar(view.epoch, view.epochs), f"{view.epoch} of {view.epochs}")
+        elif view.total:
+            bars.add_row("candidates", _bar(view.done, view.total), f"{view.done} of {view.total}")
+        title = Text.assemble((view.phase, "bold cyan"), f"  {view.detail}" if view.detail else "")
+        facts = _joined(_metrics(view.losses), _least(view).removeprefix(", "), view.remaining())
         return Group(title, bars, Text(facts, style="dim"))
-
-    def resumed(self, state: RunState, targets: Mapping[str, float]) -> None:
-        self._standing.resume(state)
-        self._print(f"[bold yellow]{escape(resumed_line(state, targets))}[/]")
-
-    def phase(self, name: str, detail: str) -> None:
-        self._standing.begin(name, detail)
-        self._show()
-
-    def epoch(self, phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> None:
-        self._standing.note_epoch(phase, epoch, epochs, metrics)
-        self._print(f"[dim]{escape(epoch_line(phase, epoch, epochs, metrics, learning_rate))}[/]")
-
-    def candidates(self, done: int, total: int, measured: CandidateLoss | None, iteration: int) -> None:
-        self._standing.note_candidate(done, total, measured, iteration)
-        self._show()
-
-    def decision(
-        self, decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
-    ) -> None:
-        self._standing.note_decision(decision, reached)
-        self._print(escape(decision_line(decision, reached, targets, seconds)))
-
-    def note(self, text: str) -> None:
-        self._print(f"[yellow]note:[/] {escape(text)}")
-
-    def finished(self, text: str) -> None:
-        self._print(f"[bold green]{escape(text)}[/]")
 
     def close(self) -> None:
         self._live.stop()
         while self._diverted:
             self._diverted.pop().setStream(self._console.file)
+
+    def _show_resumed(self, line: str) -> None:
+        self._print(f"[bold yellow]{escape(line)}[/]")
+
+    def _show_phase(self, event: PhaseStarted) -> None:
+        self._view.begin(event.phase, event.detail)
+        self._show()
+
+    def _show_candidates(self, event: CandidatesMeasured) -> None:
+        self._show()
+
+    def _show_epoch(self, line: str) -> None:
+        self._print(f"[dim]{escape(line)}[/]")
+
+    def _show_decision(self, line: str) -> None:
+        self._print(escape(line))
+
+    def _show_note(self, text: str) -> None:
+        self._print(f"[yellow]note:[/] {escape(text)}")
+
+    def _show_finished(self, text: str) -> None:
+        self._print(f"[bold green]{escape(text)}[/]")
 
     def _show(self) -> None:
         if not self._live.is_started:
@@ -267,21 +309,33 @@ def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
     )
 
 
-def epoch_line(phase: str, epoch: int, epochs: int, metrics: Mapping[str, float], learning_rate: float) -> str:
-    return _joined(f"{phase}: epoch {epoch} of {epochs}", _metrics(metrics), f"learning rate {learning_rate:g}")
+def shown_metrics(event: EpochDone) -> dict[str, float]:
+    """Loss and top1 in training, and `test top1` where the test images were evaluated."""
+    tested = {} if event.metrics is None else {"test top1": event.metrics.top1}
+    return {"loss": event.loss, "top1": event.top1, **tested}
 
 
-def decision_line(
-    decision: Decision, reached: Mapping[str, float], targets: Mapping[str, float], seconds: float
-) -> str:
-    """The line that tells an iteration: layers, criteria, filters, losses, FLOPs and other targets, seconds."""
+def epoch_line(event: EpochDone) -> str:
+    """The line that tells an epoch."""
+    return _joined(
+        f"{event.phase}: epoch {event.position} of {event.epochs}",
+        _metrics(shown_metrics(event)),
+        f"learning rate {event.learning_rate:g}",
+    )
+
+
+def decision_line(event: IterationDone, reached: Mapping[str, float], targets: Mapping[str, float]) -> str:
+    """The line that tells an iteration's decision: layers, criteria, filters, losses, FLOPs, other targets, seconds."""
+    decision = event.decision
+    assert decision is not None
     count = sum(len(prune.filters) for prune in decision.prunes)
     filters = f"{count} filter" + ("s" if count != 1 else "")
     gone = {of: share for of, share in reached.items() if of == "FLOPs" or of in targets}
     shares = [f"{of} {-share:+.2%}" + (f" of {targets[of]:.2%}" if of in targets else "") for of, share in gone.items()]
     return (
         f"iteration {decision.iteration}: {_layers(decision)}, {filters}, "
-        f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, {', '.join(shares)}, {format_duration(seconds)}"
+        f"loss {decision.loss_before:.4f} -> {decision.loss:.4f}, {', '.join(shares)}, "
+        f"{format_duration(event.seconds['total'])}"
     )
 
 
@@ -299,9 +353,9 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _least(standing: _RunView) -> str:
-    least = standing.least
-    return "" if least is None or not standing.total else f", least loss {least.loss:.4f} ({least.candidate.name})"
+def _least(view: _RunView) -> str:
+    least = view.least
+    return "" if least is None or not view.total else f", least loss {least.loss:.4f} ({least.candidate.name})"
 
 
 def _bar(value: float, goal: float) -> ProgressBar:

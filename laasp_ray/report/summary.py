@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
-from laasp_ray.records import Decision, Metrics, decision_from_json
+from laasp_ray.records import Decision, Metrics
 from laasp_ray.report.eta import format_duration
 from laasp_ray.report.tables import table_lines
-from laasp_ray.store.journal import Event
+from laasp_ray.run.events import (
+    BaselineMeasured,
+    EpochDone,
+    Exhausted,
+    Happening,
+    ImageExcluded,
+    IterationDone,
+    RunFinished,
+    RunStarted,
+    TrainingPhaseDone,
+    last_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +67,51 @@ class Summary:
     exhausted: bool = False
 
 
-def summarise(events: Sequence[Event]) -> Summary:
-    """Raises StoreError if the journal does not begin with a `start` event, or an event lacks what it should hold."""
-    if not events or events[0].name != "start":
+def summarise(events: Sequence[Happening]) -> Summary:
+    """Of all events so far; raises StoreError if the first is not a RunStarted."""
+    if not events or not isinstance(events[0], RunStarted):
         raise StoreError("the journal has no start event: is this the folder of a run?")
-    by_name: dict[str, list[Event]] = {}
-    for event in events:
-        by_name.setdefault(event.name, []).append(event)
+    start = events[0]
     try:
-        return _summary(events[0].data, by_name)
+        name, epochs, prune = start.config["name"], start.config["train"]["epochs"], start.config["prune"]
+        targets = {of: float(prune[key]) for of, key in TARGETS.items() if prune.get(key)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(
             f"the journal of this run lacks something ({error!r}); was it written by another version of laasp_ray?"
         ) from error
+    iterations = [event for event in events if isinstance(event, IterationDone)]
+    decisions = [event.decision for event in iterations if event.decision is not None]
+    phases = [event for event in events if isinstance(event, TrainingPhaseDone)]
+    finish = last_of(events, RunFinished)
+    reached = dict.fromkeys({"FLOPs": 0.0} | targets, 0.0)
+    if decisions:
+        reached |= {"FLOPs": decisions[-1].flops_reduction, **iterations[-1].reached}
+    if finish:
+        reached["FLOPs"] = finish.flops_reduction
+    return Summary(
+        name=name,
+        targets=targets,
+        macs=start.macs,
+        parameters=start.parameters,
+        macs_after=finish.macs if finish else None,
+        parameters_after=finish.parameters if finish else None,
+        reached=reached,
+        before=_metrics_before(events),
+        after=finish.metrics if finish else None,
+        best=BestEpoch(epoch=finish.best.epoch, epochs=epochs, metrics=finish.best.metrics)
+        if finish and finish.best
+        else None,
+        decisions=tuple(decisions),
+        candidates=sum(event.candidates for event in iterations),
+        exhausted=last_of(events, Exhausted) is not None,
+        iteration_seconds=_mean_seconds(iterations),
+        phase_seconds=_phase_seconds(phases),
+        epochs=sum(isinstance(event, EpochDone) for event in events),
+        filters=start.filters,
+        kept_filters=iterations[-1].kept_filters if iterations else {},
+        excluded_images=tuple(event.image for event in events if isinstance(event, ImageExcluded)),
+        finished=finish is not None,
+    )
 
 
 def format_summary(summary: Summary) -> str:
@@ -93,69 +135,28 @@ def format_summary(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def _summary(start: Mapping[str, Any], by_name: Mapping[str, Sequence[Event]]) -> Summary:
-    iterations = [event.data for event in by_name.get("iteration", ())]
-    decisions = tuple(decision_from_json(iteration["decision"]) for iteration in iterations)
-    finish = by_name["finish"][-1].data if "finish" in by_name else None
-    prune = start["config"]["prune"]
-    targets = {of: prune[key] for of, key in TARGETS.items() if prune.get(key)}
-    reached = dict.fromkeys({"FLOPs": 0.0} | targets, 0.0)
-    if iterations:
-        reached |= {"FLOPs": decisions[-1].flops_reduction, **iterations[-1].get("reached", {})}
-    if finish:
-        reached["FLOPs"] = finish["flops_reduction"]
-    training_phases = [event.data for event in by_name.get("training_phase", ())]
-    phases: dict[str, float] = {}
-    for training_phase in training_phases:
-        phases[training_phase["phase"]] = phases.get(training_phase["phase"], 0.0) + float(training_phase["seconds"])
-    return Summary(
-        name=start["config"]["name"],
-        targets=targets,
-        macs=start["macs"],
-        parameters=start["parameters"],
-        macs_after=finish["macs"] if finish else None,
-        parameters_after=finish["parameters"] if finish else None,
-        reached=reached,
-        before=_metrics_before(training_phases, by_name),
-        after=_metrics(finish["metrics"]) if finish else None,
-        best=_best(finish["best"], start["config"]) if finish and finish["best"] else None,
-        decisions=decisions,
-        candidates=sum(iteration["candidates"] for iteration in iterations),
-        exhausted="exhausted" in by_name,
-        iteration_seconds=_mean_seconds(iterations),
-        phase_seconds=phases,
-        epochs=len(by_name.get("epoch", ())),
-        filters=start["filters"],
-        kept_filters=iterations[-1]["kept_filters"] if iterations else {},
-        excluded_images=tuple(event.data["image"] for event in by_name.get("excluded", ())),
-        finished=finish is not None,
-    )
-
-
-def _metrics_before(
-    training_phases: Sequence[Mapping[str, Any]], by_name: Mapping[str, Sequence[Event]]
-) -> Metrics | None:
+def _metrics_before(events: Sequence[Happening]) -> Metrics | None:
     """Those after the first training, or of the weights that the run was given in its place."""
-    trained = [training_phase for training_phase in training_phases if training_phase["phase"] == "train"]
-    if trained:
-        return _metrics(trained[-1]["metrics"])
-    return _metrics(by_name["baseline"][-1].data["metrics"]) if "baseline" in by_name else None
+    before: Metrics | None = None
+    for event in events:
+        if isinstance(event, BaselineMeasured) or (isinstance(event, TrainingPhaseDone) and event.phase == "train"):
+            before = event.metrics
+    return before
 
 
-def _best(data: Mapping[str, Any], config: Mapping[str, Any]) -> BestEpoch:
-    return BestEpoch(epoch=data["epoch"], epochs=config["train"]["epochs"], metrics=_metrics(data["metrics"]))
-
-
-def _metrics(data: Mapping[str, Any]) -> Metrics:
-    return Metrics(loss=float(data["loss"]), top1=float(data["top1"]), top5=float(data["top5"]), images=data["images"])
-
-
-def _mean_seconds(iterations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_seconds(iterations: Sequence[IterationDone]) -> dict[str, float]:
     sums: dict[str, float] = {}
-    for iteration in iterations:
-        for part, seconds in iteration["seconds"].items():
-            sums[part] = sums.get(part, 0.0) + float(seconds)
+    for event in iterations:
+        for part, seconds in event.seconds.items():
+            sums[part] = sums.get(part, 0.0) + seconds
     return {part: seconds / len(iterations) for part, seconds in sums.items()}
+
+
+def _phase_seconds(phases: Sequence[TrainingPhaseDone]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for event in phases:
+        sums[event.phase] = sums.get(event.phase, 0.0) + event.seconds
+    return sums
 
 
 def _reductions(summary: Summary) -> str:

@@ -8,12 +8,19 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from laasp_ray.config import TARGETS
+from laasp_ray.records import Metrics, RunState
+from laasp_ray.run.events import BaselineMeasured, EpochDone, Happening, IterationDone, TrainingPhaseDone
 from laasp_ray.store.storage import Storage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _FOLDER = "tensorboard"
+
+
+_SYNC_S = 300
+"""How often, in seconds, a long training phase's scalars are copied into the run's folder: each time adds files."""
 
 
 class ScalarWriter:
@@ -27,6 +34,27 @@ class ScalarWriter:
         self._scratch = tempfile.TemporaryDirectory(prefix="laasp_ray-tensorboard-")
         self._writer: SummaryWriter | None = None
         self._synced = time.monotonic()
+
+    def on_event(self, event: Happening, state: RunState) -> None:
+        """Writes what is worth a curve, and copies it into the run's folder every so often."""
+        match event:
+            case EpochDone():
+                done = event.epochs_trained
+                for key, value in (("train/loss", event.loss), ("train/top1", event.top1)):
+                    self.scalar(key, value, done)
+                self.scalar("learning_rate", event.learning_rate, done)
+                if event.metrics is not None:
+                    self._plot(event.metrics, done)
+                self.sync(at_most_every=_SYNC_S)
+            case IterationDone() if event.decision is not None:
+                self.scalar("prune/loss", event.decision.loss, event.iteration)
+                for of in {"FLOPs": 0.0, **event.reached}:
+                    self.scalar(f"prune/{TARGETS[of]}", state.reached[of], event.iteration)
+            case BaselineMeasured():
+                self._plot(event.metrics, state.epochs_trained)
+            case TrainingPhaseDone():
+                self._plot(event.metrics, state.epochs_trained)
+                self.sync()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """`tag` as in `train/loss`; `step` is an epoch's or an iteration's number."""
@@ -54,6 +82,10 @@ class ScalarWriter:
             self.sync()
         finally:
             self._scratch.cleanup()
+
+    def _plot(self, metrics: Metrics, step: int) -> None:
+        for key in ("loss", "top1", "top5"):
+            self.scalar(f"test/{key}", getattr(metrics, key), step)
 
     def _next_writer(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter  # takes a second; runs that only read do without

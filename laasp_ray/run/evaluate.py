@@ -19,7 +19,7 @@ from laasp_ray.data.sources.base import check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.records import Metrics
-from laasp_ray.report.tables import table_lines
+from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import load_checkpoint
@@ -116,9 +116,8 @@ def _check_runs_no_code(config: RunConfig, uri: str, *, with_format: bool) -> No
 
 def _classes(storage: Storage) -> tuple[str, ...] | None:
     """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
-    start = Journal(storage).last("start")
-    images = {} if start is None else start.data.get("images", {})
-    return tuple(row[0] for row in images["train"]["classes"]) if "train" in images else None
+    start = started(Journal(storage))
+    return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
 
 
 def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:
@@ -132,29 +131,6 @@ def _measured(
     example = torch.zeros(1, *config.model.input_shape, device=device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Measured(name, metrics, count_macs(network, example).total, parameters, latency)
-
-
-def table(measured: tuple[Measured, Measured]) -> str:
-    """The figures side by side, as text."""
-    unpruned, pruned = measured
-    rows: list[tuple[str, str, str, str]] = [("", "unpruned", "pruned", "pruned / unpruned")]
-
-    def row(label: str, form: str, a: float, b: float, ratio: bool = True) -> None:
-        rows.append((label, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else ""))
-
-    row("top-1", "{:.2%}", unpruned.metrics.top1, pruned.metrics.top1, ratio=False)
-    row("top-5", "{:.2%}", unpruned.metrics.top5, pruned.metrics.top5, ratio=False)
-    row("loss", "{:.4f}", unpruned.metrics.loss, pruned.metrics.loss, ratio=False)
-    row("MACs", "{:,}", unpruned.macs, pruned.macs)
-    row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
-    row("latency, ms", "{:.2f}", unpruned.latency.median_ms, pruned.latency.median_ms)
-    lines = table_lines(rows, rule=False)
-    how = pruned.latency
-    lines.append(
-        f"{pruned.metrics.images} test images; latency: median of {how.repeats}, batch {how.batch_size}, {how.device}, "
-        f"{how.threads} threads; MACs: convolutions and linear layers at one input"
-    )
-    return "\n".join(lines)
 
 
 def to_dict(measured: tuple[Measured, Measured]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.records import RunState
 from laasp_ray.run.controller import UNPRUNED
+from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.run.state import fold
 from laasp_ray.search.activations import ImportanceRequest, check_columns, shapes_of
 from laasp_ray.search.batchnorm import check_statistics, norms_of
@@ -44,7 +45,7 @@ from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.store.addresses import public, public_data
 from laasp_ray.store.artifact import Arch, load_pruned, read_arch
 from laasp_ray.store.checkpoint import load_checkpoint
-from laasp_ray.store.journal import Event, Journal, started_config
+from laasp_ray.store.journal import REMEDY, Event, Journal, started_config
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.check import check_training
 
@@ -113,23 +114,20 @@ def write_config(storage: Storage, config: Mapping[str, Any]) -> None:
     storage.write("config.json", json.dumps(public_data(config), indent=2).encode())
 
 
-def folded(storage: Storage, journal: Journal, config: RunConfig) -> RunState:
+def folded(journal: Journal, config: RunConfig) -> RunState:
     """Where the run stands. Raises StoreError, naming the event, where one holds what no run has written."""
     seen: list[Event] = []
 
-    def events() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def events() -> Iterator[RunEvent]:
         for event in journal.events():
             seen.append(event)
-            yield event.name, event.data
+            yield read_event(event, journal.uri)
 
     try:
         return fold(events(), config)
     except (KeyError, TypeError, ValueError, AttributeError, PruningError) as error:
         file = f"journal/{seen[-1].sequence:06d}-{seen[-1].name}.json" if seen else "the journal"
-        raise StoreError(
-            f"{file} in {storage.uri} is damaged ({error!r}); restore it from a copy or start the run under another "
-            "name"
-        ) from error
+        raise StoreError(f"{file} in {journal.uri} is damaged ({error!r}); {REMEDY}") from error
 
 
 @random_state_kept()
@@ -153,7 +151,7 @@ def prepare(
     state = state or RunState()
     train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)
     for split, source in zip(SPLITS, (train, test), strict=True):
-        if images is not None:
+        if images:
             check_identity(images[split], source, split, state.excluded)
     check_splits(train, test, config.data.path or config.data.format)
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)

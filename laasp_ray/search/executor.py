@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import SearchConfig
+from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
@@ -36,6 +37,27 @@ class Executor(Protocol):
         """The VIP of filters (search/activations.py says of what, and what is raised), on the CPU."""
 
     def close(self) -> None: ...
+
+
+class _NoExecutor:
+    """In the place of an executor where a method measures no losses."""
+
+    def for_scoring(self, network: NetworkState) -> NetworkState:
+        return network
+
+    def measure(
+        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+    ) -> list[MeasuredLoss]:
+        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+
+    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
+        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+
+    def close(self) -> None:
+        return None
+
+
+NO_EXECUTOR = _NoExecutor()
 
 
 class InProcessExecutor:

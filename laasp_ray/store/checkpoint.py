@@ -16,12 +16,12 @@ from laasp_ray.store.storage import Storage
 
 _FOLDER = "checkpoints"
 _SUFFIX = ".safetensors"
-_MODEL, _CARRIED = "model/", "carried/"
+_MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, on the CPU; `optimizer_state` is an EpochDone's (train/loop.py)."""
+    """What `save_checkpoint` was given, on the CPU; `optimizer_state` is an EpochResult's (train/loop.py)."""
 
     model: dict[str, torch.Tensor]
     optimizer_state: dict[str, torch.Tensor]
@@ -41,7 +41,7 @@ def save_checkpoint(
     Raises StoreError when it cannot be written, TypeError for a value that is no tensor or array.
     """
     tensors = {_MODEL + key: value for key, value in model.items()}
-    tensors.update({_CARRIED + key: value for key, value in (optimizer_state or {}).items()})
+    tensors.update({_OPTIMIZER_STATE + key: value for key, value in (optimizer_state or {}).items()})
     storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
 
 
@@ -53,16 +53,16 @@ def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
     """Raises StoreError if there is no such checkpoint or its file is damaged, naming it."""
     file = _file_name(name)
     tensors, metadata = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
-    parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _CARRIED: {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER_STATE: {}}
     for key, tensor in tensors.items():
         part, _, rest = key.partition("/")
         if part + "/" not in parts:
             raise StoreError(
                 f"{file} in {storage.uri} is no checkpoint of laasp_ray: its key {key!r} starts with "
-                f"neither {_MODEL!r} nor {_CARRIED!r}; name another"
+                f"neither {_MODEL!r} nor {_OPTIMIZER_STATE!r}; name another"
             )
         parts[part + "/"][rest] = tensor
-    return Checkpoint(parts[_MODEL], parts[_CARRIED], metadata)
+    return Checkpoint(parts[_MODEL], parts[_OPTIMIZER_STATE], metadata)
 
 
 def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:

@@ -28,7 +28,7 @@ _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 JOURNAL_VERSION = 2
 """Version 1 had other names for events and keys; nobody reads it any more."""
 _READERS = 16
-_REMEDY = "restore it from a copy or start the run under another name"
+REMEDY = "restore it from a copy or start the run under another name"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Data(dict[str, Any]):
     place = "an event"
 
     def __missing__(self, key: str) -> Any:
-        raise StoreError(f"{self.place} is damaged: it lacks {key!r}; {_REMEDY}")
+        raise StoreError(f"{self.place} is damaged: it lacks {key!r}; {REMEDY}")
 
 
 class Journal:
@@ -63,6 +63,11 @@ class Journal:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._written: int | None = None
+
+    @property
+    def uri(self) -> str:
+        """Where the run is, for messages."""
+        return self._storage.uri
 
     def append(self, name: str, data: Mapping[str, Any]) -> Event:
         """Writes the next event and gives it back as a reader would see it.
@@ -112,7 +117,7 @@ class Journal:
         return files
 
     def _read(self, file: str) -> Event:
-        content = self._storage.read_json(file, _REMEDY)
+        content = self._storage.read_json(file, REMEDY)
         place = f"{file} in {self._storage.uri}"
         try:
             version = content["schema_version"]
@@ -120,7 +125,7 @@ class Journal:
             data.place = place
             event = Event(int(content["sequence"]), str(content["name"]), data, float(content["time"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{place} is no event of a journal ({error!r}); {_REMEDY}") from error
+            raise StoreError(f"{place} is no event of a journal ({error!r}); {REMEDY}") from error
         if version != JOURNAL_VERSION:
             raise StoreError(
                 f"{file} in {self._storage.uri} has schema version {version!r}, this laasp_ray reads "

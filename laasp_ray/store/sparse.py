@@ -20,6 +20,11 @@ def save_masks(storage: Storage, stage: int, masks: Mapping[str, bytes]) -> None
     storage.write(_masks_file(stage), pack_tensors({name: _as_tensor(mask) for name, mask in masks.items()}, {}))
 
 
+def has_masks(storage: Storage, iteration: int) -> bool:
+    """Whether an iteration (from 1) left masks."""
+    return iteration > 0 and storage.exists(_masks_file(iteration))
+
+
 def load_masks(storage: Storage, stage: int) -> dict[str, bytes]:
     """Raises StoreError if there are none or their file is damaged."""
     file = _masks_file(stage)

@@ -59,7 +59,7 @@ class EvaluationData:
         )
 
 
-class SpellData(EvaluationData):
+class PhaseData(EvaluationData):
     """The training and test images of a rank; `places` are those of images that were left out."""
 
     def __init__(

@@ -23,7 +23,7 @@ from laasp_ray.errors import TrainingError
 from laasp_ray.models.format import in_format_of
 from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
-from laasp_ray.train.data import EvaluationData, SpellData
+from laasp_ray.train.data import EvaluationData, PhaseData
 from laasp_ray.train.ema import MovingAverage
 from laasp_ray.train.loss import training_loss
 from laasp_ray.train.mask_enforcement import MaskEnforcer
@@ -59,7 +59,7 @@ class TrainingPhase:
 
 
 @dataclass(frozen=True)
-class EpochDone:
+class EpochResult:
     """`tensors` are the network's, with `train.ema` the average's; `position` counts the training phase's epochs from
     0.
 
@@ -100,10 +100,10 @@ class _Setup:
     model: nn.Module
     wrapped: nn.Module
     optimizer: torch.optim.SGD
-    held: MaskEnforcer
+    mask_enforcer: MaskEnforcer
     average: MovingAverage | None
     teacher: nn.Module | None
-    data: SpellData
+    data: PhaseData
     config: TrainConfig
     seed: int
 
@@ -113,12 +113,12 @@ def run_training_phase(
     optimizer_state: Mapping[str, torch.Tensor],
     training_phase: TrainingPhase,
     *,
-    data: SpellData,
+    data: PhaseData,
     config: TrainConfig,
     seed: int,
     teacher: nn.Module | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-) -> Iterator[EpochDone | PhaseResult]:
+) -> Iterator[EpochResult | PhaseResult]:
     """Trains `model`, which is on `data.device`, in place. `optimizer_state` belongs to the epoch before (empty:
     fresh).
 
@@ -128,8 +128,8 @@ def run_training_phase(
     if data.device.type == "cuda":
         # A resumed run must come to what an undisturbed one comes to.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    held = MaskEnforcer(model, training_phase.masks)
-    held.apply()
+    mask_enforcer = MaskEnforcer(model, training_phase.masks)
+    mask_enforcer.apply()
     remaining = training_phase.epochs[training_phase.done :]
     if remaining:
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -144,7 +144,7 @@ def run_training_phase(
         wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
         if teacher is not None:
             teacher.eval()
-        setup = _Setup(model, wrapped, optimizer, held, average, teacher, data, config, seed)
+        setup = _Setup(model, wrapped, optimizer, mask_enforcer, average, teacher, data, config, seed)
         for position, plan in enumerate(remaining, training_phase.done):
             done = _train_epoch(setup, position, plan)
             yield _test_epoch(setup, done) if _is_tested(training_phase, position, config) else done
@@ -182,7 +182,7 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
     return optimizer
 
 
-def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
+def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochResult:
     started = time.perf_counter()
     data, config, seed = setup.data, setup.config, setup.seed
     torch.manual_seed(derive_seed(seed, f"dropout, epoch {plan.data_epoch}, rank {data.rank}"))
@@ -204,7 +204,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
     average = setup.average
     tensors = _on_cpu(setup.model.state_dict() if average is None else average.tensors)
     _check_finite(sums, setup.model, tensors, plan)
-    return EpochDone(
+    return EpochResult(
         position=position,
         plan=plan,
         loss=float(sums[0] / sums[2]),
@@ -217,7 +217,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochDone:
     )
 
 
-def _test_epoch(setup: _Setup, done: EpochDone) -> EpochDone:
+def _test_epoch(setup: _Setup, done: EpochResult) -> EpochResult:
     """`done` with the metrics of its tensors. The network has the weights that it had, and is in eval mode."""
     started = time.perf_counter()
     model, average = setup.model, setup.average
@@ -240,13 +240,13 @@ def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor
     pictures = in_format_of(setup.wrapped, batch.images)
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
         output = setup.wrapped(pictures)
-        teacher_logits = _has_teacher(setup.teacher, pictures)
+        teacher_logits = _logits_of(setup.teacher, pictures)
     losses = training_loss(output.float(), batch.labels, setup.config, teacher_logits)
     setup.optimizer.zero_grad(set_to_none=True)
     # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
     (losses * (data.world / images)).backward()
     setup.optimizer.step()
-    setup.held.apply()
+    setup.mask_enforcer.apply()
     if setup.average is not None:
         setup.average.update(number)
     correct = (output.detach().argmax(1) == batch.labels).sum()
@@ -255,7 +255,7 @@ def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def _has_teacher(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
+def _logits_of(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
     return None if teacher is None else teacher(images).float()
 
 

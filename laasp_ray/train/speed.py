@@ -15,7 +15,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.data.ordering import epoch_batches, eval_batches, rank_share
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.format import in_format_of, to_fast_format
-from laasp_ray.train.data import SpellData
+from laasp_ray.train.data import PhaseData
 
 BATCHES = 6
 """How many batches are timed at most, after one that is not."""
@@ -41,7 +41,7 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
     Raises DataError as the loaders do.
     """
     size = config.train.batch_size if device.type == "cuda" else min(config.train.batch_size, CPU_BATCH * world)
-    data = SpellData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
+    data = PhaseData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
     model = _copy_on(unpruned, device, config.model.input_shape)
     teacher = _copy_on(unpruned, device, config.model.input_shape).eval() if config.train.distill else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)

@@ -12,10 +12,10 @@ from laasp_ray.config import RunConfig
 from laasp_ray.models.format import to_fast_format
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import NetworkState, rebuild
-from laasp_ray.train.data import SpellData
-from laasp_ray.train.loop import EpochDone, PhaseResult, TrainingPhase, run_training_phase
+from laasp_ray.train.data import PhaseData
+from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase, run_training_phase
 
-OnEpoch = Callable[[EpochDone], None]
+OnEpoch = Callable[[EpochResult], None]
 
 
 class Trainer(Protocol):
@@ -31,7 +31,7 @@ class Trainer(Protocol):
     ) -> PhaseResult:
         """Trains `network` for the epochs of `training_phase` that are not done, then evaluates it.
 
-        `optimizer_state` is that of the last epoch done (see EpochDone). `on_epoch` hears of every epoch, once, in
+        `optimizer_state` is that of the last epoch done (see EpochResult). `on_epoch` hears of every epoch, once, in
         order, with the weights after it; the last one's are the result.
         """
 
@@ -43,7 +43,7 @@ class InProcessTrainer:
 
     def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device) -> None:
         self._unpruned, self._config, self._device = unpruned, config, device
-        self._data: SpellData | None = None
+        self._data: PhaseData | None = None
         self._teacher: NetworkState | None = None
 
     def set_teacher(self, teacher: NetworkState) -> None:
@@ -58,7 +58,7 @@ class InProcessTrainer:
     ) -> PhaseResult:
         config, teacher = self._config, self._teacher
         if self._data is None:
-            self._data = SpellData(
+            self._data = PhaseData(
                 config.data,
                 batch_size=config.train.batch_size,
                 seed=config.seed,

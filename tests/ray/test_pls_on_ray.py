@@ -6,7 +6,7 @@ import pytest
 from helpers import small_run, write_digits
 
 from laasp_ray import prune
-from laasp_ray.records import decision_from_json
+from laasp_ray.run.events import read_event
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -17,8 +17,8 @@ def run(config, *, distributed):
     """The network, the kinds of events, and the decision of the only iteration."""
     result = prune(None, config, distributed=distributed)
     events = Journal(Storage.open(result.folder)).events()
-    (iteration,) = (event.data for event in events if event.name == "iteration")
-    return result.model, [event.name for event in events], decision_from_json(iteration["decision"])
+    (iteration,) = (read_event(event) for event in events if event.name == "iteration")
+    return result.model, [event.name for event in events], iteration.decision
 
 
 def test_a_run_by_pls_decides_what_it_does_in_one_process(session, tmp_path):

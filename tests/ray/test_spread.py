@@ -20,7 +20,7 @@ from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network
 from laasp_ray.errors import ConfigError, TrainingError
-from laasp_ray.methods.laasp import iterate
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.evaluate import CalibrationSet, LossTask
@@ -65,7 +65,7 @@ def iteration_by(who, config, network):
         heard.append((done, total, entry and entry.layer))
 
     example = torch.zeros(1, *config.model.input_shape)
-    return iterate(first_standing(network, example, config.prune, who, hear)), heard
+    return Laasp().iterate(first_standing(network, example, config.prune, who, hear)), heard
 
 
 def serial_of(config, network, calibration):

@@ -1,18 +1,15 @@
-import json
 import math
 
 import pytest
 
 from laasp_ray.config import TARGETS
-from laasp_ray.errors import SearchError, StoreError
+from laasp_ray.errors import SearchError
 from laasp_ray.records import (
     Candidate,
     CandidateLoss,
     Decision,
-    LayerPrune,
     Ranking,
     RunState,
-    decision_from_json,
     to_json,
 )
 from laasp_ray.search.policy import choose, decide
@@ -79,7 +76,7 @@ def test_rank_of_counts_from_one_and_knows_shared_proposals():
         ranking.rank_of("a", "cosine")
 
 
-def test_decision_survives_json():
+def test_the_decision_of_a_ranking_is_its_first():
     decision = decide(Ranking([entry("b", 0.25, also=(("b", "l2"),))]), iteration=3, loss_before=0.2)
     assert decision == Decision(
         iteration=3,
@@ -91,37 +88,6 @@ def test_decision_survives_json():
         flops_reduction=0.1,
         also=(("b", "l2"),),
     )
-    assert decision_from_json(to_json(decision)) == decision
-
-
-def test_a_decision_of_several_layers_survives_json_and_one_without_is_of_one():
-    decision = Decision(
-        iteration=1,
-        layer="a",
-        criterion="pls",
-        filters=(0,),
-        loss=0.5,
-        loss_before=0.25,
-        flops_reduction=0.1,
-        further=(
-            LayerPrune(layer="b", criterion="l1", filters=(1, 2)),
-            LayerPrune(layer="c", criterion="pls", filters=(0,)),
-        ),
-    )
-    assert [(prune.layer, prune.criterion) for prune in decision.prunes] == [("a", "pls"), ("b", "l1"), ("c", "pls")]
-    data = json.loads(json.dumps(to_json(decision)))
-    assert decision_from_json(data) == decision
-    del data["further"]
-    assert decision_from_json(data).further == ()
-    assert decision_from_json(data).prunes == (LayerPrune(layer="a", criterion="pls", filters=(0,)),)
-
-
-def test_a_decision_that_cannot_be_read_says_so():
-    with pytest.raises(StoreError, match="not a decision"):
-        decision_from_json({"iteration": 1})
-    decision = to_json(decide(Ranking([entry("a", 0.25)]), iteration=1, loss_before=0.2))
-    with pytest.raises(StoreError, match="not a decision"):
-        decision_from_json(decision | {"further": [{"layer": "b", "filters": [1]}]})
 
 
 def test_a_state_tells_what_is_reached_of_every_target():

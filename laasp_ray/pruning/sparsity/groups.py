@@ -23,18 +23,20 @@ _CHUNK = 1 << 23
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Of every `group` consecutive inputs, `prune` weights are zero."""
+    """Of every `group` consecutive inputs, `pruned_per_group` weights are zero."""
 
     group: int
-    prune: int
+    pruned_per_group: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prune < self.group:
-            raise PruningError(f"{self.prune} of every {self.group} cannot be pruned: at least one weight must stay")
+        if not 0 <= self.pruned_per_group < self.group:
+            raise PruningError(
+                f"{self.pruned_per_group} of every {self.group} cannot be pruned: at least one weight must stay"
+            )
 
     def kept_of(self, size: int) -> int:
         """How many weights a group of `size` (the last may be short) keeps: the same share, rounded up."""
-        return -(-size * (self.group - self.prune) // self.group)
+        return -(-size * (self.group - self.pruned_per_group) // self.group)
 
     def kept_in(self, shape: Sequence[int]) -> int:
         """How many weights stay of a weight of this shape, (N, C, *kernel) or (N, C)."""

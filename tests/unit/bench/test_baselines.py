@@ -162,7 +162,7 @@ def test_of_coupled_layers_the_first_decides(resnet20):
 
 def test_uniform_takes_the_same_share_of_all_layers_lowest_l1_first(resnet20):
     original, reductions = sizes(resnet20), [0.0]
-    for iteration, before, after in iterations(resnet20, baselines.uniform_iteration):
+    for iteration, before, after in iterations(resnet20, baselines.UniformPruning()):
         for layer, filters in removed(iteration).items():
             norms = criteria.scores("l1", before.get_submodule(layer))
             assert filters == criteria.lowest(norms, len(filters))
@@ -181,7 +181,7 @@ def test_uniform_takes_the_same_share_of_all_layers_lowest_l1_first(resnet20):
 
 def test_pls_iterations_are_worth_the_step_and_take_the_lowest_scores_inside_the_blocks(resnet20):
     reductions = [0.0]
-    for iteration, before, _ in iterations(resnet20, baselines.pls_iteration):
+    for iteration, before, _ in iterations(resnet20, baselines.PlsByFlops()):
         for layer, filters in removed(iteration).items():
             scores = before.get_submodule(layer).weight.flatten(1)[:, 0]
             assert filters == criteria.lowest(scores, len(filters))
@@ -196,9 +196,9 @@ def test_pls_iterations_are_worth_the_step_and_take_the_lowest_scores_inside_the
 @pytest.mark.parametrize(
     ("method", "layers"),
     [
-        (baselines.pls_iteration, INSIDE_BLOCKS),
-        (baselines.uniform_iteration, FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
-        (baselines.random_iteration(0), FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
+        (baselines.PlsByFlops(), INSIDE_BLOCKS),
+        (baselines.UniformPruning(), FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
+        (baselines.RandomPruning(0), FIRST_OF_THE_COUPLED + INSIDE_BLOCKS),
     ],
 )
 def test_every_layer_keeps_within_its_limit(resnet20, method, layers):
@@ -213,7 +213,7 @@ def test_every_layer_keeps_within_its_limit(resnet20, method, layers):
 
 def test_random_iterations_follow_from_seed_and_iteration(resnet20):
     def decisions(seed):
-        found = itertools.islice(iterations(resnet20, baselines.random_iteration(seed)), 3)
+        found = itertools.islice(iterations(resnet20, baselines.RandomPruning(seed)), 3)
         return [(iteration.decision.layer, iteration.decision.filters) for iteration, _, _ in found]
 
     first = decisions(0)

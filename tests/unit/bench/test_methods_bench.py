@@ -7,7 +7,7 @@ from pathlib import Path
 import methods
 import pytest
 import torch
-from baselines import uniform_iteration
+from baselines import UniformPruning
 from helpers import small_run
 from methods import Chain, Method, Place
 from whole_runs import events_of
@@ -107,16 +107,16 @@ def decided(config):
 def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_further(tmp_path):
     first, further = (small(tmp_path / "forked", target, f"to-{target}") for target in (0.02, 0.05))
     log = io.StringIO()
-    prune(None, first, distributed=False, progress=methods.Forking(first, further, log), method=uniform_iteration)
+    prune(None, first, distributed=False, progress=methods.Forking(first, further, log), method=UniformPruning())
     assert "final: 1 epochs" in log.getvalue()
     copied = events_of(further)
     assert [event.data for event in copied[1:]] == [event.data for event in events_of(first)[1 : len(copied)]]
     assert copied[0].data["config"] == further.to_dict() and copied[-1].name in ("iteration", "training_phase")
     forked = prune(
-        None, further, distributed=False, progress=methods.Forking(further, None, log), method=uniform_iteration
+        None, further, distributed=False, progress=methods.Forking(further, None, log), method=UniformPruning()
     )
     alone = small(tmp_path / "alone", 0.05, "to-0.05")
-    whole = prune(None, alone, distributed=False, progress=methods.Forking(alone, None, log), method=uniform_iteration)
+    whole = prune(None, alone, distributed=False, progress=methods.Forking(alone, None, log), method=UniformPruning())
     assert len(decided(first)) < len(decided(further)) and decided(further) == decided(alone)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, forked.model.state_dict()[name]), name

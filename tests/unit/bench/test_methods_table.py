@@ -18,7 +18,7 @@ def row(method="laasp", target=0.3, seed=0, top1=0.9, loss=0.4, **more):
         "parameters_reduction": 0.1,
         "parameters": 245_000,
         "iterations": 16,
-        "fine-tunings": 5,
+        "fine_tunes": 5,
         "iteration_seconds": 4.0,
         "epoch_seconds": 10.0,
         "seconds": 164.0,

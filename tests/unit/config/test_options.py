@@ -1,19 +1,22 @@
 """Whole runs with the options of pruning, in this process: several targets, several prunes an iteration, rounding."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import small_run, write_pictures
-from whole_runs import Silent, events_of, on_pictures, power_cut
+from whole_runs import Silent, events_of, on_pictures, power_cut, read_events_of
 
 from laasp_ray import models, prune
 from laasp_ray.cost.latency import Latency
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.methods import targets
 from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.report.progress import LineProgress
 from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.run.events import IterationDone, RunFinished
 from laasp_ray.run.state import fold
 from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.storage import Storage
@@ -46,7 +49,7 @@ def iterations(config):
 
 
 def state_of(config):
-    return fold(((event.name, event.data) for event in events_of(config)), config)
+    return fold(read_events_of(config), config)
 
 
 def clock_of(*medians):
@@ -95,7 +98,7 @@ def test_a_run_with_all_of_them_reaches_every_target(with_all):
     # Two at a time, of groups apart, each leaving a multiple of 4.
     assert all(len(iteration["decision"]["further"]) == 1 for iteration in steps[:-1])
     assert all(kept % 4 == 0 for iteration in steps for kept in iteration["kept_filters"].values())
-    summary = format_summary(summarise(events_of(config)))
+    summary = format_summary(summarise(read_events_of(config)))
     assert f"FLOPs reduction {flops[-1]:.2%} of 15.00%, parameters reduction {parameters[-1]:.2%} of 12.00%" in summary
 
 
@@ -140,9 +143,9 @@ def test_without_options_a_iteration_holds_what_it_always_held(tmp_path, picture
     config = config_of(tmp_path, pictures, prune__flops_reduction=0.02)
     result = run(config)
     (iteration,) = iterations(config)
-    assert iteration.keys() == {"decision", "step", "kept_filters", "candidates", "seconds"}
+    assert iteration["reached"] == {} and iteration["latency"] is None and iteration["ends_pruning"] is None
     assert iteration["decision"]["further"] == [] and len(iteration["kept_filters"]) > 0
-    assert not {"parameters_reduction", "latency_reduction"} & result.summary.keys()
+    assert result.summary["parameters_reduction"] is result.summary["latency_reduction"] is None
 
 
 LATENCY = {"prune__flops_reduction": 0.0, "prune__latency_reduction": 0.06}
@@ -155,11 +158,11 @@ def test_a_target_for_latency_ends_pruning_when_the_clock_says_so(tmp_path, pict
     reached = [iteration["reached"]["latency"] for iteration in iterations(config)]
     assert reached == pytest.approx([-0.02, 0.03, 0.07])
     assert [each["median_ms"] for each in iterations(config)[-1]["latency"]] == [1.0, 0.93]
-    told = [(given["latency"], aimed) for _, given, aimed, _ in progress.told["decision"]]
-    assert told == [(share, {"latency": 0.06}) for share in reached]
+    after = [state.reached["latency"] for event, state in progress.seen if isinstance(event, IterationDone)]
+    assert after == reached
     assert state_of(config).reached["latency"] == reached[-1] == result.summary["latency_reduction"]
-    assert progress.told["finished"][0][0].startswith("pruned by ")
-    assert "% of FLOPs, 7.00% of latency; in " in progress.told["finished"][0][0]
+    (finished,) = progress.of(RunFinished)
+    assert finished.text.startswith("pruned by ") and finished.text.endswith("% of FLOPs, 7.00% of latency")
 
 
 def test_what_the_clock_said_stays_when_the_run_goes_on(tmp_path, pictures, monkeypatch):
@@ -184,14 +187,16 @@ def test_where_no_filter_is_left_a_target_for_latency_ends_pruning_with_a_word(t
     monkeypatch.setattr(targets, "measure_pair", clock_of(1.1))
     ignored = all_but("layer3.0.conv1", tmp_path)
     changes = {"prune__ignored": ignored, "prune__max_pruned": 0.25, "prune__step": 0.1}
-    config, progress = config_of(tmp_path, pictures, **LATENCY, **changes), Silent()
-    result = run(config, progress)
+    config, lines = config_of(tmp_path, pictures, **LATENCY, **changes), io.StringIO()
+    result = run(config, LineProgress(config.prune.targets, lines, lambda: 0.0))
     names = [event.name for event in events_of(config)]
     assert names[names.index("exhausted") - 1] == "iteration" and names[-3:] == ["epoch", "training_phase", "finish"]
     assert result.model.get_submodule("layer3.0.conv1").out_channels == 48
     assert result.summary["latency_reduction"] == pytest.approx(-0.1)
-    (note,) = [text for (text,) in progress.told["note"] if "short" in text]
-    assert note.startswith("pruning ends short of its targets (latency +10.00% of 6.00%): no layer has a filter left")
+    (note,) = [line for line in lines.getvalue().splitlines() if "short" in line]
+    assert note.startswith(
+        "note: pruning ends short of its targets (latency +10.00% of 6.00%): no layer has a filter left"
+    )
     # Cut off before the final training, it knows.
     again = config_of(tmp_path / "again", pictures, **LATENCY, **changes)
     with power_cut(monkeypatch, names.index("exhausted") + 1):

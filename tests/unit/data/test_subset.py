@@ -69,7 +69,7 @@ def test_the_subset_is_the_training_augmentation_frozen(config, pixels):
     assert calibration.labels.tolist() == source.labels[calibration.indices].tolist()
     assert calibration.images.dtype == torch.uint8 and calibration.images.shape == (22, 3, 32, 32)
     assert calibration.images.is_contiguous()
-    drawn = windows(calibration.indices, [(32, 32)] * 22, config=config, seed=derive_seed(3, "calibration"), epoch=0)
+    drawn = windows(calibration.indices, [(32, 32)] * 22, config=config, seed=derive_seed(3, "subset"), epoch=0)
     for row, index in enumerate(calibration.indices):
         y, x = drawn.y[row] + 4, drawn.x[row] + 4
         expected = np.pad(pixels[index], ((4, 4), (4, 4), (0, 0)))[y : y + 32, x : x + 32]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig, SparsityConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
-from laasp_ray.methods.group_sparsity import layer_rules, take_stage
+from laasp_ray.methods.group_sparsity import GroupSparsity, layer_rules
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, satisfies, unpack_mask
@@ -69,11 +70,13 @@ def small():
 
 
 def stages_of(model, config):
-    network, held = capture(model, Plan.empty()), {}
-    for number in range(1, len(config.all_stages) + 1):
-        stage = take_stage(model, network, config, (), held, number=number)
+    method = GroupSparsity(config, (), seed=0)
+    context = SimpleNamespace(model=model, network=capture(model, Plan.empty()), masks={}, iteration=0)
+    for _ in config.all_stages:
+        context.iteration += 1
+        stage = method.iterate(context)
         yield stage
-        network, held = stage.network, stage.masks
+        context.network, context.masks = stage.network, stage.masks
 
 
 def test_stages_rise_and_keep_what_was_pruned():
@@ -81,7 +84,7 @@ def test_stages_rise_and_keep_what_was_pruned():
     config = SparsityConfig(group=8, prune=6, stages=(2, 4, 6), fc_prune=(4,))
     stages = list(stages_of(model, config))
     # The first linear layer reads 12 inputs: groups of 8 and 4. Four of six are pruned in proportion: 4 x 2 // 6 = 1.
-    assert [{name: rule.prune for name, rule in stage.layers.rules.items()} for stage in stages] == [
+    assert [stage.details["prune"] for stage in stages] == [
         {"1": 2, "3": 1, "4": 1},
         {"1": 4, "3": 2, "4": 2},
         {"1": 6, "3": 4, "4": 4},
@@ -105,7 +108,7 @@ def test_stages_rise_and_keep_what_was_pruned():
 def test_a_linear_layer_of_which_nothing_goes_yet_has_neither_rule_nor_reason():
     config = SparsityConfig(group=8, prune=6, stages=(1, 6), fc_prune=(4, 6))
     layers = layer_rules(small(), config, (), 1)
-    assert {name: rule.prune for name, rule in layers.rules.items()} == {"1": 1, "4": 1}
+    assert {name: rule.pruned_per_group for name, rule in layers.rules.items()} == {"1": 1, "4": 1}
     assert layers.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
 
 
@@ -169,7 +172,7 @@ def test_every_row_of_the_table_is_reached_by_flags(name, flags):
 
 
 def _pairs(layers):
-    return [(layer, (rule.group, rule.prune)) for layer, rule in layers.rules.items()]
+    return [(layer, (rule.group, rule.pruned_per_group)) for layer, rule in layers.rules.items()]
 
 
 QUICK = [
@@ -194,13 +197,13 @@ def built(name):
 def test_the_networks_of_every_row_are_made_sparse_and_run(name, flags):
     model, config = built(name), config_of(name, *flags).sparsity
     (stage,) = stages_of(model, config)
-    for layer, rule in stage.layers.rules.items():
+    for layer, pruned in stage.details["prune"].items():
         weight = stage.network.tensors[f"{layer}.weight"]
         # Every number of inputs here is a multiple of 16: no group is short, and each keeps the same number.
         assert weight.shape[1] % 16 == 0
-        assert (group_counts(weight != 0, rule.group) == rule.group - rule.prune).all(), layer
-        assert satisfies(weight, GroupRule(4, 2)) or rule.group > 8
-    for layer in stage.layers.dense:
+        assert (group_counts(weight != 0, config.group) == config.group - pruned).all(), layer
+        assert satisfies(weight, GroupRule(4, 2)) or config.group > 8
+    for layer in stage.details["dense"]:
         assert torch.equal(stage.network.tensors[f"{layer}.weight"], model.get_submodule(layer).weight)
     sparse = rebuild(model, stage.network)
     images = torch.randn(1, *recipe(name).model.input_shape, generator=torch.Generator().manual_seed(0))

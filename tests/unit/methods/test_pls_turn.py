@@ -16,7 +16,7 @@ from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.pls import choose, iterate
+from laasp_ray.methods.pls import Pls, choose
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
@@ -48,7 +48,7 @@ class RandomScores:
 def iterations(model, executor, count, example=EXAMPLE):
     """`count` iterations, each on the physically pruned network: (iteration, network after it)."""
     for iteration, _, after in itertools.islice(
-        iterations_of(iterate, first_standing(model, example, CONFIG, executor)), count
+        iterations_of(Pls(), first_standing(model, example, CONFIG, executor)), count
     ):
         yield iteration, after
 
@@ -95,7 +95,7 @@ def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
     # Nor is the first convolution, which lies before all blocks: its outputs are read by a shortcut, not added to one.
     assert independent_layers(PruningGraph(model, example)) == ("conv1", *widths)
     config = dataclasses.replace(CONFIG, ignored=("conv1",))
-    iteration, _, pruned = next(iterations_of(iterate, first_standing(model, example, config, RandomScores())))
+    iteration, _, pruned = next(iterations_of(Pls(), first_standing(model, example, config, RandomScores())))
     gone = {layer: len(filters) for layer, filters in removed(iteration).items()}
     assert sum(widths.values()) == 7552 and sum(gone.values()) == 755
     assert gone.keys() <= widths.keys()

@@ -11,7 +11,7 @@ from torch import nn
 
 from laasp_ray.config import PruneConfig
 from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.laasp import iterate
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.search.evaluate import MeasuredLoss
 
 CONFIG = PruneConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
@@ -56,7 +56,7 @@ def iteration_of(network, script):
         TellingExecutor(script),
         lambda done, total, entry: heard.append((done, total, entry)),
     )
-    return iterate(dataclasses.replace(now, iteration=4)), heard
+    return Laasp().iterate(dataclasses.replace(now, iteration=4)), heard
 
 
 def ok(loss, **more):

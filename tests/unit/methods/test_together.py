@@ -9,7 +9,7 @@ from helpers import first_standing
 from torch import nn
 
 from laasp_ray.config import PruneConfig, SearchConfig
-from laasp_ray.methods.laasp import iterate
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune
@@ -67,7 +67,7 @@ def network():
 
 def iteration_of(model, executor, example=EXAMPLE, **changes):
     settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_iteration": 2, **changes}
-    return iterate(first_standing(model, example, PruneConfig(**settings), executor))
+    return Laasp().iterate(first_standing(model, example, PruneConfig(**settings), executor))
 
 
 LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8}
@@ -155,7 +155,7 @@ def test_one_of_a_coupled_group():
     assert [prune.layer for prune in iteration.decision.prunes] == ["stem", "first"]
 
 
-@pytest.mark.parametrize("together", [math.nan, math.inf])
+@pytest.mark.parametrize("joint", [math.nan, math.inf])
 def test_the_best_goes_alone_where_all_together_have_no_loss(network, caplog, joint):
     with caplog.at_level(logging.WARNING):
         iteration = iteration_of(network, Scripted(LOSSES, joint))

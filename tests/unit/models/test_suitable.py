@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
 from laasp_ray.errors import ConfigError
+from laasp_ray.models import registry
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable, not_finite
 from laasp_ray.planning.dry_run import dry_run
@@ -127,7 +128,7 @@ def test_torchvisions_weights_of_auxiliary_heads_are_left_out_where_there_are_no
         builder="torchvision.googlenet", arguments={"num_classes": 4, "aux_logits": True, "init_weights": False}
     )
     whole = models.build(config)
-    monkeypatch.setattr(models, "_torchvision_state", lambda builder, name: dict(whole.state_dict()))
+    monkeypatch.setattr(registry, "_torchvision_state", lambda builder, name: dict(whole.state_dict()))
     without = models.build(ModelConfig(builder=config.builder, arguments={**config.arguments, "aux_logits": False}))
     models.load_pretrained(without, config, "torchvision:IMAGENET1K_V1")
     assert torch.equal(without.fc.weight, whole.fc.weight)

@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 from helpers import small_run
+from run_events import epoch_done, run_started
 from torch import nn
 
 from laasp_ray.errors import ConfigError, DataError, StoreError
 from laasp_ray.planning.dry_run import Machine, describe, dry_run, seconds_of
 from laasp_ray.planning.workload import LaaspIterations, SparseStages, workload_of
 from laasp_ray.report.repeats import runs_of
+from laasp_ray.run.events import data_of
 from laasp_ray.run.preflight import prepare
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
@@ -57,12 +59,12 @@ def test_what_it_says(tmp_path):
     assert f"42 proposals an iteration, {work.candidates} distinct (21 layers, 2 criteria)" in text
     assert f"40 images for each candidate: {40 * work.candidates:,} an iteration" in text
     # Before pruning, after fine-tunings, at the end, and after the first of the two epochs that come before pruning.
-    assert f"evaluations     about {3 + work.fine_tunes} on the test images" in text
+    assert f"evaluations      about {3 + work.fine_tunes} on the test images" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
     assert "teacher" not in text
-    teacher_logits = prepare(small_run(tmp_path, train__distill=0.5))
-    assert "every epoch asks the teacher" in describe(teacher_logits, work, MACHINE)
+    distilling = prepare(small_run(tmp_path, train__distill=0.5))
+    assert "every epoch asks the teacher" in describe(distilling, work, MACHINE)
     exhaustive = prepare(small_run(tmp_path, search__racing="off"))
     prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_iteration": 2}
     other = describe(prepare(small_run(tmp_path, **prune, search__reestimate_batchnorm=True)), work, MACHINE)
@@ -100,7 +102,7 @@ def test_what_it_says_of_stages(tmp_path):
     assert first.weights == last.weights == 2 * first.kept == 4 * last.kept
     for label, stage, pruned in (("stage 1", first, 4), ("stage 2", last, 6)):
         stay = f"{stage.kept:,} of {stage.weights:,} weights stay; then 1 epochs"
-        assert f"{label}         {pruned} of 8 in 20 layers: {stay}" in text
+        assert f"{label}          {pruned} of 8 in 20 layers: {stay}" in text
     assert "left dense      conv1: 3 inputs a filter, fewer than the group of 8" in text
     assert "linear, and sparsity.fc_prune is not given" in text
     assert "time, fine-tune" in text and "time, iterations" not in text and "evaluation tasks" not in text
@@ -137,7 +139,7 @@ def started(run):
     storage = Storage.open(run.storage).child(run.name)
     storage.write("config.json", json.dumps(run.to_dict()).encode())
     journal = Journal(storage)
-    journal.append("start", {"checkpoint": "initial", "config": run.to_dict()})
+    journal.append("start", data_of(run_started(config=run.to_dict())))
     return journal
 
 
@@ -166,10 +168,10 @@ def test_what_is_in_the_store_is_said_and_left_alone(fast, tmp_path):
     config = small_run(tmp_path)
     assert "in the store" not in dry_run(config, distributed=False)
     journal = started(config)
-    journal.append("epoch", {"checkpoint": "000000"})
+    journal.append("epoch", data_of(epoch_done()))
     before = files_in(tmp_path)
     text = dry_run(config, distributed=False)
-    assert "in the store    small has begun (iterations done: 0, epochs: 1), and would go on" in text
+    assert "in the store     small has begun (iterations done: 0, epochs: 1), and would go on" in text
     assert files_in(tmp_path) == before
     journal.append("finish", {})
     assert "small is finished, and would be left as it is" in dry_run(config, distributed=False)

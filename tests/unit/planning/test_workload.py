@@ -76,7 +76,7 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fine-tunings", "epochs"),
+    ("changes", "fine_tunes", "epochs"),
     [
         ({"prune__fine_tune_every": 0.0}, 4, {"train": 2, "fine-tune": 12, "final": 7}),
         ({"prune__fine_tune_epochs": 0}, 0, {"train": 2, "fine-tune": 0, "final": 7}),
@@ -176,7 +176,7 @@ def test_what_pls_takes_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "iterations", "fine-tunings"),
+    ("changes", "iterations", "fine_tunes"),
     [
         ({"prune__iterations": 2}, 2, 1),
         ({"prune__iterations": 5}, 3, 2),

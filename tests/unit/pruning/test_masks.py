@@ -155,7 +155,7 @@ class Separable(nn.Module):
         return self.read(self.again(self.depthwise(self.norm(self.make(x)).relu())))
 
 
-def deaf_output(model, mask, images):
+def masked_output(model, mask, images):
     """The network's output with forward hooks that put `run_deaf`'s answer in the place of a layer's own."""
     network = copy.deepcopy(model)
     for name, channels in mask.items():
@@ -178,7 +178,7 @@ def test_past_a_depthwise_convolution_and_batchnorms_the_reader_is_deaf():
         silent.make.weight[[1, 6]] = 0
         silent.make.bias[[1, 6]] = 0
         at_the_producer = silent(images)
-    torch.testing.assert_close(deaf_output(model, mask, images), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(masked_output(model, mask, images), wanted, rtol=0, atol=1e-5)
     # BatchNorm makes of a silenced channel its shift, and the reader hears it
     assert (at_the_producer - wanted).abs().max() > 0.01 * wanted.abs().max()
 
@@ -201,7 +201,7 @@ def test_a_channel_that_several_layers_read_and_flattened_channels():
     assert mask == {"left": (2,), "right": tuple(range(18, 27))}  # a channel is nine inputs after flattening
     with torch.inference_mode():
         wanted = pruned_copy(model, plan_of(removal))(images)
-    torch.testing.assert_close(deaf_output(model, mask, images), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(masked_output(model, mask, images), wanted, rtol=0, atol=1e-5)
 
 
 class Normed(nn.Module):
@@ -223,8 +223,8 @@ def test_normalising_over_channels_rules_a_mask_out(norm):
     removal = PruningGraph(model, images).removal("make", [0, 5])  # one of each half, as the group norm needs
     assert mask_of(removal) == "norm normalises over its channels"
     with torch.inference_mode():  # and it would be wrong indeed
-        wanted, deaf = pruned_copy(model, plan_of(removal))(images), deaf_output(model, {"read": (0, 5)}, images)
-    assert (deaf - wanted).abs().max() > 0.01 * wanted.abs().max()
+        wanted, masked = pruned_copy(model, plan_of(removal))(images), masked_output(model, {"read": (0, 5)}, images)
+    assert (masked - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
 def test_normalising_over_other_channels_does_not_matter():

@@ -17,7 +17,8 @@ from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph, reachable
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.recipes import RECIPES, VARIANTS, group_sparsity, recipe
-from laasp_ray.records import RunState, decision_from_json
+from laasp_ray.records import RunState
+from laasp_ray.run.events import read_event
 from laasp_ray.run.preflight import prepare
 from laasp_ray.run.state import initial_state, next_training_phase
 
@@ -207,7 +208,7 @@ def test_one_iteration_of_each_phase(name, pictures, tmp_path):
         ]
     )
     assert [event.data["phase"] for event in events if event.name == "epoch"] == ["train", "fine-tune", "final"]
-    decision = decision_from_json(next(event for event in events if event.name == "iteration").data["decision"])
+    decision = read_event(next(event for event in events if event.name == "iteration")).decision
     filters = {layer: module.out_channels for layer, module in convolutions(build(config.model)).items()}
     kept = {layer: module.out_channels for layer, module in convolutions(result.model).items()}
     assert all(kept[prune.layer] == filters[prune.layer] - len(prune.filters) for prune in decision.prunes)

@@ -56,10 +56,10 @@ def test_one_iteration_of_each_phase(name, pictures, storage):
             "start",
             "epoch",
             "training_phase",
-            "stage",
+            "iteration",
             "epoch",
             "training_phase",
-            "stage",
+            "iteration",
             "epoch",
             "training_phase",
             "finish",
@@ -69,7 +69,7 @@ def test_one_iteration_of_each_phase(name, pictures, storage):
     layers = list(layers_of(result.model))
     sparse = {layer: weight for layer, weight, is_sparse in layers if is_sparse}
     assert 1 < len(sparse) < len(layers)
-    assert [event.data["prune"] for event in events if event.name == "stage"] == (
+    assert [event.data["details"]["prune"] for event in events if event.name == "iteration"] == (
         [dict.fromkeys(sparse, 6), dict.fromkeys(sparse, 12)]
     )
     masks = load_masks(Storage.open(result.folder), 2)

@@ -6,9 +6,11 @@ import logging
 
 import pytest
 from rich.console import Console
+from run_events import epoch_done, iteration_done, metrics, run_finished
 
 from laasp_ray.records import Candidate, CandidateLoss, Decision, LayerPrune, RunState
 from laasp_ray.report.progress import LineProgress, LiveProgress, decision_line, make_progress, resumed_line
+from laasp_ray.run.events import CandidatesMeasured, IterationDone, PhaseStarted, RunResumed
 
 
 class Clock:
@@ -54,25 +56,66 @@ def loss(value, layer="a"):
     return CandidateLoss(candidate=candidate, loss=value, images=10)
 
 
+def phase(progress, name, detail):
+    progress.on_event(PhaseStarted(phase=name, detail=detail), RunState())
+
+
+def train(progress, phase, position, epochs, shown, learning_rate):
+    """An epoch; `shown` has its loss, and top1 and that of the test images if they are there."""
+    tested = metrics(shown["test top1"]) if "test top1" in shown else None
+    event = epoch_done(
+        phase=phase,
+        position=position,
+        epochs=epochs,
+        loss=shown["loss"],
+        top1=shown.get("top1", 0.0),
+        metrics=tested,
+        learning_rate=learning_rate,
+    )
+    progress.on_event(event, RunState())
+
+
+def measure(progress, done, total, latest, iteration):
+    progress.on_event(CandidatesMeasured(iteration=iteration, done=done, total=total, latest=latest), RunState())
+
+
+def decide(progress, chosen, reached, seconds):
+    state = RunState(**{f"{of.lower()}_reduction": share for of, share in reached.items()})
+    progress.on_event(iteration_done(chosen, seconds={"total": seconds}), state)
+
+
+def note(progress, text):
+    """What a method says of an iteration without a decision."""
+    progress.on_event(IterationDone(iteration=1, seconds={"total": 1.0}, text=text), RunState())
+
+
+def finish(progress, text):
+    progress.on_event(run_finished(text=text), RunState())
+
+
+def resume(progress, state):
+    progress.on_event(RunResumed(), state)
+
+
 def tell(progress, clock):
     """A short run: two epochs, an iteration, a fine-tuning, an iteration."""
-    progress.phase("train", "2 epochs")
+    phase(progress, "train", "2 epochs")
     clock.now = 10
-    progress.epoch("train", 1, 2, {"loss": 2.0, "top1": 0.5, "test top1": 0.625}, 0.1)
+    train(progress, "train", 1, 2, {"loss": 2.0, "top1": 0.5, "test top1": 0.625}, 0.1)
     clock.now = 30
-    progress.epoch("train", 2, 2, {"loss": 1.5, "top1": 0.755}, 0.01)
-    progress.phase("prune", "iteration 1")
+    train(progress, "train", 2, 2, {"loss": 1.5, "top1": 0.755}, 0.01)
+    phase(progress, "prune", "iteration 1")
     for done, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, 4.0)):
-        progress.candidates(done, 4, loss(value, layer="abcd"[done - 1]), 1)
+        measure(progress, done, 4, loss(value, layer="abcd"[done - 1]), 1)
     clock.now = 40
-    progress.decision(decision(1, 0.05), gone(0.05), FLOPS, 10.0)
-    progress.phase("fine-tune", "1 epochs")
-    progress.note("left out: x.jpg")
-    progress.phase("prune", "iteration 2")
-    progress.candidates(1, 2, loss(5.0), 2)
-    progress.candidates(2, 2, None, 2)
+    decide(progress, decision(1, 0.05), gone(0.05), 10.0)
+    phase(progress, "fine-tune", "1 epochs")
+    note(progress, "left out: x.jpg")
+    phase(progress, "prune", "iteration 2")
+    measure(progress, 1, 2, loss(5.0), 2)
+    measure(progress, 2, 2, None, 2)
     clock.now = 100
-    progress.decision(decision(2, 0.1, (7,)), gone(0.1), FLOPS, 65.0)
+    decide(progress, decision(2, 0.1, (7,)), gone(0.1), 65.0)
 
 
 def test_lines_where_there_is_no_terminal(clock):
@@ -80,7 +123,7 @@ def test_lines_where_there_is_no_terminal(clock):
     progress = make_progress(FLOPS, stream, clock)
     assert isinstance(progress, LineProgress)
     tell(progress, clock)
-    progress.finished("done")
+    finish(progress, "done")
     progress.close()
     assert stream.getvalue().splitlines() == [
         "train: 2 epochs",
@@ -119,7 +162,7 @@ def cut_off(phase, iteration, reduction, epochs):
 def test_a_run_that_goes_on_says_where(clock, stream, state, line):
     shown = stream()
     progress = make_progress({"FLOPs": 0.538}, shown, clock)
-    progress.resumed(state, {"FLOPs": 0.538})
+    resume(progress, state)
     progress.close()
     assert line in shown.getvalue()
 
@@ -131,14 +174,14 @@ def test_a_run_that_prunes_nothing_has_no_first_iteration():
 def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(clock):
     progress = LiveProgress(HALF, Console(file=io.StringIO(), width=100), clock)
     try:
-        progress.resumed(cut_off("prune", 11, 0.3, 9), HALF)
+        resume(progress, cut_off("prune", 11, 0.3, 9))
         with progress._console.capture() as capture:
             progress._console.print(progress.render())
         assert "30.00% of 50.00%" in capture.get()
         clock.now = 60
-        progress.phase("prune", "iteration 12")
-        progress.decision(decision(12, 0.4), gone(0.4), HALF, 60.0)
-        assert progress._standing.remaining() == "target in 1 min 00 s"
+        phase(progress, "prune", "iteration 12")
+        decide(progress, decision(12, 0.4), gone(0.4), 60.0)
+        assert progress._view.remaining() == "target in 1 min 00 s"
     finally:
         progress.close()
 
@@ -152,8 +195,8 @@ def test_log_records_go_above_the_live_display_and_where_they_went_before_after_
     logging.root.manager.loggerDict["some.library"] = logger
     try:
         progress = make_progress(FLOPS, stream, clock)
-        progress.phase("prune", "iteration 1")
-        progress.note("drawn")
+        phase(progress, "prune", "iteration 1")
+        note(progress, "drawn")
         before = len(stream.getvalue())
         logger.warning("a record [sic]")
         written = stream.getvalue()[before:]
@@ -170,19 +213,19 @@ def test_iterations_that_follow_each_other_are_announced_once(clock):
     stream = io.StringIO()
     progress = LineProgress(FLOPS, stream, clock)
     for iteration in (1, 2, 3):
-        progress.phase("prune", f"iteration {iteration}")
+        phase(progress, "prune", f"iteration {iteration}")
     assert stream.getvalue() == "prune: iteration 1\n"
 
 
 def test_remaining_time_of_a_training_phase_is_by_epochs_and_starts_anew_with_each_training_phase(clock):
     stream = io.StringIO()
     progress = LineProgress(FLOPS, stream, clock)
-    progress.phase("final", "4 epochs")
+    phase(progress, "final", "4 epochs")
     for epoch in (1, 2):
         clock.now += 60
-        progress.epoch("final", epoch, 4, {"loss": 1.0}, 0.1)
-    progress.phase("fine-tune", "2 epochs")
-    progress.epoch("fine-tune", 1, 2, {"loss": 1.0}, 0.1)
+        train(progress, "final", epoch, 4, {"loss": 1.0}, 0.1)
+    phase(progress, "fine-tune", "2 epochs")
+    train(progress, "fine-tune", 1, 2, {"loss": 1.0}, 0.1)
     lines = stream.getvalue().splitlines()
     assert lines[2].endswith("final done in 2 min 00 s") and lines[4].endswith("learning rate 0.1")
 
@@ -192,7 +235,7 @@ def test_a_terminal_gets_a_live_display_with_lines_above(clock):
     progress = make_progress(FLOPS, stream, clock)
     assert isinstance(progress, LiveProgress)
     tell(progress, clock)
-    progress.finished("done [sic]")
+    finish(progress, "done [sic]")
     progress.close()
     progress.close()
     shown = stream.getvalue()
@@ -206,8 +249,8 @@ def test_what_the_display_holds(clock):
     try:
         tell(progress, clock)
         console.file.truncate(0)
-        progress.phase("prune", "iteration 3")
-        progress.candidates(30, 40, loss(0.5, "x"), 3)
+        phase(progress, "prune", "iteration 3")
+        measure(progress, 30, 40, loss(0.5, "x"), 3)
         with console.capture() as capture:
             console.print(progress.render())
     finally:
@@ -229,14 +272,14 @@ def further(criterion):
 
 def test_a_decision_of_several_layers_counts_them_and_their_filters():
     joint = dataclasses.replace(decision(2, 0.1), criterion="pls", further=further("pls"))
-    assert decision_line(joint, gone(0.1), FLOPS, 5.0) == (
+    assert decision_line(iteration_done(joint, seconds={"total": 5.0}), gone(0.1), FLOPS) == (
         "iteration 2: layer3.0.conv1 and 2 more by pls, 6 filters, loss 0.1250 -> 0.2500, FLOPs -10.00% of 25.00%, 5 s"
     )
 
 
 def test_prunes_by_several_criteria_are_named_with_theirs():
     joint = dataclasses.replace(decision(2, 0.1), further=further("l1"))
-    assert decision_line(joint, gone(0.1), FLOPS, 5.0) == (
+    assert decision_line(iteration_done(joint, seconds={"total": 5.0}), gone(0.1), FLOPS) == (
         "iteration 2: layer3.0.conv1 by cosine and b by pls and c by l1, 6 filters, loss 0.1250 -> 0.2500, "
         "FLOPs -10.00% of 25.00%, 5 s"
     )
@@ -244,7 +287,7 @@ def test_prunes_by_several_criteria_are_named_with_theirs():
 
 def test_every_target_is_shown_that_is_given_and_flops_always(clock):
     other = {"parameters": 0.4, "latency": 0.2}
-    line = decision_line(decision(2, 0.1), gone(0.1, 0.3, -0.05), other, 5.0)
+    line = decision_line(iteration_done(decision(2, 0.1), seconds={"total": 5.0}), gone(0.1, 0.3, -0.05), other)
     assert line.endswith("FLOPs -10.00%, parameters -30.00% of 40.00%, latency +5.00% of 20.00%, 5 s")
     state = RunState(phase="prune", iteration=1, flops_reduction=0.1, parameters_reduction=0.3, latency_reduction=0.05)
     assert resumed_line(state, other) == (
@@ -253,7 +296,7 @@ def test_every_target_is_shown_that_is_given_and_flops_always(clock):
     console = Console(file=io.StringIO(), width=100)
     progress = LiveProgress(other, console, clock)
     try:
-        progress.decision(decision(2, 0.1), gone(0.1, 0.3, -0.05), other, 5.0)
+        decide(progress, decision(2, 0.1), gone(0.1, 0.3, -0.05), 5.0)
         with console.capture() as capture:
             console.print(progress.render())
     finally:
@@ -267,14 +310,14 @@ def test_the_remaining_time_is_that_of_the_target_that_is_furthest(clock):
     targets = {"FLOPs": 0.25, "parameters": 0.25}
     stream = io.StringIO()
     progress = LineProgress(targets, stream, clock)
-    progress.phase("prune", "iteration 1")
-    progress.decision(decision(1, 0.05), gone(0.05, 0.1), targets, 5.0)
+    phase(progress, "prune", "iteration 1")
+    decide(progress, decision(1, 0.05), gone(0.05, 0.1), 5.0)
     assert "targets in" not in stream.getvalue()
     clock.now = 60
     # FLOPs: 5% took 60 s, 15% are left. Parameters: 10% took 60 s, 5% are left.
-    progress.decision(decision(2, 0.1), gone(0.1, 0.2), targets, 60.0)
+    decide(progress, decision(2, 0.1), gone(0.1, 0.2), 60.0)
     assert stream.getvalue().endswith(", targets in 3 min 00 s\n")
     clock.now = 120
     # A clock's figure may fall below where it began: then there is no telling.
-    progress.decision(decision(3, 0.15), gone(0.15, 0.1), targets, 60.0)
+    decide(progress, decision(3, 0.15), gone(0.15, 0.1), 60.0)
     assert stream.getvalue().endswith("1 min 00 s\n") and stream.getvalue().count("targets in") == 1

@@ -8,14 +8,9 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import StoreError
+from laasp_ray.methods.sparsity_report import measure_sparsity, sparsity_from_json, sparsity_to_json, utilisation
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, group_mask, pack_mask
-from laasp_ray.report.sparsity import (
-    measure_sparsity,
-    sparsity_from_json,
-    sparsity_table,
-    sparsity_to_json,
-    utilisation,
-)
+from laasp_ray.report.sparsity import sparsity_table
 
 
 def test_lanes_wait_for_the_slowest():

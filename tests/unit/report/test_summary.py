@@ -1,77 +1,56 @@
 """The summary of a journal written by hand."""
 
+import dataclasses
+
 import pytest
+from run_events import decision, epoch_done, iteration_done, metrics, phase_done, run_finished, run_started
 
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Metrics
 from laasp_ray.report.summary import BestEpoch, format_summary, summarise
+from laasp_ray.run import events
+from laasp_ray.run.events import ImageExcluded, data_of, read_events
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
 
-def metrics(top1, loss=0.5):
-    return {"loss": loss, "top1": top1, "top5": 1.0, "images": 360}
+def iteration(number, reduction, kept, seconds, **changes):
+    chosen = decision(
+        iteration=number, layer="layer1.0.conv1", filters=(0,), loss=0.25, loss_before=0.125, flops_reduction=reduction
+    )
+    spent = {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds}
+    return iteration_done(chosen, kept_filters=kept, candidates=10 * number, seconds=spent, **changes)
 
 
-def iteration(number, reduction, kept, seconds):
-    decision = {
-        "iteration": number,
-        "layer": "layer1.0.conv1",
-        "criterion": "l1",
-        "filters": [0],
-        "loss": 0.25,
-        "loss_before": 0.125,
-        "flops_reduction": reduction,
-        "also": [],
-    }
-    return "iteration", {
-        "decision": decision,
-        "kept_filters": kept,
-        "candidates": 10 * number,
-        "seconds": {"graph": seconds, "evaluate": 3 * seconds, "total": 5 * seconds},
-    }
-
-
-START = (
-    "start",
-    {
-        "config": {"name": "digits", "prune": {"flops_reduction": 0.25}, "train": {"epochs": 200}},
-        "macs": 1000000,
-        "parameters": 2000,
-        "filters": {"layer1.0.conv1": 64, "layer1.0.conv2": 64},
-    },
-)
+CONFIG = {"name": "digits", "prune": {"flops_reduction": 0.25}, "train": {"epochs": 200}}
+START = run_started(config=CONFIG, macs=1000000, parameters=2000, filters={"layer1.0.conv1": 64, "layer1.0.conv2": 64})
 FIRST = [
     START,
-    ("epoch", {"phase": "train"}),
-    ("training_phase", {"phase": "train", "metrics": metrics(0.5), "seconds": 4.0}),
-    ("epoch", {"phase": "train"}),
-    ("training_phase", {"phase": "train", "metrics": metrics(0.9625), "seconds": 6.0}),
+    epoch_done(),
+    phase_done(metrics=metrics(0.5), seconds=4.0),
+    epoch_done(),
+    phase_done(metrics=metrics(0.9625), seconds=6.0),
     iteration(1, 0.1, {"layer1.0.conv1": 2}, 1.0),
-    ("excluded", {"image": "x.jpg", "reason": "cannot be decoded"}),
-    ("training_phase", {"phase": "fine-tune", "metrics": metrics(0.75), "seconds": 2.0}),
+    ImageExcluded(image="x.jpg", reason="cannot be decoded"),
+    phase_done("fine-tune", metrics=metrics(0.75), seconds=2.0),
     iteration(2, 0.26, {"layer1.0.conv1": 1, "layer2.0.conv1": 3}, 2.0),
 ]
-LAST = [
-    ("training_phase", {"phase": "final", "metrics": metrics(0.975, 0.0625), "seconds": 90.0}),
-    (
-        "finish",
-        {
-            "macs": 740000,
-            "parameters": 1500,
-            "flops_reduction": 0.26,
-            "metrics": metrics(0.975, 0.0625),
-            "best": {"epoch": 186, "metrics": metrics(0.98125, 0.09375)},
-        },
-    ),
-]
+FINISH = run_finished(
+    macs=740000,
+    parameters=1500,
+    flops_reduction=0.26,
+    metrics=metrics(0.975, 0.0625),
+    best=events.BestEpoch(epoch=186, metrics=metrics(0.98125, 0.09375)),
+)
+LAST = [phase_done("final", metrics=metrics(0.975, 0.0625), seconds=90.0), FINISH]
 
 
-def journal(tmp_path, events):
+def journal(tmp_path, happened):
+    """What a reader of a journal that holds these events reads."""
     written = Journal(Storage.open(str(tmp_path)))
-    for name, data in events:
-        written.append(name, data)
-    return Journal(Storage.open(str(tmp_path))).events()
+    for event in happened:
+        written.append(event.NAME, data_of(event))
+    return read_events(Journal(Storage.open(str(tmp_path))))
 
 
 def test_a_finished_run(tmp_path):
@@ -113,8 +92,7 @@ def test_a_finished_run(tmp_path):
 
 
 def test_without_a_final_training_there_is_no_best_epoch(tmp_path):
-    name, finish = LAST[-1]
-    summary = summarise(journal(tmp_path, [*FIRST, (name, finish | {"best": None})]))
+    summary = summarise(journal(tmp_path, [*FIRST, dataclasses.replace(FINISH, best=None)]))
     assert summary.finished and summary.best is None
     assert "est tested epoch" not in format_summary(summary)
 
@@ -132,37 +110,38 @@ def test_a_run_that_has_only_started(tmp_path):
 
 
 def test_weights_that_were_given_are_the_baseline(tmp_path):
-    events = [
-        START,
-        ("baseline", {"metrics": metrics(0.875)}),
-        ("training_phase", {"phase": "fine-tune", "metrics": metrics(0.5), "seconds": 1.0}),
-    ]
-    assert summarise(journal(tmp_path, events)).before.top1 == 0.875
+    given = events.BaselineMeasured(metrics=metrics(0.875), loader="dali", seconds=1.0)
+    happened = [START, given, phase_done("fine-tune")]
+    assert summarise(journal(tmp_path, happened)).before.top1 == 0.875
 
 
 def test_losses_that_are_not_finite_are_shown(tmp_path):
-    events = [START, ("baseline", {"metrics": metrics(0.1, float("nan"))})]
-    assert "nan" in format_summary(summarise(journal(tmp_path, events)))
+    given = events.BaselineMeasured(metrics=metrics(0.1, float("nan")), loader="dali", seconds=1.0)
+    assert "nan" in format_summary(summarise(journal(tmp_path, [START, given])))
 
 
 def test_a_journal_that_lacks_something_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"no start event"):
         summarise([])
+    journal(tmp_path, [])
+    Journal(Storage.open(str(tmp_path))).append("start", {"config": CONFIG, "checkpoint": "initial"})
     with pytest.raises(StoreError, match=r"000001-start\.json in .* is damaged: it lacks 'macs'"):
-        summarise(journal(tmp_path, [("start", {"config": START[1]["config"]})]))
+        read_events(Journal(Storage.open(str(tmp_path))))
+    with pytest.raises(StoreError, match=r"lacks something \(KeyError\('train'\)\)"):
+        summarise([dataclasses.replace(START, config={"name": "digits"})])
 
 
 def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
-    name, data = iteration(1, 0.1, {"layer1.0.conv1": 2}, 1.0)
     prune = {"flops_reduction": 0.0, "parameters_reduction": 0.2, "latency_reduction": 0.3}
-    start = ("start", START[1] | {"config": {"name": "digits", "prune": prune}})
-    events = [start, (name, data | {"reached": {"parameters": 0.15, "latency": 0.25}})]
-    summary = summarise(journal(tmp_path, events))
+    start = dataclasses.replace(START, config=CONFIG | {"prune": prune})
+    reached = {"parameters": 0.15, "latency": 0.25}
+    happened = [start, iteration(1, 0.1, {"layer1.0.conv1": 2}, 1.0, reached=reached)]
+    summary = summarise(journal(tmp_path, happened))
     assert summary.targets == {"parameters": 0.2, "latency": 0.3}
     assert format_summary(summary).splitlines()[0] == (
         "Run digits: not finished, FLOPs reduction 10.00%, parameters reduction 15.00% of 20.00%, "
         "latency reduction 25.00% of 30.00%"
     )
     assert "Iterations: 1" in format_summary(summary)
-    short = summarise(journal(tmp_path / "short", [*events, ("exhausted", {"reason": "nothing left"})]))
+    short = summarise(journal(tmp_path / "short", [*happened, events.Exhausted(reason="nothing left")]))
     assert "short of its target, with no filter left to give), FLOPs reduction" in format_summary(short).splitlines()[0]

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 from helpers import small_run
-from whole_runs import Silent, events_of, power_cut
+from whole_runs import Silent, events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.errors import ConfigError
-from laasp_ray.methods.laasp import iterate
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.planning.dry_run import Machine, describe
 from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.summary import format_summary, summarise
@@ -70,7 +70,7 @@ def test_the_network_loads_and_is_evaluated_as_any_other(trained):
 
 def test_the_summary_has_nothing_before_and_no_iterations(trained):
     config, _ = trained
-    summary = summarise(events_of(config))
+    summary = summarise(read_events_of(config))
     assert summary.before is None and summary.targets == {}
     text = format_summary(summary)
     assert "FLOPs reduction 0.00%" in text and "Iterations" not in text
@@ -95,7 +95,7 @@ def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch
     baseline, epoch = (next(e.data for e in events_of(config) if e.name == name) for name in ("baseline", "epoch"))
     assert baseline["metrics"] == trained[1].summary["metrics"]
     assert (epoch["epoch"], epoch["learning_rate"]) == (2, pytest.approx(0.02))
-    assert summarise(events_of(config)).before is not None
+    assert summarise(read_events_of(config)).before is not None
     start = load_checkpoint(Storage.open(config.storage).child(config.name), "unpruned").model
     assert not torch.equal(start["conv1.weight"], trained[1].model.state_dict()["conv1.weight"])
 
@@ -117,7 +117,7 @@ def test_the_plan_of_a_dry_run(tmp_path):
 
 def test_what_chooses_prunes_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a method is given to a run that prunes nothing"):
-        prune(None, base_run(tmp_path), distributed=False, method=iterate)
+        prune(None, base_run(tmp_path), distributed=False, method=Laasp())
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
     with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):

@@ -1,37 +1,33 @@
 """Whole runs that test between their epochs: what journal, plots and reader are told, and which epoch was best."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import write_pictures
+from run_events import epoch_done, metrics, phase_done, run_started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import events_of, on_pictures, power_cut
+from whole_runs import events_of, on_pictures, power_cut, read_events_of
 
 from laasp_ray import prune
 from laasp_ray.config import RunConfig
 from laasp_ray.report.progress import LineProgress
 from laasp_ray.report.summary import format_summary, summarise
-from laasp_ray.run.controller import _best, _seconds
+from laasp_ray.run.controller import best_epoch, seconds_spent
+from laasp_ray.run.events import BestEpoch
 from laasp_ray.store.storage import Storage
 
 
-def metrics(top1):
-    return {"loss": 0.5, "top1": top1, "top5": 1.0, "images": 8}
-
-
 def epoch(phase, number, top1=None):
-    tested = None if top1 is None else metrics(top1)
-    return SimpleNamespace(name="epoch", data={"phase": phase, "epoch": number, "metrics": tested})
+    return epoch_done(phase=phase, epoch=number, metrics=None if top1 is None else metrics(top1))
 
 
 def training_phase(phase, top1):
-    return SimpleNamespace(name="training_phase", data={"phase": phase, "metrics": metrics(top1)})
+    return phase_done(phase, metrics=metrics(top1))
 
 
 BEFORE = [
-    SimpleNamespace(name="start", data={"checkpoint": "initial"}),
+    run_started(),
     epoch("train", 0, 0.875),
     epoch("train", 1),
     training_phase("train", 1.0),
@@ -52,17 +48,17 @@ BEFORE = [
     ],
 )
 def test_the_best_epoch_by_hand(events, best):
-    found = _best([*BEFORE, *events, training_phase("final", 0.75)])
-    assert found == (None if best is None else {"epoch": best[0], "metrics": metrics(best[1])})
+    found = best_epoch([*BEFORE, *events, training_phase("final", 0.75)])
+    assert found == (None if best is None else BestEpoch(epoch=best[0], metrics=metrics(best[1])))
 
 
 def test_a_runs_seconds_are_also_those_of_its_tests():
     events = [
-        SimpleNamespace(name="epoch", data={"seconds": 8.0, "test_seconds": 2.0}),
-        SimpleNamespace(name="epoch", data={"seconds": 16.0, "test_seconds": 0.0}),
-        SimpleNamespace(name="training_phase", data={"seconds": 99.0, "evaluation_seconds": 4.0}),
+        epoch_done(seconds=8.0, test_seconds=2.0),
+        epoch_done(seconds=16.0, test_seconds=0.0),
+        phase_done(seconds=99.0, evaluation_seconds=4.0),
     ]
-    assert _seconds(events) == 30.0
+    assert seconds_spent(events) == 30.0
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +121,7 @@ def test_the_best_epoch_is_in_the_summary(undisturbed):
     assert (
         f"Best tested epoch of the final training: {number + 1} of 7, top-1 {highest:.2%}, top-5 100.00%, loss "
         f"{found['loss']:.4f} (the table has the last)"
-    ) in format_summary(summarise(events_of(config))).splitlines()
+    ) in format_summary(summarise(read_events_of(config))).splitlines()
 
 
 def test_who_watches_sees_the_test_accuracy_of_an_epoch(undisturbed):
@@ -196,4 +192,4 @@ def test_a_schedule_that_ends_with_pruning_has_no_best_epoch(tmp_path, pictures)
     config = config_of(tmp_path, pictures, **changes)
     result = run(config)
     assert result.summary["best"] is None
-    assert "est tested epoch" not in format_summary(summarise(events_of(config)))
+    assert "est tested epoch" not in format_summary(summarise(read_events_of(config)))

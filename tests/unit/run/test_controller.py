@@ -1,6 +1,7 @@
 """Whole runs in this process, without Ray; cut off at every single event."""
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers import small_run, write_pictures
 from safetensors.torch import load_file, save_file
-from whole_runs import Silent, events_of, power_cut
+from whole_runs import Silent, events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
@@ -17,7 +18,9 @@ from laasp_ray.config import ModelConfig, RunConfig, SparsityConfig
 from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
 from laasp_ray.methods import laasp
 from laasp_ray.models import build
+from laasp_ray.report.progress import LineProgress
 from laasp_ray.report.summary import format_summary, summarise
+from laasp_ray.run.events import RunResumed
 
 
 def run(config: RunConfig, model=None, progress=None):
@@ -30,14 +33,14 @@ def decisions(config: RunConfig):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    config, progress = small_run(tmp_path_factory.mktemp("undisturbed")), Silent()
-    result = run(config, progress=progress)
-    assert "resumed" not in progress.told
+    config, lines = small_run(tmp_path_factory.mktemp("undisturbed")), io.StringIO()
+    result = run(config, progress=LineProgress(config.prune.targets, lines, lambda: 0.0))
+    assert "going on" not in lines.getvalue()
     # Every training phase says it to the journal; who watches is told once.
     loaders = [event.data["loader"] for event in events_of(config) if event.name == "training_phase"]
     assert len(loaders) > 2 and set(loaders) == {"dali-cpu"}
-    noted = [text for (text,) in progress.told["note"] if "decoded" in text]
-    assert noted == ["the trainers' images are decoded by dali-cpu"]
+    noted = [line for line in lines.getvalue().splitlines() if "decoded" in line]
+    assert noted == ["note: the trainers' images are decoded by dali-cpu"]
     return config, result
 
 
@@ -135,8 +138,8 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
             run(config)
     before, progress = events_of(config), Silent()
     again = run(config, progress=progress)
-    ((state, targets),) = progress.told["resumed"]
-    assert (state.phase, targets) == ("done", {"FLOPs": 0.12})
+    (state,) = [state for event, state in progress.seen if isinstance(event, RunResumed)]
+    assert state.phase == "done"
     assert state.iteration == sum(event.name == "iteration" for event in before)
     assert state.epochs_trained == sum(event.name == "epoch" for event in before)
     # The seconds are those of the work that counts, whichever attempt it was done in.
@@ -226,27 +229,30 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path):
         run(small_run(tmp_path, model__arguments={"num_classes": 12}))
 
 
-def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
-    def by_l2(now):
-        return laasp.iterate(dataclasses.replace(now, config=dataclasses.replace(now.config, criteria=("l2",))))
+class ByL2(laasp.Laasp):
+    def iterate(self, context):
+        config = dataclasses.replace(context.config, criteria=("l2",))
+        return super().iterate(dataclasses.replace(context, config=config))
 
+
+def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
     config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
-    prune(None, config, distributed=False, progress=Silent(), method=by_l2)
+    prune(None, config, distributed=False, progress=Silent(), method=ByL2())
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
     again = dataclasses.replace(config, name="again")
     with power_cut(monkeypatch, 3):
-        prune(None, again, distributed=False, progress=Silent(), method=by_l2)
-    for other, named in ((None, "it is given none"), (laasp.iterate, r"laasp_ray\.methods\.laasp\.iterate")):
-        with pytest.raises(ConfigError, match=rf"was started with .*by_l2, now .*{named}.*give the same method"):
+        prune(None, again, distributed=False, progress=Silent(), method=ByL2())
+    for other, named in ((None, "it is given none"), (laasp.Laasp(), r"laasp_ray\.methods\.laasp\.Laasp")):
+        with pytest.raises(ConfigError, match=rf"was started with .*ByL2, now .*{named}.*give the same method"):
             prune(None, again, distributed=False, progress=Silent(), method=other)
-    prune(None, again, distributed=False, progress=Silent(), method=by_l2)
+    prune(None, again, distributed=False, progress=Silent(), method=ByL2())
     assert decisions(again) == decisions(config)
     sparse = dataclasses.replace(
         config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
     )
     with pytest.raises(ConfigError, match="a method is given to a run with sparsity"):
-        prune(None, sparse, distributed=False, progress=Silent(), method=by_l2)
+        prune(None, sparse, distributed=False, progress=Silent(), method=ByL2())
 
 
 def test_an_unknown_criterion_is_refused_before_anything_starts(tmp_path):
@@ -310,7 +316,7 @@ def test_a_run_by_pls_prunes_many_layers_a_iteration_and_ends_after_its_iteratio
     assert sum(block.conv1.out_channels for block in blocks) == 336 - sum(gone)
     assert decisions(config)[-1]["flops_reduction"] == pytest.approx(result.summary["flops_reduction"])
     assert not (Path(config.storage) / config.name / "candidates").exists()
-    summary = format_summary(summarise(events_of(config)))
+    summary = format_summary(summarise(read_events_of(config)))
     assert "Iterations: 2, " in summary and "candidates" not in summary
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -23,10 +23,10 @@ EVENTS = [
     "start",
     "epoch",
     "training_phase",
-    "stage",
+    "iteration",
     "epoch",
     "training_phase",
-    "stage",
+    "iteration",
     "epoch",
     "training_phase",
     "finish",
@@ -74,7 +74,7 @@ def test_stages_are_trained_in_between_and_the_last_for_the_rest_of_the_schedule
         "fine-tune",
         "final",
     ]
-    first, second = (event.data for event in events if event.name == "stage")
+    first, second = (event.data["details"] for event in events if event.name == "iteration")
     assert (first["prune"]["layer1.0.conv1"], first["prune"]["fc"]) == (4, 2)
     assert (second["prune"]["layer1.0.conv1"], second["prune"]["fc"]) == (6, 4)
     assert second["dense"] == {"conv1": "3 inputs a filter, fewer than the group of 8"}
@@ -141,19 +141,19 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
         **{**changes, "train__prune_epoch": 1, "train__epochs": 2, "train__distill": 0.5, "train__ema": 0.9},
         sparsity=sparsity,
     )
-    teacher_logits, set_teacher = [], InProcessTrainer.set_teacher
+    teachers, set_teacher = [], InProcessTrainer.set_teacher
     monkeypatch.setattr(
-        InProcessTrainer, "teach", lambda self, who: teacher_logits.append(who) or set_teacher(self, who)
+        InProcessTrainer, "set_teacher", lambda self, who: teachers.append(who) or set_teacher(self, who)
     )
     result = run(config)
     # The network that was never pruned teaches.
-    (teacher,) = teacher_logits
+    (teacher,) = teachers
     never_pruned = load_checkpoint(Storage.open(str(folder_of(first))), "unpruned").model
     assert teacher.plan.is_empty and teacher.tensors.keys() == never_pruned.keys()
     assert all(torch.equal(tensor, never_pruned[name]) for name, tensor in teacher.tensors.items())
     # What the first run made is where this one begins: no training up to the prune epoch.
     names = [event.name for event in events_of(config)]
-    assert names == ["start", "baseline", "stage", "epoch", "training_phase", "finish"]
+    assert names == ["start", "baseline", "iteration", "epoch", "training_phase", "finish"]
     before, after = load_pruned(folder_of(first)), load_pruned(folder_of(config))
     assert {name: t.shape for name, t in after.state_dict().items()} == {
         name: t.shape for name, t in before.state_dict().items()

@@ -10,7 +10,7 @@ from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import prune
 from laasp_ray.train import trainer
-from laasp_ray.train.loop import EpochDone, run_training_phase
+from laasp_ray.train.loop import EpochResult, run_training_phase
 
 OPTIONS = {
     "train__schedule": "cosine",
@@ -42,7 +42,7 @@ def listen(monkeypatch):
         known = None if teacher is None else {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
         heard.append(Heard(training_phase.phase, known))
         for event in run_training_phase(model, optimizer_state, training_phase, teacher=teacher, **more):
-            if isinstance(event, EpochDone):
+            if isinstance(event, EpochResult):
                 heard[-1].tensors = event.tensors
             yield event
 

@@ -214,7 +214,7 @@ def outputs(model):
     return model(IMAGES.clone())
 
 
-def deaf(model, mask):
+def masked_output(model, mask):
     """The network's outputs when these layers read zeros for these channels."""
     network = copy.deepcopy(model)
     for name, channels in mask.items():

@@ -175,7 +175,7 @@ class Long(nn.Sequential):
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["branches", "copies"])
-@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("joint", [1, 3])
 @pytest.mark.parametrize("kind", [Small, Roundabout, Long])
 def test_the_memory_bound_is_honoured(kind, joint, copied, monkeypatch):
     """Of what is alive at a time, two chunks' images (this and the one before) and two layers' weights are allowed."""
@@ -244,7 +244,7 @@ def silence(*channels):
     return LossTask(f"without {channels}", Plan(layers={"stem": (0,)}), {"left": channels})
 
 
-@pytest.mark.parametrize("together", [1, 3, 8])
+@pytest.mark.parametrize("joint", [1, 3, 8])
 def test_a_candidate_that_raises_has_no_losses_and_stops_nobody(joint, monkeypatch):
     monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (2, joint))
     model, images = touchy(), IMAGES.clone()
@@ -282,7 +282,7 @@ def test_a_network_that_fails_itself_is_no_candidates_fault():
 
 
 @pytest.mark.parametrize(
-    ("builder", "together"),
+    ("builder", "joint"),
     [("small", 2), ("small", 3), ("small", 100), ("cifar.resnet20", 3), ("torchvision.mobilenet_v2", 2)],
 )
 def test_branches_in_batches_are_as_one_by_one(builder, joint, monkeypatch):

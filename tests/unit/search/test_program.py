@@ -14,8 +14,8 @@ from program_networks import (
     NotFoldable,
     SharedModules,
     close,
-    deaf,
     made,
+    masked_output,
     outputs,
     program_of,
     run,
@@ -35,7 +35,7 @@ def test_a_program_gives_what_its_network_gives(kind):
 
 
 SOME = ((0, 3), (1,), (2, 4, 5))
-"""Channels of six that readers are made masked to: one mask is few enough to be taken away, the others are not."""
+"""Channels of six that are masked: one mask is few enough to be taken away, the others are not."""
 
 
 def masks_of(kind):
@@ -64,7 +64,7 @@ def test_all_branches_at_once_spoil_nothing(kind, order):
         (branch_point.ready, number) for branch_point, joint in branch_points.items() for number in range(len(joint))
     )
     for branch_point, number, outcome in found[:-1]:
-        close(outcome, deaf(model, branch_points[branch_point][number]))
+        close(outcome, masked_output(model, branch_points[branch_point][number]))
 
 
 @pytest.mark.parametrize("kind", TRACEABLE)
@@ -74,9 +74,9 @@ def test_several_masks_in_one_batch_are_as_one_by_one(kind):
     assert program.sized == (kind is BySize)
     if program.sized:
         return  # such a program's batches must have as many rows as there are images
-    for layers, joint in masks_of(kind).items():
-        [(_, _, joint)] = run(program, {program.branch_point(layers): [joint]})
-        close(joint, torch.cat([deaf(model, mask) for mask in joint]))
+    for layers, masks in masks_of(kind).items():
+        [(_, _, joint)] = run(program, {program.branch_point(layers): [masks]})
+        close(joint, torch.cat([masked_output(model, mask) for mask in masks]))
 
 
 @pytest.mark.parametrize("kind", TRACEABLE)

@@ -12,7 +12,7 @@ from laasp_ray.search.racing import Race
 from laasp_ray.search.schedule import UNITS_PER_SLOT, Settings, cut, measure
 
 
-class FakeHands:
+class FakeBackend:
     """Hands that know all losses; units come back in an order drawn from `seed`, or first in, first out."""
 
     def __init__(self, losses, slots=1, seed=None, failing=()):
@@ -109,7 +109,7 @@ def test_hands_that_are_faster_than_handing_out_get_few_units():
 
 def results_of(losses, racing, slots, order, **more):
     settings = Settings(losses.shape[1], 64, racing=racing, seed=3, **more)
-    results = measure(FakeHands(losses, slots, order), len(losses), settings, ignore)
+    results = measure(FakeBackend(losses, slots, order), len(losses), settings, ignore)
     return [(result.loss, result.images, result.dropped_at) for result in results]
 
 
@@ -144,12 +144,12 @@ def test_a_race_gives_what_race_itself_gives_round_by_round():
 def test_idle_workers_begin_with_the_next_round_before_this_one_is_over():
     losses = matrix(25, 900)
     for slots, early in ((1, False), (7, True)):
-        backend = FakeHands(losses, slots, 0)
+        backend = FakeBackend(losses, slots, 0)
         measure(backend, 26, Settings(900, 64, racing=True), ignore)
         samples = [set(sample.tolist()) for sample in Race(losses[-1], 25).samples]
 
         def round_of(unit, samples=samples):
-            return next(round for round_number, sample in enumerate(samples) if int(unit.images[0]) in sample)
+            return next(number for number, sample in enumerate(samples) if int(unit.images[0]) in sample)
 
         events = [(what, round_of(unit)) for what, unit in backend.events if unit.tasks != (25,)]
         last_of_first = max(n for n, event in enumerate(events) if event == ("collect", 0))
@@ -168,7 +168,9 @@ def test_idle_workers_begin_with_the_next_round_before_this_one_is_over():
 def test_a_task_that_fails_says_why_and_the_others_go_on(racing, slots):
     losses = matrix(12, 600)
     best = int(losses[:-1].mean(1).argmin())
-    results = measure(FakeHands(losses, slots, 0, failing=[best]), 13, Settings(600, 64, racing=racing, seed=1), ignore)
+    results = measure(
+        FakeBackend(losses, slots, 0, failing=[best]), 13, Settings(600, 64, racing=racing, seed=1), ignore
+    )
     assert math.isnan(results[best].loss)
     assert results[best].error == "RuntimeError: broken"
     assert all(result.error == "" and math.isfinite(result.loss) for k, result in enumerate(results) if k != best)
@@ -184,7 +186,7 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
     losses[1] = 5.0  # worse on every image: it falls at the first round
     second = set(Race(losses[-1], 2, seed=0).samples[1].tolist())
 
-    class FailsLater(FakeHands):
+    class FailsLater(FakeBackend):
         def collect(self):
             unit, found = super().collect()
             if 0 in unit.tasks and second & set(unit.images.tolist()):
@@ -210,7 +212,7 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
 @pytest.mark.parametrize("racing", [True, False])
 def test_each_result_is_told_once_when_nothing_more_will_be_known_of_it(racing):
     losses = matrix(12, 600)
-    heard, backend = {}, FakeHands(losses, 7, 0)
+    heard, backend = {}, FakeBackend(losses, 7, 0)
 
     def hear(position, result):
         assert position not in heard
@@ -222,7 +224,7 @@ def test_each_result_is_told_once_when_nothing_more_will_be_known_of_it(racing):
 
 def test_the_share_that_is_done_rises_to_one_in_an_exhaustive_iteration():
     shares = []
-    backend = FakeHands(matrix(12, 600), 7, 0)
+    backend = FakeBackend(matrix(12, 600), 7, 0)
     measure(backend, 13, Settings(600, 64), ignore, shares.append)
     assert len(shares) == len(backend.submitted) > 10
     assert shares == sorted(set(shares))
@@ -234,7 +236,7 @@ def test_the_share_that_is_done_rises_to_one_in_an_exhaustive_iteration():
 def test_one_candidate_or_none_needs_no_race(racing):
     losses = matrix(1, 300)
     for rows in (losses, losses[-1:]):
-        results = measure(FakeHands(rows, 2, 0), len(rows), Settings(300, 64, racing=racing), ignore)
+        results = measure(FakeBackend(rows, 2, 0), len(rows), Settings(300, 64, racing=racing), ignore)
         assert [(result.images, result.dropped_at) for result in results] == [(300, None)] * len(rows)
         for result, row in zip(results, rows, strict=True):
             assert result.loss == pytest.approx(row.astype(np.float64).mean(), rel=1e-12)
@@ -252,7 +254,7 @@ def test_fewer_images_than_a_first_round_are_all_measured_at_once():
 def test_five_hundred_candidates_on_sixty_four_hands_stay_a_small_job():
     losses = matrix(500, 5000)
     for racing, most in ((True, 2500), (False, 64 * UNITS_PER_SLOT + 5000 // 250)):
-        backend = FakeHands(losses, 64, 0)
+        backend = FakeBackend(losses, 64, 0)
         results = measure(backend, 501, Settings(5000, 250, racing=racing), ignore)
         assert len(backend.submitted) <= most
         first = min((k for k in range(500) if results[k].dropped_at is None), key=lambda k: results[k].loss)

@@ -72,7 +72,7 @@ def test_damaged_and_foreign_files_are_named(storage):
         with pytest.raises(StoreError, match=r"checkpoints/a.safetensors in .* is no whole safetensors file"):
             load_checkpoint(storage, "a")
     storage.write("checkpoints/a.safetensors", save({"conv.weight": torch.zeros(1)}))
-    with pytest.raises(StoreError, match=r"its key 'conv.weight' starts with neither 'model/' nor 'carried/'"):
+    with pytest.raises(StoreError, match=r"its key 'conv.weight' starts with neither 'model/' nor 'optimizer_state/'"):
         load_checkpoint(storage, "a")
     with pytest.raises(StoreError, match=r"cannot read checkpoints/b.safetensors"):
         load_checkpoint(storage, "b")

@@ -159,7 +159,9 @@ def test_an_event_with_values_of_another_kind_is_named(run):
         iteration,
         b'{"schema_version":2,"sequence":%d,"name":"iteration","time":0,"data":{"step":3,"decision":4}}' % sequence,
     )
-    with pytest.raises(StoreError, match=rf"{iteration} in .* is damaged .*restore it from a copy"):
+    with pytest.raises(
+        StoreError, match=rf"{iteration} in .* is damaged: it lacks 'iteration'; restore it from a copy"
+    ):
         prune(None, config, distributed=False, progress=Silent())
 
 

@@ -19,7 +19,7 @@ CONFIG = TrainConfig(epochs=1, prune_epoch=0, batch_size=4, momentum=0.9, nester
 
 
 class Pictures:
-    """What `run_training_phase` needs of a SpellData: twelve random pictures of 8 x 8 pixels, of three classes."""
+    """What `run_training_phase` needs of a PhaseData: twelve random pictures of 8 x 8 pixels, of three classes."""
 
     device = torch.device("cpu")
     rank, world, share, train_images, test_images = 0, 1, 4, 12, 12

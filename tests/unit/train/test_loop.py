@@ -18,7 +18,7 @@ from laasp_ray.config import DataConfig
 from laasp_ray.data.ordering import epoch_batches
 from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
-from laasp_ray.train.data import SpellData
+from laasp_ray.train.data import PhaseData
 from laasp_ray.train.ddp import distributed
 from laasp_ray.train.loop import evaluate, run_training_phase
 
@@ -142,7 +142,7 @@ def folder_config(root, loader="torchvision"):
 
 
 def opened(config, rank=0, world=1, excluded=(), batch_size=8):
-    return SpellData(config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded)
+    return PhaseData(config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded)
 
 
 def small_network(*more):

@@ -26,7 +26,7 @@ class InMemory:
 
 
 class FakeData:
-    """What `run_training_phase` needs of a SpellData; images of shape (n, features), the same for training and test."""
+    """What `run_training_phase` needs of a PhaseData; images of shape (n, features), the same for training and test."""
 
     device = CPU
 

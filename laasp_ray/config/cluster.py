@@ -1,0 +1,38 @@
+"""The section `cluster`: how much of the cluster a run uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from laasp_ray.config.fields import Doc, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How much of the cluster a run uses. It may change between a run's start and its resumption.
+
+    Another number of workers changes which images share a batch in BatchNorm, and so may change later decisions. A
+    trainer and an evaluation task share each GPU; a trainer takes more than half, so that no two meet on one.
+    """
+
+    workers: Annotated[int, Doc("Ray Train workers; 0: one per GPU, or without GPUs two, if there are two CPUs")] = 0
+    trainer_gpu_share: Annotated[float, Doc("what a trainer takes of a GPU, above one half and below 1")] = 0.6
+    task_gpu_share: Annotated[float, Doc("what an evaluation task takes of a GPU, at most 1 - trainer_gpu_share")] = 0.4
+    worker_failures: Annotated[int, Doc("times that the trainers may be lost without an epoch finished in between")] = 3
+
+    def __post_init__(self) -> None:
+        check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
+        check(
+            0.5 < self.trainer_gpu_share < 1,
+            "cluster.trainer_gpu_share",
+            self.trainer_gpu_share,
+            "above one half and below 1",
+        )
+        check(
+            0 < self.task_gpu_share <= 1 - self.trainer_gpu_share + 1e-9,
+            "cluster.task_gpu_share",
+            self.task_gpu_share,
+            "positive and at most 1 - cluster.trainer_gpu_share",
+        )
+        check(self.worker_failures >= 0, "cluster.worker_failures", self.worker_failures, "at least 0")

@@ -1,0 +1,78 @@
+"""The section `data`: the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.names import is_import_path
+
+DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar")
+"""What `data.format` may be, import paths aside: the layouts of data/sources/registry.py, the digits, or `auto`."""
+TrainTransform = Literal["random_resized_crop", "pad_crop"]
+LoaderName = Literal["auto", "dali", "torchvision"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and what is done to them.
+
+    Training images are cropped by `train_transform` and flipped at random. Of an image to evaluate the shorter side is
+    resized to `eval_resize` and the centre of `image_size` cropped. An import path as `format`, package.module:name, is
+    called with this config and the split, and gives an ImageSource (data/sources/base.py).
+    """
+
+    path: Annotated[str | None, Doc("the data set's folder; none: the embedded set of handwritten digits")] = None
+    format: Annotated[
+        str,
+        Doc(
+            "how the images are stored: digits, folder, parquet, cifar_batches, tar, an import path, "
+            "or auto: told from what lies in the folder"
+        ),
+    ] = "auto"
+    train_transform: Annotated[
+        TrainTransform, Doc("crop of a training image: random_resized_crop (scale, ratio) or pad_crop (pad)")
+    ] = "random_resized_crop"
+    image_size: Annotated[int, Doc("height and width of an image as the network gets it, pixels")] = 224
+    eval_resize: Annotated[
+        int, Doc("shorter side of an image to evaluate before its crop, pixels, at least image_size; 0: not resized")
+    ] = 256
+    pad: Annotated[int, Doc("zeros around a training image before pad_crop, pixels")] = 4
+    scale: Annotated[
+        tuple[float, float], Doc("share of the area that random_resized_crop keeps, lowest and highest, 0 to 1")
+    ] = (0.08, 1.0)
+    ratio: Annotated[tuple[float, float], Doc("width / height of random_resized_crop's window, lowest and highest")] = (
+        3 / 4,
+        4 / 3,
+    )
+    flip: Annotated[float, Doc("probability that a training image is mirrored left to right")] = 0.5
+    mean: Annotated[tuple[float, float, float], Doc("subtracted from a pixel, for each channel, pixels in 0..1")] = (
+        0.485,
+        0.456,
+        0.406,
+    )
+    std: Annotated[
+        tuple[float, float, float], Doc("what a pixel is then divided by, for each channel, pixels in 0..1")
+    ] = (0.229, 0.224, 0.225)
+    loader: Annotated[LoaderName, Doc("what decodes and crops; auto: DALI where it runs, else torchvision")] = "auto"
+    threads: Annotated[int, Doc("threads of a loader, at least 1")] = 2
+    max_unreadable: Annotated[int, Doc("images that may be left out as unreadable before the run ends")] = 20
+
+    def __post_init__(self) -> None:
+        known = self.format in DATA_FORMATS or is_import_path(self.format)
+        check(known, "data.format", self.format, f"one of {', '.join(map(repr, DATA_FORMATS))}, or an import path")
+        check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
+        check(
+            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            "data.eval_resize",
+            self.eval_resize,
+            f"0 or at least data.image_size ({self.image_size})",
+        )
+        check(self.pad >= 0, "data.pad", self.pad, "at least 0")
+        check(0 < self.scale[0] <= self.scale[1] <= 1, "data.scale", self.scale, "0 < low <= high <= 1")
+        check(0 < self.ratio[0] <= self.ratio[1], "data.ratio", self.ratio, "0 < low <= high")
+        check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        check(min(self.std) > 0, "data.std", self.std, "positive numbers")
+        check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")

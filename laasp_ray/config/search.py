@@ -1,0 +1,37 @@
+"""The section `search`: how the candidates' losses are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from laasp_ray.config.fields import Doc, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How the candidates' losses are measured: on training images that are drawn once.
+
+    Reestimated BatchNorm statistics (search/batchnorm.py) are for an iteration's losses; the network keeps its own.
+    """
+
+    images: Annotated[int, Doc("training images that a candidate's loss is measured on; all there are if fewer")] = 5000
+    batch_size: Annotated[int, Doc("most images that go through the network at a time, at least 1")] = 250
+    racing: Annotated[
+        Literal["on", "off"], Doc("on drops candidates that are worse with confidence before they have seen all images")
+    ] = "on"
+    racing_error: Annotated[float, Doc("chance that racing drops the best candidate, below one half")] = 0.01
+    memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
+    candidates_per_task: Annotated[int, Doc("most candidates of a Ray task; 0: sized by what they cost")] = 0
+    reestimate_batchnorm: Annotated[
+        bool, Doc("measure BatchNorm statistics anew on these images, in every iteration")
+    ] = False
+
+    def __post_init__(self) -> None:
+        check(self.images >= 1, "search.images", self.images, "at least 1")
+        check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
+        check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
+        check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
+        check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
+        enough = self.images >= 2 or not self.reestimate_batchnorm
+        check(enough, "search.images", self.images, "at least 2 with search.reestimate_batchnorm: one has no variance")

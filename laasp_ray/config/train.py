@@ -1,0 +1,96 @@
+"""The section `train`: SGD's schedule."""
+
+from __future__ import annotations
+
+import math
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from laasp_ray.config.fields import Doc, check
+
+Schedule = Literal["steps", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """SGD's schedule. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
+
+    The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
+    reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead.
+
+    Test images are evaluated by `test_every` before and after pruning, but not in fine-tunes, and at the end of each
+    training phase in any case. Nothing is decided by it.
+    """
+
+    epochs: Annotated[int, Doc("epochs of the whole schedule, at least 1")]
+    prune_epoch: Annotated[int, Doc("the epoch of the schedule at which pruning begins, 0 to epochs")]
+    learning_rate: Annotated[float, Doc("the schedule's first learning rate")] = 0.1
+    drop_epochs: Annotated[tuple[int, ...], Doc("epochs, rising, at which the learning rate drops")] = ()
+    drop_factor: Annotated[float, Doc("what the learning rate is multiplied by at each of drop_epochs")] = 0.1
+    batch_size: Annotated[
+        int, Doc("global batch, over all workers, at least 2; the learning rate is not scaled with it")
+    ] = 256
+    momentum: Annotated[float, Doc("SGD's momentum, 0 to below 1")] = 0.9
+    nesterov: Annotated[bool, Doc("Nesterov's form of momentum")] = True
+    weight_decay: Annotated[float, Doc("SGD's weight decay (L2)")] = 1e-4
+    pretrained: Annotated[
+        str | None,
+        Doc(
+            "weights of the network as it stands at the prune epoch, which are trained on from there: a state dict "
+            "(.safetensors, .pt, .pth) or torchvision's by name, torchvision:IMAGENET1K_V2"
+        ),
+    ] = None
+    schedule: Annotated[Schedule, Doc("steps: drops at drop_epochs; cosine: towards 0 in half a cosine")] = "steps"
+    label_smoothing: Annotated[float, Doc("share of every label that is spread over all classes, 0 to below 1")] = 0.0
+    ema: Annotated[
+        float, Doc("decay of an average of the weights that a training phase gives instead of the last; 0: off")
+    ] = 0.0
+    distill: Annotated[
+        float, Doc("share of the loss that is to give what the unpruned network gives, after the first prune; 0: off")
+    ] = 0.0
+    distill_temperature: Annotated[float, Doc("temperature of both networks' outputs in distillation")] = 4.0
+    test_every: Annotated[
+        int, Doc("epochs between two evaluations on the test images; 0: at the end of a training phase only")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
+        check(
+            0 <= self.prune_epoch <= self.epochs,
+            "train.prune_epoch",
+            self.prune_epoch,
+            f"from 0 to train.epochs ({self.epochs})",
+        )
+        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive")
+        check(
+            tuple(sorted(self.drop_epochs)) == tuple(self.drop_epochs),
+            "train.drop_epochs",
+            self.drop_epochs,
+            "rising epochs",
+        )
+        check(self.drop_factor > 0, "train.drop_factor", self.drop_factor, "positive")
+        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
+        check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
+        check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
+        check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        check(self.schedule in typing.get_args(Schedule), "train.schedule", self.schedule, "'steps' or 'cosine'")
+        for key in ("label_smoothing", "ema", "distill"):
+            check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
+        check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")
+        check(
+            self.test_every >= 0,
+            "train.test_every",
+            self.test_every,
+            "at least 0 (0: at the end of a training phase only)",
+        )
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The schedule's learning rate in `epoch` (0-based)."""
+        if self.schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
+
+    def is_tested(self, epoch: int) -> bool:
+        """Whether `test_every` asks for an evaluation after `epoch` (0-based) of the schedule."""
+        return self.test_every > 0 and (epoch + 1) % self.test_every == 0

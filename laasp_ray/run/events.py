@@ -1,0 +1,274 @@
+"""What happens in a run: each journal event a frozen dataclass, and what observers hear of besides.
+
+The journal (store/journal.py) keeps names and JSON; here is what they mean. Whoever reads a journal reads these types,
+and whoever shows or copies what a run does is an `Observer`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from laasp_ray.cost.latency import Latency
+from laasp_ray.errors import StoreError
+from laasp_ray.records import CandidateLoss, Decision, Metrics, Phase, RunState, to_json
+from laasp_ray.store.journal import REMEDY, Event, Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
+    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits."""
+
+    NAME: ClassVar = "start"
+    config: Mapping[str, Any]
+    checkpoint: str
+    macs: int
+    macs_convention: str
+    parameters: int
+    filters: Mapping[str, int]
+    step_sizes: Mapping[str, int]
+    layers: int
+    skipped_layers: Mapping[str, str]
+    train_images: int
+    test_images: int
+    images: Mapping[Literal["train", "test"], Mapping[str, Any]] = field(default_factory=dict)
+    method: str | None = None
+    plan: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationDrawn:
+    """The images that losses are measured on were drawn, without those of `excluded`; `digest` is over their bytes."""
+
+    NAME: ClassVar = "calibration"
+    images: int
+    digest: str
+    excluded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineMeasured:
+    """Weights that the run was given were tested; `loader` says what decoded the images."""
+
+    NAME: ClassVar = "baseline"
+    metrics: Metrics
+    loader: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone:
+    """`epoch` (from 0) of the schedule is over, number `position` (from 1) of the `epochs` of its training phase.
+
+    `loss` and `top1` are of training, `metrics` of the test images if they were evaluated. `checkpoint` has the
+    weights.
+    """
+
+    NAME: ClassVar = "epoch"
+    phase: Phase
+    training_phase: int
+    epoch: int
+    position: int
+    epochs: int
+    epochs_trained: int
+    learning_rate: float
+    loss: float
+    top1: float
+    images: int
+    seconds: float
+    test_seconds: float
+    checkpoint: str
+    metrics: Metrics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPhaseDone:
+    """Training phase number `training_phase` (from 0) is over; the `metrics` are of the test images."""
+
+    NAME: ClassVar = "training_phase"
+    phase: Phase
+    training_phase: int
+    metrics: Metrics
+    loader: str
+    seconds: float
+    evaluation_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationDone:
+    """An iteration of the method is over.
+
+    `step` is the prune's plan, None where no filters went; `kept_filters` are left in the layers pruned so far;
+    `candidates` were compared. `reached` and `latency` (unpruned, pruned) tell targets besides FLOPs. `ends_pruning` is
+    the method's own word on whether this was the last one, None where the targets decide. `details` are the method's,
+    and `text` is its line for people where there is no `decision`.
+    """
+
+    NAME: ClassVar = "iteration"
+    iteration: int
+    seconds: Mapping[str, float]
+    decision: Decision | None = None
+    step: Mapping[str, Any] | None = None
+    kept_filters: Mapping[str, int] = field(default_factory=dict)
+    candidates: int = 0
+    reached: Mapping[str, float] = field(default_factory=dict)
+    latency: tuple[Latency, Latency] | None = None
+    ends_pruning: bool | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exhausted:
+    """Pruning ends short of its target: no filter is left to give."""
+
+    NAME: ClassVar = "exhausted"
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExcluded:
+    """An image cannot be read and is left out from now on; `split`, `index` and `label` say where it is, if known."""
+
+    NAME: ClassVar = "excluded"
+    image: str
+    reason: str
+    split: Literal["train", "test"] | None = None
+    index: int | None = None
+    label: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """The epoch (from 0) of the final training with the highest top-1 on the test images, the first of equals."""
+
+    epoch: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished:
+    """The pruned network is in the store. `metrics` are the last ones on the test images; `seconds` is what epochs,
+    iterations and evaluations took. `details` are the method's, `text` its result in one line."""
+
+    NAME: ClassVar = "finish"
+    macs: int
+    macs_unpruned: int
+    macs_convention: str
+    flops_reduction: float
+    parameters: int
+    parameters_unpruned: int
+    metrics: Metrics
+    seconds: float
+    parameters_reduction: float | None = None
+    latency_reduction: float | None = None
+    best: BestEpoch | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+RunEvent = (
+    RunStarted
+    | CalibrationDrawn
+    | BaselineMeasured
+    | EpochDone
+    | TrainingPhaseDone
+    | IterationDone
+    | Exhausted
+    | ImageExcluded
+    | RunFinished
+)
+"""What the journal holds."""
+
+EVENTS: Mapping[str, Any] = {event.NAME: event for event in RunEvent.__args__}  # type: ignore[attr-defined]
+"""Event name -> its type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResumed:
+    """A run that was cut off goes on from its state. Not journaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseStarted:
+    """A training phase, an iteration or an evaluation begins; `detail` says more. Not journaled."""
+
+    phase: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesMeasured:
+    """`done` of an iteration's `total` candidates have their loss; `latest` is one that has come in. Not journaled."""
+
+    iteration: int
+    done: int
+    total: int
+    latest: CandidateLoss | None = None
+
+
+Happening = RunEvent | RunResumed | PhaseStarted | CandidatesMeasured
+
+
+class Observer(Protocol):
+    """Hears of everything that happens, with the state after it, and changes nothing."""
+
+    def on_event(self, event: Happening, state: RunState) -> None: ...
+
+    def close(self) -> None:
+        """Frees what it holds; may be called twice."""
+
+
+def data_of(event: RunEvent) -> dict[str, Any]:
+    """An event's JSON form, without its name."""
+    return dict(to_json(event))
+
+
+def event_from(name: str, data: Mapping[str, Any], place: str = "an event") -> RunEvent:
+    """The event of this name and JSON form. Raises StoreError, naming the place, for data that do not fit."""
+    try:
+        event: RunEvent = _adapter(name).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        fault = f"it lacks {where!r}" if first["type"] == "missing" else f"{where} is {first['input']!r:.80}"
+        raise StoreError(f"{place} is damaged: {fault}; {REMEDY}") from error
+    return event
+
+
+def read_event(event: Event, uri: str = "the journal") -> RunEvent:
+    """A journal's event as its type; raises StoreError, naming the file, if it is damaged or of no known name."""
+    place = f"journal/{event.sequence:06d}-{event.name}.json in {uri}"
+    if event.name not in EVENTS:
+        raise StoreError(f"{place} is no event that this version knows; use the version that wrote the run")
+    return event_from(event.name, event.data, place)
+
+
+def read_events(journal: Journal) -> list[RunEvent]:
+    """All events of a journal, in order. Raises StoreError for one that is damaged."""
+    return [read_event(event, journal.uri) for event in journal.events()]
+
+
+def started(journal: Journal) -> RunStarted | None:
+    """A run's first event, None before there is one; raises StoreError if it is damaged."""
+    event = journal.last(RunStarted.NAME)
+    found = None if event is None else read_event(event, journal.uri)
+    return found if isinstance(found, RunStarted) else None
+
+
+def last_of(events: Iterable[Happening], kind: type) -> Any:
+    """The last event of this type, or None."""
+    found = None
+    for event in events:
+        found = event if isinstance(event, kind) else found
+    return found
+
+
+@functools.cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(EVENTS[name])
