@@ -21,12 +21,15 @@ from laasp_ray.recipes import RECIPES, VARIANTS, recipe, with_sparsity
 from laasp_ray.recipes.digits import resnet50_digits
 from laasp_ray.recipes.imagenet import resnet50_imagenet
 from laasp_ray.report import repeats
+from laasp_ray.report.evaluation import evaluation_table
 from laasp_ray.report.sparsity import sparsity_table
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run import evaluate as evaluation
 from laasp_ray.run.events import read_events
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
+
+_RECIPE_HELP = f"one of {', '.join(sorted(RECIPES))}, or an import path package.module:function"
 
 
 def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
 def prune(arguments: Sequence[str] | None = None, prog: str = "prune.py") -> int:
     """`laasp-ray prune` and `jobs/prune.py RECIPE`."""
     parser = run_parser(prog, "Prunes a network while it trains, by a recipe.")
-    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    parser.add_argument("recipe", help=_RECIPE_HELP)
     parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
     return guarded(
         lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe, options.variant))
@@ -60,7 +63,7 @@ def prune(arguments: Sequence[str] | None = None, prog: str = "prune.py") -> int
 def sparsify(arguments: Sequence[str] | None = None, prog: str = "sparsify.py") -> int:
     """`laasp-ray sparsify` and `jobs/sparsify.py RECIPE`."""
     parser = run_parser(prog, "Makes a network's weights sparse in groups, and trains it on.", SPARSITY_FLAGS)
-    parser.add_argument("recipe", help=f"one of {', '.join(sorted(RECIPES))}")
+    parser.add_argument("recipe", help=_RECIPE_HELP)
     return guarded(lambda: _prune(parser.parse_args(arguments), lambda options: with_sparsity(recipe(options.recipe))))
 
 
@@ -71,11 +74,14 @@ def evaluate(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") 
     )
     parser.add_argument("folder", help="the run's folder, or its s3:// or gs:// address")
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
+    parser.add_argument("--format", help="its layout by name, or an import path (default: the run's)")
     parser.add_argument("--batch-size", type=at_least_1, default=100, help="images a batch for accuracy (default 100)")
     parser.add_argument("--latency-batch", type=at_least_1, default=1, help="images a batch for latency (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
-        "--trust", action="store_true", help="run the code that the folder names as its network's builder"
+        "--trust",
+        action="store_true",
+        help="run the code that the folder names: its network's builder, its data's format",
     )
 
     def run() -> None:
@@ -85,11 +91,12 @@ def evaluate(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") 
         measured = evaluation.evaluate_run(
             options.folder,
             data=absolute(options.data, "--data"),
+            data_format=options.format,
             batch_size=options.batch_size,
             latency_batch=options.latency_batch,
             trust=options.trust,
         )
-        print(evaluation.table(measured))
+        print(evaluation_table(measured))
         if options.json is not None:
             options.json.write_text(json.dumps(evaluation.to_dict(measured), indent=2) + "\n")
 

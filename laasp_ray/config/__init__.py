@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from laasp_ray.config.cluster import ClusterConfig
-from laasp_ray.config.data import DataConfig, LoaderName
+from laasp_ray.config.data import DATA_FORMATS, DataConfig, LoaderName
 from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.prune import DEFAULT_CRITERIA, POOLING, TARGETS, Method, PruneConfig, StepRule
 from laasp_ray.config.run import RunConfig
@@ -12,6 +12,7 @@ from laasp_ray.config.sparsity import SparsityConfig
 from laasp_ray.config.train import TrainConfig
 
 __all__ = [
+    "DATA_FORMATS",
     "ClusterConfig",
     "DEFAULT_CRITERIA",
     "DataConfig",

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.names import is_import_path
 
-DataFormat = Literal["auto", "digits", "folder", "parquet", "cifar_batches", "tar"]
+DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar")
+"""What `data.format` may be, import paths aside: the layouts of data/sources/registry.py, the digits, or `auto`."""
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 
@@ -17,11 +19,18 @@ class DataConfig:
     """Where the images are and what is done to them.
 
     Training images are cropped by `train_transform` and flipped at random. Of an image to evaluate the shorter side is
-    resized to `eval_resize` and the centre of `image_size` cropped.
+    resized to `eval_resize` and the centre of `image_size` cropped. An import path as `format`, package.module:name, is
+    called with this config and the split, and gives an ImageSource (data/sources/base.py).
     """
 
     path: Annotated[str | None, Doc("the data set's folder; none: the embedded set of handwritten digits")] = None
-    format: Annotated[DataFormat, Doc("how the images are stored; auto: told from what lies in the folder")] = "auto"
+    format: Annotated[
+        str,
+        Doc(
+            "how the images are stored: digits, folder, parquet, cifar_batches, tar, an import path, "
+            "or auto: told from what lies in the folder"
+        ),
+    ] = "auto"
     train_transform: Annotated[
         TrainTransform, Doc("crop of a training image: random_resized_crop (scale, ratio) or pad_crop (pad)")
     ] = "random_resized_crop"
@@ -51,6 +60,8 @@ class DataConfig:
     max_unreadable: Annotated[int, Doc("images that may be left out as unreadable before the run ends")] = 20
 
     def __post_init__(self) -> None:
+        known = self.format in DATA_FORMATS or is_import_path(self.format)
+        check(known, "data.format", self.format, f"one of {', '.join(map(repr, DATA_FORMATS))}, or an import path")
         check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
         check(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from laasp_ray.config.names import did_you_mean
 from laasp_ray.errors import ConfigError
 
 
@@ -76,9 +76,8 @@ def build(cls: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(sorted(hints))}"
-            raise ConfigError(f"unknown config key {where}{key}{hint}")
+            hint = did_you_mean(str(key), hints, prefix=where) or f"known: {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown config key {where}{key}; {hint}")
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in data:

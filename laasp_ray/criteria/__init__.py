@@ -7,13 +7,12 @@ has the network and the images (search/activations.py) hands their outputs on. T
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.criteria import magnitude as _magnitude
 from laasp_ray.criteria import of_data as _of_data
 from laasp_ray.criteria import pls as _pls
@@ -51,18 +50,10 @@ def get(name: str) -> AnyCriterion:
     """A criterion by its name, or by import path `package.module:name`. Raises ConfigError."""
     if name in CRITERIA:
         return CRITERIA[name]
-    if ":" not in name:
-        close = difflib.get_close_matches(name, known(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
-            f"unknown criterion {name!r}; {hint}known: {', '.join(known())}, or an import path package.module:function"
-        )
-    module, _, function = name.partition(":")
-    try:
-        criterion = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"criterion {name!r} cannot be imported: {error}") from error
-    return _of_data.checked(name, criterion)
+    if not is_import_path(name):
+        hint = f"{did_you_mean(name, known())} known: {', '.join(known())}".lstrip()
+        raise ConfigError(f"unknown criterion {name!r}; {hint}, or an import path package.module:name")
+    return _of_data.checked(name, imported(name, "criterion", of_any_kind=True))
 
 
 def looks_at_data(name: str) -> bool:

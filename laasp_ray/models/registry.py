@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import ModelConfig
+from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.alexnet import AlexNetGrouped
 from laasp_ray.models.cifar_resnet import DEPTHS, CifarResNet
@@ -62,7 +61,7 @@ def build_offline(config: ModelConfig) -> nn.Module:
     as `build` does, and where the arguments that ask for weights change what the network computes, too.
     """
     family, _, architecture = config.builder.partition(".")
-    if family != "torchvision" or ":" in config.builder:
+    if family != "torchvision" or is_import_path(config.builder):
         return build(config)
     asked = {key: value for key, value in config.arguments.items() if key.startswith(_WEIGHTS) and value}
     arguments = {key: value for key, value in config.arguments.items() if not key.startswith(_WEIGHTS)}
@@ -106,7 +105,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
 
 def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
     family, _, architecture = builder.partition(".")
-    if ":" in builder or family != "torchvision":
+    if is_import_path(builder) or family != "torchvision":
         raise ConfigError(
             f"train.pretrained is {TORCHVISION + name!r}, but model.builder {builder!r} is none of torchvision's: "
             "name a file of weights"
@@ -135,16 +134,15 @@ def known_builders() -> list[str]:
 
 
 def _builder(name: str) -> Callable[..., Any]:
-    if ":" in name:
-        return _imported(name)
+    if is_import_path(name):
+        return imported(name, "model.builder")
     family, _, architecture = name.partition(".")
     if family == "cifar" and architecture in _CIFAR:
         return _CIFAR[architecture]
     if family == "zoo" and architecture in _ZOO:
         return _ZOO[architecture]
     if name not in known_builders():
-        close = difflib.get_close_matches(name, known_builders(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known_builders())}"
+        hint = did_you_mean(name, known_builders(), most=3) or f"known: {', '.join(known_builders())}"
         raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
     return functools.partial(_of_torchvision, architecture)
 
@@ -165,16 +163,3 @@ def _classes_of(architecture: str, weights: object) -> int | None:
     except (KeyError, StopIteration):
         raise ConfigError(f"torchvision has no weights {weights!r} of {architecture}") from None
     return len(found.meta["categories"])
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module, _, function = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"model.builder {path!r} cannot be imported ({error}); it must read package.module:function"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"model.builder {path!r} is a {type(found).__name__}, must be a function")
-    return found

@@ -22,6 +22,7 @@ from laasp_ray.planning.workload import (
 )
 from laasp_ray.report.eta import format_duration
 from laasp_ray.report.repeats import runs_of
+from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare
 from laasp_ray.store.addresses import public
 from laasp_ray.store.journal import Journal
@@ -106,9 +107,8 @@ def describe(
     ]
     if runs > 1:
         rows.append((f"{runs} runs", format_duration(runs * total)))
-    width = max(len(label) for label, _ in rows)
     lines = [f"Dry run of {config.name}: nothing is trained and nothing stored.", ""]
-    lines += [f"{label.ljust(width)}  {text}" for label, text in rows]
+    lines += table_lines(rows, rule=False, left=(0, 1))
     return "\n".join([*lines, "", "It is taken that", *(f"- {line}" for line in _assumptions(config, workload))])
 
 

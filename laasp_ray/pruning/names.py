@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from laasp_ray.config.names import did_you_mean
 from laasp_ray.errors import ConfigError
 
 
@@ -41,5 +41,5 @@ def candidate_layers(modules: Mapping[str, nn.Module], extra_layers: Sequence[st
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    near = did_you_mean(name, known, most=3)
+    return f"; {near}" if near else ""

@@ -11,11 +11,11 @@ end an epoch late in the schedule tunes it finely; an early one trains it again.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
 from laasp_ray.config import RunConfig, SparsityConfig
+from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import cifar10, digits, group_sparsity, imagenet
 
@@ -36,13 +36,10 @@ def with_sparsity(config: RunConfig) -> RunConfig:
 def recipe(name: str, variant: str | None = None) -> RunConfig:
     """A recipe's config, or that of a variant of it, under a name of its own.
 
+    `name` may be the import path `package.module:function` of a function that takes nothing and gives a RunConfig.
     Raises ConfigError, with the known names, for an unknown one, and for a variant that the recipe does not have.
     """
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"unknown recipe {name!r}: {hint}known recipes: {', '.join(sorted(RECIPES))}")
-    config = RECIPES[name]()
+    config = _imported(name) if is_import_path(name) else _known(name)
     if variant is None:
         return config
     of_this = [known for known, recipes in VARIANTS.items() if name in recipes]
@@ -50,3 +47,23 @@ def recipe(name: str, variant: str | None = None) -> RunConfig:
         has = f"its variants: {', '.join(of_this)}" if of_this else "it has none"
         raise ConfigError(f"the recipe {name} has no variant {variant!r}; {has}")
     return VARIANTS[variant][name](config)
+
+
+def _known(name: str) -> RunConfig:
+    if name not in RECIPES:
+        hint = f"{did_you_mean(name, RECIPES)} known recipes: {', '.join(sorted(RECIPES))}".lstrip()
+        raise ConfigError(f"unknown recipe {name!r}: {hint}, or an import path package.module:function")
+    return RECIPES[name]()
+
+
+def _imported(path: str) -> RunConfig:
+    make = imported(path, "the recipe")
+    try:
+        config = make()
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's function can fail in any way
+        raise ConfigError(f"the recipe {path!r} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"the recipe {path!r} gave a {type(config).__name__}, must give a RunConfig")
+    return config

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from laasp_ray.config import RunConfig
-from laasp_ray.report.summary import table_lines
+from laasp_ray.report.tables import table_lines
 
 FIGURES = {
     "top1": "top-1",

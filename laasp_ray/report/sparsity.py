@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laasp_ray.methods.sparsity_report import LANES, LayerSparsity
+from laasp_ray.report.tables import table_lines
 
 
 def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
@@ -14,15 +15,7 @@ def sparsity_table(rows: Sequence[LayerSparsity]) -> str:
     weights, kept = sum(row.weights for row in rows), sum(row.kept for row in rows)
     macs, left = sum(row.macs for row in rows), sum(row.macs * row.density for row in rows)
     lines.append(("all layers", f"{weights:,}", f"{kept / weights:.2%}", "", "", "", ""))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    left_aligned = (0, len(head) - 1)
-    text = [
-        "  ".join(
-            cell.ljust(width) if column in left_aligned else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = table_lines(lines, rule=False, left=(0, len(head) - 1))
     text.append(
         f"multiply-accumulates with non-zero weights: {left:,.0f} of {macs:,}; used: share of the multipliers that are "
         f"busy on a simulated accelerator of {LANES} lanes, unstructured: with pruning of the same density"

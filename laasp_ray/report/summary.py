@@ -9,6 +9,7 @@ from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Decision, Metrics
 from laasp_ray.report.eta import format_duration
+from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     BaselineMeasured,
     EpochDone,
@@ -199,13 +200,3 @@ def _iteration_lines(summary: Summary) -> list[str]:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first to the left, the others to the right; a rule under the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]

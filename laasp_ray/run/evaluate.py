@@ -12,6 +12,7 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
+from laasp_ray.config.names import is_import_path
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.sources.base import check_classes, check_outputs
@@ -40,33 +41,42 @@ class Measured:
 
 
 def evaluate_run(
-    folder: str | Path, *, data: str | None = None, batch_size: int = 100, latency_batch: int = 1, trust: bool = False
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    data_format: str | None = None,
+    batch_size: int = 100,
+    latency_batch: int = 1,
+    trust: bool = False,
 ) -> tuple[Measured, Measured]:
     """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
     twice where nothing was pruned.
 
-    `folder` is a run's, finished, local or on object storage; `data` overrides the data set's path, of which the test
-    images alone must be there. float32, on the GPU if there is one. A network whose builder is an import path is built
-    only with `trust`, since that runs the code which the folder names. Raises StoreError if it holds no finished run.
+    `folder` is a run's, finished, local or on object storage; `data` and `data_format` override the data set's path and
+    format, of which the test images alone must be there. float32, on the GPU if there is one. A builder or a data
+    format that the folder names by import path is used only with `trust`, since that runs code. Raises ConfigError
+    without it, StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
     config = _config(storage)
-    if ":" in config.model.builder and not trust:
-        raise ConfigError(
-            f"the run in {storage.uri} names the network's builder by import path, {config.model.builder!r}, and "
-            "evaluating would run it: look at it, and add --trust if you trust the folder"
-        )
-    data_config = config.data if data is None else dataclasses.replace(config.data, path=data)
+    if not trust:
+        _check_runs_no_code(config, storage.uri, with_format=data_format is None)
+    images_config = config.data
+    if data is not None:
+        images_config = dataclasses.replace(images_config, path=data)
+    if data_format is not None:
+        images_config = dataclasses.replace(images_config, format=data_format)
+    place = images_config.path or images_config.format
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
     unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
     unpruned.to(device).eval()
     classes = _classes(storage)
-    test = open_test_source(data_config, classes)
-    check_classes(test, classes, str(data_config.path))
-    check_outputs(test, _outputs(unpruned, config, device), str(data_config.path))
-    images = EvaluationData(test, data_config, batch_size=batch_size, seed=config.seed, device=device)
+    test = open_test_source(images_config, classes)
+    check_classes(test, classes, place)
+    check_outputs(test, _outputs(unpruned, config, device), place)
+    images = EvaluationData(test, images_config, batch_size=batch_size, seed=config.seed, device=device)
     try:
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
     finally:
@@ -91,6 +101,19 @@ def _config(storage: Storage) -> RunConfig:
         raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
 
 
+def _check_runs_no_code(config: RunConfig, uri: str, *, with_format: bool) -> None:
+    """Raises ConfigError where a run's folder names code, of which evaluating would run some."""
+    named = {"the network's builder": config.model.builder}
+    if with_format:
+        named["the data set's format"] = config.data.format
+    for what, path in named.items():
+        if is_import_path(path):
+            raise ConfigError(
+                f"the run in {uri} names {what} by import path, {path!r}, and evaluating would run it: look at it, and "
+                "add --trust if you trust the folder"
+            )
+
+
 def _classes(storage: Storage) -> tuple[str, ...] | None:
     """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
     start = started(Journal(storage))
@@ -108,36 +131,6 @@ def _measured(
     example = torch.zeros(1, *config.model.input_shape, device=device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Measured(name, metrics, count_macs(network, example).total, parameters, latency)
-
-
-def table(measured: tuple[Measured, Measured]) -> str:
-    """The figures side by side, as text."""
-    unpruned, pruned = measured
-    rows: list[tuple[str, str, str, str]] = [("", "unpruned", "pruned", "pruned / unpruned")]
-
-    def row(label: str, form: str, a: float, b: float, ratio: bool = True) -> None:
-        rows.append((label, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else ""))
-
-    row("top-1", "{:.2%}", unpruned.metrics.top1, pruned.metrics.top1, ratio=False)
-    row("top-5", "{:.2%}", unpruned.metrics.top5, pruned.metrics.top5, ratio=False)
-    row("loss", "{:.4f}", unpruned.metrics.loss, pruned.metrics.loss, ratio=False)
-    row("MACs", "{:,}", unpruned.macs, pruned.macs)
-    row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
-    row("latency, ms", "{:.2f}", unpruned.latency.median_ms, pruned.latency.median_ms)
-    widths = [max(len(line[column]) for line in rows) for column in range(4)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in rows
-    ]
-    how = pruned.latency
-    lines.append(
-        f"{pruned.metrics.images} test images; latency: median of {how.repeats}, batch {how.batch_size}, {how.device}, "
-        f"{how.threads} threads; MACs: convolutions and linear layers at one input"
-    )
-    return "\n".join(lines)
 
 
 def to_dict(measured: tuple[Measured, Measured]) -> dict[str, Any]:

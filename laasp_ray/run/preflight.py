@@ -153,7 +153,7 @@ def prepare(
     for split, source in zip(SPLITS, (train, test), strict=True):
         if images:
             check_identity(images[split], source, split, state.excluded)
-    check_splits(train, test, str(config.data.path))
+    check_splits(train, test, config.data.path or config.data.format)
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))

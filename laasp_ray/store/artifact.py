@@ -17,6 +17,7 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import ModelConfig
+from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ArtifactError, LaaspError, StoreError
 from laasp_ray.models.suitable import EXTRA_STATE
 from laasp_ray.pruning.plan import Plan, apply_plan
@@ -190,7 +191,7 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
 def _build(storage: Storage, config: ModelConfig) -> nn.Module:
     """The zoo's network. A function named by its import path is not called, and nothing is downloaded: a file must
     not choose what is run."""
-    if ":" in config.builder:
+    if is_import_path(config.builder):
         raise ArtifactError(
             f"the network in {storage.uri} was built by {config.builder!r}, not one of the zoo; "
             "call it yourself and hand the network over: load_pruned(folder, model=...)"

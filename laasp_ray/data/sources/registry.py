@@ -1,16 +1,18 @@
-"""Opens a data set, whatever it is stored in."""
+"""Opens a data set, whatever it is stored in: layouts by name, or a source of one's own by import path."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from laasp_ray.config import DataConfig
+from laasp_ray.config import DATA_FORMATS, DataConfig
+from laasp_ray.config.names import is_import_path
 from laasp_ray.data.sources.base import ImageSource, Split
 from laasp_ray.data.sources.cifar10 import BATCHES_FOLDER, CifarBatchesSource, batches_folder
+from laasp_ray.data.sources.custom import open_custom
 from laasp_ray.data.sources.digits import ensure_digits
 from laasp_ray.data.sources.flat_val import open_flat
 from laasp_ray.data.sources.folder import TEST_FOLDERS, FolderSource, class_names, train_folders
@@ -18,20 +20,71 @@ from laasp_ray.data.sources.imagenet_tar import TRAIN_TARS, open_train_tar, trai
 from laasp_ray.data.sources.parquet import ParquetSource, parquet_files
 from laasp_ray.errors import ConfigError, DataError
 
-__all__ = ["ImageSource", "Split", "open_source", "open_test_source"]
+__all__ = ["LAYOUTS", "ImageSource", "Layout", "Split", "open_source", "open_test_source"]
+
+
+def _never(root: Path) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a data set lies in a folder.
+
+    `fits` tells whether a folder is so laid out, `fits_too` whether it is where no layout fits; `fits_test` whether its
+    test images lie there, in a layout that says their classes beside them, without the training images. `train_classes`
+    gives the classes where the test images do not say them. `looked_for` describes the layout, with {root}.
+    """
+
+    looked_for: str
+    fits: Callable[[Path], bool]
+    open: Callable[[Path, Split], ImageSource]
+    fits_too: Callable[[Path], bool] = _never
+    fits_test: Callable[[Path], bool] = _never
+    says_classes: bool = True
 
 
 def open_source(config: DataConfig, split: Split) -> ImageSource:
     """The images of `split`, checked: not empty, labels in range, in training at least one image a class.
 
     `data.path` None is the embedded set of digits, written into a cache folder when it is first needed. Raises
-    ConfigError when `data.path` and `data.format` do not fit each other, DataError when the data set is not there or
-    not laid out as expected; both say what was looked for.
+    ConfigError when `data.path` and `data.format` do not fit each other, or an import path gives no ImageSource;
+    DataError when the data set is not there or not laid out as expected. All say what was looked for.
     """
+    if is_import_path(config.format):
+        with _told_by_name(config):
+            return open_custom(config, split)
     if config.path is None or config.format == "digits":
         return FolderSource(_digits(config), split)
     with _told_by_name(config):
-        return _opened(_root(config.path), config, split)
+        root = _root(config.path)
+        if not root.is_dir():
+            raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
+        layout = _detect(root) if config.format == "auto" else LAYOUTS[config.format]
+        return layout.open(root, split)
+
+
+def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> ImageSource:
+    """The test images alone, for training images that may not be there: `classes` are known from elsewhere.
+
+    None, and formats whose test images say their classes themselves: as `open_source`, and raises as that does.
+    """
+    by_name = LAYOUTS.get(config.format)
+    elsewhere = config.format != "auto" and (by_name is None or by_name.says_classes)
+    if classes is None or config.path is None or elsewhere:
+        return open_source(config, "test")
+    root = _root(config.path)
+    with _told_by_name(config):
+        if not root.is_dir():
+            return open_source(config, "test")
+        if config.format == "auto":
+            telling = [layout for layout in LAYOUTS.values() if layout.says_classes]
+            if any(layout.fits(root) for layout in telling):
+                return open_source(config, "test")
+            for layout in telling:
+                if layout.fits_test(root):
+                    return layout.open(root, "test")
+        return _test_images(root, classes)
 
 
 @contextlib.contextmanager
@@ -40,9 +93,10 @@ def _told_by_name(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = config.path if error.filename is None else os.fsdecode(error.filename)
+        whole = config.path or config.format
+        place = whole if error.filename is None else os.fsdecode(error.filename)
         raise DataError(
-            f"the data set in {config.path} cannot be read: {place}: {error.strerror or error}; see to its permissions "
+            f"the data set in {whole} cannot be read: {place}: {error.strerror or error}; see to its permissions "
             "and to the storage"
         ) from error
 
@@ -56,39 +110,6 @@ def _root(path: str) -> Path:
         raise ConfigError(f"data.path {path!r}: there is no such user's home here; write the path out") from error
 
 
-def _opened(root: Path, config: DataConfig, split: Split) -> ImageSource:
-    if not root.is_dir():
-        raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
-    found = _detect(root) if config.format == "auto" else config.format
-    if found == "parquet":
-        return ParquetSource(root, split)
-    if found == "cifar_batches":
-        return CifarBatchesSource(root, split)
-    if split == "train":
-        return open_train_tar(root) if found == "tar" else FolderSource(root, split)
-    classes = train_classes(root) if found == "tar" else train_folders(root)
-    return open_flat(root, classes) or FolderSource(root, split, classes)
-
-
-def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> ImageSource:
-    """The test images alone, for training images that may not be there: `classes` are known from elsewhere.
-
-    None, and formats whose test images say their classes themselves: as `open_source`, and raises as that does.
-    """
-    root = None if config.path is None else _root(config.path)
-    if classes is None or root is None or config.format in ("digits", "parquet", "cifar_batches"):
-        return open_source(config, "test")
-    with _told_by_name(config):
-        if not root.is_dir():
-            return open_source(config, "test")
-        if config.format == "auto":
-            if batches_folder(root) is not None or parquet_files(root, "train", below=False):
-                return open_source(config, "test")
-            if parquet_files(root, "test") and not any((root / name).is_dir() for name in TEST_FOLDERS):
-                return ParquetSource(root, "test")
-        return open_flat(root, classes) or FolderSource(root, "test", classes)
-
-
 def _digits(config: DataConfig) -> Path:
     if config.path is not None:
         raise ConfigError(
@@ -100,20 +121,56 @@ def _digits(config: DataConfig) -> Path:
     return ensure_digits()
 
 
-def _detect(root: Path) -> Literal["folder", "parquet", "cifar_batches", "tar"]:
-    if batches_folder(root) is not None:
-        return "cifar_batches"
-    if parquet_files(root, "train", below=False):
-        return "parquet"
-    train = root / "train"
-    if train.is_dir() and class_names(train):
-        return "folder"
-    if train_tar(root) is not None:
-        return "tar"
-    if parquet_files(root, "train"):
-        return "parquet"
-    raise DataError(
-        f"no data set that is known in {root}; looked for class folders ({train}/<class>/*.JPEG), Parquet files "
-        f"(train.parquet or train-*.parquet, here or in one folder below), CIFAR-10's own "
-        f"({BATCHES_FOLDER}/data_batch_1) and ImageNet's own ({' or '.join(TRAIN_TARS)})"
-    )
+def _detect(root: Path) -> Layout:
+    layouts = list(LAYOUTS.values())
+    for layout in layouts:
+        if layout.fits(root):
+            return layout
+    for layout in layouts:
+        if layout.fits_too(root):
+            return layout
+    *others, last = (LAYOUTS[name].looked_for.format(root=root) for name in DATA_FORMATS if name in LAYOUTS)
+    raise DataError(f"no data set that is known in {root}; looked for {', '.join(others)} and {last}")
+
+
+def _folders(root: Path, split: Split) -> ImageSource:
+    return FolderSource(root, split) if split == "train" else _test_images(root, train_folders(root))
+
+
+def _tars(root: Path, split: Split) -> ImageSource:
+    return open_train_tar(root) if split == "train" else _test_images(root, train_classes(root))
+
+
+def _test_images(root: Path, classes: tuple[str, ...]) -> ImageSource:
+    return open_flat(root, classes) or FolderSource(root, "test", classes)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "cifar_batches": Layout(
+        looked_for=f"CIFAR-10's own ({BATCHES_FOLDER}/data_batch_1)",
+        fits=lambda root: batches_folder(root) is not None,
+        open=CifarBatchesSource,
+    ),
+    "parquet": Layout(
+        looked_for="Parquet files (train.parquet or train-*.parquet, here or in one folder below)",
+        fits=lambda root: bool(parquet_files(root, "train", below=False)),
+        fits_too=lambda root: bool(parquet_files(root, "train")),
+        fits_test=lambda root: (
+            bool(parquet_files(root, "test")) and not any((root / name).is_dir() for name in TEST_FOLDERS)
+        ),
+        open=ParquetSource,
+    ),
+    "folder": Layout(
+        looked_for="class folders ({root}/train/<class>/*.JPEG)",
+        fits=lambda root: (root / "train").is_dir() and bool(class_names(root / "train")),
+        open=_folders,
+        says_classes=False,
+    ),
+    "tar": Layout(
+        looked_for=f"ImageNet's own ({' or '.join(TRAIN_TARS)})",
+        fits=lambda root: train_tar(root) is not None,
+        open=_tars,
+        says_classes=False,
+    ),
+}
+"""data.format -> layout, in the order in which `auto` tries them."""

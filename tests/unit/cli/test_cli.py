@@ -452,7 +452,7 @@ def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("job", "more", "said"),
     [
-        (cli.sparsify, ["--group", "8", "--prune", "6", "--stages", "4,6"], "stage 2         6 of 8 in 20 layers"),
+        (cli.sparsify, ["--group", "8", "--prune", "6", "--stages", "4,6"], "stage 2          6 of 8 in 20 layers"),
         (cli.prune, ["--method", "pls", "--iterations", "1"], "about 1: 50.00% of FLOPs"),
         (cli.prune, ["--criteria", "l1,pls"], "42 proposals an iteration"),
     ],

@@ -59,7 +59,7 @@ def test_what_it_says(tmp_path):
     assert f"42 proposals an iteration, {work.candidates} distinct (21 layers, 2 criteria)" in text
     assert f"40 images for each candidate: {40 * work.candidates:,} an iteration" in text
     # Before pruning, after fine-tunings, at the end, and after the first of the two epochs that come before pruning.
-    assert f"evaluations      about {3 + work.fine_tunes} on the test images" in text
+    assert f"evaluations       about {3 + work.fine_tunes} on the test images" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
     assert "teacher" not in text
@@ -104,7 +104,7 @@ def test_what_it_says_of_stages(tmp_path):
     for label, stage, pruned in (("stage 1", first, 4), ("stage 2", last, 6)):
         stay = f"{stage.kept:,} of {stage.weights:,} weights stay; then 1 epochs"
         assert f"{label}          {pruned} of 8 in 20 layers: {stay}" in text
-    assert "left dense      conv1: 3 inputs a filter, fewer than the group of 8" in text
+    assert "left dense       conv1: 3 inputs a filter, fewer than the group of 8" in text
     assert "linear, and sparsity.fc_prune is not given" in text
     assert "time, fine-tune" in text and "time, iterations" not in text and "evaluation tasks" not in text
     begun = dataclasses.replace(prepared.config.sparsity, from_run="there")
@@ -172,7 +172,7 @@ def test_what_is_in_the_store_is_said_and_left_alone(fast, tmp_path):
     journal.append("epoch", data_of(epoch_done()))
     before = files_in(tmp_path)
     text = dry_run(config, distributed=False)
-    assert "in the store     small has begun (iterations done: 0, epochs: 1), and would go on" in text
+    assert "in the store      small has begun (iterations done: 0, epochs: 1), and would go on" in text
     assert files_in(tmp_path) == before
     journal.append("finish", {})
     assert "small is finished, and would be left as it is" in dry_run(config, distributed=False)

@@ -1,5 +1,6 @@
 """A run's folder is data: what it names is not run, and nothing is downloaded for it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,18 +15,24 @@ from whole_runs import Silent, on_pictures
 from laasp_ray import load_pruned, models, prune
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ArtifactError, ConfigError
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.run.evaluate import evaluate_run
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.storage import Storage
 
-BUILT = []
+BUILT, OPENED = [], []
 
 
 def network(num_classes=3):
     BUILT.append(num_classes)
     return models.build(ModelConfig(builder="cifar.resnet20", arguments={"num_classes": num_classes}))
+
+
+def source(config, split):
+    OPENED.append(split)
+    return open_source(dataclasses.replace(config, format="folder"), split)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,33 @@ def test_evaluating_a_folder_does_not_run_what_it_names(finished, tmp_path, caps
         assert not marker.exists()
     finally:
         restore()
+
+
+def test_evaluating_a_folder_does_not_open_its_data_by_import_path(tmp_path, capsys):
+    pictures = write_pictures(tmp_path / "images", side=8, train=12, test=6)
+    config = on_pictures(tmp_path / "store", pictures, prune__flops_reduction=0.001)
+    folder = prune(None, config, distributed=False, progress=Silent()).folder
+
+    def change(content):
+        content["data"]["config"]["data"]["format"] = f"{__name__}:source"
+
+    rewritten(folder, "journal/000001-start.json", change)
+    OPENED.clear()
+    for given in ([], ["--data", str(pictures)]):
+        assert cli.evaluate([folder, *given]) == 2
+        error = capsys.readouterr().err
+        assert f"names the data set's format by import path, '{__name__}:source'" in error and "--trust" in error
+    assert cli.evaluate([folder, "--format", "folder"]) == 0
+    assert not OPENED
+    assert cli.evaluate([folder, "--trust"]) == 0
+    assert cli.evaluate([folder, "--format", f"{__name__}:source"]) == 0
+    assert OPENED == ["test", "test"]
+    assert "6 test images" in capsys.readouterr().out
+
+
+def test_a_format_that_is_none_is_refused(finished, capsys):
+    assert cli.evaluate([finished, "--trust", "--format", "parqet"]) == 2
+    assert "data.format is 'parqet', must be one of 'auto', 'digits', 'folder'" in capsys.readouterr().err
 
 
 def test_a_builder_by_import_path_needs_trust(finished, capsys):
