@@ -96,6 +96,8 @@ def prune(
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
+    if method is None:
+        method_of(config)  # an import path that names no method is told before anything else
     if distributed:
         check_address(ray_address)
     start = started(journal)

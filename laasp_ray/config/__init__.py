@@ -5,7 +5,7 @@ from __future__ import annotations
 from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.data import DATA_FORMATS, DataConfig, LoaderName
 from laasp_ray.config.model import ModelConfig
-from laasp_ray.config.prune import DEFAULT_CRITERIA, POOLING, TARGETS, Method, PruneConfig, StepRule
+from laasp_ray.config.prune import DEFAULT_CRITERIA, METHODS, POOLING, TARGETS, PruneConfig, StepRule
 from laasp_ray.config.run import RunConfig
 from laasp_ray.config.search import SearchConfig
 from laasp_ray.config.sparsity import SparsityConfig
@@ -17,7 +17,7 @@ __all__ = [
     "DEFAULT_CRITERIA",
     "DataConfig",
     "LoaderName",
-    "Method",
+    "METHODS",
     "ModelConfig",
     "POOLING",
     "PruneConfig",

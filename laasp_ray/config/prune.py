@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import typing
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.names import is_import_path
 
 StepRule = Literal["flops_share", "layer_share"]
-Method = Literal["laasp", "pls"]
+METHODS = ("laasp", "pls")
+"""What `prune.method` may be, import paths aside."""
 POOLING = re.compile(r"(max|avg)(?:([1-9]\d*)x([1-9]\d*))?")
 """What `prune.pooling` may be: all of a filter's output at once, or windows of height x width."""
 DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
@@ -36,7 +37,11 @@ class PruneConfig:
 
     flops_reduction: Annotated[float, Doc("target share of multiply-accumulates to remove, 0 to 1; 0: no such target")]
     method: Annotated[
-        Method, Doc("laasp: the cheapest prune of one layer; pls: the filters that tell least of the classes")
+        str,
+        Doc(
+            "laasp: the cheapest prune of one layer; pls: the filters that tell least of the classes; or your own, "
+            "package.module:Class"
+        ),
     ] = "laasp"
     iterations: Annotated[int, Doc("iterations after which pruning ends even short of the target; 0: no bound")] = 0
     step: Annotated[float, Doc("laasp: what one prune is worth, 0 to 1, a share of what step_rule says")] = 0.01
@@ -81,7 +86,8 @@ class PruneConfig:
         check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
         check(0 <= self.fine_tune_every < 1, "prune.fine_tune_every", self.fine_tune_every, "a share from 0 to below 1")
         check(self.fine_tune_epochs >= 0, "prune.fine_tune_epochs", self.fine_tune_epochs, "at least 0")
-        check(self.method in typing.get_args(Method), "prune.method", self.method, "'laasp' or 'pls'")
+        named = self.method in METHODS or is_import_path(self.method)
+        check(named, "prune.method", self.method, "'laasp', 'pls' or an import path, package.module:Class")
         check(self.iterations >= 0, "prune.iterations", self.iterations, "at least 0 (0: no bound)")
         check(0 < self.percent < 100, "prune.percent", self.percent, "a percentage between 0 and 100, such as 10")
         check(self.components >= 1, "prune.components", self.components, "at least 1")
@@ -89,7 +95,7 @@ class PruneConfig:
         check(whole, "prune.pooling", self.pooling, "'max' or 'avg', with windows 'max2x2' or 'avg4x4'")
         check(self.round_to >= 1, "prune.round_to", self.round_to, "at least 1 (1: any number of filters)")
         check(self.prunes_per_iteration >= 1, "prune.prunes_per_iteration", self.prunes_per_iteration, "at least 1")
-        one = self.prunes_per_iteration == 1 or self.method == "laasp"
+        one = self.prunes_per_iteration == 1 or self.method != "pls"
         check(
             one,
             "prune.prunes_per_iteration",

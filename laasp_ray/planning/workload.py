@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from laasp_ray.config import PruneConfig, RunConfig, SparsityConfig
+from laasp_ray.config.names import is_import_path
 from laasp_ray.criteria import looks_at_data
 from laasp_ray.data.ordering import derive_seed
+from laasp_ray.errors import ConfigError
 from laasp_ray.methods.group_sparsity import layer_rules
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph, reachable, reachable_parameters
@@ -103,6 +105,10 @@ def workload_of(prepared: Prepared) -> Workload:
         return _sparse(prepared, config.sparsity)
     if not config.prunes:
         return Workload(epochs=_epochs(config, 0), evaluations=_evaluations(config, 0))
+    if is_import_path(config.prune.method):
+        raise ConfigError(
+            f"what an iteration of prune.method {config.prune.method!r} costs is not known: run it without --dry-run"
+        )
     return _pls(prepared) if config.prune.method == "pls" else _laasp(prepared)
 
 

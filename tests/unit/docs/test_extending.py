@@ -15,6 +15,8 @@ from whole_runs import Silent
 from laasp_ray import models, prune
 from laasp_ray.config import DataConfig, ModelConfig
 from laasp_ray.data.sources.registry import open_source
+from laasp_ray.errors import ConfigError
+from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.recipes import recipe
 from laasp_ray.search import rank
 from laasp_ray.store.artifact import load_pruned
@@ -53,7 +55,7 @@ def lists(tmp_path):
 
 
 def test_every_example_is_found_and_short():
-    assert set(FILES) == {f"mypackage/{name}.py" for name in ("criteria", "data", "networks", "recipes")}
+    assert set(FILES) == {f"mypackage/{name}.py" for name in ("criteria", "data", "methods", "networks", "recipes")}
     for name, code in FILES.items():
         lines = [line for line in code.splitlines() if line.strip()]
         counted = [line for line in lines if not re.match(r'(from|import) |\s+"""', line)]
@@ -106,8 +108,38 @@ def test_the_recipe_is_a_whole_run_of_all_of_them(package, lists, tmp_path):
         search=dataclasses.replace(config.search, images=12, batch_size=12),
         train=dataclasses.replace(config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6),
     )
-    result = prune(None, config, distributed=False, progress=Silent())
+    result = prune(config, distributed=False, progress=Silent())
     assert result.summary["flops_reduction"] >= 0.02 and result.summary["metrics"]["images"] == 6
     loaded = load_pruned(result.folder, model=models.build(config.model))
     widths = [loaded[0].out_channels, loaded[3].out_channels]
     assert widths != [16, 32] and loaded(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_the_method_prunes_the_widest_layer(package, lists, tmp_path):
+    config = recipe("mypackage.recipes:mine")
+    config = dataclasses.replace(
+        config,
+        storage=str(tmp_path / "runs"),
+        data=dataclasses.replace(config.data, path=str(lists), threads=1),
+        prune=dataclasses.replace(config.prune, method="mypackage.methods:Widest", iterations=1),
+        search=dataclasses.replace(config.search, images=12, batch_size=12),
+        train=dataclasses.replace(config.train, epochs=1, prune_epoch=0, drop_epochs=(), batch_size=6),
+    )
+    result = prune(config, distributed=False, progress=Silent())
+    assert [result.model[0].out_channels, result.model[3].out_channels] == [16, 24]  # 32 less a quarter
+    with pytest.raises(ConfigError, match=r"costs is not known: run it without --dry-run"):
+        dry_run(dataclasses.replace(config, name="again"), distributed=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("mypackage.methods:Narrowest", r"prune\.method 'mypackage\.methods:Narrowest' cannot be imported"),
+        ("mypackage.criteria:spread", r"must be a subclass of laasp_ray\.methods\.PruningMethod"),
+    ],
+)
+def test_a_path_that_names_no_method_is_told_before_anything_starts(package, lists, tmp_path, path, told):
+    config = recipe("mypackage.recipes:mine")
+    changed = dataclasses.replace(config, prune=dataclasses.replace(config.prune, method=path), storage=str(tmp_path))
+    with pytest.raises(ConfigError, match=told):
+        prune(changed, distributed=False, progress=Silent())
