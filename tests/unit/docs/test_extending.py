@@ -106,7 +106,7 @@ def test_the_recipe_is_a_whole_run_of_all_of_them(package, lists, tmp_path):
         search=dataclasses.replace(config.search, images=12, batch_size=12),
         train=dataclasses.replace(config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6),
     )
-    result = prune(None, config, distributed=False, progress=Silent())
+    result = prune(config, distributed=False, progress=Silent())
     assert result.summary["flops_reduction"] >= 0.02 and result.summary["metrics"]["images"] == 6
     loaded = load_pruned(result.folder, model=models.build(config.model))
     widths = [loaded[0].out_channels, loaded[3].out_channels]

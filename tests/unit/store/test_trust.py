@@ -85,7 +85,7 @@ def test_evaluating_a_folder_does_not_run_what_it_names(finished, tmp_path, caps
 def test_evaluating_a_folder_does_not_open_its_data_by_import_path(tmp_path, capsys):
     pictures = write_pictures(tmp_path / "images", side=8, train=12, test=6)
     config = on_pictures(tmp_path / "store", pictures, prune__flops_reduction=0.001)
-    folder = prune(None, config, distributed=False, progress=Silent()).folder
+    folder = prune(config, distributed=False, progress=Silent()).folder
 
     def change(content):
         content["data"]["config"]["data"]["format"] = f"{__name__}:source"
