@@ -29,7 +29,9 @@ class ImageSource(Protocol):
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """How many images there are; a subclass need not say it."""
+        return len(self.labels)
 
     def read(self, index: int) -> bytes:
         """The encoded image, in a format that DALI and Pillow decode; OSError if it cannot be read."""
