@@ -111,7 +111,7 @@ def test_the_recipe_is_a_whole_run_of_all_of_them(package, lists, tmp_path):
     result = prune(config, distributed=False, progress=Silent())
     assert result.summary["flops_reduction"] >= 0.02 and result.summary["metrics"]["images"] == 6
     loaded = load_pruned(result.folder, model=models.build(config.model))
-    widths = [loaded[0].out_channels, loaded[3].out_channels]
+    widths = [loaded[0].out_channels, loaded[2].out_channels]
     assert widths != [16, 32] and loaded(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
@@ -126,7 +126,7 @@ def test_the_method_prunes_the_widest_layer(package, lists, tmp_path):
         train=dataclasses.replace(config.train, epochs=1, prune_epoch=0, drop_epochs=(), batch_size=6),
     )
     result = prune(config, distributed=False, progress=Silent())
-    assert [result.model[0].out_channels, result.model[3].out_channels] == [16, 24]  # 32 less a quarter
+    assert [result.model[0].out_channels, result.model[2].out_channels] == [16, 24]  # 32 less a quarter
     with pytest.raises(ConfigError, match=r"costs is not known: run it without --dry-run"):
         dry_run(dataclasses.replace(config, name="again"), distributed=False)
 
