@@ -124,7 +124,7 @@ def test_a_target_by_flag_takes_the_place_of_the_recipes_for_flops():
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--method", "plsr", r"prune\.method is 'plsr', must be one of 'laasp', 'pls'"),
+        ("--method", "plsr", r"prune\.method is 'plsr', must be 'laasp', 'pls' or an import path"),
         ("--iterations", "-1", r"prune\.iterations is -1, must be at least 0"),
         ("--parameters-reduction", "1", r"prune\.parameters_reduction is 1\.0, must be a share between 0 and 1"),
         ("--latency-reduction", "-0.1", r"prune\.latency_reduction is -0\.1, must be a share between 0 and 1"),
