@@ -17,8 +17,16 @@ JOBS = Path(__file__).parents[3] / "jobs"
 LINE = "stopped; the same command goes on with the run\n"
 
 
+@pytest.fixture
+def interruptible():
+    """As on a terminal: a process that was started in the background may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_is_stopped_says_one_line(capsys, number, status):
+def test_a_command_that_is_stopped_says_one_line(capsys, interruptible, number, status):
     closed, before = [], signal.getsignal(signal.SIGTERM)
 
     def run():

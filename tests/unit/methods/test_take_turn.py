@@ -138,5 +138,5 @@ def test_the_step_carries_out_the_decision(network):
 
 def test_a_method_that_chooses_nothing_is_told_before_anything_is_measured(network):
     now = first_standing(network, torch.zeros(1, 1, 8, 8), CONFIG, executor=None)
-    with pytest.raises(ExhaustedError, match="mine chose no filter in turn 1: there is nothing to prune"):
+    with pytest.raises(ExhaustedError, match="mine chose no filter in iteration 1: there is nothing to prune"):
         now.prune({}, "mine")

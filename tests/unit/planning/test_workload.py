@@ -303,7 +303,7 @@ def test_every_recipe_has_a_plan(name, pictures):
         # One stage; the first convolution stays dense, and so do linear layers and depthwise convolutions.
         (stage,) = found.stages
         assert stage.layers == {12: SPARSE_LAYERS[name]} and stage.kept * 4 == stage.weights
-        assert f"stage 1         12 of 16 in {SPARSE_LAYERS[name]} layers: {stage.kept:,} of {stage.weights:,}" in text
+        assert f"stage 1          12 of 16 in {SPARSE_LAYERS[name]} layers: {stage.kept:,} of {stage.weights:,}" in text
         assert "3 inputs a filter, fewer than the group of 16" in text and "iterations" not in text
         return
     assert isinstance(found, LaaspIterations)
