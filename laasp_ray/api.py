@@ -97,7 +97,7 @@ def prune(
         unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
     if method is None:
-        method_of(config)  # an import path that names no method is told before anything else
+        method_of(config)  # an import path that names no method is refused before anything else
     if distributed:
         check_address(ray_address)
     start = started(journal)

@@ -1,4 +1,4 @@
-"""Flags, and the config that they make of a recipe's. What a flag is for is told by the docs of its key's field."""
+"""Flags, and the config that they make of a recipe's. What a flag is for is in the docs of its key's field."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class DataConfig:
         str,
         Doc(
             "how the images are stored: digits, folder, parquet, cifar_batches, tar, an import path, "
-            "or auto: told from what lies in the folder"
+            "or auto: found by what lies in the folder"
         ),
     ] = "auto"
     train_transform: Annotated[

@@ -22,7 +22,7 @@ from laasp_ray.errors import ConfigError, SearchError
 CONSTANT = 1e-12
 """A column whose standard deviation is at most this share of its mean is constant: what is left of it is rounding."""
 EXHAUSTED = 1e-20
-"""When X'Y has shrunk to this share (squared) of what it was, the labels have been told, and the rest is rounding."""
+"""When X'Y has shrunk to this share (squared) of what it was, the labels are explained, and the rest is rounding."""
 SHOWN = 5
 """How many columns an error names."""
 MEMORY_SHARE = 0.5

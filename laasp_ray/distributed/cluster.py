@@ -121,10 +121,10 @@ def _callers_signals() -> Iterator[None]:
 @contextmanager
 def _without_lines_on_tokens() -> Iterator[None]:
     """Ray tells every cluster that starts how tokens are switched on and off, before the run has said a word."""
-    told = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    level = told.level
-    told.setLevel(logging.ERROR)
+    token_log = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = token_log.level
+    token_log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        told.setLevel(level)
+        token_log.setLevel(level)

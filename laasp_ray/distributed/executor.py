@@ -58,7 +58,7 @@ class RayExecutor:
             "max_retries": TASK_RETRIES,
             "retry_exceptions": [MemoryShortError],  # another device, or this one later, may have more
             "scheduling_strategy": "SPREAD",
-            # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it must see all GPUs, and be told.
+            # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it sees all GPUs, and is given one.
             "runtime_env": {"env_vars": SEE_ALL_GPUS} if share.gpus else None,
             **share.task_options,
         }

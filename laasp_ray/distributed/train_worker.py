@@ -29,7 +29,7 @@ from laasp_ray.train.trainer import rebuild_on
 
 @dataclass(frozen=True)
 class PhaseCommand:
-    """`arrays` holds one object reference: (state dict, carried) as numpy arrays.
+    """`arrays` holds one object reference: (state dict, optimizer state) as numpy arrays.
 
     `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
     """
@@ -61,7 +61,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         except ray.exceptions.RayActorError:
             return  # see _next
         except LaaspError as error:
-            # The same would happen again: the driver is told, instead of the group restarting over it.
+            # The same would happen again: the driver gets the error, instead of the group restarting over it.
             ray.get(mailbox.post.remote(command.number, "failed", error))
         except Exception as error:
             # A lost peer looks like this too, so the group restarts; the mailbox gives up if that does not help.

@@ -19,7 +19,7 @@ def with_next_best(now: IterationContext, decision: Decision, ranking: Ranking) 
     plan.
 
     Taken in their order are those with a finite loss that no race dropped and whose prune changes no side of a module
-    that one before them does, until the targets are reached; a target for latency is not told before it is measured.
+    that one before them does, until the targets are reached; a target for latency is not known before it is measured.
     The loss of the network without all of them is measured, and is the decision's. Where it is not finite the best goes
     alone. A race has a bound for the best only (search/racing.py): the others come in the order of their estimates.
     """

@@ -37,23 +37,23 @@ class Laasp(PruningMethod):
         }
         proposals = propose(context.model, graph, macs, context.baseline, config, given)
         context.clock.lap("propose")
-        done = told = 0
+        done = reported = 0
 
-        def hear(position: int, result: MeasuredLoss) -> None:
+        def on_result(position: int, result: MeasuredLoss) -> None:
             nonlocal done
             if position < len(proposals):
                 done += 1
-                context.on_candidate(max(done, told), len(proposals), entry_of(proposals[position], result))
+                context.on_candidate(max(done, reported), len(proposals), entry_of(proposals[position], result))
                 if result.error:
                     logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
-        def hear_share(share: float) -> None:
-            nonlocal told
-            if max(done, told) < (so_far := int(share * len(proposals))) < len(proposals):
-                told = so_far
+        def on_share(share: float) -> None:
+            nonlocal reported
+            if max(done, reported) < (so_far := int(share * len(proposals))) < len(proposals):
+                reported = so_far
                 context.on_candidate(so_far, len(proposals), None)
 
-        results = context.executor.measure(network, tasks_of(proposals), hear, hear_share)
+        results = context.executor.measure(network, tasks_of(proposals), on_result, on_share)
         ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
         _say_copied(ranking)
         decision, step = with_next_best(

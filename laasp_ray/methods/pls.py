@@ -21,7 +21,7 @@ class PlsPruning(PruningMethod):
     """The filters that tell least of the classes, of all layers together."""
 
     def iterate(self, context: IterationContext) -> IterationResult:
-        """Scores all filters anew, and chooses. There are no candidates for `on_candidate` to hear of.
+        """Scores all filters anew, and chooses. There are no candidates to report to `on_candidate`.
 
         Raises ExhaustedError when nothing is left to prune.
         """

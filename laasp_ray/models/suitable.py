@@ -1,4 +1,4 @@
-"""Networks that cannot be copied, cut or stored, told in one sentence before anything is tried on them."""
+"""Networks that cannot be copied, cut or stored, refused in one sentence before anything is tried on them."""
 
 from __future__ import annotations
 

@@ -164,11 +164,12 @@ def _retried(run: Callable[[], _Result]) -> _Result:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            told = str(error).partition("\n")[0]
-            logger.warning("memory ran out while the network was looked at (attempt %d): %s", attempt + 1, told)
+            reason = str(error).partition("\n")[0]
+            logger.warning("memory ran out while the network was looked at (attempt %d): %s", attempt + 1, reason)
         gc.collect()
     raise MemoryShortError(
-        f"memory ran out {_ATTEMPTS} times while the network was looked at ({told}): free some on the driver's machine"
+        f"memory ran out {_ATTEMPTS} times while the network was looked at ({reason}): free some on the driver's "
+        "machine"
     )
 
 

@@ -118,7 +118,7 @@ class Channels:
 
 def blocks_of_view(before: Label, after: Label) -> int | None:
     """How many equal blocks a change of shape cuts a line of channels into; 1 where it does not, None where it cannot
-    be told."""
+    be known."""
     if len(varying(after)) <= 1:
         return 1
     if len(varying(before)) > 1:

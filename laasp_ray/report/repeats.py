@@ -17,7 +17,7 @@ FIGURES = {
     "loss": "loss",
     "flops_reduction": "FLOPs reduction",
 }
-"""What is told of a run -> its heading. `best_top1` is the best epoch's of the final training, the others the last's;
+"""What is shown of a run -> its heading. `best_top1` is the best epoch's of the final training, the others the last's;
 runs without a final training have none."""
 
 

@@ -1,4 +1,4 @@
-"""What happens in a run: each journal event a frozen dataclass, and what observers hear of besides.
+"""What happens in a run: each journal event a frozen dataclass, and what observers get besides.
 
 The journal (store/journal.py) keeps names and JSON; here is what they mean. Whoever reads a journal reads these types,
 and whoever shows or copies what a run does is an `Observer`.

@@ -314,7 +314,7 @@ def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, la
         "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
         "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
     }
-    for key, share in most.items():  # latency cannot be told before it is measured
+    for key, share in most.items():  # latency is not known before it is measured
         target = getattr(prune, key)
         if target > share and prune.iterations == 0:
             raise ConfigError(

@@ -175,7 +175,7 @@ class Engine:
         values: np.ndarray,
         errors: dict[int, str],
     ) -> dict[BranchPoint, list[int]]:
-        """Fills `values` (tasks, images); gives the tasks of batches of several that failed, site by site."""
+        """Fills `values` (tasks, images); gives the tasks of batches of several that failed, by branch point."""
         masks = {
             branch_point: [[_mask(tasks[p]) for p in batch] for batch in cut] for branch_point, cut in batches.items()
         }

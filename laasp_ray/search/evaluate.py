@@ -180,7 +180,7 @@ def measure_all(
     calibration: CalibrationSet,
     on_result: Callable[[int, MeasuredLoss], None] | None = None,
 ) -> list[MeasuredLoss]:
-    """The losses of `tasks`, one after the other, in their order; `on_result` hears of each with its position."""
+    """The losses of `tasks`, one after the other, in their order; `on_result` gets each with its position."""
     results = []
     for position, task in enumerate(tasks):
         results.append(measure(model, task, calibration))

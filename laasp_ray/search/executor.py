@@ -29,8 +29,8 @@ class Executor(Protocol):
     ) -> list[MeasuredLoss]:
         """The losses of `tasks` on `network`, in their order; the last task is the network as it stands.
 
-        `on_result` hears of each when nothing more will be known of it, in any order; `on_share` of the share that is
-        done, where it can be told. A task that fails has an `error`, and does not stop the others.
+        `on_result` gets each when nothing more will be known of it, in any order; `on_share` of the share that is
+        done, where it is known. A task that fails has an `error`, and does not stop the others.
         """
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:

@@ -21,7 +21,7 @@ ACTIVATIONS = (
     functional.elu,
     functional.mish,
 )
-"""Functions whose result is memory of its own unless they are told `inplace`."""
+"""Functions whose result is memory of its own unless they are called with `inplace`."""
 
 
 def is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -45,14 +45,14 @@ def in_parts(total: int, size: int, run: Callable[[int, int, float], None]) -> N
     start, share, short = 0, 1.0, 0
     while start < total:
         stop = min(total, start + size)
-        told = _attempt(functools.partial(run, start, stop, share))
-        if not told:
+        shortage = _attempt(functools.partial(run, start, stop, share))
+        if not shortage:
             start, short = stop, 0
             continue
         let_go()
         short += stop - start == 1
         if short == ATTEMPTS:
-            raise MemoryShortError(f"memory runs out for a single image ({told}): {REMEDY}, or free some of it")
+            raise MemoryShortError(f"memory runs out for a single image ({shortage}): {REMEDY}, or free some of it")
         size = max(1, (stop - start) // 2)
         share = 0.0 if stop - start == 1 else share / 2
 
@@ -61,11 +61,11 @@ def retried(run: Callable[[], Any], what: str, remedy: str = REMEDY) -> Any:
     """What `run` gives, tried again where memory runs out; MemoryShortError, naming `what`, if it always does."""
     given: list[Any] = []
     for _ in range(ATTEMPTS):
-        told = _attempt(lambda: given.append(run()))
-        if not told:
+        shortage = _attempt(lambda: given.append(run()))
+        if not shortage:
             return given[0]
         let_go()
-    raise MemoryShortError(f"{what} does not fit into memory ({told}): {remedy}, or free some of it")
+    raise MemoryShortError(f"{what} does not fit into memory ({shortage}): {remedy}, or free some of it")
 
 
 def _attempt(run: Callable[[], Any]) -> str:

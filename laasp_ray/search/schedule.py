@@ -71,7 +71,7 @@ def measure(
 ) -> list[MeasuredLoss]:
     """The losses of tasks 0..tasks-2, the candidates, and of the last one, the network as it stands.
 
-    `on_result` hears of each when nothing more will be known of it, `on_share` of the share of an exhaustive iteration
+    `on_result` gets each when nothing more will be known of it, `on_share` of the share of an exhaustive iteration
     that is done. A candidate that failed has loss NaN and says why.
     """
     work = _Work(backend, tasks, settings, on_result)

@@ -45,7 +45,7 @@ class Event:
 
 
 class _Data(dict[str, Any]):
-    """An event's data as read. A key that is missing is the file's fault, and is told as that."""
+    """An event's data as read. A key that is missing is the file's fault, and is reported as that."""
 
     place = "an event"
 

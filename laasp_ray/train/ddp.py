@@ -17,7 +17,7 @@ def distributed(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> 
     """`model`, wrapped if there are other ranks; `shape` (C, H, W) is that of its images.
 
     A parameter that training gives no gradient (a head of eval mode, say) would hang or end the second step, unless
-    DDP is told to look for those in every step, which costs time: only where a step of each rank found one.
+    DDP is set to search for those in every step, which costs time: only where a step of each rank found one.
     """
     if dist.get_world_size() == 1:
         return model

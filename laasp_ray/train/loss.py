@@ -17,10 +17,10 @@ def training_loss(
     divergence KL(teacher || student) of the softmax at temperature T.
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015 (arXiv 1503.02531).
     """
-    told = functional.cross_entropy(output, labels, reduction="sum", label_smoothing=config.label_smoothing)
+    cross_entropy = functional.cross_entropy(output, labels, reduction="sum", label_smoothing=config.label_smoothing)
     if teacher_logits is None:
-        return told
+        return cross_entropy
     temperature = config.distill_temperature
     ours, theirs = ((logits / temperature).log_softmax(1) for logits in (output, teacher_logits))
-    imitated = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
-    return (1 - config.distill) * told + config.distill * temperature**2 * imitated
+    imitation = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return (1 - config.distill) * cross_entropy + config.distill * temperature**2 * imitation

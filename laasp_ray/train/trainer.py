@@ -31,7 +31,7 @@ class Trainer(Protocol):
     ) -> PhaseResult:
         """Trains `network` for the epochs of `training_phase` that are not done, then evaluates it.
 
-        `optimizer_state` is that of the last epoch done (see EpochResult). `on_epoch` hears of every epoch, once, in
+        `optimizer_state` is that of the last epoch done (see EpochResult). `on_epoch` gets every epoch, once, in
         order, with the weights after it; the last one's are the result.
         """
 

@@ -80,7 +80,7 @@ class EncodedBatch:
 class UnreadableImages:
     """The images of `source` that are left out: those `excluded` by name from the start, and those found on the way.
 
-    Each one found is logged with its reason and told to `on_unreadable` by name. More than `bound` in all raise
+    Each one found is logged with its reason and passed to `on_unreadable` by name. More than `bound` in all raise
     DataError.
     """
 

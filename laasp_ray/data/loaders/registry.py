@@ -55,7 +55,7 @@ def make_loader(
 
     With `training` each image is augmented as a function of (`seed`, epoch, image); otherwise the centre is taken.
     Images come as normalised float32, with `uint8` as they were before. Images named in `excluded` are left out from
-    the start, and `on_unreadable` is told the name of each further one. DALI is used where it can be imported unless
+    the start, and `on_unreadable` gets the name of each further one. DALI is used where it can be imported unless
     `data.loader` says otherwise; the log says which. Raises ConfigError for `data.loader` dali without DALI, DataError
     when too many images are excluded.
     """

@@ -101,7 +101,7 @@ def _wanted(root: Path) -> Path:
 def tar_index(path: Path, *, nested: bool) -> TarIndex:
     """From the cache, or made and put there. `nested`: the members are tars of one class each.
 
-    A tar of another size or time of change is another tar. A cache that cannot be written is told in the log.
+    A tar of another size or time of change is another tar. A cache that cannot be written is logged.
     """
     status = path.stat()
     key = f"{_VERSION}/{nested}/{path.absolute()}/{status.st_size}/{status.st_mtime_ns}"

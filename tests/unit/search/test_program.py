@@ -110,5 +110,7 @@ def test_a_hook_on_a_norm_or_a_forward_of_its_own_forbids_folding():
     model.other.register_forward_hook(lambda module, inputs, output: output * 2)
     norm = model.norm
     norm.forward = lambda x: 3 * nn.BatchNorm2d.forward(norm, x)
-    [(_, _, found)] = run(program_of(model), {}, whole=True)
+    program = program_of(model)
+    assert sum(isinstance(operation.run, nn.BatchNorm2d) for operation in program._operations) == 2
+    [(_, _, found)] = run(program, {}, whole=True)
     close(found, outputs(model))
