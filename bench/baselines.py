@@ -6,9 +6,8 @@ An iteration is a `laasp_ray.methods.PruningMethod`. Each keeps within `prune.ma
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -22,11 +21,7 @@ from laasp_ray.methods import IterationContext, IterationResult, PruningMethod, 
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
 from laasp_ray.pruning.joint import independent_layers, joint_removal
-from laasp_ray.pruning.network import NetworkState
 from laasp_ray.search.activations import ImportanceRequest
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
-from laasp_ray.search.executor import Executor
-from laasp_ray.search.schedule import OnResult, OnShare
 
 Option = TypeVar("Option")
 Picks = Mapping[str, tuple[int, ...]]
@@ -96,14 +91,13 @@ class PlsByFlops(PruningMethod):
         blocks = {layer: room.blocks for layer, room in rooms.items()}
         filters = sum(room.filters for room in rooms.values())
         percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
-        percent = worth_about(
-            percentages, lambda share: worth(context, pls.choose(scores, blocks, share)), context.config.step
+        chosen = worth_about(
+            (pls.choose(scores, blocks, percent) for percent in percentages),
+            lambda picks: worth(context, picks),
+            context.config.step,
         )
         context.clock.lap("score")
-        config = dataclasses.replace(context.config, percent=percent)
-        return pls.PlsPruning().iterate(
-            dataclasses.replace(context, config=config, executor=_Scored(context.executor, context.scored, scores))
-        )
+        return context.prune(chosen, "pls")
 
 
 def rooms_of(now: IterationContext, layers: Iterable[str]) -> dict[str, Room]:
@@ -213,24 +207,3 @@ def deciding_layers(graph: PruningGraph) -> list[str]:
             one = graph.removal(layer, range(0, group.filters, group.filters // group.blocks))
             decided |= {side.module for side in one if side.role == "filters"}
     return deciding
-
-
-class _Scored:
-    """An executor that has the network for scoring and its scores already; losses are another's to measure."""
-
-    def __init__(self, executor: Executor, network: NetworkState, scores: Mapping[str, torch.Tensor]) -> None:
-        self._executor, self._network, self._scores = executor, network, scores
-
-    def for_scoring(self, network: NetworkState) -> NetworkState:
-        return self._network
-
-    def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
-    ) -> list[MeasuredLoss]:
-        return self._executor.measure(network, tasks, on_result, on_share)
-
-    def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
-        return self._scores
-
-    def close(self) -> None:
-        self._executor.close()

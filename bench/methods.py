@@ -83,7 +83,7 @@ class Method:
 COMPARED = {
     "laasp": Method(),
     **{name: Method((f'prune.criteria=["{name}"]',)) for name in ("l1", "l2", "euclidean", "cosine")},
-    "pls": Method(("prune.method=pls",), of_seed=lambda seed: PlsByFlops()),
+    "pls": Method((), of_seed=lambda seed: PlsByFlops()),
     "uniform": Method(of_seed=lambda seed: UniformPruning()),
     "random": Method(of_seed=RandomPruning),
 }

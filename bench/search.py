@@ -33,7 +33,7 @@ import torch
 from machine import machine
 from torch import nn
 
-from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
+from laasp_ray.config import LaaspConfig, ModelConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
@@ -243,7 +243,7 @@ def proposals_of(model: nn.Module, network: Network) -> tuple[list[Proposal], in
     example = torch.zeros(1, 3, network.side, network.side)
     on_cpu = model.cpu() if next(model.parameters()).is_cuda else model
     graph, macs = PruningGraph(on_cpu, example), count_macs(on_cpu, example)
-    config = PruneConfig(flops_reduction=0.5)
+    config = LaaspConfig(flops_reduction=0.5)
     proposals = propose(on_cpu, graph, macs, measure_baseline(graph, macs, config), config)
     return proposals, sum(1 + len(p.candidate.also) for p in proposals), time.perf_counter() - started
 

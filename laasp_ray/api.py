@@ -22,6 +22,7 @@ from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import PruningMethod, method_of
+from laasp_ray.methods.registry import check_section
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
@@ -29,7 +30,7 @@ from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import make_progress
 from laasp_ray.report.tensorboard import ScalarWriter
-from laasp_ray.run.controller import UNPRUNED, Controller, RunServices
+from laasp_ray.run.controller import Controller, RunServices
 from laasp_ray.run.events import (
     CalibrationDrawn,
     Observer,
@@ -45,7 +46,7 @@ from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
-from laasp_ray.store.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from laasp_ray.store.checkpoint import UNPRUNED, has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
@@ -70,7 +71,7 @@ def prune(
     distributed: bool = True,
     ray_address: str | None = None,
     progress: Observer | None = None,
-    method: PruningMethod | None = None,
+    method: PruningMethod[Any] | None = None,
 ) -> PruneResult:
     """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
 
@@ -78,14 +79,12 @@ def prune(
     `config.model` built. `distributed` False keeps everything in this process, without Ray. `ray_address` None joins
     the cluster of RAY_ADDRESS, or else starts one on this machine for the length of the run.
     `method` says what goes next, instead of what `config.prune.method` names; like `model`, it is given again to go on
-    with a run. That the target can be reached within `prune.max_pruned` is checked for it, too.
+    with a run. `config.prune` must be a section that it takes (its `config_class`).
 
     Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
     with everything up to the last epoch or iteration in the store.
     """
     _check_given(config, model)
-    if method is not None and config.sparsity is not None:
-        raise ConfigError("a method is given to a run with sparsity, which removes no filters: leave one of them out")
     if method is not None and not config.prunes:
         raise ConfigError("a method is given to a run that prunes nothing: leave it out, or set prune.flops_reduction")
     storage = open_run(config)
@@ -96,17 +95,17 @@ def prune(
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
-    if method is None:
-        method_of(config)  # an import path that names no method is refused before anything else
+    # An import path that names no method, or one for another section, is refused before anything else.
+    check_section(config, method or method_of(config))
     if distributed:
         check_address(ray_address)
     start = started(journal)
     if start is None:
-        prepared = prepare(config, model)
+        prepared = prepare(config, model, method=method)
     else:
         _check_method(start, method)
         state = folded(journal, config)
-        prepared = prepare(config, model, started=True, images=start.images, state=state)
+        prepared = prepare(config, model, started=True, images=start.images, state=state, method=method)
     progress = progress or make_progress(config.prune.targets, sys.stderr)
     try:
         if distributed:
@@ -144,7 +143,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run_here(
-    prepared: Prepared, storage: Storage, journal: Journal, progress: Observer, method: PruningMethod | None
+    prepared: Prepared, storage: Storage, journal: Journal, progress: Observer, method: PruningMethod[Any] | None
 ) -> nn.Module:
     config = prepared.config
     check_workers(config, len(prepared.train), 1)
@@ -175,7 +174,7 @@ def _run_on_ray(
     storage: Storage,
     journal: Journal,
     progress: Observer,
-    method: PruningMethod | None,
+    method: PruningMethod[Any] | None,
     address: str | None,
 ) -> nn.Module:
     from laasp_ray.distributed import cluster  # Ray takes seconds to import; whoever runs without it need not wait
@@ -203,7 +202,7 @@ def _control(
     storage: Storage,
     journal: Journal,
     progress: Observer,
-    method: PruningMethod | None,
+    method: PruningMethod[Any] | None,
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[CalibrationImages], Executor],
 ) -> nn.Module:
@@ -212,8 +211,8 @@ def _control(
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
         _start(prepared, storage, journal, method)
-    if config.sparsity is not None and config.sparsity.from_run is not None:
-        _keep_unpruned(config.sparsity.from_run, storage)
+    if config.prune.begins_with is not None:
+        _keep_unpruned(config.prune.begins_with, storage)
     made: dict[str, Any] = {}
 
     def trainer() -> Trainer:
@@ -254,7 +253,7 @@ def _close(parts: Iterable[Any]) -> None:
             logger.warning("closing %s failed", type(part).__name__, exc_info=True)
 
 
-def _check_method(start: RunStarted, method: PruningMethod | None) -> None:
+def _check_method(start: RunStarted, method: PruningMethod[Any] | None) -> None:
     theirs, ours = start.method, _name_of(method)
     if theirs != ours:
         raise ConfigError(
@@ -263,13 +262,13 @@ def _check_method(start: RunStarted, method: PruningMethod | None) -> None:
         )
 
 
-def _name_of(method: PruningMethod | None) -> str | None:
+def _name_of(method: PruningMethod[Any] | None) -> str | None:
     if method is None:
         return None
     return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
-def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod | None) -> None:
+def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None) -> None:
     """The initial weights are kept, so that a resumed run does not depend on the file they came from.
 
     They have a name of their own, and config.json comes last: of two drivers that start a run at once, one finds the
@@ -288,7 +287,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
         filters=baseline.filters,
         parameters=sum(parameter.numel() for parameter in prepared.unpruned.parameters()),
         step_sizes=baseline.step_sizes,
-        layers=len(baseline.step_sizes),
+        layers=len(baseline.filters),
         skipped_layers=baseline.skipped,
         train_images=len(prepared.train),
         test_images=len(prepared.test),

@@ -17,7 +17,8 @@ from sklearn.cross_decomposition import PLSRegression
 from sklearn.datasets import load_digits
 from torch import nn
 
-from laasp_ray.config import PruneConfig, RunConfig
+from laasp_ray.config import FilterPruneConfig, RunConfig
+from laasp_ray.config.methods import with_method
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.methods.base import IterationContext, IterationResult, OnCandidate, PruningMethod
 from laasp_ray.pruning.graph import PruningGraph
@@ -111,6 +112,8 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
     settings["search"] |= {"images": 40, "batch_size": 20}
     settings["train"] |= {"epochs": 3, "prune_epoch": 2, "batch_size": 128, "drop_epochs": [2], "learning_rate": 0.05}
     settings["cluster"]["workers"] = 2
+    if "prune__method" in changes:
+        settings["prune"] = with_method(settings["prune"], changes["prune__method"])
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
@@ -123,10 +126,10 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
 def first_standing(
     model: nn.Module,
     example: torch.Tensor,
-    config: PruneConfig,
+    config: FilterPruneConfig,
     executor: Executor,
     on_candidate: OnCandidate = lambda done, total, entry: None,
-) -> IterationContext:
+) -> IterationContext[Any]:
     """How a run stands before its first iteration, `model` being the unpruned network."""
     return IterationContext(
         model=model,
@@ -141,7 +144,7 @@ def first_standing(
 
 
 def iterations_of(
-    method: PruningMethod, first: IterationContext
+    method: PruningMethod[Any], first: IterationContext[Any]
 ) -> Iterator[tuple[IterationResult, nn.Module, nn.Module]]:
     """Iteration after iteration, each on the physically pruned network: (iteration, network before, network after)."""
     now = first

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from whole_runs import Silent, events_of
 
 from laasp_ray import prune
 from laasp_ray.api import PruneResult
-from laasp_ray.config import RunConfig
+from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, PruneConfig, RunConfig
 from laasp_ray.store.journal import Event
 
 
@@ -20,10 +19,13 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
     What is pruned and how is left as it is; group sparsity has two stages, so that there is training in between.
     """
     side = min(side, config.data.image_size)
-    sparsity: dict[str, Any] = {}
-    if config.sparsity is not None:
-        last = config.sparsity.prune
-        sparsity = {"sparsity": dataclasses.replace(config.sparsity, stages=(last // 2, last))}
+    prune: PruneConfig
+    if isinstance(config.prune, GroupSparsityConfig):
+        last = config.prune.pruned_per_group
+        prune = dataclasses.replace(config.prune, stages=(last // 2, last), fine_tune_epochs=1)
+    else:
+        assert isinstance(config.prune, FilterPruneConfig)
+        prune = dataclasses.replace(config.prune, flops_reduction=0.001, fine_tune_every=0.0, fine_tune_epochs=1)
     return dataclasses.replace(
         config,
         storage=str(storage),
@@ -33,14 +35,11 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
         data=dataclasses.replace(
             config.data, path=str(pictures), format="folder", image_size=side, eval_resize=side, threads=1
         ),
-        prune=dataclasses.replace(
-            config.prune, flops_reduction=0.0 if sparsity else 0.001, fine_tune_every=0.0, fine_tune_epochs=1
-        ),
+        prune=prune,
         search=dataclasses.replace(config.search, images=6, batch_size=6),
         train=dataclasses.replace(
             config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6, learning_rate=0.001
         ),
-        **sparsity,
     )
 
 

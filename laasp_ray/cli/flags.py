@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from laasp_ray import models
-from laasp_ray.config import RunConfig
+from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, PruneConfig, RunConfig
 from laasp_ray.config.compat import RENAMED_KEYS, current_name
-from laasp_ray.config.fields import doc_of
+from laasp_ray.config.methods import keys_of, with_method
+from laasp_ray.config.run import doc_of_key
 from laasp_ray.errors import ConfigError
+from laasp_ray.methods import PruningMethod
+from laasp_ray.methods.group_sparsity import GroupSparsity
+from laasp_ray.methods.registry import BUILT_IN
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable that Ray sets for the drivers of submitted jobs."""
@@ -24,15 +28,19 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(frozen=True)
 class Flag:
-    """The config key that a flag sets, how its text is read, and what its help adds to the key's own doc."""
+    """The config key that a flag sets, how its text is read, and what its help adds to the key's own doc.
+
+    `only`: it is for methods whose section is of this class.
+    """
 
     key: str
     kind: Callable[[str], Any] = str
     more: str = ""
+    only: type[PruneConfig] = PruneConfig
 
     @property
     def help(self) -> str:
-        return "; ".join(text for text in (doc_of(RunConfig, self.key), self.more) if text) + f" [{self.key}]"
+        return "; ".join(text for text in (doc_of_key(self.key), self.more) if text) + f" [{self.key}]"
 
 
 def _numbers(text: str) -> list[int]:
@@ -65,30 +73,41 @@ FLAGS: Flags = {
     "--epochs": Flag("train.epochs", int),
     "--batch-size": Flag("train.batch_size", int, "that goes by --set train.learning_rate=..."),
     "--calibration-images": Flag("search.images", int),
-    "--criteria": Flag("prune.criteria", _words, COMMA),
-    "--method": Flag("prune.method"),
+    "--criteria": Flag("prune.criteria", _words, f"{COMMA}; of method laasp"),
+    "--method": Flag("prune.method", only=FilterPruneConfig),
     "--iterations": Flag("prune.iterations", int),
-    "--percent": Flag("prune.percent", float),
+    "--percent": Flag("prune.percent", float, "of method pls"),
     "--components": Flag("prune.components", int),
     "--pooling": Flag("prune.pooling"),
+    "--group": Flag("prune.group", int),
+    "--prune": Flag("prune.pruned_per_group", int),
+    "--fc-prune": Flag("prune.fc_pruned_per_group", _numbers, COMMA),
+    "--stages": Flag("prune.stages", _numbers, COMMA),
+    "--epochs-per-stage": Flag("prune.fine_tune_epochs", int, only=GroupSparsityConfig),
+    "--from-run": Flag("prune.from_run"),
     "--workers": Flag("cluster.workers", int),
     "--seed": Flag("seed", int),
 }
+"""All there are; a command takes those that its methods can use."""
 
 _RENAMED_FLAGS = {"--loss-images": "--calibration-images"}
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
-_PLS_FLAGS = ("--method", "--iterations", "--percent", "--components", "--pooling")
-_FILTER_FLAGS = ("--flops-reduction", *_OTHER_TARGETS, "--calibration-images", "--criteria", *_PLS_FLAGS)
 
-SPARSITY_FLAGS: Flags = {
-    "--group": Flag("sparsity.group", int),
-    "--prune": Flag("sparsity.prune", int),
-    "--fc-prune": Flag("sparsity.fc_prune", _numbers, COMMA),
-    "--stages": Flag("sparsity.stages", _numbers, COMMA),
-    "--epochs-per-stage": Flag("prune.fine_tune_epochs", int),
-    "--from-run": Flag("sparsity.from_run"),
-    **{flag: entry for flag, entry in FLAGS.items() if flag not in _FILTER_FLAGS},
-}
+
+def flags_of(*methods: type[PruningMethod[Any]]) -> Flags:
+    """The flags whose keys one of these methods has a use for."""
+
+    def is_used(flag: Flag, method: type[PruningMethod[Any]]) -> bool:
+        section, _, name = flag.key.partition(".")
+        if section == "prune":
+            return name in keys_of(method.config_class) and issubclass(method.config_class, flag.only)
+        return method.measures_losses or section != "search"
+
+    return {name: flag for name, flag in FLAGS.items() if any(is_used(flag, method) for method in methods)}
+
+
+FILTER_FLAGS = flags_of(*(method for method in BUILT_IN.values() if issubclass(method.config_class, FilterPruneConfig)))
+SPARSITY_FLAGS = flags_of(GroupSparsity)
 
 
 def at_least_1(text: str) -> int:
@@ -99,7 +118,7 @@ def at_least_1(text: str) -> int:
     return number
 
 
-def run_parser(prog: str, description: str, flags: Flags = FLAGS) -> argparse.ArgumentParser:
+def run_parser(prog: str, description: str, flags: Flags = FILTER_FLAGS) -> argparse.ArgumentParser:
     """The parser of a command that starts a run: a flag for each of `flags`, and how to run."""
     # Abbreviations would have jobs/prune.py take --prune, which jobs/sparsify.py has, for --prune-epoch.
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
@@ -145,38 +164,46 @@ class _Renamed(argparse.Action):
 
 
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit."""
+    """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit.
+
+    With another method the section `prune` becomes that one's, and keeps what both have.
+    """
     settings = config.to_dict()
     given = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in options.flags}
-    if given.get("--flops-reduction") is None and any(given.get(flag) for flag in _OTHER_TARGETS):
-        _assign(settings, "prune.flops_reduction", 0)  # the recipe's is no target beside the one that is given
-    for flag, value in given.items():
-        if value is not None:
-            _assign(settings, options.flags[flag].key, value)
-    for assignment in options.set:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment!r} has no '=': write --set KEY=VALUE, such as --set prune.step=0.02")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text  # a bare word is a string
-        _assign(settings, current_name(key, RENAMED_KEYS), value)
+    assigned = {options.flags[flag].key: value for flag, value in given.items() if value is not None}
+    assigned |= dict(_assignment(text) for text in options.set)
+    method = assigned.pop("prune.method", settings["prune"]["method"])
+    if method != settings["prune"]["method"] and isinstance(method, str):
+        settings["prune"] = with_method(settings["prune"], method)
+    settings["prune"]["method"] = method
+    other = given.get("--flops-reduction") is None and any(given.get(flag) for flag in _OTHER_TARGETS)
+    if other and "flops_reduction" in settings["prune"]:
+        settings["prune"]["flops_reduction"] = 0  # the recipe's is no target beside the one that is given
+    for key, value in assigned.items():
+        _assign(settings, key, value)
     config = RunConfig.from_dict(settings)
-    if config.sparsity is not None and given.get("--flops-reduction") is not None:
-        raise ConfigError(
-            f"--flops-reduction is {given['--flops-reduction']:g}, but {config.name} makes groups sparse and removes "
-            "no filters: leave it out, or add --set sparsity=null (with 0 the network is only trained then)"
-        )
+    prune = config.prune
+    if isinstance(prune, GroupSparsityConfig):
+        prune = dataclasses.replace(prune, from_run=absolute(prune.from_run, "prune.from_run"))
     # Ray workers and jobs change their working directory: what was meant relative to here must say so.
     return dataclasses.replace(
         config,
         storage=_absolute_storage(config.storage),
         data=dataclasses.replace(config.data, path=absolute(config.data.path, "--data")),
         train=dataclasses.replace(config.train, pretrained=_absolute_weights(config.train.pretrained)),
-        sparsity=config.sparsity
-        and dataclasses.replace(config.sparsity, from_run=absolute(config.sparsity.from_run, "sparsity.from_run")),
+        prune=prune,
     )
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """The key, by its name of now, and the value of `--set KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} has no '=': write --set KEY=VALUE, such as --set prune.step=0.02")
+    try:
+        return current_name(key, RENAMED_KEYS), json.loads(value)
+    except ValueError:
+        return current_name(key, RENAMED_KEYS), value  # a bare word is a string
 
 
 def _assign(settings: dict[str, Any], key: str, value: Any) -> None:

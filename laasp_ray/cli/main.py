@@ -12,7 +12,7 @@ from pathlib import Path
 from laasp_ray import api
 from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
-from laasp_ray.config import RunConfig
+from laasp_ray.config import GroupSparsityConfig, RunConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.group_sparsity import REPORT
 from laasp_ray.methods.sparsity_report import sparsity_from_json
@@ -128,7 +128,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> api.PruneResult:
     result = api.prune(config, distributed=not options.no_ray, ray_address=options.ray_address)
     storage = Storage.open(config.storage).child(config.name)
     print(format_summary(summarise(read_events(Journal(storage)))))
-    if config.sparsity is not None:
+    if isinstance(config.prune, GroupSparsityConfig):
         print(sparsity_table(sparsity_from_json(storage.read_json(REPORT))))
     print(f"{'pruned' if config.prunes else 'trained'} network: {result.folder}/pruned")
     return result

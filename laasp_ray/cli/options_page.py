@@ -7,13 +7,14 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from laasp_ray.cli.flags import FLAGS, SPARSITY_FLAGS
-from laasp_ray.config import RunConfig
+from laasp_ray.cli.flags import FLAGS
+from laasp_ray.config import SECTIONS, FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.config.fields import docs, to_plain
+from laasp_ray.config.methods import keys_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 HEAD = """# Options
@@ -30,25 +31,39 @@ NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false
 def page() -> str:
     """The whole page, with a newline at its end."""
     hints = typing.get_type_hints(RunConfig)
-    top = [field for field in dataclasses.fields(RunConfig) if not _sections(hints[field.name])]
+    top = [field for field in dataclasses.fields(RunConfig) if not dataclasses.is_dataclass(hints[field.name])]
     parts = [HEAD, "## The run\n", _table(RunConfig, "", [field.name for field in top])]
     for name, hint in hints.items():
-        for section in _sections(hint):
-            about = inspect.cleandoc(section.__doc__ or "")
-            parts += [f"## `{name}`\n", about + "\n", _table(section, f"{name}.")]
+        if hint is PruneConfig:
+            parts += _of_methods()
+        elif dataclasses.is_dataclass(hint):
+            parts += _section(f"`{name}`", name, hint)
     return "\n".join(parts)
 
 
-def _sections(hint: Any) -> list[Any]:
-    """The section's classes that a field may hold; none: it is a plain value."""
-    return [part for part in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(part)]
+def _of_methods() -> Iterator[str]:
+    """The section `prune`: what all methods have, what those that remove filters have, and what is each one's own."""
+    filters = [name for name, section in SECTIONS.items() if issubclass(section, FilterPruneConfig)]
+    yield from _section("`prune`, of every method", "prune", PruneConfig)
+    title = f"`prune`, of methods that remove filters: {', '.join(filters)}"
+    yield from _section(title, "prune", FilterPruneConfig, keys_of(PruneConfig))
+    for name, section in SECTIONS.items():
+        said = keys_of(FilterPruneConfig if name in filters else PruneConfig)
+        yield from _section(f"`prune`, of method {name}", "prune", section, said)
 
 
-def _table(section: Any, prefix: str, keys: list[str] | None = None) -> str:
+def _section(title: str, name: str, section: Any, said: Collection[str] = ()) -> Iterator[str]:
+    """A section's heading, text and table; without the keys that were `said` before."""
+    yield f"## {title}\n"
+    yield inspect.cleandoc(section.__doc__ or "") + "\n"
+    yield _table(section, f"{name}.", [field.name for field in dataclasses.fields(section) if field.name not in said])
+
+
+def _table(section: Any, prefix: str, keys: Collection[str]) -> str:
     hints, lines = typing.get_type_hints(section), docs(section)
     rows = ["| key | type | default | what |", "|---|---|---|---|"]
     for field in dataclasses.fields(section):
-        if keys is None or field.name in keys:
+        if field.name in keys:
             key = prefix + field.name
             flags = ", ".join(f"`{flag}`" for flag in _flags(key))
             what = lines.get(field.name, "") + (f" ({flags})" if flags else "")
@@ -58,7 +73,7 @@ def _table(section: Any, prefix: str, keys: list[str] | None = None) -> str:
 
 
 def _flags(key: str) -> Iterator[str]:
-    yield from sorted({flag for flag, entry in ({**FLAGS, **SPARSITY_FLAGS}).items() if entry.key == key})
+    yield from sorted(flag for flag, entry in FLAGS.items() if entry.key == key)
 
 
 def _type(hint: Any) -> str:

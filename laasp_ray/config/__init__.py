@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.data import DATA_FORMATS, DataConfig, LoaderName
+from laasp_ray.config.group_sparsity import GroupSparsityConfig
+from laasp_ray.config.laasp import DEFAULT_CRITERIA, LaaspConfig, StepRule
+from laasp_ray.config.methods import SECTIONS
 from laasp_ray.config.model import ModelConfig
-from laasp_ray.config.prune import DEFAULT_CRITERIA, METHODS, POOLING, TARGETS, PruneConfig, StepRule
+from laasp_ray.config.pls import POOLING, PlsConfig
+from laasp_ray.config.prune import TARGETS, FilterPruneConfig, PruneConfig
 from laasp_ray.config.run import RunConfig
 from laasp_ray.config.search import SearchConfig
-from laasp_ray.config.sparsity import SparsityConfig
 from laasp_ray.config.train import TrainConfig
 
 __all__ = [
@@ -16,14 +19,17 @@ __all__ = [
     "ClusterConfig",
     "DEFAULT_CRITERIA",
     "DataConfig",
+    "FilterPruneConfig",
+    "GroupSparsityConfig",
+    "LaaspConfig",
     "LoaderName",
-    "METHODS",
     "ModelConfig",
     "POOLING",
+    "PlsConfig",
     "PruneConfig",
     "RunConfig",
+    "SECTIONS",
     "SearchConfig",
-    "SparsityConfig",
     "StepRule",
     "TARGETS",
     "TrainConfig",

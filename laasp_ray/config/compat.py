@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from laasp_ray.config.fields import flatten
+from laasp_ray.config.group_sparsity import GroupSparsityConfig
+from laasp_ray.config.methods import DEFAULT_METHOD, known_to, with_method
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +17,11 @@ RENAMED_KEYS = {
     "prune.recover_every": "prune.fine_tune_every",
     "prune.recover_epochs": "prune.fine_tune_epochs",
     "prune.prunes_per_turn": "prune.prunes_per_iteration",
+    "sparsity.group": "prune.group",
+    "sparsity.prune": "prune.pruned_per_group",
+    "sparsity.fc_prune": "prune.fc_pruned_per_group",
+    "sparsity.stages": "prune.stages",
+    "sparsity.from_run": "prune.from_run",
 }
 """Dotted key of an earlier version -> its name now."""
 RESUMABLE_KEYS = (
@@ -47,16 +54,31 @@ def _say_renamed(old: str, new: str) -> None:
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A config's `to_dict` form with the keys that were renamed under their names of now.
 
-    Where both are there the old one stays, and is refused as unknown.
+    Where both are there the old one stays, and is refused as unknown. A section `sparsity` of before is the section
+    `prune` of method group_sparsity now.
     """
     current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
-    for old in RENAMED_KEYS:
-        section, _, key = old.partition(".")
-        part = current.get(section)
-        new = RENAMED_KEYS[old].partition(".")[2]
-        if isinstance(part, dict) and key in part and new not in part:
-            part[current_name(old, RENAMED_KEYS).partition(".")[2]] = part.pop(key)
+    for old, new in RENAMED_KEYS.items():
+        old_section, _, old_key = old.partition(".")
+        new_section, _, new_key = new.partition(".")
+        part, target = current.get(old_section), current.get(new_section)
+        if isinstance(part, dict) and isinstance(target, dict) and old_key in part and new_key not in target:
+            current_name(old, RENAMED_KEYS)
+            target[new_key] = part.pop(old_key)
+    if "sparsity" in current and isinstance(current.get("prune"), dict):
+        current["prune"] = _of_one_method(current["prune"], current.pop("sparsity"))
     return current
+
+
+def _of_one_method(prune: Mapping[str, Any], sparsity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The section of its method, of a config that had all methods' keys in `prune` and of group sparsity in `sparsity`.
+
+    Keys of methods that are not the run's had no use, and are left out.
+    """
+    _say_renamed("the section sparsity", "prune, with prune.method group_sparsity")
+    method = prune.get("method", DEFAULT_METHOD) if sparsity is None else GroupSparsityConfig.method
+    own = with_method(prune, method)
+    return {key: value for key, value in prune.items() if not known_to(key)} | dict(sparsity or {}) | own
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -57,13 +57,9 @@ def docs(cls: Any) -> dict[str, str]:
 
 
 def doc_of(cls: Any, key: str) -> str:
-    """The line of a dotted key; of a section that is one of several classes, the first that has it. Empty: none."""
+    """The line of a dotted key. Empty: none."""
     first, _, rest = key.partition(".")
-    if not rest:
-        return docs(cls).get(first, "")
-    section = typing.get_type_hints(cls)[first]
-    parts = [part for part in (typing.get_args(section) or (section,)) if dataclasses.is_dataclass(part)]
-    return next((text for text in (doc_of(part, rest) for part in parts) if text), "")
+    return doc_of(typing.get_type_hints(cls)[first], rest) if rest else docs(cls).get(first, "")
 
 
 def build(cls: Any, data: Any, where: str) -> Any:

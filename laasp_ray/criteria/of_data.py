@@ -43,7 +43,7 @@ class DataCriterion(Protocol[State]):
     """A criterion of what filters give on images, all layers at once; of its scores the lowest go first.
 
     A subclass writes all methods but `check`. Its state is any value that can be pickled; tensors in it may be on any
-    device when it is merged. A class is made with those of the options `components` and `pooling` (PruneConfig) that
+    device when it is merged. A class is made with those of the options `components` and `pooling` (config/pls.py) that
     its constructor names.
     """
 

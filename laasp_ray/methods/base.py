@@ -1,4 +1,4 @@
-"""An iteration of any method: what it is given, and what it gives."""
+"""What a method of pruning is: what it checks, one iteration of it, what it will cost, how it describes itself."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.cost.macs import Macs, count_macs
-from laasp_ray.errors import ExhaustedError, SearchError
+from laasp_ray.errors import ConfigError, ExhaustedError, SearchError
+from laasp_ray.methods.estimate import Estimate
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, graph_for, prepare_filters
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import joint_removal
@@ -26,6 +28,8 @@ from laasp_ray.search.candidates import NETWORK_BEFORE, Baseline
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
 from laasp_ray.search.executor import Executor
 
+Section = TypeVar("Section", bound=PruneConfig)
+"""The class of a method's section `prune`."""
 OnCandidate = Callable[[int, int, CandidateLoss | None], None]
 """Hears (how many candidates are done, of how many, which or None) as losses come in."""
 
@@ -54,8 +58,10 @@ class IterationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedNetwork:
-    """The network that a run ends with: `model` on the CPU, `example_input` (1, C, H, W), the masks that held."""
+    """The network that a run of `config` ends with: `model` on the CPU, `example_input` (1, C, H, W), the masks that
+    held."""
 
+    config: RunConfig
     model: nn.Module
     example_input: torch.Tensor
     masks: Mapping[str, bytes]
@@ -67,29 +73,6 @@ class MethodReport:
 
     details: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-class PruningMethod(ABC):
-    """A way to choose what is pruned next: one object, of which the loop asks an iteration at a time."""
-
-    measures_losses: ClassVar[bool] = True
-    """Whether an iteration uses its executor; without, no calibration images are drawn."""
-
-    @abstractmethod
-    def iterate(self, context: IterationContext) -> IterationResult:
-        """One iteration. Raises ExhaustedError when nothing is left to prune."""
-
-    def title(self, number: int) -> str:
-        """What iteration `number` (from 1) is called as it begins."""
-        return f"iteration {number}"
-
-    def report(self, finished: FinishedNetwork) -> MethodReport:
-        """What there is to tell at a run's end."""
-        return MethodReport()
-
-    def result(self, details: Mapping[str, Any]) -> str:
-        """The result in one line, of the report's details; empty: what is gone of each target tells all."""
-        return ""
 
 
 class Stopwatch:
@@ -106,7 +89,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class IterationContext:
+class IterationContext(Generic[Section]):
     """How a run stands when an iteration is taken. A method looks and measures; it changes nothing of it.
 
     `model` is `network` rebuilt, on the CPU, in eval mode; `example_input` is (1, C, H, W); `iteration` counts from 1.
@@ -116,7 +99,7 @@ class IterationContext:
     network: NetworkState
     example_input: torch.Tensor
     baseline: Baseline
-    config: PruneConfig
+    config: Section
     executor: Executor
     iteration: int
     on_candidate: OnCandidate
@@ -126,9 +109,7 @@ class IterationContext:
     @cached_property
     def graph(self) -> PruningGraph:
         """The dependency graph of `model`."""
-        return PruningGraph(
-            self.model, self.example_input, ignored=self.config.ignored, extra_layers=self.config.extra_layers
-        )
+        return graph_for(self.config, self.model, self.example_input)
 
     @cached_property
     def macs(self) -> Macs:
@@ -180,3 +161,42 @@ class IterationContext:
             further=tuple(further),
         )
         return IterationResult(decision=decision, step=step, seconds=self.clock.seconds)
+
+
+class PruningMethod(ABC, Generic[Section]):
+    """A way to choose what is pruned next: one object without a state, of which the loop asks an iteration at a time.
+
+    What a method of your own must write is `iterate`; the rest is that of a method that removes filters.
+    """
+
+    config_class: ClassVar[type[PruneConfig]] = FilterPruneConfig
+    """The section `prune` of its runs: this class or a subclass of it."""
+    measures_losses: ClassVar[bool] = True
+    """Whether an iteration uses its executor; without, no calibration images are drawn."""
+
+    @abstractmethod
+    def iterate(self, context: IterationContext[Section]) -> IterationResult:
+        """One iteration. Raises ExhaustedError when nothing is left to prune."""
+
+    def prepare(self, network: UnprunedNetwork) -> Preparation:
+        """Checks, before anything expensive, that the run can be made. Raises ConfigError where it cannot."""
+        return prepare_filters(network)[0]
+
+    def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> Estimate:
+        """What pruning will take, for the dry run. Raises ConfigError where that is not known."""
+        raise ConfigError(
+            f"what an iteration of prune.method {network.config.prune.method!r} costs is not known: run it "
+            "without --dry-run, or give its class an `estimate`"
+        )
+
+    def title(self, config: Section, number: int) -> str:
+        """What iteration `number` (from 1) is called as it begins."""
+        return f"iteration {number}"
+
+    def report(self, finished: FinishedNetwork) -> MethodReport:
+        """What there is to tell at a run's end."""
+        return MethodReport()
+
+    def result(self, details: Mapping[str, Any]) -> str:
+        """The result in one line, of the report's details; empty: what is gone of each target tells all."""
+        return ""

@@ -7,22 +7,34 @@ number pruned rises in stages; a stage's masks come from the weights as they sta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from laasp_ray.config import SparsityConfig
+from laasp_ray.config import GroupSparsityConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
+from laasp_ray.methods.estimate import Estimate, Rows
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline
 from laasp_ray.methods.sparsity_report import measure_sparsity, sparsity_to_json
-from laasp_ray.pruning.network import NetworkState
+from laasp_ray.models.copying import deep_copy
+from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, masked, pack_mask, sort_layers, unpack_mask
+from laasp_ray.store.addresses import public
+from laasp_ray.store.artifact import Arch, load_pruned, read_arch
+from laasp_ray.store.checkpoint import UNPRUNED, load_checkpoint
+from laasp_ray.store.storage import Storage
+from laasp_ray.train.check import check_training
 
 REPORT = "sparsity.json"
 """The report by layer, in the run's folder."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,29 +45,50 @@ class LayerRules:
     dense: Mapping[str, str]
 
 
-def layer_rules(model: nn.Module, config: SparsityConfig, ignored: tuple[str, ...], pruned: int) -> LayerRules:
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`layers`: how many weights of every group are pruned -> in how many layers. Of their `weights` `kept` are left;
+    `epochs` of training follow."""
+
+    layers: Mapping[int, int]
+    weights: int
+    kept: int
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesEstimate(Estimate):
+    """`dense`: layers that stay so -> why."""
+
+    stages: tuple[Stage, ...]
+    dense: Mapping[str, str]
+
+
+def layer_rules(model: nn.Module, config: GroupSparsityConfig, pruned: int) -> LayerRules:
     """The rules of the stage in which convolutions lose `pruned` of every group.
 
-    Linear layers lose their `fc_prune` x `pruned` / `prune`, rounded down; one that loses none yet has no rule and no
-    reason. Raises ConfigError if `fc_prune` or `ignored` does not fit the network, or no layer can be sparse.
+    Linear layers lose their `fc_pruned_per_group` x `pruned` / `pruned_per_group`, rounded down; one that loses none
+    yet has no rule and no reason. Raises ConfigError if `fc_pruned_per_group` or `ignored` does not fit the network, or
+    no layer can be sparse.
     """
     order = [name for name, _ in model.named_modules()]
-    layers = sort_layers(model, config.group, ignored)
+    layers = sort_layers(model, config.group, config.ignored)
     rules = {name: GroupRule(config.group, pruned) for name in layers.convolutions}
     dense = dict(layers.dense)
-    if config.fc_prune:
-        if len(config.fc_prune) not in (1, len(layers.linear)) or not layers.linear:
+    linear = config.fc_pruned_per_group
+    if linear:
+        if len(linear) not in (1, len(layers.linear)) or not layers.linear:
             raise ConfigError(
-                f"sparsity.fc_prune is {config.fc_prune!r}, the network has {len(layers.linear)} linear layers with "
+                f"prune.fc_pruned_per_group is {linear!r}, the network has {len(layers.linear)} linear layers with "
                 f"groups of {config.group} ({', '.join(layers.linear)}): give one number for all or one for each"
             )
-        shares = config.fc_prune * (len(layers.linear) if len(config.fc_prune) == 1 else 1)
+        shares = linear * (len(layers.linear) if len(linear) == 1 else 1)
         for name, share in zip(layers.linear, shares, strict=True):
-            if share * pruned >= config.prune:
-                rules[name] = GroupRule(config.group, share * pruned // config.prune)
+            if share * pruned >= config.pruned_per_group:
+                rules[name] = GroupRule(config.group, share * pruned // config.pruned_per_group)
     else:
-        dense |= dict.fromkeys(layers.linear, "linear, and sparsity.fc_prune is not given")
-    if not rules and pruned == config.prune:
+        dense |= dict.fromkeys(layers.linear, "linear, and prune.fc_pruned_per_group is not given")
+    if not rules and pruned == config.pruned_per_group:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])
         raise ConfigError(f"no layer of the network can be sparse in groups of {config.group} ({reasons})")
     return LayerRules(
@@ -63,21 +96,32 @@ def layer_rules(model: nn.Module, config: SparsityConfig, ignored: tuple[str, ..
     )
 
 
-class GroupSparsity(PruningMethod):
+class GroupSparsity(PruningMethod[GroupSparsityConfig]):
     """An iteration is a stage; what an earlier stage pruned stays pruned."""
 
+    config_class = GroupSparsityConfig
     measures_losses = False
 
-    def __init__(self, config: SparsityConfig, ignored: tuple[str, ...], seed: int) -> None:
-        """`ignored` are the run's modules that stay dense; `seed` draws what the report compares with."""
-        self._config, self._ignored, self._seed = config, ignored, seed
+    def prepare(self, network: UnprunedNetwork) -> Preparation:
+        config, section = network.config, _section(network.config)
+        begun_with, model = None, network.model
+        if section.from_run is not None and not network.started:
+            arch, model = _finished_run(config, section.from_run, network.model)
+            begun_with = capture(model, arch.plan)
+        check_training(model, config.model.input_shape, config.train, None)
+        dense = {} if network.started else layer_rules(model, section, section.pruned_per_group).dense
+        for name, reason in dense.items():
+            logger.info("layer %s stays dense: %s", name, reason)
+        baseline = replace(plain_baseline(network.model, network.example_input), skipped=dense)
+        return Preparation(baseline=baseline, begun_with=begun_with)
 
-    def title(self, number: int) -> str:
-        return f"stage {number}: {self._config.all_stages[number - 1]} of every {self._config.group}"
+    def title(self, config: GroupSparsityConfig, number: int) -> str:
+        return f"stage {number}: {config.all_stages[number - 1]} of every {config.group}"
 
-    def iterate(self, context: IterationContext) -> IterationResult:
-        stages, network = self._config.all_stages, context.network
-        layers = layer_rules(context.model, self._config, self._ignored, stages[context.iteration - 1])
+    def iterate(self, context: IterationContext[GroupSparsityConfig]) -> IterationResult:
+        config, network = context.config, context.network
+        stages = config.all_stages
+        layers = layer_rules(context.model, config, stages[context.iteration - 1])
         masks = {}
         for layer, rule in layers.rules.items():
             name = f"{layer}.weight"
@@ -93,7 +137,7 @@ class GroupSparsity(PruningMethod):
             ends_pruning=context.iteration == len(stages),
             details={
                 "prune": {layer: rule.pruned_per_group for layer, rule in layers.rules.items()},
-                "group": self._config.group,
+                "group": config.group,
                 "dense": dict(layers.dense),
                 "weights": weights,
                 "zeros": zeros,
@@ -105,10 +149,10 @@ class GroupSparsity(PruningMethod):
         )
 
     def report(self, finished: FinishedNetwork) -> MethodReport:
-        model = finished.model
-        layers = layer_rules(model, self._config, self._ignored, self._config.prune)
+        model, section = finished.model, _section(finished.config)
+        layers = layer_rules(model, section, section.pruned_per_group)
         macs = count_macs(model, finished.example_input).per_layer
-        rows = measure_sparsity(model, layers.rules, layers.dense, finished.masks, macs, seed=self._seed)
+        rows = measure_sparsity(model, layers.rules, layers.dense, finished.masks, macs, seed=finished.config.seed)
         return MethodReport(
             details={
                 "weights": sum(row.weights for row in rows),
@@ -123,3 +167,58 @@ class GroupSparsity(PruningMethod):
             f"{details['weights_kept'] / details['weights']:.2%} of all weights of convolutions and linear layers "
             f"left, {details['weights_bytes']:,} bytes on disk for {details['weights_bytes_dense']:,}"
         )
+
+    def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> StagesEstimate:
+        config, section = network.config, _section(network.config)
+        model = network.model if prepared.begun_with is None else rebuild(network.model, prepared.begun_with)
+        *earlier, _ = section.all_stages
+        following = [*(section.fine_tune_epochs for _ in earlier), config.train.epochs - config.train.prune_epoch]
+        stages = []
+        for pruned, epochs in zip(section.all_stages, following, strict=True):
+            layers = layer_rules(model, section, pruned)
+            shapes = {layer: model.get_parameter(f"{layer}.weight").shape for layer in layers.rules}
+            stages.append(
+                Stage(
+                    layers=Counter(rule.pruned_per_group for rule in layers.rules.values()),
+                    weights=sum(shape.numel() for shape in shapes.values()),
+                    kept=sum(rule.kept_in(shapes[layer]) for layer, rule in layers.rules.items()),
+                    epochs=epochs,
+                )
+            )
+        return StagesEstimate(
+            iterations=len(stages),
+            fine_tunes=len(earlier),
+            rows=_rows(section, stages, layers.dense),
+            assumptions=("making and holding the masks takes no time",),
+            stages=tuple(stages),
+            dense=layers.dense,
+        )
+
+
+def _section(config: RunConfig) -> GroupSparsityConfig:
+    assert isinstance(config.prune, GroupSparsityConfig)  # the config and the method are of each other
+    return config.prune
+
+
+def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:
+    arch = read_arch(folder)
+    if arch.model_config != config.model:
+        raise ConfigError(
+            f"prune.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
+            "the recipe that made it, or set model.* to match"
+        )
+    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
+    return arch, load_pruned(folder, deep_copy(unpruned))
+
+
+def _rows(config: GroupSparsityConfig, stages: Sequence[Stage], dense: Mapping[str, str]) -> Rows:
+    rows = []
+    for number, stage in enumerate(stages, 1):
+        counts = sorted(stage.layers.items())
+        layers = ", ".join(f"{pruned} of {config.group} in {count} layers" for pruned, count in counts)
+        stay = f"{stage.kept:,} of {stage.weights:,} weights stay; then {stage.epochs} epochs"
+        rows.append((f"stage {number}", f"{layers or 'nothing yet'}: {stay}"))
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in dense.items():
+        reasons.setdefault(reason, []).append(layer)
+    return (*rows, *(("left dense", f"{', '.join(names)}: {reason}") for reason, names in reasons.items()))

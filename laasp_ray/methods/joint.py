@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import replace
 
+from laasp_ray.config import LaaspConfig
 from laasp_ray.methods.base import IterationContext
 from laasp_ray.pruning.channels import ChannelAxis, Removal, plan_of, unite
 from laasp_ray.pruning.plan import Plan, parameters_after
@@ -14,7 +15,7 @@ from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
 logger = logging.getLogger(__name__)
 
 
-def with_next_best(now: IterationContext, decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
+def with_next_best(now: IterationContext[LaaspConfig], decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
     """`decision`, for the best of `ranking`, with the next best, `prune.prunes_per_iteration` in all; and their one
     plan.
 
@@ -43,7 +44,7 @@ def with_next_best(now: IterationContext, decision: Decision, ranking: Ranking) 
     return decision, step
 
 
-def _pick(now: IterationContext, ranking: Ranking) -> tuple[list[CandidateLoss], Removal]:
+def _pick(now: IterationContext[LaaspConfig], ranking: Ranking) -> tuple[list[CandidateLoss], Removal]:
     picked: list[CandidateLoss] = []
     total: dict[ChannelAxis, set[int]] = {}
     for entry in ranking:
@@ -60,7 +61,7 @@ def _pick(now: IterationContext, ranking: Ranking) -> tuple[list[CandidateLoss],
     return picked, total
 
 
-def _reached(now: IterationContext, step: Plan) -> bool:
+def _reached(now: IterationContext[LaaspConfig], step: Plan) -> bool:
     gone = {
         "FLOPs": now.flops_reduction(step),
         "parameters": 1 - parameters_after(now.graph.shapes, step) / now.baseline.parameters,

@@ -6,24 +6,70 @@ Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from laasp_ray import criteria
+from laasp_ray.config import LaaspConfig, RunConfig
+from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
+from laasp_ray.data.ordering import derive_seed
+from laasp_ray.errors import ConfigError, LaaspError
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
+from laasp_ray.methods.estimate import Estimate, assumed, described
 from laasp_ray.methods.joint import with_next_best
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters
+from laasp_ray.models.copying import deep_copy
+from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.records import Ranking
-from laasp_ray.search.activations import ImportanceRequest
+from laasp_ray.search.activations import ImportanceRequest, check_request
 from laasp_ray.search.candidates import entry_of, propose, tasks_of
+from laasp_ray.search.engine import BranchPoints
 from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
 
 
-class Laasp(PruningMethod):
+@dataclass(frozen=True, kw_only=True)
+class LaaspEstimate(Estimate):
+    """`proposals` and `candidates` (distinct) are the first iteration's; `removes` is the mean share of FLOPs that a
+    candidate takes."""
+
+    proposals: int
+    candidates: int
+    removes: float
+
+
+class Laasp(PruningMethod[LaaspConfig]):
     """The cheapest prune of one layer."""
 
-    def iterate(self, context: IterationContext) -> IterationResult:
+    config_class = LaaspConfig
+
+    def prepare(self, network: UnprunedNetwork) -> Preparation:
+        config, model, prune = network.config, network.model, _section(network.config)
+        for name in prune.criteria:
+            criteria.get(name)
+        prepared, graph = prepare_filters(network, max_pruned=prune.max_pruned)
+        _check_criteria(prune, graph, model)
+        if prune.prunes_per_iteration > 1 and config.search.racing == "on":
+            logger.warning(
+                "prune.prunes_per_iteration is %d, but a race drops most candidates, and those that it drops do not "
+                "count: set search.racing=off to have as many",
+                prune.prunes_per_iteration,
+            )
+        for name in _of_data(prune):
+            check_request(deep_copy(model), network.example_input, ImportanceRequest.of(graph.layers, name, prune))
+        return prepared
+
+    def iterate(self, context: IterationContext[LaaspConfig]) -> IterationResult:
         """Proposes, measures and chooses. With `prune.prunes_per_iteration` the next best candidates go with the best
         (joint.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
         """
@@ -32,8 +78,7 @@ class Laasp(PruningMethod):
         network = context.scored
         given = {
             name: context.executor.importance(network, ImportanceRequest.of(graph.layers, name, config))
-            for name in config.criteria
-            if looks_at_data(name)
+            for name in _of_data(config)
         }
         proposals = propose(context.model, graph, macs, context.baseline, config, given)
         context.clock.lap("propose")
@@ -61,6 +106,98 @@ class Laasp(PruningMethod):
         )
         context.clock.lap("evaluate")
         return IterationResult(decision=decision, step=step, ranking=ranking, seconds=context.clock.seconds)
+
+    def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> LaaspEstimate:
+        config, prune = network.config, _section(network.config)
+        started = time.perf_counter()
+        graph, macs = network.graph(), count_macs(network.model, network.example_input)
+        drawn = {name: _drawn_scores(graph, name, config.seed) for name in _of_data(prune)}
+        proposals = propose(network.model, graph, macs, prepared.baseline, prune, drawn)
+        preparing = time.perf_counter() - started
+        branch_points = BranchPoints(deep_copy(network.model).eval(), network.example_input)
+        *costs, whole = (branch_points.cost(task).own for task in tasks_of(proposals))
+        removes = sum(proposal.candidate.flops_reduction for proposal in proposals) / len(proposals)
+        left = sum(parameters_after(graph.shapes, proposal.step) for proposal in proposals) / len(proposals)
+        each = {"FLOPs": removes, "parameters": 1 - left / prepared.baseline.parameters, "latency": removes}
+        prunes = max(share / each[of] for of, share in prune.targets.items())
+        iterations = max(1, math.ceil(prunes / prune.prunes_per_iteration - 1e-9))
+        iterations = min(iterations, prune.iterations or iterations)
+        between = max(1, math.ceil(prune.fine_tune_every / (removes * prune.prunes_per_iteration) - 1e-9))
+        fine_tunes = iterations // between if prune.fine_tune_epochs else 0
+        # Besides the candidates: the network as it stands, its statistics, what criteria of data look at, what several
+        # prunes come to together.
+        passes = sum(costs) / whole
+        passes += 1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_iteration > 1)
+        count = sum(1 + len(proposal.candidate.also) for proposal in proposals)
+        together = f", {prune.prunes_per_iteration} together" if prune.prunes_per_iteration > 1 else ""
+        rows = [
+            (
+                "candidates",
+                f"{count} proposals an iteration, {len(proposals)} distinct ({len(prepared.baseline.filters)} layers, "
+                f"{len(prune.criteria)} criteria)",
+            ),
+            (
+                "evaluated",
+                f"{calibration_images:,} images for each candidate: {len(proposals) * calibration_images:,} an "
+                f"iteration, worth {passes:.0f} forward passes over them",
+            ),
+        ]
+        return LaaspEstimate(
+            iterations=iterations,
+            fine_tunes=fine_tunes,
+            passes=passes,
+            preparing_s=preparing,
+            rows=described(prune, iterations, removes, f"a candidate{together}", rows, fine_tunes),
+            assumptions=assumed(prune, _assumptions(config, prune)),
+            proposals=count,
+            candidates=len(proposals),
+            removes=removes,
+        )
+
+
+def _section(config: RunConfig) -> LaaspConfig:
+    assert isinstance(config.prune, LaaspConfig)  # the config and the method are of each other
+    return config.prune
+
+
+def _of_data(config: LaaspConfig) -> list[str]:
+    return [name for name in config.criteria if looks_at_data(name)]
+
+
+def _check_criteria(config: LaaspConfig, graph: PruningGraph, model: nn.Module) -> None:
+    """Scores one layer by each: a user's function that fails should not do so after hours of training."""
+    layer = next(iter(graph.layers))
+    for name in config.criteria:
+        if not looks_at_data(name):
+            try:
+                criteria.scores(name, model.get_submodule(layer))
+            except LaaspError as error:
+                raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
+
+
+def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:
+    """Any scores in place of those that images would give: other ones than a criterion of weights has."""
+    return {
+        layer: torch.rand(
+            group.filters, generator=torch.Generator().manual_seed(derive_seed(seed, f"dry run, {criterion}, {layer}"))
+        )
+        for layer, group in graph.layers.items()
+    }
+
+
+def _assumptions(config: RunConfig, prune: LaaspConfig) -> Iterator[str]:
+    yield "later iterations have as many candidates as the first, and the chosen ones take what all do on average"
+    yield "work on candidates goes by multiply-accumulates"
+    of_data = _of_data(prune)
+    if of_data:
+        yield (
+            f"{', '.join(of_data)}: its picks, not known before images are looked at, are drawn here; where it agrees "
+            "with others there are fewer distinct candidates"
+        )
+    if prune.prunes_per_iteration > 1:
+        yield f"every iteration makes {prune.prunes_per_iteration} prunes"
+    if config.search.racing == "on":
+        yield "every candidate sees all images: racing drops most of them long before, so iterations are shorter"
 
 
 def _say_copied(ranking: Ranking) -> None:

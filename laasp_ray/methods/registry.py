@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from laasp_ray.config import RunConfig
 from laasp_ray.config.names import imported, is_import_path
@@ -12,14 +13,14 @@ from laasp_ray.methods.group_sparsity import GroupSparsity
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.methods.pls import PlsPruning
 
-BUILT_IN: Mapping[str, Callable[[], PruningMethod]] = {"laasp": Laasp, "pls": PlsPruning}
-"""Name, as `prune.method` has it (config.METHODS) -> class."""
+BUILT_IN: Mapping[str, type[PruningMethod[Any]]] = {
+    method.config_class.method: method for method in (Laasp, PlsPruning, GroupSparsity)
+}
+"""Name, as `prune.method` has it (config/methods.py) -> class."""
 
 
-def method_of(config: RunConfig) -> PruningMethod:
+def method_of(config: RunConfig) -> PruningMethod[Any]:
     """The method of a run. Raises ConfigError for an import path that names no class of a PruningMethod."""
-    if config.sparsity is not None:
-        return GroupSparsity(config.sparsity, config.prune.ignored, config.seed)
     name = config.prune.method
     if not is_import_path(name):
         return BUILT_IN[name]()
@@ -27,6 +28,17 @@ def method_of(config: RunConfig) -> PruningMethod:
     if not (isinstance(found, type) and issubclass(found, PruningMethod)):
         raise ConfigError(f"prune.method {name!r} must be a subclass of laasp_ray.methods.PruningMethod")
     try:
-        return found()
+        method = found()
     except Exception as error:  # a user's class can fail in any way
         raise ConfigError(f"prune.method {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    check_section(config, method)
+    return method
+
+
+def check_section(config: RunConfig, method: PruningMethod[Any]) -> None:
+    """Raises ConfigError unless the run's section `prune` is one that the method takes."""
+    if not isinstance(config.prune, method.config_class):
+        raise ConfigError(
+            f"the method {type(method).__name__} takes a section prune of class {method.config_class.__name__}, this "
+            f"run's is a {type(config.prune).__name__}: give it its own"
+        )

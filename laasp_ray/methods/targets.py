@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import FilterPruneConfig, RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState, rebuild
@@ -36,10 +36,11 @@ def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfi
     another time they are others."""
     shares: dict[str, float] = {}
     latency = None
-    if config.prune.parameters_reduction:
+    targets = config.prune.targets
+    if "parameters" in targets:
         shapes = {name: tuple(parameter.shape) for name, parameter in unpruned.named_parameters()}
         shares["parameters"] = 1 - parameters_after(shapes, network.plan) / parameters_after(shapes, Plan.empty())
-    if config.prune.latency_reduction:
+    if "latency" in targets:
         latency = _measure(unpruned, rebuild(unpruned, network), config)
         shares["latency"] = 1 - latency[1].median_ms / latency[0].median_ms
     return Reached(shares, latency)
@@ -51,7 +52,7 @@ def check_latency_batch(unpruned: nn.Module, config: RunConfig) -> None:
         _measure(unpruned, unpruned, config, repeats=2)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"prune.latency_batch is {config.prune.latency_batch}, which does not fit into the memory of the driver's "
+            f"prune.latency_batch is {_batch(config)}, which does not fit into the memory of the driver's "
             f"{torch.cuda.get_device_name()}: lower it"
         ) from error
 
@@ -63,10 +64,15 @@ def _measure(first: nn.Module, second: nn.Module, config: RunConfig, **options: 
             first,
             second,
             config.model.input_shape,
-            batch_size=config.prune.latency_batch,
+            batch_size=_batch(config),
             device="cuda" if on_gpu else "cpu",
             **options,
         )
     finally:
         if on_gpu:
             torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver outlives them
+
+
+def _batch(config: RunConfig) -> int:
+    assert isinstance(config.prune, FilterPruneConfig)  # or it has no targets
+    return config.prune.latency_batch

@@ -7,19 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from laasp_ray.config import PruneConfig, RunConfig
-from laasp_ray.criteria import looks_at_data
+from laasp_ray.config import RunConfig
 from laasp_ray.distributed.address import check_address
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.planning.workload import (
-    Iterations,
-    LaaspIterations,
-    PlsIterations,
-    SparseStages,
-    Workload,
-    network_of,
-    workload_of,
-)
+from laasp_ray.planning.workload import Workload, network_of, workload_of
 from laasp_ray.report.eta import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.report.tables import table_lines
@@ -27,8 +18,6 @@ from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, p
 from laasp_ray.store.addresses import public
 from laasp_ray.store.journal import Journal
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
-
-Rows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +54,10 @@ def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_
     evaluation = test_images / (machine.trainer.evaluation * machine.workers)
     epochs = {phase: count * epoch for phase, count in workload.epochs.items()}
     seconds = {"train": epochs["train"]}
-    if isinstance(workload, Iterations):
-        iteration = (
-            workload.passes * workload.calibration_images / (machine.forward * machine.tasks) + workload.preparing_s
-        )
-        seconds["iterations"] = workload.iterations * iteration
+    pruning = workload.pruning
+    if pruning is not None and pruning.passes:
+        forward = pruning.passes * workload.calibration_images / (machine.forward * machine.tasks)
+        seconds["iterations"] = pruning.iterations * (forward + pruning.preparing_s)
     return {
         **seconds,
         "fine-tune": epochs["fine-tune"],
@@ -90,14 +78,14 @@ def describe(
         f"{machine.trainer.training:,.1f} images/s in training and {machine.trainer.evaluation:,.1f} in evaluation "
         "of one worker"
     )
-    if isinstance(workload, Iterations):
+    if workload.calibration_images:
         measured += f", {machine.forward:,.1f} in the forward pass of one of {machine.tasks} evaluation tasks"
     rows = [
         *(("in the store", line) for line in stored),
         ("network", f"{config.model.builder}, {prepared.baseline.macs.total:,} multiply-accumulates"),
         ("images", f"{train_images:,} to train on, {test_images:,} to test on"),
         ("start", _start(config, workload)),
-        *_what_is_pruned(prepared, workload),
+        *([("pruned", "nothing, without a target")] if workload.pruning is None else workload.pruning.rows),
         ("final", f"{workload.epochs['final']} epochs"),
         ("evaluations", f"about {workload.evaluations} on the test images"),
         ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
@@ -132,120 +120,20 @@ def _start(config: RunConfig, workload: Workload) -> str:
         )
     if workload.epochs["train"]:
         start = f"from scratch, {workload.epochs['train']} epochs"
-    elif config.sparsity is not None and config.sparsity.from_run is not None:
-        start = f"the pruned network of {public(config.sparsity.from_run)}"
+    elif config.prune.begins_with is not None:
+        start = f"the pruned network of {public(config.prune.begins_with)}"
     else:
         start = f"the weights of {train.pretrained}" if train.pretrained else "new weights, untrained"
     return f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"
 
 
-def _what_is_pruned(prepared: Prepared, workload: Workload) -> Rows:
-    prune = prepared.config.prune
-    if isinstance(workload, SparseStages):
-        return _stages(prepared.config, workload)
-    if not isinstance(workload, Iterations):
-        return [("pruned", "nothing, without a target")]
-    iterations = f"about {workload.iterations}: " + " and ".join(
-        f"{share:.2%} of {of}" for of, share in prune.targets.items()
-    )
-    of_flops = "" if list(prune.targets) == ["FLOPs"] else " of FLOPs"
-    rows: Rows = []
-    if isinstance(workload, LaaspIterations):
-        joint = f", {prune.prunes_per_iteration} together" if prune.prunes_per_iteration > 1 else ""
-        iterations += f", {workload.removes:.2%}{of_flops} a candidate{joint}"
-        evaluated = workload.candidates * workload.calibration_images
-        rows = [
-            (
-                "candidates",
-                f"{workload.proposals} proposals an iteration, {workload.candidates} distinct "
-                f"({len(prepared.baseline.filters)} layers, {len(prune.criteria)} criteria)",
-            ),
-            (
-                "evaluated",
-                f"{workload.calibration_images:,} images for each candidate: {evaluated:,} an iteration, worth "
-                f"{workload.passes:.0f} forward passes over them",
-            ),
-        ]
-    elif isinstance(workload, PlsIterations):
-        iterations += f", {workload.removes:.2%}{of_flops} an iteration"
-        rows = [
-            (
-                "filters",
-                f"{workload.filters:,} in {workload.layers} layers that no others are coupled to; {workload.first:,} "
-                f"go in the first iteration, {prune.percent:g}% of those left in each",
-            ),
-            (
-                "evaluated",
-                f"{workload.calibration_images:,} images: scored, then the loss without the filters that go and with "
-                f"them, worth {workload.passes:.0f} forward passes over them",
-            ),
-        ]
-    iterations += f"; at most {prune.iterations}" if prune.iterations else ""
-    fine_tunes = f"about {workload.fine_tunes}, epochs each: {prune.fine_tune_epochs}"
-    return [("iterations", iterations), *rows, ("fine-tunings", fine_tunes)]
-
-
-def _stages(config: RunConfig, workload: SparseStages) -> Rows:
-    assert config.sparsity is not None
-    rows: Rows = []
-    for number, stage in enumerate(workload.stages, 1):
-        counts = sorted(stage.layers.items())
-        layers = ", ".join(f"{pruned} of {config.sparsity.group} in {count} layers" for pruned, count in counts)
-        rows.append(
-            (
-                f"stage {number}",
-                f"{layers or 'nothing yet'}: {stage.kept:,} of {stage.weights:,} weights stay; "
-                f"then {stage.epochs} epochs",
-            )
-        )
-    reasons: dict[str, list[str]] = {}
-    for layer, reason in workload.dense.items():
-        reasons.setdefault(reason, []).append(layer)
-    rows += [("left dense", f"{', '.join(layers)}: {reason}") for reason, layers in reasons.items()]
-    return rows
-
-
 def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
-    prune = config.prune
-    left_out = "what workers tell one another, starting them, and storing are left out"
-    if isinstance(workload, SparseStages):
-        lines = [f"work goes by images over all workers; making and holding the masks, {left_out}"]
-    elif not isinstance(workload, Iterations):
-        lines = [f"work goes by images over all workers; {left_out}"]
-    else:
-        lines = ["the network stays as slow as it is unpruned: later iterations and epochs are faster"]
-    if isinstance(workload, LaaspIterations):
-        lines += [
-            "later iterations have as many candidates as the first, and the chosen ones take what all do on average",
-            "work goes by images over all workers, and by multiply-accumulates over candidates; " + left_out,
-            *_assumptions_of_laasp(config, prune),
-        ]
-    if isinstance(workload, PlsIterations):
-        lines += [
-            "every layer loses the same share of its filters: which tell least is not known before they are scored",
-            f"work goes by images over all workers; fitting the scores, {left_out}",
-        ]
+    lines = [] if workload.pruning is None else list(workload.pruning.assumptions)
+    lines.append(
+        "work goes by images over all workers; what workers tell one another, starting them, and storing are left out"
+    )
     if config.train.distill:
         lines.append("every epoch asks the teacher: those before the first prune do not, and are faster")
-    if "latency" in prune.targets:
-        lines.append("latency falls as FLOPs do")
-    return lines
-
-
-def _assumptions_of_laasp(config: RunConfig, prune: PruneConfig) -> list[str]:
-    lines = []
-    of_images = [name for name in prune.criteria if looks_at_data(name)]
-    if of_images:
-        lines.append(
-            f"{', '.join(of_images)}: its picks, not known before images are looked at, are drawn here; where "
-            "it agrees with others there are fewer distinct candidates"
-        )
-    if prune.prunes_per_iteration > 1:
-        lines.append(f"every iteration makes {prune.prunes_per_iteration} prunes")
-    if config.search.racing == "on":
-        lines.append(
-            "every candidate sees all images: racing drops most of them long before, so iterations are shorter"
-        )
     return lines
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, TrainConfig
+from laasp_ray.config import DataConfig, LaaspConfig, ModelConfig, RunConfig, SearchConfig, TrainConfig
 
 CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -17,7 +17,7 @@ def vgg16_cifar10() -> RunConfig:
     """VGG16 on CIFAR-10, 60.5% fewer FLOPs: a prune takes 10% of a layer's filters, fine-tunings of 3 epochs per 3%."""
     return _cifar10(
         "vgg16",
-        PruneConfig(flops_reduction=0.605, step=0.1, step_rule="layer_share", fine_tune_every=0.03, fine_tune_epochs=3),
+        LaaspConfig(flops_reduction=0.605, step=0.1, step_rule="layer_share", fine_tune_every=0.03, fine_tune_epochs=3),
         _cifar_schedule(epochs=160, prune_epoch=30, drop_epochs=(40, 80, 120)),
     )
 
@@ -48,12 +48,12 @@ def _cifar10_resnet(
     """Pruning at epoch 60, a fine-tuning of one epoch after every prune, as the logs have it."""
     return _cifar10(
         f"resnet{depth}",
-        PruneConfig(flops_reduction=flops_reduction, fine_tune_every=0.0, fine_tune_epochs=1),
+        LaaspConfig(flops_reduction=flops_reduction, fine_tune_every=0.0, fine_tune_epochs=1),
         _cifar_schedule(epochs=epochs, prune_epoch=60, drop_epochs=drop_epochs),
     )
 
 
-def _cifar10(network: str, prune: PruneConfig, train: TrainConfig) -> RunConfig:
+def _cifar10(network: str, prune: LaaspConfig, train: TrainConfig) -> RunConfig:
     return RunConfig(
         name=f"{network}_cifar10",
         model=ModelConfig(builder=f"cifar.{network}", arguments={"num_classes": 10}, input_shape=(3, 32, 32)),
@@ -88,10 +88,12 @@ def _cifar_schedule(*, epochs: int, prune_epoch: int, drop_epochs: tuple[int, ..
 def _script_of_2023(config: RunConfig) -> RunConfig:
     """A CIFAR ResNet's recipe as the authors' script of 2023 has it: x0.1, batch 128, fine-tunings of 6 epochs per
     2%."""
+    prune = config.prune
+    assert isinstance(prune, LaaspConfig)  # as its recipe has it
     return replace(
         config,
         name=f"{config.name}-2023",
-        prune=replace(config.prune, fine_tune_every=0.02, fine_tune_epochs=6),
+        prune=replace(prune, fine_tune_every=0.02, fine_tune_epochs=6),
         train=replace(
             config.train,
             epochs=200,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SparsityConfig, TrainConfig
+from laasp_ray.config import DataConfig, GroupSparsityConfig, ModelConfig, RunConfig, TrainConfig
 
 
 def alexnet_grouped_aap() -> RunConfig:
@@ -47,8 +47,7 @@ def _imagenet(name: str, builder: str, **train: Any) -> RunConfig:
         name=f"{name}_aap",
         model=ModelConfig(builder=builder, arguments={"num_classes": 1000}, input_shape=(3, 224, 224)),
         data=DataConfig(path="imagenet", threads=8),
-        prune=PruneConfig(flops_reduction=0.0, fine_tune_epochs=5),
-        sparsity=SparsityConfig(group=16, prune=12),
+        prune=GroupSparsityConfig(group=16, pruned_per_group=12, fine_tune_epochs=5),
         train=TrainConfig(epochs=120, prune_epoch=90, drop_epochs=(30, 60, 110), drop_factor=0.1, **train),
     )
 

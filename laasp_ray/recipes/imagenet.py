@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from laasp_ray.config import DataConfig, ModelConfig, PruneConfig, RunConfig, SearchConfig, TrainConfig
+from laasp_ray.config import DataConfig, LaaspConfig, ModelConfig, RunConfig, SearchConfig, TrainConfig
 
 
 def resnet18_imagenet() -> RunConfig:
@@ -48,7 +48,7 @@ def _imagenet(network: str, flops_reduction: float) -> RunConfig:
         name=f"{network}_imagenet",
         model=ModelConfig(builder=f"torchvision.{network}", arguments={"num_classes": 1000}, input_shape=(3, 224, 224)),
         data=DataConfig(path="imagenet", threads=8),
-        prune=PruneConfig(flops_reduction=flops_reduction, fine_tune_every=0.03, fine_tune_epochs=2),
+        prune=LaaspConfig(flops_reduction=flops_reduction, fine_tune_every=0.03, fine_tune_epochs=2),
         search=SearchConfig(images=5000, batch_size=250),
         train=TrainConfig(
             epochs=100,

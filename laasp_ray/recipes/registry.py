@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from laasp_ray.config import RunConfig, SparsityConfig
+from laasp_ray.config import GroupSparsityConfig, RunConfig
 from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import cifar10, digits, group_sparsity, imagenet
@@ -27,10 +27,10 @@ VARIANTS: dict[str, dict[str, Callable[[RunConfig], RunConfig]]] = {**cifar10.VA
 
 def with_sparsity(config: RunConfig) -> RunConfig:
     """`config` as a run of group sparsity, on its own schedule, under a name of its own; one that is stays as it is."""
-    if config.sparsity is not None:
+    if isinstance(config.prune, GroupSparsityConfig):
         return config
-    prune = replace(config.prune, flops_reduction=0.0)
-    return replace(config, name=f"{config.name}_sparse", prune=prune, sparsity=SparsityConfig())
+    kept = GroupSparsityConfig(ignored=config.prune.ignored, fine_tune_epochs=config.prune.fine_tune_epochs)
+    return replace(config, name=f"{config.name}_sparse", prune=kept)
 
 
 def recipe(name: str, variant: str | None = None) -> RunConfig:

@@ -44,15 +44,18 @@ from laasp_ray.run.state import advance, next_training_phase
 from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
-from laasp_ray.store.checkpoint import delete_checkpoints, has_checkpoint, load_checkpoint, save_checkpoint
+from laasp_ray.store.checkpoint import (
+    UNPRUNED,
+    delete_checkpoints,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from laasp_ray.store.journal import Journal, write_candidates
 from laasp_ray.store.sparse import has_masks, load_masks, save_masks
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import Trainer
-
-UNPRUNED = "unpruned"
-"""The checkpoint of the network just before its first prune, or trained without any; kept, to compare others with."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class RunServices:
 
     trainer: Callable[[], Trainer]
     executor: Callable[[tuple[str, ...], Callable[[str], None]], Executor]
-    method: PruningMethod
+    method: PruningMethod[Any]
     storage: Storage
     journal: Journal
     observers: Sequence[Observer]
@@ -146,7 +149,7 @@ class Controller:
     def _iteration(self) -> None:
         started = time.perf_counter()
         parts, number = self._parts, self.state.iteration + 1
-        self._notify(PhaseStarted(phase="prune", detail=parts.method.title(number)))
+        self._notify(PhaseStarted(phase="prune", detail=parts.method.title(self._config.prune, number)))
         if number == 1 and not has_checkpoint(parts.storage, UNPRUNED):
             save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
         context = self._context(number)
@@ -154,7 +157,7 @@ class Controller:
         try:
             result = parts.method.iterate(context)
         except ExhaustedError as error:
-            if not self._config.prune.latency_reduction:
+            if "latency" not in self._config.prune.targets:
                 raise
             self._record(Exhausted(reason=str(error)))
             return
@@ -179,7 +182,7 @@ class Controller:
             )
         )
 
-    def _context(self, number: int) -> IterationContext:
+    def _context(self, number: int) -> IterationContext[Any]:
         parts = self._parts
         executor: Executor = NO_EXECUTOR
         if parts.method.measures_losses:
@@ -315,7 +318,7 @@ class Controller:
     def _save(self, model: nn.Module, summary: RunFinished) -> Mapping[str, Any]:
         """Writes the finished network and what its method tells of it; gives the method's details."""
         storage = self._parts.storage
-        finished = FinishedNetwork(model=model, example_input=self._example, masks=self._masks)
+        finished = FinishedNetwork(config=self._config, model=model, example_input=self._example, masks=self._masks)
         report = self._parts.method.report(finished) if self._config.prunes else MethodReport()
         for name, content in report.files.items():
             storage.write(name, content)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.config import RunConfig
+from laasp_ray.config import DataConfig, ModelConfig
+from laasp_ray.config.fields import build
 from laasp_ray.config.names import is_import_path
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
@@ -22,7 +23,7 @@ from laasp_ray.records import Metrics
 from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
-from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.store.checkpoint import UNPRUNED, load_checkpoint
 from laasp_ray.store.journal import Journal, started_config
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.data import EvaluationData
@@ -38,6 +39,15 @@ class Measured:
     macs: int
     parameters: int
     latency: Latency
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What of a run's config its evaluation uses; the rest may name code, which is not looked at."""
+
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
 
 
 def evaluate_run(
@@ -70,7 +80,7 @@ def evaluate_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
     unpruned = models.build_offline(config.model)
-    unpruned.load_state_dict(load_checkpoint(storage, "unpruned").model)
+    unpruned.load_state_dict(load_checkpoint(storage, UNPRUNED).model)
     unpruned.to(device).eval()
     classes = _classes(storage)
     test = open_test_source(images_config, classes)
@@ -91,17 +101,18 @@ def evaluate_run(
     return first, second
 
 
-def _config(storage: Storage) -> RunConfig:
+def _config(storage: Storage) -> _Settings:
     settings = started_config(storage)
     if settings is None and not storage.exists("config.json"):
         raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
     try:
-        return RunConfig.from_dict(dict(stored_config(storage) if settings is None else settings))
+        settings = stored_config(storage) if settings is None else settings
+        return build(_Settings, {key: settings[key] for key in ("model", "data", "seed") if key in settings}, "")
     except ConfigError as error:
         raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
 
 
-def _check_runs_no_code(config: RunConfig, uri: str, *, with_format: bool) -> None:
+def _check_runs_no_code(config: _Settings, uri: str, *, with_format: bool) -> None:
     """Raises ConfigError where a run's folder names code, of which evaluating would run some."""
     named = {"the network's builder": config.model.builder}
     if with_format:
@@ -120,13 +131,13 @@ def _classes(storage: Storage) -> tuple[str, ...] | None:
     return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
 
 
-def _outputs(network: nn.Module, config: RunConfig, device: torch.device) -> int:
+def _outputs(network: nn.Module, config: _Settings, device: torch.device) -> int:
     with torch.inference_mode():
         return network(torch.zeros(1, *config.model.input_shape, device=device)).shape[1]
 
 
 def _measured(
-    name: str, network: nn.Module, config: RunConfig, device: torch.device, metrics: Metrics, latency: Latency
+    name: str, network: nn.Module, config: _Settings, device: torch.device, metrics: Metrics, latency: Latency
 ) -> Measured:
     example = torch.zeros(1, *config.model.input_shape, device=device)
     parameters = sum(parameter.numel() for parameter in network.parameters())

@@ -9,42 +9,35 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from laasp_ray import criteria, models
-from laasp_ray.config import RunConfig, SparsityConfig
-from laasp_ray.config.compat import differing_keys, value_at
-from laasp_ray.cost.macs import count_macs
+from laasp_ray import models
+from laasp_ray.config import RunConfig
+from laasp_ray.config.compat import differing_keys, value_at, with_current_names
 from laasp_ray.data.loaders.registry import check_available
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.data.sources.base import SPLITS, check_splits
 from laasp_ray.data.sources.identity import check_identity
 from laasp_ray.data.sources.places import with_places
 from laasp_ray.data.sources.registry import ImageSource, Split, open_source
-from laasp_ray.errors import ConfigError, LaaspError, PruningError, StoreError
-from laasp_ray.methods.group_sparsity import layer_rules
-from laasp_ray.methods.targets import check_latency_batch
+from laasp_ray.errors import ConfigError, PruningError, StoreError
+from laasp_ray.methods.base import PruningMethod
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline
+from laasp_ray.methods.registry import check_section, method_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.pruning.graph import PruningGraph, reachable, reachable_parameters
-from laasp_ray.pruning.joint import independent_layers
-from laasp_ray.pruning.network import NetworkState, capture
+from laasp_ray.pruning.network import NetworkState
 from laasp_ray.records import RunState
-from laasp_ray.run.controller import UNPRUNED
 from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.run.state import fold
-from laasp_ray.search.activations import ImportanceRequest, check_request
-from laasp_ray.search.batchnorm import check_statistics, norms_of
-from laasp_ray.search.candidates import Baseline, measure_baseline
-from laasp_ray.store.addresses import public, public_data
-from laasp_ray.store.artifact import Arch, load_pruned, read_arch
-from laasp_ray.store.checkpoint import load_checkpoint
+from laasp_ray.search.candidates import Baseline
+from laasp_ray.store.addresses import public_data
 from laasp_ray.store.journal import REMEDY, Event, Journal, started_config
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.check import check_training
@@ -80,7 +73,7 @@ def open_run(config: RunConfig) -> Storage:
         theirs = stored_config(storage)
     if theirs is None:
         return storage
-    ours, theirs = public_data(config.to_dict()), public_data(theirs)
+    ours, theirs = public_data(config.to_dict()), public_data(with_current_names(theirs))
     keys = differing_keys(ours, theirs)
     if keys:
         listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
@@ -138,15 +131,16 @@ def prepare(
     started: bool = False,
     images: Mapping[Split, Mapping[str, Any]] | None = None,
     state: RunState | None = None,
+    method: PruningMethod[Any] | None = None,
 ) -> Prepared:
     """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
 
     A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
     `model` that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of those that
-    the run began with, `state` is where it stands.
+    the run began with, `state` is where it stands. `method` is the run's, if it is not the one that the config names.
     """
-    for name in config.prune.criteria:
-        criteria.get(name)
+    method = method or method_of(config)
+    check_section(config, method)
     check_available(config.data.loader)
     state = state or RunState()
     train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)
@@ -157,68 +151,15 @@ def prepare(
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
     _check_classes(unpruned, example_input, len(train.classes))
-    if config.sparsity is not None:
-        return _prepare_sparse(config, config.sparsity, unpruned, example_input, train, test, started=started)
-    if not config.prunes:
+    if config.prunes:
+        network = UnprunedNetwork(config=config, model=unpruned, example_input=example_input, started=started)
+        prepared = method.prepare(network)
+    else:
         check_training(unpruned, config.model.input_shape, config.train, None)
-        return Prepared(config, unpruned, example_input, _plain_baseline(unpruned, example_input), train, test)
-    check_statistics(unpruned)
-    graph = PruningGraph(unpruned, example_input, ignored=config.prune.ignored, extra_layers=config.prune.extra_layers)
-    macs = count_macs(unpruned, example_input)
-    baseline = measure_baseline(graph, macs, config.prune)
-    for name, reason in graph.skipped.items():
-        logger.info("layer %s is not pruned: %s", name, reason)
-    layers = independent_layers(graph) if config.prune.method == "pls" else tuple(graph.layers)
-    _check_target(config, graph, baseline, layers)
-    check_training(unpruned, config.model.input_shape, config.train, graph)
-    _check_criteria(config, graph, unpruned)
-    _check_search(config, unpruned)
-    if config.prune.latency_reduction:
-        check_latency_batch(deep_copy(unpruned), config)
-    for name in ("pls",) if config.prune.method == "pls" else _of_data(config):
-        check_request(deep_copy(unpruned), example_input, ImportanceRequest.of(layers, name, config.prune))
-    if config.search.images > len(train):
+        prepared = Preparation(baseline=plain_baseline(unpruned, example_input))
+    if method.measures_losses and config.prunes and config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
-    return Prepared(config, unpruned, example_input, baseline, train, test)
-
-
-def _prepare_sparse(
-    config: RunConfig,
-    sparsity: SparsityConfig,
-    unpruned: nn.Module,
-    example_input: torch.Tensor,
-    train: ImageSource,
-    test: ImageSource,
-    *,
-    started: bool,
-) -> Prepared:
-    begun_with, network = None, unpruned
-    if sparsity.from_run is not None and not started:
-        arch, network = _finished_run(config, sparsity.from_run, unpruned)
-        begun_with = capture(network, arch.plan)
-    check_training(network, config.model.input_shape, config.train, None)
-    dense = {} if started else layer_rules(network, sparsity, config.prune.ignored, sparsity.prune).dense
-    for name, reason in dense.items():
-        logger.info("layer %s stays dense: %s", name, reason)
-    baseline = replace(_plain_baseline(unpruned, example_input), skipped=dense)
-    return Prepared(config, unpruned, example_input, baseline, train, test, begun_with)
-
-
-def _plain_baseline(unpruned: nn.Module, example_input: torch.Tensor) -> Baseline:
-    """Of a run that removes no filters."""
-    parameters = sum(parameter.numel() for parameter in unpruned.parameters())
-    return Baseline(count_macs(unpruned, example_input), parameters, step_sizes={}, filters={}, skipped={})
-
-
-def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:
-    arch = read_arch(folder)
-    if arch.model_config != config.model:
-        raise ConfigError(
-            f"sparsity.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
-            "the recipe that made it, or set model.* to match"
-        )
-    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
-    return arch, load_pruned(folder, deep_copy(unpruned))
+    return Prepared(config, unpruned, example_input, prepared.baseline, train, test, prepared.begun_with)
 
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
@@ -264,62 +205,3 @@ def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) 
             f"the network has {output.shape[1]} outputs, the training data {classes} classes: "
             "set model.arguments.num_classes to match, or point --data at the set that belongs to the network"
         )
-
-
-def _check_criteria(config: RunConfig, graph: PruningGraph, unpruned: nn.Module) -> None:
-    """Scores one layer by each: a user's function that fails should not do so after hours of training."""
-    layer = next(iter(graph.layers))
-    for name in _of_weights(config):
-        try:
-            criteria.scores(name, unpruned.get_submodule(layer))
-        except LaaspError as error:
-            raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
-
-
-def _check_search(config: RunConfig, unpruned: nn.Module) -> None:
-    if config.search.reestimate_batchnorm and not norms_of(unpruned):
-        raise ConfigError(
-            "search.reestimate_batchnorm is True, but the network has no BatchNorm that keeps statistics: leave it out"
-        )
-    if config.prune.prunes_per_iteration > 1 and config.search.racing == "on":
-        logger.warning(
-            "prune.prunes_per_iteration is %d, but a race drops most candidates, and those that it drops do not count: "
-            "set search.racing=off to have as many",
-            config.prune.prunes_per_iteration,
-        )
-
-
-def _of_weights(config: RunConfig) -> list[str]:
-    return [name for name in config.prune.criteria if not criteria.looks_at_data(name)]
-
-
-def _of_data(config: RunConfig) -> list[str]:
-    return [name for name in config.prune.criteria if criteria.looks_at_data(name)]
-
-
-def _check_target(config: RunConfig, graph: PruningGraph, baseline: Baseline, layers: Sequence[str]) -> None:
-    prune = config.prune
-    if not graph.layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(graph.skipped.items())[:3])
-        raise ConfigError(f"no layer of the network can be pruned ({reasons}): ignore fewer layers")
-    if not layers:
-        raise ConfigError("prune.method is 'pls', but all layers of this network are coupled to others: use 'laasp'")
-    limit, named, remedy = prune.max_pruned, f"max_pruned {prune.max_pruned:g}", "lower the one or raise the other"
-    if prune.method == "pls":  # which knows no limit but that a filter stays
-        limit, named, remedy = 1.0, "method pls", "lower it, or set prune.iterations"
-    if prune.round_to > 1:
-        named += f", prune.round_to {prune.round_to}"
-        remedy += ", or lower prune.round_to"
-    most = {
-        "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
-        "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
-    }
-    for key, share in most.items():  # latency is not known before it is measured
-        target = getattr(prune, key)
-        if target > share and prune.iterations == 0:
-            raise ConfigError(
-                f"prune.{key} is {target:g}, but with prune.{named} and {len(layers)} prunable layers at most "
-                f"{share:.4f} can be reached: {remedy}"
-            )
-    if not any(most.values()):
-        raise ConfigError(f"with prune.{named} none of {len(layers)} layers can give a single filter: {remedy}")

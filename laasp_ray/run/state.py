@@ -27,9 +27,7 @@ def initial_state(config: RunConfig) -> RunState:
     """
     if not config.prunes:
         return RunState(phase="final")
-    given = config.train.pretrained is not None or (
-        config.sparsity is not None and config.sparsity.from_run is not None
-    )
+    given = config.train.pretrained is not None or config.prune.begins_with is not None
     trained_already = given or config.train.prune_epoch == 0
     return RunState(phase="prune" if trained_already else "train")
 
@@ -81,10 +79,7 @@ def _place_of(event: ImageExcluded) -> tuple[Place, ...]:
 
 
 def _after_training(state: RunState, config: RunConfig) -> Phase:
-    if config.sparsity is not None:
-        return "prune"
-    met = all(state.reached[of] >= share for of, share in config.prune.targets.items())
-    return "final" if met or 0 < config.prune.iterations <= state.iteration else "prune"
+    return "final" if config.prune.is_reached(state.reached, state.iteration) else "prune"
 
 
 def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -> RunState:
@@ -102,8 +97,7 @@ def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -
         )
     if event.ends_pruning is not None:  # the method's own plan: it is trained for a while after each but the last
         return replace(state, phase="final" if event.ends_pruning else "fine-tune")
-    due = state.flops_reduction - state.fine_tuned_at >= config.prune.fine_tune_every
-    if config.prune.fine_tune_epochs > 0 and due:
+    if config.prune.fine_tunes_after(state.flops_reduction - state.fine_tuned_at):
         return replace(state, phase="fine-tune")
     return replace(state, phase=_after_training(state, config))
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import PruneConfig
+from laasp_ray.config.pls import FitConfig
 from laasp_ray.criteria import DataCriterion, FirstBatch, Shapes
 from laasp_ray.errors import ConfigError, LaaspError, SearchError, is_out_of_memory
 from laasp_ray.models.untouched import in_eval_mode
@@ -48,7 +48,7 @@ class ImportanceRequest:
     criterion: DataCriterion[Any]
 
     @staticmethod
-    def of(layers: Iterable[str], name: str, config: PruneConfig) -> ImportanceRequest:
+    def of(layers: Iterable[str], name: str, config: FitConfig) -> ImportanceRequest:
         """Raises ConfigError if there is no such criterion of data."""
         criterion = criteria.data_criterion(name, components=config.components, pooling=config.pooling)
         return ImportanceRequest(tuple(layers), name, criterion)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import FilterPruneConfig, LaaspConfig
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class Baseline:
     """What is measured once, on the unpruned network, and holds for the whole run.
 
-    `step_sizes` is how many filters of a layer one prune takes, before limits; `filters` how many the layer has;
-    `parameters` how many the network has.
+    `step_sizes` is how many filters of a layer one prune takes, before limits, where the method has such steps;
+    `filters` how many the layer has; `parameters` how many the network has.
     """
 
     macs: Macs
@@ -53,12 +53,15 @@ class Proposal:
     mask: Mask | str
 
 
-def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Baseline:
+def measure_baseline(graph: PruningGraph, macs: Macs, config: FilterPruneConfig) -> Baseline:
     """`graph` and `macs` are those of the unpruned network."""
+    steps = {}
+    if isinstance(config, LaaspConfig):
+        steps = step_sizes(graph, macs, step=config.step, step_rule=config.step_rule)
     return Baseline(
         macs=macs,
         parameters=parameters_after(graph.shapes, Plan.empty()),
-        step_sizes=step_sizes(graph, macs, step=config.step, step_rule=config.step_rule),
+        step_sizes=steps,
         filters={name: group.filters for name, group in graph.layers.items()},
         skipped=dict(graph.skipped),
     )
@@ -69,7 +72,7 @@ def propose(
     graph: PruningGraph,
     macs: Macs,
     baseline: Baseline,
-    config: PruneConfig,
+    config: LaaspConfig,
     given: Scores = NO_SCORES,
 ) -> list[Proposal]:
     """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.config import DEFAULT_CRITERIA, PruneConfig, SearchConfig, StepRule
+from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
 from laasp_ray.models.copying import deep_copy
@@ -70,7 +70,7 @@ def rank(
     SearchError for candidates that do not work.
     """
     search = checked_search(batch_size, memory_mb, racing=racing, racing_error=racing_error)
-    config = PruneConfig(
+    config = LaaspConfig(
         flops_reduction=0.0,
         step=step,
         step_rule=step_rule,
@@ -92,7 +92,7 @@ def rank(
 def _rank(
     model: nn.Module,
     calibration: CalibrationSet,
-    config: PruneConfig,
+    config: LaaspConfig,
     search: SearchConfig,
     reference: nn.Module | None,
     seed: int,

@@ -14,6 +14,8 @@ import torch
 from laasp_ray.errors import StoreError
 from laasp_ray.store.storage import Storage
 
+UNPRUNED = "unpruned"
+"""The checkpoint of the network just before its first prune, or trained without any; kept, to compare others with."""
 _FOLDER = "checkpoints"
 _SUFFIX = ".safetensors"
 _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"

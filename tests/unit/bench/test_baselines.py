@@ -13,7 +13,7 @@ from baselines import Room
 from helpers import first_standing, iterations_of, randomise_batchnorm
 
 from laasp_ray import criteria, models
-from laasp_ray.config import ModelConfig, PruneConfig
+from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.pruning.graph import PruningGraph
@@ -21,7 +21,7 @@ from laasp_ray.search.candidates import measure_baseline
 from laasp_ray.search.evaluate import MeasuredLoss
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-CONFIG = PruneConfig(flops_reduction=0.2, step=0.04)
+CONFIG = LaaspConfig(flops_reduction=0.2, step=0.04)
 FIRST_OF_THE_COUPLED = ["conv1", "layer2.0.conv2", "layer3.0.conv2"]
 INSIDE_BLOCKS = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from laasp_ray.cli import flags
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig
+from laasp_ray.config.methods import known_to
 from laasp_ray.errors import ConfigError
 from laasp_ray.models import build
 from laasp_ray.recipes import RECIPES, recipe
@@ -57,10 +58,12 @@ def images(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("images"), side=16, train=TRAIN_IMAGES, test=TEST_IMAGES)
 
 
-def settings(changes=None):
+def settings(changes=None, of="laasp"):
+    """Arguments that set SETTINGS, but those that are not for the method `of`, and the changes."""
+    used = {key: value for key, value in SETTINGS.items() if key[:6] != "prune." or of in known_to(key[6:])}
     return [
         argument
-        for key, value in {**SETTINGS, **(changes or {})}.items()
+        for key, value in {**used, **(changes or {})}.items()
         for argument in ("--set", f"{key}={json.dumps(value)}")
     ]
 
@@ -124,11 +127,11 @@ def test_a_target_by_flag_takes_the_place_of_the_recipes_for_flops():
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--method", "plsr", r"prune\.method is 'plsr', must be 'laasp', 'pls' or an import path"),
+        ("--method", "plsr", r"prune\.method is 'plsr'; did you mean pls\? known: laasp, pls, group_sparsity, or an "),
         ("--iterations", "-1", r"prune\.iterations is -1, must be at least 0"),
         ("--parameters-reduction", "1", r"prune\.parameters_reduction is 1\.0, must be a share between 0 and 1"),
         ("--latency-reduction", "-0.1", r"prune\.latency_reduction is -0\.1, must be a share between 0 and 1"),
-        ("--percent", "100", r"prune\.percent is 100\.0, must be a percentage between 0 and 100"),
+        ("--percent", "100", r"prune\.percent is 100\.0, but it is of method pls, and this run's is laasp"),
         ("--components", "0", r"prune\.components is 0, must be at least 1"),
         ("--pooling", "2x2", r"prune\.pooling is '2x2', must be 'max' or 'avg'"),
         ("--pooling", "max0x2", r"prune\.pooling is 'max0x2'"),
@@ -353,15 +356,15 @@ def test_batches_too_small_for_batchnorm(images, tmp_path, capsys):
 
 
 def test_a_sparse_recipe_has_no_target_for_flops_not_even_none():
-    only = {"--flops-reduction": flags.FLAGS["--flops-reduction"]}
+    only = {flag: flags.FLAGS[flag] for flag in ("--flops-reduction", "--method")}
 
-    def config(*settings):
-        given = argparse.Namespace(flags=only, flops_reduction=0.0, set=list(settings))
+    def config(method=None):
+        given = argparse.Namespace(flags=only, flops_reduction=0.0, method=method, set=[])
         return flags.overridden(recipe("mobilenet_v1_aap"), given)
 
-    with pytest.raises(ConfigError, match=r"--flops-reduction is 0, but mobilenet_v1_aap makes .* --set sparsity=null"):
+    with pytest.raises(ConfigError, match=r"prune\.flops_reduction is 0\.0, but it is of method laasp or pls, "):
         config()
-    assert not config("sparsity=null").prunes
+    assert not config("laasp").prunes and config("laasp").prune.fine_tune_epochs == 5
 
 
 def test_a_flag_of_another_job_is_not_taken_for_the_beginning_of_one(capsys):
@@ -459,7 +462,8 @@ def test_a_dry_run_prints_its_plan_and_leaves_nothing(images, tmp_path, capsys):
 )
 def test_a_dry_run_of_every_kind_of_run(images, tmp_path, capsys, job, more, said):
     given = ["resnet20_cifar10", "--no-ray", "--data", str(images), "--storage", str(tmp_path / "runs"), "--dry-run"]
-    assert job([*given, "--batch-size", "12", *more, *settings()]) == 0
+    method = "group_sparsity" if job is cli.sparsify else "pls" if "pls" in more else "laasp"
+    assert job([*given, "--batch-size", "12", *more, *settings(of=method)]) == 0
     printed = capsys.readouterr().out
     assert said in printed and "time, all" in printed
     assert not (tmp_path / "runs").exists()

@@ -3,7 +3,15 @@ import math
 
 import pytest
 
-from laasp_ray.config import ModelConfig, RunConfig, TrainConfig
+from laasp_ray.config import (
+    SECTIONS,
+    GroupSparsityConfig,
+    LaaspConfig,
+    ModelConfig,
+    PlsConfig,
+    RunConfig,
+    TrainConfig,
+)
 from laasp_ray.config.compat import differing_keys, value_at
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import RECIPES, recipe
@@ -89,31 +97,54 @@ def test_a_target_besides_flops_stands_alone_or_with_it():
 
 def test_without_a_target_nothing_is_pruned():
     assert not RunConfig.from_dict(settings(prune__flops_reduction=0)).prunes
-    for changes in ({}, {"prune__latency_reduction": 0.1}, {"sparsity": {}}):
-        assert RunConfig.from_dict(settings(prune__flops_reduction=0 if changes else 0.5, **changes)).prunes
+    assert RunConfig.from_dict(settings(prune__flops_reduction=0.5)).prunes
+    assert RunConfig.from_dict(settings(prune__flops_reduction=0, prune__latency_reduction=0.1)).prunes
+    assert RunConfig.from_dict(settings(prune={"method": "group_sparsity"})).prunes
 
 
 def test_options_are_off_in_every_recipe():
     for name in RECIPES:
         prune, search = recipe(name).prune, recipe(name).search
-        assert (prune.round_to, prune.prunes_per_iteration, search.reestimate_batchnorm) == (1, 1, False)
+        assert search.reestimate_batchnorm is False
+        if isinstance(prune, LaaspConfig):
+            assert (prune.round_to, prune.prunes_per_iteration) == (1, 1)
         assert set(prune.targets) <= {"FLOPs"}
 
 
 def test_options_that_do_not_fit_together_are_refused():
-    with pytest.raises(ConfigError, match=r"prune.prunes_per_iteration is 2, must be 1 with method pls"):
-        RunConfig.from_dict(settings(prune__method="pls", prune__prunes_per_iteration=2))
     with pytest.raises(ConfigError, match=r"search.images is 1, must be at least 2 with search.reestimate_batchnorm"):
         RunConfig.from_dict(settings(search__images=1, search__reestimate_batchnorm=True))
-    sparse = {"sparsity": {}, "prune__flops_reduction": 0}
-    RunConfig.from_dict(settings(**sparse))
-    for key in ("parameters_reduction", "latency_reduction"):
-        with pytest.raises(ConfigError, match=rf"prune\.{key} is 0\.1, must be 0 with sparsity"):
-            RunConfig.from_dict(settings(**sparse, **{f"prune__{key}": 0.1}))
-    off = {"prune__method": "pls", "prune__iterations": 2, "prune__round_to": 8, "prune__prunes_per_iteration": 2}
-    for key, value in (off | {"search__reestimate_batchnorm": True}).items():
-        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value!r}, must be .* with sparsity"):
-            RunConfig.from_dict(settings(**sparse, **{key: value}))
+    with pytest.raises(ConfigError, match=r"search.reestimate_batchnorm is True, must be left at False with method gr"):
+        RunConfig.from_dict(settings(prune={"method": "group_sparsity"}, search__reestimate_batchnorm=True))
+    for key, value in {"prune__iterations": 2, "train__distill": 0.5}.items():
+        with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')} is {value}, must be left at 0.* without a t"):
+            RunConfig.from_dict(settings(prune__flops_reduction=0, **{key: value}))
+
+
+@pytest.mark.parametrize("method", ["laasp", "pls", "group_sparsity"])
+def test_a_config_has_the_section_of_its_method_and_no_other(method):
+    least = {"method": method} | ({} if method == "group_sparsity" else {"flops_reduction": 0.5})
+    config = RunConfig.from_dict(settings(prune=least))
+    assert type(config.prune) is SECTIONS[method] and config.prune.method == method
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    others = {"laasp": "step", "pls": "percent", "group_sparsity": "group"}
+    for owner, key in others.items():
+        if owner != method:
+            message = rf"prune\.{key} is 3, but it is of method {owner}, and this run's is {method}: leave it out"
+            with pytest.raises(ConfigError, match=message):
+                RunConfig.from_dict(settings(prune={**least, key: 3}))
+
+
+def test_a_section_is_of_a_method_that_has_it():
+    with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be 'laasp' or an import path, .* LaaspConfig"):
+        LaaspConfig(flops_reduction=0.5, method="pls")
+    assert LaaspConfig(flops_reduction=0.5, method="mine:Method").method == "mine:Method"
+    with pytest.raises(ConfigError, match=r"'plz'; did you mean pls\? known: laasp, pls, group_sparsity"):
+        RunConfig.from_dict(settings(prune__method="plz"))
+    with pytest.raises(ConfigError, match=r"prune\.method is 3, must be of type str"):
+        RunConfig.from_dict(settings(prune__method=3))
+    with pytest.raises(ConfigError, match=r"prune\.method 'json:JSONDecoder' must be a subclass of .*PruningMethod"):
+        RunConfig.from_dict(settings(prune__method="json:JSONDecoder"))
 
 
 def test_a_whole_number_is_taken_where_a_float_is_wanted():
@@ -195,3 +226,33 @@ def test_a_key_under_both_names_is_refused():
     given["prune"]["recover_epochs"] = 3
     with pytest.raises(ConfigError, match=r"unknown config key prune.recover_epochs"):
         RunConfig.from_dict(given)
+
+
+BEFORE = {
+    "method": "laasp",
+    "flops_reduction": 0.5,
+    "step": 0.02,
+    "percent": 10.0,
+    "components": 2,
+    "ignored": ["fc"],
+    "fine_tune_epochs": 5,
+    "fine_tune_every": 0.1,
+}
+"""A section as it was when it had the keys of all methods."""
+
+
+def test_a_config_from_before_each_method_had_a_section_is_read():
+    laasp = RunConfig.from_dict(settings(prune=BEFORE, sparsity=None)).prune
+    expected = LaaspConfig(flops_reduction=0.5, step=0.02, ignored=("fc",), fine_tune_epochs=5, fine_tune_every=0.1)
+    assert laasp == expected
+    pls = RunConfig.from_dict(settings(prune=BEFORE | {"method": "pls"}, sparsity=None)).prune
+    assert pls == PlsConfig(flops_reduction=0.5, ignored=("fc",), fine_tune_epochs=5, fine_tune_every=0.1)
+    sparsity = {"group": 4, "prune": 2, "fc_prune": [1], "stages": [1, 2], "from_run": None}
+    sparse = RunConfig.from_dict(settings(prune=BEFORE, sparsity=sparsity)).prune
+    assert sparse == GroupSparsityConfig(
+        group=4, pruned_per_group=2, fc_pruned_per_group=(1,), stages=(1, 2), ignored=("fc",), fine_tune_epochs=5
+    )
+    with pytest.raises(ConfigError, match=r"unknown config key prune\.grup"):
+        RunConfig.from_dict(settings(prune=BEFORE, sparsity={"grup": 4}))
+    with pytest.raises(ConfigError, match=r"unknown config key prune\.stap; did you mean prune\.step"):
+        RunConfig.from_dict(settings(prune=BEFORE | {"stap": 1}, sparsity=None))

@@ -37,7 +37,10 @@ def pictures(tmp_path_factory):
 
 
 def config_of(storage, pictures, **changes):
-    return on_pictures(storage, pictures, **(QUICK | {"search__images": 40} | changes))
+    settings = QUICK | {"search__images": 40} | changes
+    if changes.get("prune__method", "laasp") != "laasp":
+        del settings["prune__step"]
+    return on_pictures(storage, pictures, **settings)
 
 
 def run(config, progress=None):

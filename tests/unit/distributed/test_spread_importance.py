@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.criteria.pls import Pls
 from laasp_ray.distributed import importance as spread_importance
 from laasp_ray.distributed import tasks
@@ -80,7 +80,7 @@ def calibration():
 
 def own(name):
     """A criterion of the user's own, by import path."""
-    return ImportanceRequest.of(WANTED.layers, f"own_criteria:{name}", PruneConfig(flops_reduction=0.5))
+    return ImportanceRequest.of(WANTED.layers, f"own_criteria:{name}", LaaspConfig(flops_reduction=0.5))
 
 
 def spread(monkeypatch, network, calibration, slots, ray, wanted=WANTED):

@@ -127,7 +127,7 @@ def test_the_method_prunes_the_widest_layer(package, lists, tmp_path):
     )
     result = prune(config, distributed=False, progress=Silent())
     assert [result.model[0].out_channels, result.model[2].out_channels] == [16, 24]  # 32 less a quarter
-    with pytest.raises(ConfigError, match=r"costs is not known: run it without --dry-run"):
+    with pytest.raises(ConfigError, match=r"costs is not known: run it without --dry-run, or give its class"):
         dry_run(dataclasses.replace(config, name="again"), distributed=False)
 
 

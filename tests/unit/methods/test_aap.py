@@ -11,7 +11,7 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.cli import flags
-from laasp_ray.config import ModelConfig, SparsityConfig
+from laasp_ray.config import GroupSparsityConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.group_sparsity import GroupSparsity, layer_rules
@@ -70,8 +70,8 @@ def small():
 
 
 def stages_of(model, config):
-    method = GroupSparsity(config, (), seed=0)
-    context = SimpleNamespace(model=model, network=capture(model, Plan.empty()), masks={}, iteration=0)
+    method = GroupSparsity()
+    context = SimpleNamespace(model=model, config=config, network=capture(model, Plan.empty()), masks={}, iteration=0)
     for _ in config.all_stages:
         context.iteration += 1
         stage = method.iterate(context)
@@ -81,7 +81,7 @@ def stages_of(model, config):
 
 def test_stages_rise_and_keep_what_was_pruned():
     model = small()
-    config = SparsityConfig(group=8, prune=6, stages=(2, 4, 6), fc_prune=(4,))
+    config = GroupSparsityConfig(group=8, pruned_per_group=6, stages=(2, 4, 6), fc_pruned_per_group=(4,))
     stages = list(stages_of(model, config))
     # The first linear layer reads 12 inputs: groups of 8 and 4. Four of six are pruned in proportion: 4 x 2 // 6 = 1.
     assert [stage.details["prune"] for stage in stages] == [
@@ -106,51 +106,57 @@ def test_stages_rise_and_keep_what_was_pruned():
 
 
 def test_a_linear_layer_of_which_nothing_goes_yet_has_neither_rule_nor_reason():
-    config = SparsityConfig(group=8, prune=6, stages=(1, 6), fc_prune=(4, 6))
-    layers = layer_rules(small(), config, (), 1)
+    config = GroupSparsityConfig(group=8, pruned_per_group=6, stages=(1, 6), fc_pruned_per_group=(4, 6))
+    layers = layer_rules(small(), config, 1)
     assert {name: rule.pruned_per_group for name, rule in layers.rules.items()} == {"1": 1, "4": 1}
     assert layers.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
 
 
 def test_linear_layers_stay_dense_unless_asked_for():
-    layers = layer_rules(small(), SparsityConfig(), (), 6)
+    layers = layer_rules(small(), GroupSparsityConfig(), 6)
     assert layers.rules == {"1": GroupRule(8, 6)}
     assert list(layers.dense) == ["0", "3", "4"]
-    assert layers.dense["3"] == "linear, and sparsity.fc_prune is not given"
+    assert layers.dense["3"] == "linear, and prune.fc_pruned_per_group is not given"
 
 
 def test_numbers_for_another_count_of_linear_layers_are_refused():
-    with pytest.raises(ConfigError, match=r"fc_prune is \(1, 2, 3\), the network has 2 linear layers .*\(3, 4\)"):
-        layer_rules(small(), SparsityConfig(fc_prune=(1, 2, 3)), (), 6)
+    with pytest.raises(ConfigError, match=r"per_group is \(1, 2, 3\), the network has 2 linear layers .*\(3, 4\)"):
+        layer_rules(small(), GroupSparsityConfig(fc_pruned_per_group=(1, 2, 3)), 6)
     with pytest.raises(ConfigError, match="the network has 0 linear layers"):
-        layer_rules(small()[:2], SparsityConfig(fc_prune=(1,)), (), 6)
+        layer_rules(small()[:2], GroupSparsityConfig(fc_pruned_per_group=(1,)), 6)
 
 
 def test_a_module_that_is_not_there_cannot_be_ignored():
-    assert "1" in layer_rules(small(), SparsityConfig(fc_prune=(4,)), ("1",), 6).dense
+    assert "1" in layer_rules(small(), GroupSparsityConfig(fc_pruned_per_group=(4,), ignored=("1",)), 6).dense
     with pytest.raises(ConfigError, match=r"prune\.ignored names '7\.', which is no module of the network"):
-        layer_rules(small(), SparsityConfig(), ("7.",), 6)
+        layer_rules(small(), GroupSparsityConfig(ignored=("7.",)), 6)
 
 
 def test_a_network_in_which_nothing_can_be_sparse_is_refused():
     with pytest.raises(ConfigError, match=r"no layer .* groups of 8 \(0: 3 inputs a filter"):
-        layer_rules(small()[:1], SparsityConfig(), (), 6)
+        layer_rules(small()[:1], GroupSparsityConfig(), 6)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"group": 1, "prune": 1}, r"sparsity\.group is 1"),
-        ({"group": 8, "prune": 8}, r"sparsity\.prune is 8, must be from 1 to below sparsity\.group \(8\)"),
-        ({"fc_prune": (4, 8)}, r"sparsity\.fc_prune is \(4, 8\)"),
-        ({"stages": (2, 2, 6)}, r"sparsity\.stages is \(2, 2, 6\), must be rising"),
-        ({"stages": (2, 4)}, r"sparsity\.stages is \(2, 4\), must be rising from at least 1 to sparsity\.prune \(6\)"),
-        ({"stages": (0, 6)}, r"sparsity\.stages is \(0, 6\)"),
+        ({"group": 1, "pruned_per_group": 1}, r"prune\.group is 1"),
+        (
+            {"group": 8, "pruned_per_group": 8},
+            r"pruned_per_group is 8, must be from 1 to below prune\.group \(8\)",
+        ),
+        ({"fc_pruned_per_group": (4, 8)}, r"prune\.fc_pruned_per_group is \(4, 8\)"),
+        ({"stages": (2, 2, 6)}, r"prune\.stages is \(2, 2, 6\), must be rising"),
+        (
+            {"stages": (2, 4)},
+            r"is \(2, 4\), must be rising from at least 1 to prune\.pruned_per_group \(6\)",
+        ),
+        ({"stages": (0, 6)}, r"prune\.stages is \(0, 6\)"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ConfigError, match=message):
-        SparsityConfig(**changes)
+        GroupSparsityConfig(**changes)
 
 
 def identified(value):
@@ -161,7 +167,7 @@ def identified(value):
 def test_every_row_of_the_table_is_reached_by_flags(name, flags):
     config = config_of(name, *flags)
     assert config.model.builder == BUILDERS[name]
-    layers = layer_rules(build(name, "meta"), config.sparsity, (), config.sparsity.prune)
+    layers = layer_rules(build(name, "meta"), config.prune, config.prune.pruned_per_group)
     group, prune = int(flags[1]), int(flags[3])
     linear = [prune for layer, (_, prune) in _pairs(layers) if "classifier" in layer or layer == "fc"]
     convolutions = [pair for layer, pair in _pairs(layers) if "classifier" not in layer and layer != "fc"]
@@ -195,7 +201,7 @@ def built(name):
     ids=identified,
 )
 def test_the_networks_of_every_row_are_made_sparse_and_run(name, flags):
-    model, config = built(name), config_of(name, *flags).sparsity
+    model, config = built(name), config_of(name, *flags).prune
     (stage,) = stages_of(model, config)
     for layer, pruned in stage.details["prune"].items():
         weight = stage.network.tensors[f"{layer}.weight"]

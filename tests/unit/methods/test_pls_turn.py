@@ -10,7 +10,7 @@ from helpers import first_standing, iterations_of, randomise_batchnorm, shared_d
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.config import ModelConfig, PruneConfig, SearchConfig
+from laasp_ray.config import ModelConfig, PlsConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
@@ -26,7 +26,7 @@ from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
-CONFIG = PruneConfig(flops_reduction=0.9, method="pls")
+CONFIG = PlsConfig(flops_reduction=0.9)
 
 
 class RandomScores:

@@ -8,7 +8,7 @@ import torch
 from helpers import first_standing
 from torch import nn
 
-from laasp_ray.config import PruneConfig, SearchConfig
+from laasp_ray.config import LaaspConfig, SearchConfig
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
@@ -67,7 +67,7 @@ def network():
 
 def iteration_of(model, executor, example=EXAMPLE, **changes):
     settings = {"flops_reduction": 0.9, "step": 0.2, "criteria": ("l1", LAST), "prunes_per_iteration": 2, **changes}
-    return Laasp().iterate(first_standing(model, example, PruneConfig(**settings), executor))
+    return Laasp().iterate(first_standing(model, example, LaaspConfig(**settings), executor))
 
 
 LOSSES = {("2", "l1"): 0.5, ("2", LAST): 0.6, ("0", LAST): 0.7, ("4", "l1"): 0.8}

@@ -10,8 +10,9 @@ from run_events import epoch_done, run_started
 from torch import nn
 
 from laasp_ray.errors import ConfigError, DataError, StoreError
+from laasp_ray.methods.estimate import Estimate
 from laasp_ray.planning.dry_run import Machine, describe, dry_run, seconds_of
-from laasp_ray.planning.workload import LaaspIterations, SparseStages, workload_of
+from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.run.events import data_of
 from laasp_ray.run.preflight import prepare
@@ -26,65 +27,63 @@ MACHINE = Machine(
 
 
 def test_seconds_by_hand():
-    work = LaaspIterations(
-        proposals=40,
-        candidates=30,
-        removes=0.01,
-        passes=16.0,
-        calibration_images=1000,
-        iterations=50,
-        fine_tunes=10,
+    work = Workload(
         epochs={"train": 5, "fine-tune": 20, "final": 7},
         evaluations=12,
-        preparing_s=2.0,
+        calibration_images=1000,
+        pruning=Estimate(iterations=50, fine_tunes=10, passes=16.0, preparing_s=2.0),
     )
     # An epoch: 4,000 images at 4 x 100 a second. An iteration: 16 x 1,000 at 8 x 500, and 2 s. Evaluation: 800 at 4 x
     # 200.
     assert seconds_of(work, MACHINE, train_images=4000, test_images=800) == pytest.approx(
         {"train": 50, "iterations": 50 * (4 + 2), "fine-tune": 200, "final": 70, "evaluate": 12}
     )
-    stages = SparseStages(epochs=work.epochs, evaluations=3, stages=(), dense={})
+    stages = Workload(epochs=work.epochs, evaluations=3, pruning=Estimate(iterations=2, fine_tunes=1))
     assert seconds_of(stages, MACHINE, train_images=4000, test_images=800) == pytest.approx(
         {"train": 50, "fine-tune": 200, "final": 70, "evaluate": 3}
     )
 
 
+def said(config, **options):
+    """What a dry run says of it, and its workload."""
+    prepared = prepare(config)
+    work = workload_of(prepared)
+    return describe(prepared, work, MACHINE, **options), work
+
+
 def test_what_it_says(tmp_path):
-    prepared = prepare(small_run(tmp_path))
-    work = dataclasses.replace(workload_of(prepared), preparing_s=0.0)
-    text = describe(prepared, work, MACHINE, runs=3)
+    text, work = said(small_run(tmp_path), runs=3)
+    pruning = work.pruning
     assert "cifar.resnet20, 10,203,776 multiply-accumulates" in text  # a quarter of 40,813,184, less the head
     assert "from scratch, 2 epochs; pruning at epoch 2 of 3" in text
-    assert f"about {work.iterations}: 12.00% of FLOPs, {work.removes:.2%} a candidate" in text
-    assert f"42 proposals an iteration, {work.candidates} distinct (21 layers, 2 criteria)" in text
-    assert f"40 images for each candidate: {40 * work.candidates:,} an iteration" in text
+    assert f"about {pruning.iterations}: 12.00% of FLOPs, {pruning.removes:.2%} a candidate" in text
+    assert f"42 proposals an iteration, {pruning.candidates} distinct (21 layers, 2 criteria)" in text
+    assert f"40 images for each candidate: {40 * pruning.candidates:,} an iteration" in text
     # Before pruning, after fine-tunings, at the end, and after the first of the two epochs that come before pruning.
-    assert f"evaluations       about {3 + work.fine_tunes} on the test images" in text
+    assert f"evaluations       about {3 + pruning.fine_tunes} on the test images" in text
     assert "100.0 images/s in training" in text and "one of 8 evaluation tasks" in text
     assert "3 runs" in text and "racing drops" in text
-    assert "teacher" not in text
-    distilling = prepare(small_run(tmp_path, train__distill=0.5))
-    assert "every epoch asks the teacher" in describe(distilling, work, MACHINE)
-    exhaustive = prepare(small_run(tmp_path, search__racing="off"))
-    prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_iteration": 2}
-    other = describe(prepare(small_run(tmp_path, **prune, search__reestimate_batchnorm=True)), work, MACHINE)
-    shares = "12.00% of FLOPs and 20.00% of parameters and 10.00% of latency"
-    assert f"about {work.iterations}: {shares}, {work.removes:.2%} of FLOPs a candidate, 2 together" in other
-    assert "latency falls as FLOPs do" in other and "every iteration makes 2 prunes" in other
-    assert "latency" not in text and "every iteration makes" not in text
-    assert "racing" not in describe(exhaustive, work, MACHINE)
+    assert "teacher" not in text and "latency" not in text and "every iteration makes" not in text
     assert "at most" not in text.partition("fine-tunings")[0] and "drawn" not in text
-    pool = prepare(small_run(tmp_path, prune__criteria=["l1", "pls", "own_criteria:INSTANCE"], prune__iterations=2))
-    bounded = describe(pool, work, MACHINE)
-    assert f"{work.removes:.2%} a candidate; at most 2\n" in bounded
-    assert "- pls, own_criteria:INSTANCE: its picks" in bounded
+    distilling, _ = said(small_run(tmp_path, train__distill=0.5, search__racing="off"))
+    assert "every epoch asks the teacher" in distilling and "racing" not in distilling
+
+
+def test_what_it_says_of_other_targets_and_of_a_pool_that_looks_at_data(tmp_path):
+    prune = {"prune__parameters_reduction": 0.2, "prune__latency_reduction": 0.1, "prune__prunes_per_iteration": 2}
+    other, work = said(small_run(tmp_path, **prune, search__reestimate_batchnorm=True))
+    shares = "12.00% of FLOPs and 20.00% of parameters and 10.00% of latency"
+    removes = f"{work.pruning.removes:.2%}"
+    assert f"about {work.pruning.iterations}: {shares}, {removes} of FLOPs a candidate, 2 together" in other
+    assert "latency falls as FLOPs do" in other and "every iteration makes 2 prunes" in other
+    pool, work = said(small_run(tmp_path, prune__criteria=["l1", "pls", "own_criteria:INSTANCE"], prune__iterations=2))
+    assert f"{work.pruning.removes:.2%} a candidate; at most 2\n" in pool
+    assert "- pls, own_criteria:INSTANCE: its picks" in pool
 
 
 def test_what_it_says_of_pls(tmp_path):
-    prepared = prepare(small_run(tmp_path, prune__method="pls", prune__iterations=5))
-    work = workload_of(prepared)
-    text = describe(prepared, work, MACHINE)
-    assert f"about 2: 12.00% of FLOPs, {work.removes:.2%} an iteration; at most 5\n" in text
+    text, work = said(small_run(tmp_path, prune__method="pls", prune__iterations=5))
+    assert f"about 2: 12.00% of FLOPs, {work.pruning.removes:.2%} an iteration; at most 5\n" in text
     assert (
         "336 in 9 layers that no others are coupled to; 34 go in the first iteration, 10% of those left in each" in text
     )
@@ -94,21 +93,20 @@ def test_what_it_says_of_pls(tmp_path):
 
 
 def test_what_it_says_of_stages(tmp_path):
-    sparsity = {"group": 8, "prune": 6, "stages": [4, 6]}
-    prepared = prepare(small_run(tmp_path, prune__flops_reduction=0.0, sparsity=sparsity))
+    prepared = prepare(small_run(tmp_path, prune__method="group_sparsity", prune__stages=[4, 6]))
     work = workload_of(prepared)
     text = describe(prepared, work, MACHINE)
-    first, last = work.stages
+    first, last = work.pruning.stages
     # All but the first of 19 convolutions and two shortcuts; half and three quarters of all weights go.
     assert first.weights == last.weights == 2 * first.kept == 4 * last.kept
     for label, stage, pruned in (("stage 1", first, 4), ("stage 2", last, 6)):
         stay = f"{stage.kept:,} of {stage.weights:,} weights stay; then 1 epochs"
         assert f"{label}          {pruned} of 8 in 20 layers: {stay}" in text
     assert "left dense       conv1: 3 inputs a filter, fewer than the group of 8" in text
-    assert "linear, and sparsity.fc_prune is not given" in text
+    assert "linear, and prune.fc_pruned_per_group is not given" in text
     assert "time, fine-tune" in text and "time, iterations" not in text and "evaluation tasks" not in text
-    begun = dataclasses.replace(prepared.config.sparsity, from_run="there")
-    config = dataclasses.replace(prepared.config, sparsity=begun)
+    begun = dataclasses.replace(prepared.config.prune, from_run="there")
+    config = dataclasses.replace(prepared.config, prune=begun)
     work = dataclasses.replace(work, epochs={**work.epochs, "train": 0})
     text = describe(dataclasses.replace(prepared, config=config), work, MACHINE)
     assert "the pruned network of there; pruning" in text

@@ -8,8 +8,14 @@ import torch
 from helpers import small_run, write_pictures
 from torch import nn
 
+from laasp_ray.config import GroupSparsityConfig
+from laasp_ray.config.fields import to_plain
+from laasp_ray.config.methods import build_section, with_method
+from laasp_ray.methods.group_sparsity import Stage, StagesEstimate
+from laasp_ray.methods.laasp import LaaspEstimate
+from laasp_ray.methods.pls import PlsEstimate
 from laasp_ray.planning.dry_run import Machine, describe
-from laasp_ray.planning.workload import LaaspIterations, PlsIterations, SparseStages, Stage, network_of, workload_of
+from laasp_ray.planning.workload import network_of, workload_of
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import apply_plan
@@ -43,14 +49,14 @@ ONE_EACH = ((B + FC) + FC) / TOTAL
 def workload(tmp_path, **changes):
     settings = {
         "prune__flops_reduction": 0.7,
-        "prune__step": 0.01,
-        "prune__criteria": ["l1", "l2"],
         "prune__fine_tune_every": 0.3,
         "prune__fine_tune_epochs": 3,
         "train__epochs": 9,
         "train__prune_epoch": 2,
-        **changes,
     }
+    if "prune__method" not in changes:
+        settings |= {"prune__step": 0.01, "prune__criteria": ["l1", "l2"]}
+    settings |= changes
     torch.manual_seed(0)
     model = TwoConvolutions()
     with torch.no_grad():
@@ -62,17 +68,17 @@ def workload(tmp_path, **changes):
 def test_what_a_run_consists_of_by_hand(tmp_path):
     found = workload(tmp_path)
     # One filter of each layer, the same one by both criteria.
-    assert (found.proposals, found.candidates) == (4, 2)
+    assert (found.pruning.proposals, found.pruning.candidates) == (4, 2)
     removes = ((A / 4 + B / 4) + (B / 4 + FC / 4)) / 2 / TOTAL
-    assert found.removes == pytest.approx(removes) == pytest.approx(0.1964, abs=1e-4)
+    assert found.pruning.removes == pytest.approx(removes) == pytest.approx(0.1964, abs=1e-4)
     # 0.7 / 0.1964 = 3.56: 4 iterations; 0.3 / 0.1964 = 1.5: a fine-tuning every 2 of them.
-    assert (found.iterations, found.fine_tunes) == (4, 2)
+    assert (found.pruning.iterations, found.pruning.fine_tunes) == (4, 2)
     assert found.epochs == {"train": 2, "fine-tune": 6, "final": 7}
     # Before the first prune, after two fine-tunings and at the end; of 2 and 7 epochs around them after all but the
     # last.
     assert found.evaluations == 4 + 1 + 6
     assert found.calibration_images == 40
-    assert found.passes == pytest.approx(1 + ONE_EACH, rel=0.01)  # and the network as it stands
+    assert found.pruning.passes == pytest.approx(1 + ONE_EACH, rel=0.01)  # and the network as it stands
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_what_a_run_consists_of_by_hand(tmp_path):
 )
 def test_epochs_by_phase(tmp_path, changes, fine_tunes, epochs):
     found = workload(tmp_path, **changes)
-    assert (found.fine_tunes, found.epochs) == (fine_tunes, epochs)
+    assert (found.pruning.fine_tunes, found.epochs) == (fine_tunes, epochs)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_epochs_by_phase(tmp_path, changes, fine_tunes, epochs):
 )
 def test_evaluations_between_epochs(tmp_path, changes, between):
     found = workload(tmp_path, **changes)
-    assert found.evaluations == 2 + found.fine_tunes + between
+    assert found.evaluations == 2 + found.pruning.fine_tunes + between
 
 
 def test_iterations_by_the_target_that_is_furthest(tmp_path):
@@ -112,41 +118,49 @@ def test_iterations_by_the_target_that_is_furthest(tmp_path):
     each = ((28 + 36) + (37 + 10)) / 2 / (112 + 148 + 50)
     assert each == pytest.approx(0.1790, abs=1e-4)
     parameters = {"prune__parameters_reduction": 0.7}
-    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).iterations == 4  # 3.91
-    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).iterations == 4
-    assert workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).iterations == 5  # 4.02
+    assert workload(tmp_path, prune__flops_reduction=0.0, **parameters).pruning.iterations == 4  # 3.91
+    assert workload(tmp_path, prune__flops_reduction=0.1, **parameters).pruning.iterations == 4
     assert (
-        workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).iterations == 4
+        workload(tmp_path, prune__flops_reduction=0.0, prune__parameters_reduction=0.72).pruning.iterations == 5
+    )  # 4.02
+    assert (
+        workload(tmp_path, prune__flops_reduction=0.0, prune__latency_reduction=0.7).pruning.iterations == 4
     )  # as FLOPs: 3.56
 
 
 @pytest.mark.parametrize(("bound", "iterations", "fine_tunes"), [(3, 3, 1), (4, 4, 2), (9, 4, 2)])
 def test_no_more_iterations_than_the_bound(tmp_path, bound, iterations, fine_tunes):
     found = workload(tmp_path, prune__iterations=bound)
-    assert (found.iterations, found.fine_tunes, found.epochs["fine-tune"]) == (iterations, fine_tunes, 3 * fine_tunes)
+    assert (found.pruning.iterations, found.pruning.fine_tunes, found.epochs["fine-tune"]) == (
+        iterations,
+        fine_tunes,
+        3 * fine_tunes,
+    )
 
 
 def test_several_prunes_a_iteration_and_statistics_measured_anew(tmp_path):
     plain = workload(tmp_path)
     joint = workload(tmp_path, prune__prunes_per_iteration=2)
     # 0.7 / (2 * 0.1964) = 1.8 iterations; a fine-tuning after each, which takes more than 0.3.
-    assert (joint.iterations, joint.fine_tunes) == (2, 2)
-    assert joint.passes == pytest.approx(plain.passes + 2)  # all together, and the network as it stands beside them
+    assert (joint.pruning.iterations, joint.pruning.fine_tunes) == (2, 2)
+    assert joint.pruning.passes == pytest.approx(
+        plain.pruning.passes + 2
+    )  # all together, and the network as it stands beside them
 
 
 def test_criteria_of_data_pick_for_themselves_and_look_at_the_images_once(tmp_path):
     for name in ("pls", "own_criteria:MeanActivation"):
         alone = workload(tmp_path, prune__criteria=[name])
-        assert (alone.proposals, alone.candidates) == (2, 2)
-        assert alone.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
+        assert (alone.pruning.proposals, alone.pruning.candidates) == (2, 2)
+        assert alone.pruning.passes == pytest.approx(2 + ONE_EACH, rel=0.01)
     # Whatever is drawn: of each layer one candidate more, or the norms' again.
     pools = [workload(tmp_path, prune__criteria=["l1", "l2", "pls"], seed=seed) for seed in range(8)]
-    assert all(found.proposals == 6 for found in pools)
-    assert {found.candidates for found in pools} <= {2, 3, 4}
+    assert all(found.pruning.proposals == 6 for found in pools)
+    assert {found.pruning.candidates for found in pools} <= {2, 3, 4}
     again = workload(tmp_path, prune__criteria=["l1", "l2", "pls"], seed=7)
-    assert again.candidates == pools[7].candidates
-    full = next(found for found in pools if found.candidates == 4)
-    assert full.passes == pytest.approx(2 + 2 * ONE_EACH, rel=0.01)
+    assert again.pruning.candidates == pools[7].pruning.candidates
+    full = next(found for found in pools if found.pruning.candidates == 4)
+    assert full.pruning.passes == pytest.approx(2 + 2 * ONE_EACH, rel=0.01)
 
 
 def test_no_more_images_than_there_are(tmp_path):
@@ -163,16 +177,16 @@ def left_by(share):
 
 def test_what_pls_takes_by_hand(tmp_path):
     found = workload(tmp_path, **PLS)
-    assert (found.layers, found.filters, found.first) == (2, 8, 2)
+    assert (found.pruning.layers, found.pruning.filters, found.pruning.first) == (2, 8, 2)
     # Of 8 filters go 2, of 6 again 2, of 4 one: 5 / 8, halfway between what a half and three quarters take.
     gone = [1 - left_by(0.25), 1 - left_by(0.5), 1 - (left_by(0.5) + left_by(0.75)) / 2]
     assert gone == pytest.approx([0.3571, 0.6428, 0.7500], abs=1e-4)
     # 0.7 is reached by the third; of 0.3 each the second, 0.2857 after the first, does not ask for a fine-tuning.
-    assert (found.iterations, found.fine_tunes) == (3, 2)
-    assert found.removes == pytest.approx(gone[-1] / 3)
+    assert (found.pruning.iterations, found.pruning.fine_tunes) == (3, 2)
+    assert found.pruning.removes == pytest.approx(gone[-1] / 3)
     assert found.epochs == {"train": 2, "fine-tune": 6, "final": 7}
     assert found.evaluations == 4 + 1 + 6
-    assert found.passes == 3  # the scores, and the losses without what goes and with it
+    assert found.pruning.passes == 3  # the scores, and the losses without what goes and with it
     assert found.calibration_images == 40
 
 
@@ -195,17 +209,17 @@ def test_what_pls_takes_by_hand(tmp_path):
 )
 def test_iterations_and_fine_tunes_of_pls(tmp_path, changes, iterations, fine_tunes):
     found = workload(tmp_path, **PLS, **changes)
-    assert (found.iterations, found.fine_tunes) == (iterations, fine_tunes)
+    assert (found.pruning.iterations, found.pruning.fine_tunes) == (iterations, fine_tunes)
 
 
 def test_pls_prunes_inside_the_blocks_of_a_residual_network(tmp_path):
     config = small_run(tmp_path, prune__method="pls", search__reestimate_batchnorm=True)
     found = workload_of(prepare(config))
     # The first convolutions of 3 blocks each of 16, 32 and 64 filters; a tenth of 336, and of the 302 left 30.
-    assert (found.layers, found.filters, found.first) == (9, 336, 34)
+    assert (found.pruning.layers, found.pruning.filters, found.pruning.first) == (9, 336, 34)
     # 34 / 336 of what the blocks' 18 convolutions take is less than 12%, 64 / 336 more.
-    assert found.iterations == 2
-    assert found.passes == 4
+    assert found.pruning.iterations == 2
+    assert found.pruning.passes == 4
 
 
 def sparse(tmp_path):
@@ -215,9 +229,10 @@ def sparse(tmp_path):
     )
     config = small_run(
         tmp_path,
-        prune__flops_reduction=0.0,
+        prune__method="group_sparsity",
         prune__fine_tune_epochs=4,
-        sparsity={"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [3]},
+        prune__stages=[4, 6],
+        prune__fc_pruned_per_group=[3],
     )
     return prepare(config, model)
 
@@ -225,11 +240,11 @@ def sparse(tmp_path):
 def test_stages_by_hand(tmp_path):
     found = workload_of(sparse(tmp_path))
     # Linear layers rise in proportion: 3 * 4 // 6 = 2. Of 12 inputs they keep 6 of 8 and 3 of 4, then 5 and 3.
-    assert found.stages == (
+    assert found.pruning.stages == (
         Stage(layers={4: 1, 2: 1}, weights=192 + 120, kept=12 * 8 + 10 * 9, epochs=4),
         Stage(layers={6: 1, 3: 1}, weights=192 + 120, kept=12 * 4 + 10 * 8, epochs=1),
     )
-    assert found.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
+    assert found.pruning.dense == {"0": "3 inputs a filter, fewer than the group of 8"}
     assert found.epochs == {"train": 2, "fine-tune": 4, "final": 1}
     assert found.evaluations == 3 + 1  # of 2 epochs before, 4 in between and 1 after
 
@@ -242,7 +257,7 @@ def test_stages_of_a_network_that_was_pruned_before(tmp_path):
     apply_plan(pruned, step)
     prepared = dataclasses.replace(prepared, begun_with=capture(pruned, step))
     assert network_of(prepared)[1].weight.shape == (12, 8, 1, 1)
-    assert [(stage.weights, stage.kept) for stage in workload_of(prepared).stages] == [
+    assert [(stage.weights, stage.kept) for stage in workload_of(prepared).pruning.stages] == [
         (96 + 120, 12 * 4 + 10 * 9),
         (96 + 120, 12 * 2 + 10 * 8),
     ]
@@ -253,17 +268,17 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), side=32, train=6, test=3)
 
 
-def planned(name, pictures, **prune):
+def planned(name, pictures, method=None):
     """The recipe on three classes of a few pictures, at 32 x 32 where filters are removed; the rest is as it was."""
     config = recipe(name)
-    side = config.data.image_size if config.sparsity is not None else min(32, config.data.image_size)
+    side = config.data.image_size if isinstance(config.prune, GroupSparsityConfig) else min(32, config.data.image_size)
     arguments = {**config.model.arguments, "num_classes": 3}
     return prepare(
         dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, arguments=arguments, input_shape=(3, side, side)),
             data=dataclasses.replace(config.data, path=str(pictures), format="folder", image_size=side),
-            prune=dataclasses.replace(config.prune, **prune),
+            prune=config.prune if method is None else build_section(with_method(to_plain(config.prune), method)),
         )
     )
 
@@ -296,28 +311,29 @@ SPARSE_LAYERS = {
 def test_every_recipe_has_a_plan(name, pictures):
     prepared = planned(name, pictures)
     found, train, prune = workload_of(prepared), prepared.config.train, prepared.config.prune
+    pruning = found.pruning
     assert (found.epochs["train"], found.epochs["final"]) == (train.prune_epoch, train.epochs - train.prune_epoch)
     text = describe(prepared, found, MACHINE)
     assert f"Dry run of {name}" in text and "time, all" in text
-    if isinstance(found, SparseStages):
+    if isinstance(pruning, StagesEstimate):
         # One stage; the first convolution stays dense, and so do linear layers and depthwise convolutions.
-        (stage,) = found.stages
+        (stage,) = pruning.stages
         assert stage.layers == {12: SPARSE_LAYERS[name]} and stage.kept * 4 == stage.weights
         assert f"stage 1          12 of 16 in {SPARSE_LAYERS[name]} layers: {stage.kept:,} of {stage.weights:,}" in text
         assert "3 inputs a filter, fewer than the group of 16" in text and "iterations" not in text
         return
-    assert isinstance(found, LaaspIterations)
-    assert (found.iterations - 1) * found.removes < prune.flops_reduction <= found.iterations * found.removes
+    assert isinstance(pruning, LaaspEstimate)
+    assert (pruning.iterations - 1) * pruning.removes < prune.flops_reduction <= pruning.iterations * pruning.removes
     assert (
-        0 < found.fine_tunes <= found.iterations
-        and found.epochs["fine-tune"] == found.fine_tunes * prune.fine_tune_epochs
+        0 < pruning.fine_tunes <= pruning.iterations
+        and found.epochs["fine-tune"] == pruning.fine_tunes * prune.fine_tune_epochs
     )
-    assert f"about {found.iterations}: {prune.flops_reduction:.2%} of FLOPs" in text
+    assert f"about {pruning.iterations}: {prune.flops_reduction:.2%} of FLOPs" in text
 
 
 @pytest.mark.exhaustive
 def test_pls_on_resnet56_needs_as_many_iterations_as_published(pictures):
-    found = workload_of(planned("resnet56_cifar10", pictures, method="pls"))
-    assert isinstance(found, PlsIterations)
-    assert (found.layers, found.filters, found.first) == (27, 1008, 101)
-    assert found.iterations == 8  # for 52.56%
+    found = workload_of(planned("resnet56_cifar10", pictures, "pls"))
+    assert isinstance(found.pruning, PlsEstimate)
+    assert (found.pruning.layers, found.pruning.filters, found.pruning.first) == (27, 1008, 101)
+    assert found.pruning.iterations == 8  # for 52.56%

@@ -11,6 +11,8 @@ from torch import nn
 
 from laasp_ray import load_pruned
 from laasp_ray.config import RunConfig
+from laasp_ray.config.fields import to_plain
+from laasp_ray.config.methods import build_section, with_method
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.models import build
@@ -176,7 +178,8 @@ def pictures(tmp_path_factory):
 
 def by_pls(name):
     config = recipe(name)
-    return dataclasses.replace(config, name=f"{name}-pls", prune=dataclasses.replace(config.prune, method="pls"))
+    prune = build_section(with_method(to_plain(config.prune), "pls"))
+    return dataclasses.replace(config, name=f"{name}-pls", prune=prune)
 
 
 RUNS = {

@@ -49,7 +49,7 @@ def layers_of(model):
 )
 def test_one_iteration_of_each_phase(name, pictures, storage):
     config = tiny(recipe(name), pictures, storage, side=SIDES.get(name, 32))
-    assert (config.sparsity.group, config.sparsity.prune, config.sparsity.stages) == (16, 12, (6, 12))
+    assert (config.prune.group, config.prune.pruned_per_group, config.prune.stages) == (16, 12, (6, 12))
     result, events = run_here(config)
     assert [event.name for event in events] == (
         [

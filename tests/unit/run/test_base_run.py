@@ -120,7 +120,5 @@ def test_what_chooses_prunes_is_refused(tmp_path):
         prune(base_run(tmp_path), distributed=False, method=Laasp())
     with pytest.raises(ConfigError, match=r"prune\.iterations is 3, must be left at 0 without a target"):
         base_run(tmp_path, prune__iterations=3)
-    with pytest.raises(ConfigError, match=r"prune\.method is 'pls', must be left at 'laasp' without a target"):
-        base_run(tmp_path, prune__method="pls")
     with pytest.raises(ConfigError, match=r"train\.distill is 0\.5, must be left at 0\.0 without a target"):
         base_run(tmp_path, train__distill=0.5)

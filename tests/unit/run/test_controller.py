@@ -14,7 +14,7 @@ from whole_runs import Silent, events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
-from laasp_ray.config import ModelConfig, RunConfig, SparsityConfig
+from laasp_ray.config import GroupSparsityConfig, ModelConfig, RunConfig
 from laasp_ray.errors import ConfigError, DataError, StoreError, TrainingError
 from laasp_ray.methods import laasp
 from laasp_ray.models import build
@@ -248,10 +248,8 @@ def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
             prune(again, distributed=False, progress=Silent(), method=other)
     prune(again, distributed=False, progress=Silent(), method=ByL2())
     assert decisions(again) == decisions(config)
-    sparse = dataclasses.replace(
-        config, prune=dataclasses.replace(config.prune, flops_reduction=0.0), sparsity=SparsityConfig()
-    )
-    with pytest.raises(ConfigError, match="a method is given to a run with sparsity"):
+    sparse = dataclasses.replace(config, name="sparse", prune=GroupSparsityConfig())
+    with pytest.raises(ConfigError, match="ByL2 takes a section prune of class LaaspConfig, this run's is a GroupSp"):
         prune(sparse, distributed=False, progress=Silent(), method=ByL2())
 
 

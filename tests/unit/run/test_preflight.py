@@ -244,8 +244,8 @@ def test_several_prunes_a_iteration_and_racing_do_not_go_well_together(tmp_path,
 
 def test_what_pls_can_reach_is_what_layers_of_their_own_can_give(tmp_path):
     pls = {"prune__method": "pls"}
-    # Of the 4 filters all but one may go, and with them 3/4, whatever prune.max_pruned says.
-    prepare(small_run(tmp_path, prune__flops_reduction=0.75, prune__max_pruned=0.3, **pls), network())
+    # Of the 4 filters all but one may go, and with them 3/4.
+    prepare(small_run(tmp_path, prune__flops_reduction=0.75, **pls), network())
     with pytest.raises(ConfigError, match=r"0\.8, but with prune\.method pls and 1 prunable layers at most 0\.7500 "):
         prepare(small_run(tmp_path, prune__flops_reduction=0.8, **pls), network())
     prepare(small_run(tmp_path, prune__flops_reduction=0.8, prune__iterations=2, **pls), network())

@@ -31,7 +31,13 @@ EVENTS = [
     "training_phase",
     "finish",
 ]
-SPARSITY = {"group": 8, "prune": 6, "stages": [4, 6], "fc_prune": [4]}
+SPARSITY = {
+    "prune__method": "group_sparsity",
+    "prune__group": 8,
+    "prune__pruned_per_group": 6,
+    "prune__stages": [4, 6],
+    "prune__fc_pruned_per_group": [4],
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,9 @@ def config_of(storage, pictures, **changes):
         "train__prune_epoch": 1,
         "train__epochs": 2,
         "train__weight_decay": 0.01,
-        "prune__flops_reduction": 0.0,
-        "sparsity": SPARSITY,
     }
+    if "prune__method" not in changes:
+        tiny |= SPARSITY
     return on_pictures(storage, pictures, **(tiny | changes))
 
 
@@ -131,15 +137,21 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
 def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
     changes = {"train__prune_epoch": 0, "train__epochs": 1, "prune__fine_tune_epochs": 0}
     first = config_of(
-        tmp_path, pictures, **changes, name="filters", sparsity=None, prune__flops_reduction=0.03, search__images=6
+        tmp_path,
+        pictures,
+        **changes,
+        name="filters",
+        prune__method="laasp",
+        prune__flops_reduction=0.03,
+        search__images=6,
     )
     run(first)
-    sparsity = {"group": 8, "prune": 6, "from_run": str(folder_of(first))}
     config = config_of(
         tmp_path,
         pictures,
         **{**changes, "train__prune_epoch": 1, "train__epochs": 2, "train__distill": 0.5, "train__ema": 0.9},
-        sparsity=sparsity,
+        prune__method="group_sparsity",
+        prune__from_run=str(folder_of(first)),
     )
     teachers, set_teacher = [], InProcessTrainer.set_teacher
     monkeypatch.setattr(
@@ -183,13 +195,17 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune__flops_reduction": 0.1}, r"prune\.flops_reduction is 0\.1, must be 0 with sparsity"),
+        (
+            {"prune__flops_reduction": 0.1},
+            r"prune\.flops_reduction is 0\.1, but it is of method laasp or",
+        ),
         ({"prune__fine_tune_epochs": 0}, r"prune\.fine_tune_epochs is 0, must be at least 1 with several"),
         (
-            {"train__pretrained": "w.pt", "sparsity": {"from_run": "runs/x"}},
+            {"train__pretrained": "w.pt", "prune__from_run": "runs/x"},
             r"train\.pretrained is 'w\.pt', must be left",
         ),
-        ({"sparsity": {"grup": 8}}, r"unknown config key sparsity\.grup; did you mean sparsity\.group"),
+        ({"prune__grup": 8}, r"unknown config key prune\.grup; did you mean prune\.group"),
+        ({"search__reestimate_batchnorm": True}, r"search\.reestimate_batchnorm is True, must be left at False with "),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, pictures, changes, message):
@@ -199,9 +215,8 @@ def test_settings_that_do_not_go_together(tmp_path, pictures, changes, message):
 
 def test_a_run_of_another_network_is_refused(undisturbed, tmp_path, pictures):
     theirs, _ = undisturbed
-    sparsity = {"from_run": str(folder_of(theirs))}
     other = ModelConfig(builder="cifar.resnet32", arguments={"num_classes": 3}, input_shape=(3, 8, 8))
-    config = config_of(tmp_path, pictures, model__builder=other.builder, sparsity=sparsity)
+    config = config_of(tmp_path, pictures, model__builder=other.builder, prune__from_run=str(folder_of(theirs)))
     with pytest.raises(ConfigError, match=r"from_run .* has the network .*resnet20.*, this run .*resnet32"):
         run(config)
     assert not (tmp_path / "sparse").exists() or not (tmp_path / "sparse" / "journal").exists()
@@ -238,8 +253,8 @@ def test_the_job_prints_the_report(tmp_path, pictures, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prune", "8"], "sparsity.prune is 8, must be from 1 to below sparsity.group (8)"),
-        (["--stages", "2,4"], "sparsity.stages is (2, 4), must be rising"),
+        (["--prune", "8"], "prune.pruned_per_group is 8, must be from 1 to below prune.group (8)"),
+        (["--stages", "2,4"], "prune.stages is (2, 4), must be rising"),
         (["--stages", "2,6", "--epochs-per-stage", "0"], "prune.fine_tune_epochs is 0, must be at least 1"),
         (["--fc-prune", "4,4"], "the network has 1 linear layers with groups of 8 (fc)"),
         (["--from-run", "nowhere"], "nowhere"),

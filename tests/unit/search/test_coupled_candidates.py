@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph, reachable
 from laasp_ray.records import CandidateLoss, Ranking
@@ -40,7 +40,7 @@ def network(**smallest):
 
 def proposals(model, criteria=("l1",), step=1e-6):
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=criteria, step=step, step_rule="layer_share")
+    config = LaaspConfig(flops_reduction=0.5, criteria=criteria, step=step, step_rule="layer_share")
     return propose(model, graph, macs, measure_baseline(graph, macs, config), config)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search import rank
 from laasp_ray.search.activations import ImportanceRequest, check_request, importance
@@ -38,7 +38,7 @@ def network(inplace=False):
 
 
 def request(name, layers=("0", "2"), **options):
-    return ImportanceRequest.of(layers, f"own_criteria:{name}", PruneConfig(flops_reduction=0.5, **options))
+    return ImportanceRequest.of(layers, f"own_criteria:{name}", LaaspConfig(flops_reduction=0.5, **options))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
@@ -127,7 +127,7 @@ def test_noise_that_tells_the_criterion_nothing_is_not_held_against_it():
     model = network()
     with torch.no_grad():
         model[0].weight.zero_()
-    wanted = ImportanceRequest.of(("0", "2"), "pls", PruneConfig(flops_reduction=0.5))
+    wanted = ImportanceRequest.of(("0", "2"), "pls", LaaspConfig(flops_reduction=0.5))
     with pytest.raises(SearchError, match="tells their classes apart"):
         importance(model, CalibrationSet(IMAGES, LABELS, 2), wanted)
     check_request(model, EXAMPLE, wanted)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laasp_ray.config import DEFAULT_CRITERIA, ModelConfig, PruneConfig
+from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import SearchError
 from laasp_ray.models import build
@@ -58,7 +58,7 @@ def small():
 
 def all_tasks(model, criteria=DEFAULT_CRITERIA, step=0.05):
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=criteria, step=step)
+    config = LaaspConfig(flops_reduction=0.5, criteria=criteria, step=step)
     return tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
 
 

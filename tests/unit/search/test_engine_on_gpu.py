@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import randomise_batchnorm
 
-from laasp_ray.config import ModelConfig, PruneConfig
+from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
@@ -26,7 +26,7 @@ def test_losses_are_those_of_pruned_copies_within_the_memory_allowed(builder, mo
     model = randomise_batchnorm(build(ModelConfig(builder=builder, arguments={"num_classes": 10}))).eval()
     example, device = torch.randn(1, 3, 32, 32), torch.device("cuda")
     graph, macs = PruningGraph(model, example), count_macs(model, example)
-    config = PruneConfig(flops_reduction=0.5)
+    config = LaaspConfig(flops_reduction=0.5)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     calibration = CalibrationSet(images, (torch.arange(64) % 10).to(device), 64)

@@ -9,7 +9,7 @@ from helpers import randomise_batchnorm
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.config import PruneConfig, SearchConfig
+from laasp_ray.config import LaaspConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph
@@ -97,7 +97,7 @@ def test_only_a_network_that_does_not_run_channels_last_is_run_otherwise():
 def test_the_serial_executor_takes_such_networks_and_scores_them():
     model, calibration = randomise_batchnorm(Viewing()), CalibrationSet(IMAGES, LABELS, 4)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.1)
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1",), step=0.1)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     search = SearchConfig(batch_size=4, reestimate_batchnorm=True, racing="off")
     executor = InProcessExecutor(model, calibration, torch.device("cpu"), search, 0)

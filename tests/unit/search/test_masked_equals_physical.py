@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.config import DEFAULT_CRITERIA, ModelConfig, PruneConfig
+from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
@@ -46,7 +46,7 @@ def prepared(builder, criteria):
     model = build(ModelConfig(builder=builder, arguments={"num_classes": 10})).eval()
     scramble(model, IMAGES)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=criteria)
+    config = LaaspConfig(flops_reduction=0.5, criteria=criteria)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     return ready(model, torch.device("cpu")), CalibrationSet(IMAGES, torch.arange(len(IMAGES)) % 10, 4), tasks
 

@@ -7,7 +7,7 @@ from program_networks import IMAGES, Body, made
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
@@ -86,7 +86,7 @@ def test_losses_are_those_of_cut_networks_behind_a_blank_first_image(kind):
         model.norm.bias.fill_(0.5)  # nothing that is blank is negative
         model.stem.bias.zero_()
     graph, macs = PruningGraph(model, images), count_macs(model, images[:1])
-    config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     calibration = CalibrationSet(images, LABELS, 2)
     engine = Engine(model, calibration)

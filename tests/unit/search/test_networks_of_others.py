@@ -9,7 +9,7 @@ import torch
 from test_random_networks import losses_of_copy
 from torch import nn
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.verify import scramble
@@ -95,7 +95,7 @@ def check(library, name, side, prunable, convolutions, spread):
     assert sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()) == convolutions
     assert (len(graph.layers), len(graph.skipped)) == (prunable, convolutions - prunable)
     assert all(graph.skipped.values())
-    macs, config = count_macs(model, images), PruneConfig(flops_reduction=0.5, criteria=("l1",))
+    macs, config = count_macs(model, images), LaaspConfig(flops_reduction=0.5, criteria=("l1",))
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))[:-1]
     if spread is not None:
         tasks = [tasks[position] for position in np.unique(np.linspace(0, len(tasks) - 1, spread).round().astype(int))]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria.pls import Pls
 from laasp_ray.errors import MemoryShortError, SearchError, is_out_of_memory
@@ -62,7 +62,7 @@ def network(masked=True):
 def prepared(masked, batch_size=9):
     model, calibration = network(masked), CalibrationSet(IMAGES, LABELS, batch_size)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     return Engine(model, calibration), tasks
 

@@ -11,7 +11,7 @@ from helpers import randomise_batchnorm
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.config import ModelConfig, PruneConfig
+from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.distributed import executor as on_ray
 from laasp_ray.distributed import tasks as ray_tasks
@@ -58,7 +58,7 @@ def resnet(builder):
     model = build(ModelConfig(builder=builder, arguments={"num_classes": 10}))
     model = ready(randomise_batchnorm(model), torch.device("cpu"))
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1",), step=0.05)
     return model, tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
 
 

@@ -9,7 +9,7 @@ import torch
 from random_networks import IMAGES, RandomNetwork
 from torch.nn import functional
 
-from laasp_ray.config import PruneConfig
+from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
@@ -40,7 +40,7 @@ def checked(seed):
     if not graph.layers:
         return 0, 0
     macs = count_macs(model, IMAGES)
-    config = PruneConfig(flops_reduction=0.5, criteria=("l1", "cosine"), step=0.05)
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1", "cosine"), step=0.05)
     tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
     engine = Engine(ready(model, torch.device("cpu")), CalibrationSet(IMAGES, LABELS, 4))
     found = engine.losses(tasks, np.arange(len(IMAGES)))

@@ -1,0 +1,46 @@
+"""The section `prune` of method laasp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.pls import FitConfig
+from laasp_ray.config.prune import FilterPruneConfig
+
+StepRule = Literal["flops_share", "layer_share"]
+DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaaspConfig(FitConfig, FilterPruneConfig):
+    """LAASP: an iteration carries out the cheapest prune of one layer.
+
+    Of `prunes_per_iteration` the best candidate is carried out, and the next best whose prune changes nothing that
+    another's does. Those that a race dropped do not count, and it drops most: `search.racing` off lets them all. A
+    race's bound (`search.racing_error`) holds for the best one only.
+
+    `components` and `pooling` are for the criterion pls, if it is in the pool.
+    """
+
+    method: Annotated[str, Doc("laasp, or your own that takes these keys, package.module:Class")] = "laasp"
+    step: Annotated[float, Doc("what one prune is worth, 0 to 1, a share of what step_rule says")] = 0.01
+    step_rule: Annotated[
+        StepRule, Doc("flops_share: step is of the unpruned network's FLOPs; layer_share: of a layer's current filters")
+    ] = "flops_share"
+    max_pruned: Annotated[float, Doc("largest share of a layer's original filters that may go, 0 to 1")] = 0.75
+    criteria: Annotated[tuple[str, ...], Doc("pool of criteria, each once: names or package.module:function")] = (
+        DEFAULT_CRITERIA
+    )
+    prunes_per_iteration: Annotated[
+        int, Doc("most candidates of an iteration that are carried out together, at least 1")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.step < 1, "prune.step", self.step, "a share between 0 and 1")
+        check(0 < self.max_pruned < 1, "prune.max_pruned", self.max_pruned, "a share between 0 and 1")
+        check(len(self.criteria) > 0, "prune.criteria", self.criteria, "at least one criterion")
+        check(len(set(self.criteria)) == len(self.criteria), "prune.criteria", self.criteria, "each criterion once")
+        check(self.prunes_per_iteration >= 1, "prune.prunes_per_iteration", self.prunes_per_iteration, "at least 1")
