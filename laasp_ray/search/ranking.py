@@ -12,6 +12,7 @@ from torch import nn
 from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
+from laasp_ray.errors import PruningError
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
@@ -66,8 +67,8 @@ def rank(
     Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
-    Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks and
-    SearchError for candidates that do not work.
+    Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not
+    work, with why not for each layer where none can be pruned, and SearchError for candidates that do not.
     """
     search = checked_search(batch_size, memory_mb, racing=racing, racing_error=racing_error)
     config = LaaspConfig(
@@ -105,6 +106,9 @@ def _rank(
         return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)
 
     graph, macs = graph_of(model), count_macs(model, example)
+    if not graph.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in graph.skipped.items())
+        raise PruningError(f"no layer of the network can be pruned ({reasons or 'it has no convolution'})")
     if reference is None:
         baseline = measure_baseline(graph, macs, config)
     else:

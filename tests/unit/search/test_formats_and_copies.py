@@ -52,6 +52,18 @@ class Keeping(Viewing):
         return self.head(x.flatten(1))
 
 
+class ReadsMap(Viewing):
+    """Its linear layer reads a map with channels last, place by place."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.second(self.norm(self.first(x)).relu()).relu()
+        return self.head(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+
 class Volumes(nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,7 +85,7 @@ def by_cutting(model, images, ranking):
 
 
 @pytest.mark.parametrize("memory_mb", [0, 1])
-@pytest.mark.parametrize("kind", [Viewing, Keeping, Volumes])
+@pytest.mark.parametrize("kind", [Viewing, Keeping, ReadsMap, Volumes])
 def test_losses_are_those_of_cut_networks(kind, memory_mb):
     model = randomise_batchnorm(kind())
     images = IMAGES if kind is not Volumes else torch.randn(6, 3, 4, 4, 4)

@@ -91,6 +91,22 @@ def test_outputs_that_are_not_one_tensor_of_classes(wrap, message):
         rank(Net(wrap), IMAGES, LABELS)
 
 
+class Rolled(Net):
+    """The channels of both convolutions pass through a roll, which moves them by fixed places."""
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).roll(1, 1)).roll(1, 1).mean((2, 3)))
+
+
+def test_where_no_layer_can_be_pruned_each_is_named_with_its_reason():
+    with pytest.raises(PruningError, match=r"no layer of the network can be pruned \(first: .*roll.*; second: .*roll"):
+        rank(Rolled(), IMAGES, LABELS)
+    with pytest.raises(PruningError, match=r"\(first: is ignored; second: is ignored\)"):
+        rank(Net(), IMAGES, LABELS, ignored=["first", "second"])
+    with pytest.raises(PruningError, match=r"\(it has no convolution\)"):
+        rank(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), IMAGES, LABELS)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_any_whole_numbers_are_labels(dtype):
     wanted = [(entry.layer, entry.loss) for entry in rank(Net(), IMAGES, LABELS, step=0.3)]
