@@ -15,7 +15,7 @@ from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove, step_sizes
-from laasp_ray.pruning.masking import Mask, mask_of
+from laasp_ray.pruning.masking import CannotMask, Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.records import Candidate, CandidateLoss
 from laasp_ray.search.evaluate import LossTask, MeasuredLoss
@@ -50,7 +50,7 @@ class Proposal:
 
     candidate: Candidate
     step: Plan
-    mask: Mask | str
+    mask: Mask | CannotMask
 
 
 def measure_baseline(graph: PruningGraph, macs: Macs, config: PruneConfig) -> Baseline:

@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from laasp_ray.errors import SearchError, UnmaskedError
 from laasp_ray.models.untouched import in_eval_mode
-from laasp_ray.pruning.masking import Mask
+from laasp_ray.pruning.masking import CannotMask, Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
+NO_MASK = CannotMask("no mask is known")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class LossTask:
 
     name: str
     step: Plan
-    mask: Mask | str = "no mask is known"
+    mask: Mask | CannotMask = NO_MASK
 
     @property
     def unpruned(self) -> bool:
