@@ -23,8 +23,9 @@ from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
 from laasp_ray.pruning.joint import independent_layers, joint_removal
 from laasp_ray.pruning.network import NetworkState
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.schedule import OnResult, OnShare
 

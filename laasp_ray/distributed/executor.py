@@ -23,10 +23,11 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import MemoryShortError, UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import BranchPoints, Cost, Losses
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.memory import REMEDY, retried
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure

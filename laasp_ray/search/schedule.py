@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.engine import Cost, Losses
-from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.racing import Race
 
 OnResult = Callable[[int, MeasuredLoss], None]
