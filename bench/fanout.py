@@ -150,8 +150,8 @@ def timed(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-class InstantHands:
-    """Hands that know every answer: what is left is the scheduling."""
+class InstantBackend:
+    """A WorkBackend that knows every answer: what is left is the scheduling."""
 
     def __init__(self, losses: np.ndarray, slots: int) -> None:
         self._losses, self.slots, self._queue, self.units = losses, slots, [], 0
@@ -173,7 +173,7 @@ def scheduling_seconds() -> float:
     base = draw.exponential(0.3, 5000)
     losses = base + base * draw.normal(np.linspace(0, 0.5, 501)[::-1, None] ** 2, 0.3, (501, 5000))
     settings = Settings(images=5000, batch_size=250, racing=True)
-    return timed(lambda: measure(InstantHands(losses, 64), 501, settings, lambda *_: None), 3)
+    return timed(lambda: measure(InstantBackend(losses, 64), 501, settings, lambda *_: None), 3)
 
 
 def model_of_a_iteration(options: argparse.Namespace, unit_s: float) -> None:

@@ -34,22 +34,29 @@ class Candidate:
         return f"{self.layer} by {self.criterion} ({len(self.filters)} filters)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CandidateLoss:
-    """A candidate and the mean cross-entropy of the network without its filters; NaN or inf is never chosen.
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """A network's mean cross-entropy over `images` of the calibration set's images; NaN or inf is never chosen.
 
-    `images` is how many it was measured on; if a race dropped it in round `dropped_at` (from 1), or was decided before
-    all images were needed, `loss` is an estimate from these. `error`: why there is no loss. `copied`: why a pruned
-    copy had to be measured instead of a mask.
+    If a race dropped it in round `dropped_at` (from 1), or was decided before all images were needed, `loss` is a
+    stratified estimate from these. `error`: why there is no loss (NaN). `copied`: why a pruned copy was measured
+    instead of a mask.
     """
 
-    candidate: Candidate
     loss: float
     images: int
     seconds: float = 0.0
     dropped_at: int | None = None
     error: str = ""
     copied: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateLoss:
+    """A candidate, and what was measured of the network without its filters."""
+
+    candidate: Candidate
+    measured: MeasuredLoss
 
     @property
     def layer(self) -> str:
@@ -67,6 +74,30 @@ class CandidateLoss:
     def flops_reduction(self) -> float:
         """Share of the unpruned network's multiply-accumulates that is gone after this prune."""
         return self.candidate.flops_reduction
+
+    @property
+    def loss(self) -> float:
+        return self.measured.loss
+
+    @property
+    def images(self) -> int:
+        return self.measured.images
+
+    @property
+    def seconds(self) -> float:
+        return self.measured.seconds
+
+    @property
+    def dropped_at(self) -> int | None:
+        return self.measured.dropped_at
+
+    @property
+    def error(self) -> str:
+        return self.measured.error
+
+    @property
+    def copied(self) -> str:
+        return self.measured.copied
 
 
 class Ranking(Sequence[CandidateLoss]):

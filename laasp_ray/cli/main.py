@@ -39,9 +39,9 @@ def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
         if options.data is not None:
             return resnet50_imagenet()
         print(
-            "No --data given: pruning ResNet-50 on the handwritten digits that scikit-learn carries (1,797 real\n"
-            "images), at a size for two CPU cores, through the same path as ImageNet. With --data /path/to/imagenet\n"
-            "it is the full recipe, on the GPUs that the cluster has.",
+            "No --data given: pruning ResNet-50 on the embedded handwritten digits (1,797 real images), at a size for\n"
+            "two CPU cores, through the same path as ImageNet. With --data /path/to/imagenet it is the full recipe,\n"
+            "on the GPUs that the cluster has.",
             file=sys.stderr,
         )
         return resnet50_digits()

@@ -23,10 +23,11 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import MemoryShortError, UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import BranchPoints, Cost, Losses
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.memory import REMEDY, retried
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
@@ -89,7 +90,7 @@ class RayExecutor:
         def inputs_with(some: Sequence[LossTask]) -> list[Any]:
             return [self._network, ray.put((network.plan, arrays, some, branch_points.untraced)), self._calibration]
 
-        backend = _Hands(self._task, inputs_with(light), lambda: inputs_with(tasks), costs, self._share)
+        backend = TaskBackend(self._task, inputs_with(light), lambda: inputs_with(tasks), costs, self._share)
         try:
             return measure(
                 backend, len(tasks), settings_of(self._search, self._images, self._seed), on_result, on_share
@@ -107,7 +108,7 @@ class RayExecutor:
         return None
 
 
-class _Hands:
+class TaskBackend:
     """Units as Ray tasks (search/schedule.py says what a backend is)."""
 
     def __init__(

@@ -23,9 +23,9 @@ from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan, macs_after
-from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
+from laasp_ray.records import CandidateLoss, Decision, LayerPrune, MeasuredLoss, Ranking
 from laasp_ray.search.candidates import NETWORK_BEFORE, Baseline
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
 
 Section = TypeVar("Section", bound=PruneConfig)

@@ -28,11 +28,10 @@ from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import parameters_after
-from laasp_ray.records import Ranking
+from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search.activations import ImportanceRequest, check_request
-from laasp_ray.search.candidates import entry_of, propose, tasks_of
+from laasp_ray.search.candidates import propose, ranking_of, tasks_of
 from laasp_ray.search.engine import BranchPoints
-from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,8 @@ class Laasp(PruningMethod[LaaspConfig]):
             nonlocal done
             if position < len(proposals):
                 done += 1
-                context.on_candidate(max(done, reported), len(proposals), entry_of(proposals[position], result))
+                entry = CandidateLoss(candidate=proposals[position].candidate, measured=result)
+                context.on_candidate(max(done, reported), len(proposals), entry)
                 if result.error:
                     logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
 
@@ -99,7 +99,7 @@ class Laasp(PruningMethod[LaaspConfig]):
                 context.on_candidate(so_far, len(proposals), None)
 
         results = context.executor.measure(network, tasks_of(proposals), on_result, on_share)
-        ranking = Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
+        ranking = ranking_of(proposals, results)
         _say_copied(ranking)
         decision, step = with_next_best(
             context, decide(ranking, iteration=context.iteration, loss_before=results[-1].loss), ranking

@@ -19,6 +19,13 @@ Role = Literal["filters", "inputs", "channels"]
 
 
 @dataclass(frozen=True)
+class CannotPrune:
+    """In the place of a layer's channels: why none of them can be removed."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class TensorAxis:
     """One axis of a tensor along which channels lie; `per_block` if each block has its own (grouped convolutions)."""
 
@@ -93,10 +100,10 @@ def _parts(side: ChannelAxis, kept: tuple[int, ...]) -> Kept:
     return parts
 
 
-def describe(name: str, module: nn.Module, *, inputs: bool) -> ChannelAxis | str | None:
+def describe(name: str, module: nn.Module, *, inputs: bool) -> ChannelAxis | CannotPrune | None:
     """A module's input side, if `inputs`, or else its output side.
 
-    A string says why the channels of such a module cannot be removed; None that it is of no type with channels of its
+    None says that it is of no type with channels of its
     own, though its parameters may have some.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -124,7 +131,7 @@ def parameter_side(name: str, axis: int, size: int) -> ChannelAxis:
     return ChannelAxis(name.rpartition(".")[0], "channels", size, 1, (TensorAxis(name, axis),), ())
 
 
-def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> ChannelAxis | str:
+def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> ChannelAxis | CannotPrune:
     if is_depthwise(conv):
         return _checked(
             conv,
@@ -155,7 +162,7 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
-def _normalisation(name: str, module: nn.Module) -> ChannelAxis | str | None:
+def _normalisation(name: str, module: nn.Module) -> ChannelAxis | CannotPrune | None:
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return _simple(name, module, "num_features", module.num_features)
     if isinstance(module, nn.GroupNorm):
@@ -171,7 +178,7 @@ def _normalisation(name: str, module: nn.Module) -> ChannelAxis | str | None:
 
 def _simple(
     name: str, module: nn.Module, attribute: str, size: int, *, blocks: int = 1, normalises: bool = False
-) -> ChannelAxis | str:
+) -> ChannelAxis | CannotPrune:
     leaves = ("weight", "bias", "running_mean", "running_var")
     axes = tuple(TensorAxis(f"{name}.{leaf}", 0) for leaf in leaves if getattr(module, leaf, None) is not None)
     return _checked(module, ChannelAxis(name, "channels", size, blocks, axes, (attribute,), normalises))
@@ -182,10 +189,10 @@ def _axes(name: str, module: nn.Module, axis: int, *, bias: bool, per_block: boo
     return (weight, TensorAxis(f"{name}.bias", 0)) if bias and module.bias is not None else (weight,)
 
 
-def _checked(module: nn.Module, side: ChannelAxis) -> ChannelAxis | str:
+def _checked(module: nn.Module, side: ChannelAxis) -> ChannelAxis | CannotPrune:
     """The side, or why not: tensors that a parametrisation computes anew cannot be cut."""
     for axis in side.axes:
         leaf = axis.tensor.rpartition(".")[2]
         if leaf not in module._parameters and leaf not in module._buffers:
-            return f"{axis.tensor} is computed by a parametrisation; remove that first"
+            return CannotPrune(f"{axis.tensor} is computed by a parametrisation; remove that first")
     return side

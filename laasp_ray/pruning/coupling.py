@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import PruningError, is_out_of_memory
-from laasp_ray.pruning.channels import ChannelAxis, describe, parameter_side
+from laasp_ray.pruning.channels import CannotPrune, ChannelAxis, describe, parameter_side
 from laasp_ray.pruning.flow import Flow, Follower, Meeting, tensors_of
 from laasp_ray.pruning.labels import along
 
@@ -50,10 +50,10 @@ class Couplings:
         self._flow = flow = Flow()
         self._sides: list[tuple[ChannelAxis, np.ndarray]] = []
         self._grouped: dict[tuple[str, str], np.ndarray] = {}
-        self._own: dict[str, tuple[ChannelAxis, np.ndarray] | str] = {}
+        self._own: dict[str, tuple[ChannelAxis, np.ndarray] | CannotPrune] = {}
         self._names = {name: names[0] for names in _names_of_tensors(probe).values() for name in names}
         self._describe(probe)
-        refused = {name: reason for name, reason in self._own.items() if isinstance(reason, str)}
+        refused = {name: own.reason for name, own in self._own.items() if isinstance(own, CannotPrune)}
         self.outputs = _run(probe, example, flow, self._grouped, refused)
         self.cut = bool(flow.blocks)
         constants = "its filters meet constants, of which the network's code fixes how many"
@@ -73,36 +73,38 @@ class Couplings:
             for found in np.unique(self.classes[numbers[numbers > 0]]).tolist():
                 self._stuck.setdefault(found, reason)
 
-    def of(self, layer: str) -> Coupling | str:
+    def of(self, layer: str) -> Coupling | CannotPrune:
         """What the layer's filters reach, or why they cannot be removed."""
         own = self._own[layer]
-        if isinstance(own, str):
+        if isinstance(own, CannotPrune):
             return own
         side, line = own
         if side.size == 1:
-            return "one filter left"
+            return CannotPrune("one filter left")
         if self._names[f"{layer}.weight"] not in self._flow.used:
-            return "is not part of the forward pass"
+            return CannotPrune("is not part of the forward pass")
         classes = self.classes[line]
         for found in classes.tolist():
             if found in self._stuck:
-                return self._stuck[found]
+                return CannotPrune(self._stuck[found])
         if len(np.unique(classes)) < len(classes):
-            return "its filters are coupled to one another: some can only go together"
+            return CannotPrune("its filters are coupled to one another: some can only go together")
         blocks = self._blocks_of(classes)
-        if isinstance(blocks, str):
+        if isinstance(blocks, CannotPrune):
             return blocks
         if side.size % blocks:
-            return f"its {side.size} filters do not divide into the {blocks} blocks that the layers around it need"
+            return CannotPrune(
+                f"its {side.size} filters do not divide into the {blocks} blocks that the layers around it need"
+            )
         if side.size == blocks:
-            return f"one filter left in each of its {blocks} blocks"
+            return CannotPrune(f"one filter left in each of its {blocks} blocks")
         sides: dict[ChannelAxis, dict[int, tuple[int, ...]]] = {}
         for index, found in enumerate(classes.tolist()):
             for where, places in self._entries.of(found).items():
                 sides.setdefault(self._sides[where][0], {})[index] = tuple(places)
         return Coupling(sides, blocks, classes)
 
-    def _blocks_of(self, classes: np.ndarray) -> int | str:
+    def _blocks_of(self, classes: np.ndarray) -> int | CannotPrune:
         """The blocks into which a layer's filters fall; or why none do what is asked of them."""
         blocks = 1
         counts: dict[int, dict[int, np.ndarray]] = {}
@@ -122,9 +124,9 @@ class Couplings:
             if whole:
                 inside[np.arange(len(classes)), np.arange(len(classes)) // width] = len(line) // len(classes)
             if not whole:
-                return f"its filters are only a part of {what}, which has {count} groups"
+                return CannotPrune(f"its filters are only a part of {what}, which has {count} groups")
             if not (table == inside).all():
-                return f"its filters are spread over {what}, whose {count} groups must lose as many each"
+                return CannotPrune(f"its filters are spread over {what}, whose {count} groups must lose as many each")
             blocks = math.lcm(blocks, count)
         return blocks
 
@@ -152,9 +154,9 @@ class Couplings:
                 if name in self._frozen and side.role != "inputs":
                     self._flow.stuck.append((line, f"is coupled to {name}, which is ignored"))
                 covered |= {(axis.tensor, axis.axis) for axis in side.axes}
-            if isinstance(found[0], str):
+            if isinstance(found[0], CannotPrune):
                 self._own[name] = found[0]
-                self._stick_below(name, found[0])
+                self._stick_below(name, found[0].reason)
         for (name, axis), line in list(self._flow.lines.items()):
             if (name, axis) not in covered:
                 self._add_parameter(name, axis, line)

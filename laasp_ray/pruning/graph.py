@@ -17,7 +17,7 @@ from torch import nn
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import MemoryShortError, PruningError, is_out_of_memory
-from laasp_ray.pruning.channels import ChannelAxis, plan_of, unite
+from laasp_ray.pruning.channels import CannotPrune, ChannelAxis, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
 from laasp_ray.pruning.flow import tensors_of
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
@@ -106,9 +106,9 @@ class PruningGraph:
         self._couplings: dict[str, Coupling] = {}
         reasons: dict[str, str] = {}
         for name in names:
-            found = "is ignored" if name in frozen else flow.of(name)
-            if isinstance(found, str):
-                reasons[name] = found
+            found = CannotPrune("is ignored") if name in frozen else flow.of(name)
+            if isinstance(found, CannotPrune):
+                reasons[name] = found.reason
             else:
                 self._couplings[name] = found
         scramble(probe, example)

@@ -7,6 +7,7 @@ Never the layer that makes the channels is silenced: what lies between would ite
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,17 +17,25 @@ from laasp_ray.pruning.channels import Removal
 Mask = Mapping[str, tuple[int, ...]]
 """Convolution or linear layer -> its input channels that are not to be read, rising."""
 
+
+@dataclass(frozen=True)
+class CannotMask:
+    """In a mask's place: why a prune has none, so that a pruned copy is measured."""
+
+    reason: str
+
+
 FEW = 0.25
 """Up to this share of a layer's inputs, taking away what they added is quicker than running the layer again."""
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def mask_of(removal: Removal) -> Mask | str:
+def mask_of(removal: Removal) -> Mask | CannotMask:
     """The mask that does what cutting `removal` does, or why there is none."""
     for side, channels in removal.items():
         if channels and side.normalises:
-            return f"{side.module} normalises over its channels"
+            return CannotMask(f"{side.module} normalises over its channels")
     return {
         side.module: tuple(sorted(channels)) for side, channels in removal.items() if channels and side.role == "inputs"
     }

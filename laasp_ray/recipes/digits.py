@@ -6,7 +6,7 @@ from laasp_ray.config import DataConfig, LaaspConfig, ModelConfig, RunConfig, Se
 
 
 def resnet50_digits() -> RunConfig:
-    """The same network and path at a size for two CPU cores, on the handwritten digits that scikit-learn carries.
+    """The same network and path at a size for two CPU cores, on the embedded handwritten digits.
 
     Our own schedule; digits are not mirrored, since a mirrored 2 is not a 2.
     """

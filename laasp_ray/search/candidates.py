@@ -15,10 +15,10 @@ from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove, step_sizes
-from laasp_ray.pruning.masking import Mask, mask_of
+from laasp_ray.pruning.masking import CannotMask, Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
-from laasp_ray.records import Candidate, CandidateLoss
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking
+from laasp_ray.search.evaluate import LossTask
 
 Scores = Mapping[str, Mapping[str, torch.Tensor]]
 """Criterion -> layer -> a score for each of its filters (N,)."""
@@ -50,7 +50,7 @@ class Proposal:
 
     candidate: Candidate
     step: Plan
-    mask: Mask | str
+    mask: Mask | CannotMask
 
 
 def measure_baseline(graph: PruningGraph, macs: Macs, config: FilterPruneConfig) -> Baseline:
@@ -134,16 +134,14 @@ def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:
     return [*tasks, NETWORK_BEFORE]
 
 
-def entry_of(proposal: Proposal, result: MeasuredLoss) -> CandidateLoss:
-    """What was measured for a proposal, as a plain value."""
-    return CandidateLoss(
-        candidate=proposal.candidate,
-        loss=result.loss,
-        images=result.images,
-        seconds=result.seconds,
-        dropped_at=result.dropped_at,
-        error=result.error,
-        copied=result.copied,
+def ranking_of(proposals: Sequence[Proposal], losses: Sequence[MeasuredLoss]) -> Ranking:
+    """The proposals ranked by what was measured for them, in the order of `tasks_of`; the network's own loss is left
+    out."""
+    return Ranking(
+        [
+            CandidateLoss(candidate=proposal.candidate, measured=measured)
+            for proposal, measured in zip(proposals, losses[:-1], strict=True)
+        ]
     )
 
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError
-from laasp_ray.pruning.masking import Mask
+from laasp_ray.pruning.masking import CannotMask, Mask
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, describe_error, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision
-from laasp_ray.search.program import BranchPoint, Program
+from laasp_ray.search.program import BranchPoint, CannotTrace, Program
 from laasp_ray.search.tracing import trace, verdict
 
 FREE_MEMORY_SHARE = 0.5
@@ -57,16 +57,20 @@ class BranchPoints:
 
     def __init__(self, model: nn.Module, example: torch.Tensor, untraced: str | None = None) -> None:
         self.untraced = verdict(model, example) if untraced is None else untraced
-        traced = self.untraced or trace(model, example)
-        self.program = None if isinstance(traced, str) else traced
-        self.untraced = traced if isinstance(traced, str) else ""
-        self._known: dict[frozenset[str], BranchPoint | str] = {}
+        self.program: Program | None = None
+        if not self.untraced:
+            traced = trace(model, example)
+            if isinstance(traced, CannotTrace):
+                self.untraced = traced.reason
+            else:
+                self.program = traced
+        self._known: dict[frozenset[str], BranchPoint | CannotMask] = {}
 
-    def find(self, task: LossTask) -> BranchPoint | str:
+    def find(self, task: LossTask) -> BranchPoint | CannotMask:
         """Where a task branches off, or why it sees a physically pruned copy."""
         if self.program is None:
-            return self.untraced
-        if isinstance(task.mask, str):
+            return CannotMask(self.untraced)
+        if isinstance(task.mask, CannotMask):
             return task.mask
         layers = frozenset(task.mask)
         if layers not in self._known:
@@ -79,8 +83,9 @@ class BranchPoints:
         if task.unpruned:
             return Cost(0, whole)
         branch_point = self.find(task)
-        if isinstance(branch_point, str) or self.program is None:
-            return Cost(0, whole, str(branch_point))
+        if isinstance(branch_point, CannotMask):
+            return Cost(0, whole, branch_point.reason)
+        assert self.program is not None  # where branch points are
         return Cost(self.program.macs_until(branch_point.ready), branch_point.macs)
 
 

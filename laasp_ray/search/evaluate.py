@@ -16,13 +16,15 @@ from torch.nn import functional
 
 from laasp_ray.errors import SearchError, UnmaskedError
 from laasp_ray.models.untouched import in_eval_mode
-from laasp_ray.pruning.masking import Mask
+from laasp_ray.pruning.masking import CannotMask, Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
+NO_MASK = CannotMask("no mask is known")
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,12 @@ class LossTask:
 
     name: str
     step: Plan
-    mask: Mask | str = "no mask is known"
+    mask: Mask | CannotMask = NO_MASK
 
     @property
     def unpruned(self) -> bool:
         """Whether nothing is removed."""
         return self.step.is_empty and not (isinstance(self.mask, Mapping) and self.mask)
-
-
-@dataclass(frozen=True)
-class MeasuredLoss:
-    """The mean loss over `images` of the calibration set's images, or a stratified estimate of it if they are not all.
-
-    `dropped_at`: the round (from 1) at which a race dropped the candidate. `error`: why there is no loss (NaN).
-    `copied`: why a pruned copy was measured instead of a mask.
-    """
-
-    loss: float
-    images: int
-    seconds: float
-    dropped_at: int | None = None
-    error: str = ""
-    copied: str = ""
 
 
 def describe_error(error: Exception) -> str:

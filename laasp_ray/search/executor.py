@@ -12,10 +12,11 @@ from torch import nn
 from laasp_ray.config import SearchConfig
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, MeasuredLoss, ready_with
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 

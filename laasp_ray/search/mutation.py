@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.search.fresh import is_fresh
+from laasp_ray.search.program import CannotTrace
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _OUT_OF_PLACE = {
@@ -53,7 +54,9 @@ class _Write:
         return first
 
 
-def without_mutation(graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor) -> str | None:
+def without_mutation(
+    graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor
+) -> CannotTrace | None:
     """Makes operations leave their inputs alone, with the same results; or says which cannot.
 
     `in_place` are the modules of `network` that worked in place and do not any more.
@@ -61,7 +64,7 @@ def without_mutation(graph: fx.Graph, network: nn.Module, in_place: Sequence[str
     writes: list[_Write] = []
     for node in graph.nodes:
         found = _made_pure(node, in_place)
-        if isinstance(found, str):
+        if isinstance(found, CannotTrace):
             return found
         if found is not None and isinstance(node.args[0] if node.args else node.kwargs.get("input"), fx.Node):
             writes.append(found)
@@ -74,7 +77,7 @@ def without_mutation(graph: fx.Graph, network: nn.Module, in_place: Sequence[str
     return _read_again(doubtful, graph, network, example, order) if doubtful else None
 
 
-def _made_pure(node: fx.Node, in_place: Sequence[str]) -> _Write | str | None:
+def _made_pure(node: fx.Node, in_place: Sequence[str]) -> _Write | CannotTrace | None:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op == "call_module":
         return _Write(node, name) if name in in_place else None
@@ -88,8 +91,8 @@ def _made_pure(node: fx.Node, in_place: Sequence[str]) -> _Write | str | None:
         node.target = name[:-1]
         return _Write(node, name)
     if node.op in ("call_function", "call_method") and (name.endswith("_") or name == "setitem"):
-        return f"{name} changes a tensor in place"
-    return f"{name} writes into a tensor given to it" if "out" in node.kwargs else None
+        return CannotTrace(f"{name} changes a tensor in place")
+    return CannotTrace(f"{name} writes into a tensor given to it") if "out" in node.kwargs else None
 
 
 def _later_readers(write: _Write, order: Mapping[fx.Node, int]) -> list[fx.Node]:
@@ -102,7 +105,7 @@ def _read_again(
     network: nn.Module,
     example: torch.Tensor,
     order: Mapping[fx.Node, int],
-) -> str | None:
+) -> CannotTrace | None:
     """Which value that was changed in place is looked at afterwards through other memory than the result's."""
     values = _values(graph, network, example)
     for write in writes:
@@ -116,7 +119,9 @@ def _read_again(
             if order[node] < place and memory in _memories(value) and (write.maybe or node is not write.target)
         ]
         if any(order[reader] > place for view in views for reader in view.users):
-            return f"its traced operations do not give what it gives: {write.name} changes a value that is read again"
+            return CannotTrace(
+                f"its traced operations do not give what it gives: {write.name} changes a value that is read again"
+            )
     return None
 
 

@@ -14,7 +14,14 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.errors import is_out_of_memory
-from laasp_ray.pruning.masking import Mask, run_deaf, run_deaf_from
+from laasp_ray.pruning.masking import CannotMask, Mask, run_deaf, run_deaf_from
+
+
+@dataclass(frozen=True)
+class CannotTrace:
+    """In a program's place: why a network has none, so that its prunes are measured on pruned copies."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -83,15 +90,17 @@ class Program:
                 self._constants.add(position)
         self.macs = sum(operation.macs for operation in operations)
 
-    def branch_point(self, layers: Collection[str]) -> BranchPoint | str:
+    def branch_point(self, layers: Collection[str]) -> BranchPoint | CannotMask:
         """Where a prune branches off that makes `layers` masked; or why it cannot."""
         changed = frozenset(p for p, operation in enumerate(self._operations) if operation.module in layers)
         missing = set(layers) - {self._operations[position].module for position in changed}
         if missing or not changed:
-            return f"{min(missing)} is not called as a module of its own" if missing else "no layer reads the channels"
+            return CannotMask(
+                f"{min(missing)} is not called as a module of its own" if missing else "no layer reads the channels"
+            )
         for operation in (self._operations[position] for position in sorted(changed)):
             if len(operation.arguments) + len(operation.keywords) > 1:
-                return f"{operation.module} takes more than its input"
+                return CannotMask(f"{operation.module} takes more than its input")
         affected = set(changed)
         for position, operation in enumerate(self._operations):
             if not affected.isdisjoint(operation.reads):

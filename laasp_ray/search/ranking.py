@@ -21,7 +21,7 @@ from laasp_ray.records import Ranking
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.arguments import checked_data, checked_search, taken_by
 from laasp_ray.search.batchnorm import check_statistics
-from laasp_ray.search.candidates import entry_of, measure_baseline, propose, tasks_of
+from laasp_ray.search.candidates import measure_baseline, propose, ranking_of, tasks_of
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, Prepare
 from laasp_ray.search.executor import SerialBackend, settings_of
@@ -122,4 +122,4 @@ def _rank(
     tasks = tasks_of(proposals)
     backend = SerialBackend(Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000), tasks)
     results = measure(backend, len(tasks), settings_of(search, len(calibration), seed), lambda position, result: None)
-    return Ranking([entry_of(*pair) for pair in zip(proposals, results[:-1], strict=True)])
+    return ranking_of(proposals, results)

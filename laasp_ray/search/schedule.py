@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.engine import Cost, Losses
-from laasp_ray.search.evaluate import MeasuredLoss
 from laasp_ray.search.racing import Race
 
 OnResult = Callable[[int, MeasuredLoss], None]
@@ -129,7 +129,7 @@ class _Work:
     """What is known so far: `values` (tasks, images), NaN where nothing is."""
 
     def __init__(self, backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult) -> None:
-        self._hands, self._settings, self._on_result = backend, settings, on_result
+        self._backend, self._settings, self._on_result = backend, settings, on_result
         self.costs = [backend.cost(task) for task in range(tasks)]
         self.values = np.full((tasks, settings.images), np.nan, np.float32)
         self.under_way = 0
@@ -140,16 +140,16 @@ class _Work:
 
     @property
     def slots(self) -> int:
-        return self._hands.slots
+        return self._backend.slots
 
     def submit(self, tasks: Sequence[int], images: np.ndarray) -> None:
         speed = self._done / self._busy if self._busy else 0.0
-        for unit in cut(self.costs, tasks, images, self._settings, self._hands.slots, speed):
-            self._hands.submit(unit)
+        for unit in cut(self.costs, tasks, images, self._settings, self._backend.slots, speed):
+            self._backend.submit(unit)
             self.under_way += 1
 
     def collect(self) -> Unit:
-        unit, losses = self._hands.collect()
+        unit, losses = self._backend.collect()
         rows = np.array(unit.tasks)
         self.values[rows[:, None], unit.images] = losses.values
         self.under_way -= 1

@@ -18,7 +18,7 @@ from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
 from laasp_ray.search.mutation import InPlaceProxy, without_mutation
 from laasp_ray.search.precision import full_precision
-from laasp_ray.search.program import Operation, Program, Value
+from laasp_ray.search.program import CannotTrace, Operation, Program, Value
 
 _TOLERANCE = 1e-4
 """Greatest difference between a program's output and the network's, relative to the greatest output: in float32 far
@@ -44,12 +44,12 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
             network, first = model, example
     images, wanted = _outputs(network, first)
     program = trace(network, first)
-    return program if isinstance(program, str) else _fault(network, program, images, wanted)
+    return program.reason if isinstance(program, CannotTrace) else _fault(network, program, images, wanted)
 
 
 @full_precision()
 @torch.inference_mode()
-def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
+def trace(model: nn.Module, example: torch.Tensor) -> Program | CannotTrace:
     """The program of a network in eval mode, not compared with it (`verdict` does that); or why there is none."""
     network = clone_sharing_parameters(model).eval()
     in_place = [
@@ -62,26 +62,28 @@ def trace(model: nn.Module, example: torch.Tensor) -> Program | str:
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code and can fail in any way
-        return f"its forward pass cannot be traced ({_told(error)})"
+        return CannotTrace(f"its forward pass cannot be traced ({_told(error)})")
     try:
         return _program_of(graph, network, in_place, example)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return f"its traced operations do not run ({_told(error)})"
+        return CannotTrace(f"its traced operations do not run ({_told(error)})")
 
 
-def _program_of(graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor) -> Program | str:
-    reason = without_mutation(graph, network, in_place, example)
-    if reason is not None:
-        return reason
+def _program_of(
+    graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor
+) -> Program | CannotTrace:
+    mutation = without_mutation(graph, network, in_place, example)
+    if mutation is not None:
+        return mutation
     modules = _fold(network, graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     body = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     result = next(node for node in graph.nodes if node.op == "output").args[0]
     if len(inputs) != 1 or not body or result is not body[-1]:
-        return "it does not make one tensor of one tensor"
+        return CannotTrace("it does not make one tensor of one tensor")
     place = {node: position for position, node in enumerate([inputs[0], *body])}
     operations = [Operation(run=_given, fresh=False)]
     operations += [_operation(node, network, modules, place) for node in body]
@@ -195,7 +197,7 @@ def _given() -> torch.Tensor:
 
 def _measured(
     operations: list[Operation], nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module], example: torch.Tensor
-) -> Program | str:
+) -> Program | CannotTrace:
     """The program, with what each operation costs on an image and which may overwrite what.
 
     Or the layer that changes its input in place, which only one with code of its own can do.
@@ -210,7 +212,7 @@ def _measured(
         before = [(read, values[read].clone()) for read in operation.reads if foreign and torch.is_tensor(values[read])]
         value = plain.perform(operation, values.__getitem__, overwrite=False)
         if not all(torch.equal(values[read], old) for read, old in before):
-            return f"{operation.module} changes its input in place"
+            return CannotTrace(f"{operation.module} changes its input in place")
         values.append(value)
         per_output = module.get_parameter("weight")[0].numel() if isinstance(module, WEIGHTED) else 0
         macs = value.numel() // images * per_output if per_output else 0

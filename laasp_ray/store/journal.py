@@ -6,6 +6,7 @@ candidates with their losses, as one Parquet file an iteration: `candidates/NNNN
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from laasp_ray.errors import StoreError
-from laasp_ray.records import Candidate, CandidateLoss, Ranking, to_json
+from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking, to_json
 from laasp_ray.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -227,8 +228,8 @@ def _candidate_loss(row: dict[str, Any]) -> CandidateLoss:
         flops_reduction=row["flops_reduction"],
         also=also,
     )
-    measured = ("loss", "images", "seconds", "dropped_at", "error", "copied")
-    return CandidateLoss(candidate=candidate, **{name: row[name] for name in measured})
+    measured = MeasuredLoss(**{column.name: row[column.name] for column in dataclasses.fields(MeasuredLoss)})
+    return CandidateLoss(candidate=candidate, measured=measured)
 
 
 def _candidates_schema() -> pyarrow.Schema:

@@ -15,7 +15,7 @@ from laasp_ray import errors, prune
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import recipe
 
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 
 
 def test_the_public_surface():
@@ -38,7 +38,14 @@ def test_the_public_surface():
 
 
 def test_the_version_is_pyprojects():
-    assert laasp_ray.__version__ == PYPROJECT["version"]
+    assert laasp_ray.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_a_wheel_takes_every_file_of_the_package():
+    package = Path(laasp_ray.__file__).parent
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    listed = PYPROJECT["tool"]["setuptools"]["package-data"]["laasp_ray"]
+    assert {path.relative_to(package).as_posix() for path in files} == set(listed)
 
 
 def test_the_order_of_prunes_arguments():

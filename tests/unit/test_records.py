@@ -8,6 +8,7 @@ from laasp_ray.records import (
     Candidate,
     CandidateLoss,
     Decision,
+    MeasuredLoss,
     Ranking,
     RunState,
     to_json,
@@ -17,7 +18,7 @@ from laasp_ray.search.policy import choose, decide
 
 def entry(layer, loss, criterion="l1", also=(), **more):
     candidate = Candidate(layer=layer, criterion=criterion, filters=(0, 2), flops_reduction=0.1, also=also)
-    return CandidateLoss(candidate=candidate, loss=loss, images=10, **more)
+    return CandidateLoss(candidate=candidate, measured=MeasuredLoss(loss, 10, **more))
 
 
 def test_ranking_sorts_by_loss_and_ties_keep_the_order_of_proposal():

@@ -1,4 +1,5 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits, as JPEG files in ImageNet's folder layout."""
+"""The embedded data set: 1,797 handwritten digits (digits.md has their origin), as JPEG files in ImageNet's folder
+layout."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ FOLDER = "digits-v1"
 """Changes with anything that changes the files' content."""
 
 SIDE = 64
+_FILE = Path(__file__).with_name("digits.npz")
 _EVERY = 5
 
 
@@ -26,7 +28,7 @@ def ensure_digits(cache: Path | None = None) -> Path:
     """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, written if it is not there yet.
 
     Every fifth image of each class is in `val` (355 of 1,797), always the same. Images are 64 x 64 RGB JPEG files of
-    quality 95, upscaled bicubically from scikit-learn's 8 x 8. `cache` is by default $LAASP_RAY_CACHE, else
+    quality 95, upscaled bicubically from 8 x 8. `cache` is by default $LAASP_RAY_CACHE, else
     $XDG_CACHE_HOME/laasp_ray, else ~/.cache/laasp_ray. Any number of processes may call this at once. Raises DataError
     when the cache cannot be written.
     """
@@ -45,6 +47,12 @@ def ensure_digits(cache: Path | None = None) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The images (1797, 8, 8), values from 0 to 16, and their labels (1797,), both uint8."""
+    with np.load(_FILE) as content:
+        return content["images"], content["labels"]
 
 
 def default_cache() -> Path:
@@ -68,14 +76,12 @@ def _move(aside: Path, final: Path) -> None:
 
 
 def _write(folder: Path) -> None:
-    from sklearn.datasets import load_digits  # takes a second to import, and is needed once a machine
-
-    digits = load_digits()
+    images, labels = read_digits()
     seen = [0] * 10
     for label in range(10):
         for split in ("train", "val"):
             (folder / split / str(label)).mkdir(parents=True)
-    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
         split = "val" if seen[label] % _EVERY == _EVERY - 1 else "train"
         seen[label] += 1
         grey = Image.fromarray(np.rint(pixels * (255 / 16)).astype(np.uint8))

@@ -17,8 +17,8 @@ from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.candidates import measure_baseline
-from laasp_ray.search.evaluate import MeasuredLoss
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 CONFIG = LaaspConfig(flops_reduction=0.2, step=0.04)

@@ -570,7 +570,10 @@ def test_resnet50_says_what_it_does_without_data(monkeypatch, capsys):
     chosen = []
     monkeypatch.setattr(cli, "_prune", lambda options, base: chosen.append(base(options).name))
     assert cli.prune_resnet50([]) == 0
-    assert "No --data given: pruning ResNet-50 on the handwritten digits" in capsys.readouterr().err
+    assert (
+        "No --data given: pruning ResNet-50 on the embedded handwritten digits (1,797 real images)"
+        in capsys.readouterr().err
+    )
     assert cli.prune_resnet50(["--data", str(Path("somewhere"))]) == 0
     assert capsys.readouterr().err == ""
     assert chosen == ["resnet50_digits", "resnet50_imagenet"]

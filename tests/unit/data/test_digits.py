@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.sources import digits
@@ -30,7 +31,7 @@ def splits(cache, monkeypatch):
 def test_all_1797_digits_split_by_class(splits):
     train, test = splits
     assert len(train) + len(test) == 1797 and train.classes == test.classes == tuple("0123456789")
-    # scikit-learn's counts by digit; every fifth goes into the test split.
+    # UCI's counts by digit; every fifth goes into the test split.
     counts = np.array([178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
     assert np.bincount(test.labels).tolist() == (counts // 5).tolist()
     assert np.bincount(train.labels).tolist() == (counts - counts // 5).tolist()
@@ -41,9 +42,14 @@ def test_no_digit_is_in_both_splits(splits):
     assert not numbers[0] & numbers[1] and len(numbers[0] | numbers[1]) == 1797
 
 
-def test_the_files_are_the_digits(splits):
-    from sklearn.datasets import load_digits
+def test_the_embedded_digits_are_scikit_learns():
+    original = load_digits()
+    images, labels = digits.read_digits()
+    assert images.dtype == labels.dtype == np.uint8
+    assert np.array_equal(images, original.images) and np.array_equal(labels, original.target)
 
+
+def test_the_files_are_the_digits(splits):
     original = load_digits()
     train = splits[0]
     for index in (0, 700, 1400):

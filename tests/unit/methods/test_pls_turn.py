@@ -21,8 +21,9 @@ from laasp_ray.methods.pls import PlsPruning, choose
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
+from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of, measure_first_batch, scores_of, state_of
-from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

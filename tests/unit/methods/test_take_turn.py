@@ -12,7 +12,7 @@ from torch import nn
 from laasp_ray.config import LaaspConfig
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.laasp import Laasp
-from laasp_ray.search.evaluate import MeasuredLoss
+from laasp_ray.records import MeasuredLoss
 
 CONFIG = LaaspConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
 

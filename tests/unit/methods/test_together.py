@@ -12,8 +12,8 @@ from laasp_ray.config import LaaspConfig, SearchConfig
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
-from laasp_ray.records import LayerPrune
-from laasp_ray.search.evaluate import CalibrationSet, MeasuredLoss, mean_loss
+from laasp_ray.records import LayerPrune, MeasuredLoss
+from laasp_ray.search.evaluate import CalibrationSet, mean_loss
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)

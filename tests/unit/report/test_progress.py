@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from run_events import epoch_done, iteration_done, metrics, run_finished
 
-from laasp_ray.records import Candidate, CandidateLoss, Decision, LayerPrune, RunState
+from laasp_ray.records import Candidate, CandidateLoss, Decision, LayerPrune, MeasuredLoss, RunState
 from laasp_ray.report.progress import LineProgress, LiveProgress, decision_line, make_progress, resumed_line
 from laasp_ray.run.events import CandidatesMeasured, IterationDone, PhaseStarted, RunResumed
 
@@ -53,7 +53,7 @@ HALF = {"FLOPs": 0.5}
 
 def loss(value, layer="a"):
     candidate = Candidate(layer=layer, criterion="l1", filters=(0, 1), flops_reduction=0.1)
-    return CandidateLoss(candidate=candidate, loss=value, images=10)
+    return CandidateLoss(candidate=candidate, measured=MeasuredLoss(value, 10))
 
 
 def phase(progress, name, detail):

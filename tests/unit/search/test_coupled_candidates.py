@@ -7,7 +7,7 @@ from torch import nn
 from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph, reachable
-from laasp_ray.records import CandidateLoss, Ranking
+from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose
 
@@ -82,7 +82,9 @@ def test_the_same_filters_in_another_order_of_smallness_are_one_candidate():
 def test_a_ranking_finds_a_shared_candidate_by_either_layer():
     found = proposals(network(stem=[2], first=[1], second=[2]))
     losses = {"stem": 0.5, "first": 0.4}
-    ranking = Ranking([CandidateLoss(candidate=p.candidate, loss=losses[p.candidate.layer], images=4) for p in found])
+    ranking = Ranking(
+        [CandidateLoss(candidate=p.candidate, measured=MeasuredLoss(losses[p.candidate.layer], 4)) for p in found]
+    )
     assert ranking.rank_of("first", "l1") == 1
     assert ranking.rank_of("stem", "l1") == ranking.rank_of("second", "l1") == 2
     with pytest.raises(KeyError, match="'second' by 'l2'"):

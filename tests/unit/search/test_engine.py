@@ -16,6 +16,7 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import SearchError
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.masking import CannotMask
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Cost, Engine
@@ -183,9 +184,9 @@ def test_the_memory_bound_is_honoured(kind, joint, copied, monkeypatch):
     calibration = CalibrationSet(images, torch.arange(5) % 5, 5)
     tasks = all_tasks(model, ("l1",))
     if copied:
-        tasks = [replace(task, mask="none is wanted") for task in tasks[:-1]]
+        tasks = [replace(task, mask=CannotMask("none is wanted")) for task in tasks[:-1]]
     else:
-        tasks = [task for task in tasks if not isinstance(task.mask, str)]
+        tasks = [task for task in tasks if not isinstance(task.mask, CannotMask)]
     base, branch = least_memory(model, calibration, tasks)
     bound = base + joint * branch
     if joint > 1:

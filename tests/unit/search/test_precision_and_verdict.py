@@ -124,7 +124,7 @@ def backend(monkeypatch, able):
         return Reference("losses" if able(inputs) else UnmaskedError("no mask here"))
 
     task, share = SimpleNamespace(remote=remote), SimpleNamespace(gpus=0)
-    return on_ray._Hands(task, ["light"], lambda: ["with plans"], [Cost(1, 1)], share), asked
+    return on_ray.TaskBackend(task, ["light"], lambda: ["with plans"], [Cost(1, 1)], share), asked
 
 
 def test_a_worker_that_cannot_mask_is_sent_the_plans(monkeypatch, caplog):

@@ -13,7 +13,7 @@ from laasp_ray.search.schedule import UNITS_PER_SLOT, Settings, cut, measure
 
 
 class FakeBackend:
-    """Hands that know all losses; units come back in an order drawn from `seed`, or first in, first out."""
+    """A WorkBackend that knows all losses; units come back in an order drawn from `seed`, or first in, first out."""
 
     def __init__(self, losses, slots=1, seed=None, failing=()):
         self.losses, self.slots, self.failing = losses, slots, set(failing)

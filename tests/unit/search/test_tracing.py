@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.masking import mask_of
+from laasp_ray.pruning.masking import CannotMask, mask_of
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure
+from laasp_ray.search.program import CannotTrace
 from laasp_ray.search.tracing import trace
 
 LABELS = torch.arange(5) % 4
@@ -45,7 +46,7 @@ class ByWeight(Body):
     ],
 )
 def test_where_a_prune_cannot_branch_off(kind, layers, reason):
-    assert program_of(made(kind)).branch_point(layers) == reason
+    assert program_of(made(kind)).branch_point(layers) == CannotMask(reason)
 
 
 class DependsOnValues(Body):
@@ -114,9 +115,9 @@ UNTRACEABLE = {
 
 @pytest.mark.parametrize("kind", UNTRACEABLE)
 def test_what_cannot_be_traced_says_why(kind):
-    reason = trace(made(kind), IMAGES[:1])
-    assert isinstance(reason, str)
-    assert reason.startswith(UNTRACEABLE[kind])
+    found = trace(made(kind), IMAGES[:1])
+    assert isinstance(found, CannotTrace)
+    assert found.reason.startswith(UNTRACEABLE[kind])
 
 
 def prune_stem(model, filters):

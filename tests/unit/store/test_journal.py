@@ -6,7 +6,7 @@ import math
 import pytest
 
 from laasp_ray.errors import StoreError
-from laasp_ray.records import Candidate, CandidateLoss, Decision, Ranking
+from laasp_ray.records import Candidate, CandidateLoss, Decision, MeasuredLoss, Ranking
 from laasp_ray.store.journal import Event, Journal, read_candidates, write_candidates
 from laasp_ray.store.storage import Storage
 
@@ -145,19 +145,17 @@ def test_candidates_come_back_with_their_columns(storage):
     entries = [
         CandidateLoss(
             candidate=Candidate(layer="b", criterion="l2", filters=(0, 7), flops_reduction=0.25),
-            loss=2.5,
-            images=100,
-            seconds=0.5,
+            measured=MeasuredLoss(2.5, 60, 0.5, dropped_at=3, copied="norm normalises"),
         ),
         CandidateLoss(
             candidate=Candidate(
                 layer="a", criterion="l1", filters=(3,), flops_reduction=0.125, also=(("a", "l2"), ("a", "cosine"))
             ),
-            loss=1.5,
-            images=100,
+            measured=MeasuredLoss(1.5, 100),
         ),
         CandidateLoss(
-            candidate=Candidate(layer="c", criterion="l1", filters=(1,), flops_reduction=0.1), loss=math.inf, images=100
+            candidate=Candidate(layer="c", criterion="l1", filters=(1,), flops_reduction=0.1),
+            measured=MeasuredLoss(math.inf, 100, error="RuntimeError: broken"),
         ),
     ]
     ranking = Ranking(entries)
@@ -181,6 +179,9 @@ def test_candidates_come_back_with_their_columns(storage):
             "also",
         ]
         assert table["rank"].to_pylist() == [1, 2, 3] and table["loss"].to_pylist() == [1.5, 2.5, math.inf]
+        assert table["dropped_at"].to_pylist() == [None, 3, None] and table["images"].to_pylist() == [100, 60, 100]
+        assert table["error"].to_pylist() == ["", "", "RuntimeError: broken"]
+        assert table["copied"].to_pylist() == ["", "norm normalises", ""]
         assert str(table.schema.field("filters").type).startswith("list<") and table["filters"][1].as_py() == [0, 7]
 
 
