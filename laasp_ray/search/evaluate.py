@@ -76,11 +76,6 @@ class LossTask:
         return self.step.is_empty and not (isinstance(self.mask, Mapping) and self.mask)
 
 
-def describe_error(error: Exception) -> str:
-    """The kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
-
-
 def in_format(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """Pictures (n, C, H, W) in a memory format; anything else as it is."""
     return images.contiguous(memory_format=memory_format) if images.ndim == 4 else images
