@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import first_standing
+from plain_losses import mean_loss
 from torch import nn
 
 from laasp_ray.config import LaaspConfig, SearchConfig
@@ -13,7 +14,7 @@ from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune, MeasuredLoss
-from laasp_ray.search.evaluate import CalibrationSet, mean_loss
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
