@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from whole_runs import Silent, events_of
+from fakes import Silent
+from whole_runs import events_of
 
 from laasp_ray import prune
 from laasp_ray.api import PruneResult
