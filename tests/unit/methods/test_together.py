@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from fakes import FakeExecutor
 from helpers import first_standing
 from plain_losses import mean_loss
 from torch import nn
@@ -26,15 +27,12 @@ def last(weights):
     return -torch.arange(len(weights), dtype=torch.float32)
 
 
-class Scripted:
+class Scripted(FakeExecutor):
     """An executor that tells the losses it was given, by (layer, criterion), and `joint` for all at once."""
 
     def __init__(self, losses, joint=0.75):
         self._losses, self._together = losses, joint
         self.asked = []
-
-    def for_scoring(self, network):
-        return network
 
     def measure(self, network, tasks, on_result, on_share):
         self.asked.append(tasks)

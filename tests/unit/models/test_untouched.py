@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from fakes import Silent
 from helpers import small_run
 from torch import nn
-from whole_runs import Silent
 
 from laasp_ray import prune
 from laasp_ray.cost.latency import measure_pair
