@@ -8,10 +8,10 @@ from typing import Any, get_args
 import torch
 
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.records import RunState
+from laasp_ray.records import MeasuredLoss, RunState
 from laasp_ray.run.events import Happening, Observer
 from laasp_ray.search.activations import ImportanceRequest
-from laasp_ray.search.evaluate import LossTask, MeasuredLoss
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.schedule import OnResult, OnShare
 
