@@ -1,4 +1,4 @@
-"""How long a forward pass takes, measured, with the circumstances that the number belongs to."""
+"""Measures the time of a forward pass, together with the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from laasp_ray.models.copying import deep_copy
 class Latency:
     """Milliseconds for one forward pass of a batch: the median, and the 10th and 90th percentile as `spread`.
 
-    `device` is its name, `threads` those that torch computes with on the CPU, `repeats` the passes measured.
+    `device` is the device's name. `threads` is the number of torch threads on the CPU. `repeats` is the number of
+    measured passes.
     """
 
     median_ms: float
@@ -39,7 +40,7 @@ def measure_latency(
 ) -> Latency:
     """Times `model` in eval mode on `device` with random inputs (batch_size, *input_shape).
 
-    A copy is measured there. Raises ValueError unless repeats >= 2 and warmup >= 0.
+    It times a copy of the model. Raises ValueError unless repeats >= 2 and warmup >= 0.
     """
     return _measure([model], input_shape, batch_size, torch.device(device), repeats, warmup)[0]
 
@@ -54,7 +55,9 @@ def measure_pair(
     repeats: int = 20,
     warmup: int = 3,
 ) -> tuple[Latency, Latency]:
-    """`measure_latency` of two networks by turns, so that a drift of the machine does not favour either."""
+    """As `measure_latency`, for two networks. Their passes alternate, so that a drift in the machine's speed favours
+    neither.
+    """
     first_latency, second_latency = _measure(
         [first, second], input_shape, batch_size, torch.device(device), repeats, warmup
     )
@@ -74,7 +77,7 @@ def _measure(
     copies = [deep_copy(model).to(device).eval() for model in models]  # a module may count its calls
     inputs = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     times: list[list[float]] = [[] for _ in models]
-    # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
+    # Training in this process may have turned on deterministic kernels, which users of the network do not have.
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
         for iteration in range(warmup + repeats):
             for model, taken in zip(copies, times, strict=True):

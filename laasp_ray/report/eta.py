@@ -1,4 +1,4 @@
-"""How long it will take yet, from how fast a quantity has grown."""
+"""The remaining time, from the pace of a growing quantity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class EtaEstimator:
-    """Follows one growing quantity; `clock` gives seconds."""
+    """Follows one growing quantity. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -14,12 +14,12 @@ class EtaEstimator:
         self._last: tuple[float, float] | None = None
 
     def update(self, value: float) -> None:
-        """The quantity is `value` now. The first call sets where the pace is counted from."""
+        """Records the quantity's current `value`. The pace is measured from the first call on."""
         self._last = (self._clock(), value)
         self._first = self._first or self._last
 
     def seconds_until(self, goal: float) -> float | None:
-        """Seconds from now until `goal` at the mean pace so far; None until the quantity has grown once."""
+        """Seconds from now until `goal`, at the mean pace so far. None until the quantity has grown once."""
         if self._first is None or self._last is None:
             return None
         grown, took = self._last[1] - self._first[1], self._last[0] - self._first[0]
