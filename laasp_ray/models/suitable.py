@@ -72,9 +72,7 @@ def _reason(place: str, name: str, module: nn.Module) -> str:
             f"{place} is TorchScript ({type(module).__name__}), whose layers cannot be cut: give the nn.Module that it "
             "was made from, and script the pruned network"
         )
-    if (
-        hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule"
-    ):  # the class itself is in torch._dynamo, which is slow to import
+    if hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule":  # torch._dynamo is slow to import
         return (
             f"{place} is compiled (torch.compile), and would keep the code of its uncut layers: give the network "
             f"itself, {name + '.' if name else 'model.'}_orig_mod, and compile the pruned one"

@@ -61,9 +61,7 @@ def _try_cut(
     cut = clone_sharing_parameters(model)
     try:
         apply_plan(cut, small_plan(graph, layers))
-    except (
-        PruningError
-    ) as error:  # each prune alone was tried before; a conflict between them is not a fault of training
+    except PruningError as error:  # the layers were tried alone before; a conflict between them is no fault of training
         logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
         return ""
     return try_step(deep_copy(cut), shape, config).fault  # a step changes weights, which the pruned network shares

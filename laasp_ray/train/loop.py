@@ -283,7 +283,9 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
-    """Loss, top-1 and top-5 on the test images, in float32. Each image counts once over all ranks. Shares are in 0..1."""
+    """Loss, top-1 and top-5 on the test images, in float32. Each image counts once over all ranks. top-1 and top-5 are
+    in 0..1.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
