@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits, as JPEG files in ImageNet's folder layout."""
+"""The built-in data set: scikit-learn's 1,797 handwritten digits, as JPEG files in ImageNet's folder layout."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from laasp_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 FOLDER = "digits-v1"
-"""Changes with anything that changes the files' content."""
+"""Must change whenever the content of the files changes."""
 
 SIDE = 64
 _EVERY = 5
 
 
 def ensure_digits(cache: Path | None = None) -> Path:
-    """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, written if it is not there yet.
+    """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`. It is written if it does not exist yet.
 
-    Every fifth image of each class is in `val` (355 of 1,797), always the same. Images are 64 x 64 RGB JPEG files of
-    quality 95, upscaled bicubically from scikit-learn's 8 x 8. `cache` is by default $LAASP_RAY_CACHE, else
-    $XDG_CACHE_HOME/laasp_ray, else ~/.cache/laasp_ray. Any number of processes may call this at once. Raises DataError
-    when the cache cannot be written.
+    Every fifth image of each class is in `val` (355 of 1,797); the split is always the same. Images are 64 x 64 RGB
+    JPEG files of quality 95, upscaled bicubically from scikit-learn's 8 x 8. The default of `cache` is
+    $LAASP_RAY_CACHE, else $XDG_CACHE_HOME/laasp_ray, else ~/.cache/laasp_ray. Any number of processes may call this at
+    the same time. Raises DataError if the cache cannot be written.
     """
     root = default_cache() if cache is None else cache
     final = root / FOLDER
@@ -48,7 +48,7 @@ def ensure_digits(cache: Path | None = None) -> Path:
 
 
 def default_cache() -> Path:
-    """Where things are kept that can be made again."""
+    """The folder for files that can be made again."""
     chosen = os.environ.get("LAASP_RAY_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -68,7 +68,7 @@ def _move(aside: Path, final: Path) -> None:
 
 
 def _write(folder: Path) -> None:
-    from sklearn.datasets import load_digits  # takes a second to import, and is needed once a machine
+    from sklearn.datasets import load_digits  # this import takes a second, and each machine needs it only once
 
     digits = load_digits()
     seen = [0] * 10
