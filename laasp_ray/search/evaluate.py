@@ -1,6 +1,6 @@
-"""What a prune costs the network: its mean cross-entropy on the calibration set.
+"""The loss of the network after a prune: its mean cross-entropy on the calibration set.
 
-`measure` is the plain procedure, on a physically pruned copy, that the faster one (engine.py) is tested against.
+`measure` is the simple procedure on a physically pruned copy. The faster one (engine.py) is tested against it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Prepare = Callable[[torch.Tensor], torch.Tensor]
 class CalibrationSet:
     """The images that losses are measured on: (n, C, H, W), any dtype, and labels (n,) int64.
 
-    `prepare` iterations a batch of them into what the network takes (uint8 pixels into normalised floats, say).
-    Pictures come in `memory_format`: channels last, if the network takes that, is 10 to 30% faster, on CPUs too.
+    `prepare` turns a batch of them into the network's input (uint8 pixels into normalised floats, for example). Images
+    are converted to `memory_format`. Channels last, if the network can run in it, is 10 to 30% faster, also on CPUs.
     """
 
     images: torch.Tensor
@@ -53,7 +53,7 @@ class CalibrationSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images at `indices` (n,) as the network takes them, and their labels."""
+        """The images at `indices` (n,) as input of the network, and their labels."""
         chosen = torch.as_tensor(indices, device=self.labels.device)
         images = self.images[chosen]
         images = images if self.prepare is None else self.prepare(images)
@@ -66,9 +66,9 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class LossTask:
-    """A prune whose loss is wanted; `name` is what an error says. An empty step asks for the network as it stands.
+    """A prune whose loss is to be measured. Errors call it `name`. With an empty step it is the current network.
 
-    `mask` does without cutting what `step` does, or says why there is none.
+    `mask` has the same effect as `step` without cutting, or is the reason why there is no mask.
     """
 
     name: str
@@ -83,10 +83,10 @@ class LossTask:
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """The mean loss over `images` of the calibration set's images, or a stratified estimate of it if they are not all.
+    """The mean loss over `images` of the calibration set's images, or a stratified estimate if they are not all.
 
-    `dropped_at`: the round (from 1) at which a race dropped the candidate. `error`: why there is no loss (NaN).
-    `copied`: why a pruned copy was measured instead of a mask.
+    `dropped_at`: the round (from 1) in which a race dropped the candidate. `error`: why there is no loss (NaN).
+    `copied`: why a pruned copy was measured instead of a masked network.
     """
 
     loss: float
@@ -98,19 +98,19 @@ class MeasuredLoss:
 
 
 def describe_error(error: Exception) -> str:
-    """The kind of an error and its first line."""
+    """The type of an error and its first line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
 def in_format(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """Pictures (n, C, H, W) in a memory format; anything else as it is."""
+    """Converts images (n, C, H, W) to a memory format. Other inputs are unchanged."""
     return images.contiguous(memory_format=memory_format) if images.ndim == 4 else images
 
 
 def ready(
     model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.channels_last
 ) -> nn.Module:
-    """`model` made ready for `measure`, in place: on `device`, in eval mode, weights of pictures in `memory_format`."""
+    """Prepares `model` for `measure`, in place: on `device`, in eval mode, weights of 4-D inputs in `memory_format`."""
     model = model.to(device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
@@ -120,9 +120,9 @@ def ready(
 
 @full_precision()
 def ready_with(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
-    """`model` made ready for `calibration`, both in the fastest memory format that the network runs in.
+    """Prepares `model` for `calibration`. Both get the fastest memory format that the network can run in.
 
-    `x.view(len(x), -1)` behind a convolution does not run channels last.
+    A network with `x.view(len(x), -1)` after a convolution cannot run channels last.
     """
     model = ready(model, calibration.labels.device, calibration.memory_format)
     try:
@@ -143,8 +143,9 @@ def _try(model: nn.Module, calibration: CalibrationSet) -> None:
 @full_precision()
 @torch.inference_mode()
 def mean_loss(model: nn.Module, calibration: CalibrationSet) -> float:
-    """Mean cross-entropy of `model` in eval mode; model and calibration set on one device. Its modules' modes are put
-    back."""
+    """Mean cross-entropy of `model` in eval mode. Model and calibration set are on one device. Modules keep their
+    modes.
+    """
     total = torch.zeros((), dtype=torch.float64, device=calibration.labels.device)
     with in_eval_mode(model):
         for images, labels in calibration.batches():
@@ -153,9 +154,9 @@ def mean_loss(model: nn.Module, calibration: CalibrationSet) -> float:
 
 
 def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
-    """The network after a task's prune; tensors that it leaves alone are shared: inference does not write to them.
+    """The network after a task's prune. Unchanged tensors are shared, because inference does not write to them.
 
-    Raises UnmaskedError for a task that has a mask and nothing to cut: that would be the network as it stands.
+    Raises UnmaskedError for a task that has a mask but no plan; a copy would be the unpruned network.
     """
     if task.step.is_empty and not task.unpruned:
         raise UnmaskedError(f"{task.name} came without the plan to cut it by, and its mask cannot be used here")
@@ -180,7 +181,7 @@ def measure_all(
     calibration: CalibrationSet,
     on_result: Callable[[int, MeasuredLoss], None] | None = None,
 ) -> list[MeasuredLoss]:
-    """The losses of `tasks`, one after the other, in their order; `on_result` gets each with its position."""
+    """The losses of `tasks`, measured in their order. `on_result` is called with each position and loss."""
     results = []
     for position, task in enumerate(tasks):
         results.append(measure(model, task, calibration))

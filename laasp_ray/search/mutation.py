@@ -1,7 +1,7 @@
-"""What works in place, made to leave its inputs alone: in a program, values are shared by branches.
+"""Removes in-place operations from a traced network, because branches of a program share values.
 
-Who reads a value after it was changed in place reads what it was changed to. That is said in the graph, where the value
-itself is read; where it is looked at through a view, the graph is not used.
+A node that reads a value after it was changed in place must read the changed value. The graph expresses this if the
+value itself is read. If the value is read through a view, the graph is not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUT_OF_PLACE = {
 
 
 class InPlaceProxy(fx.Proxy):
-    """A value of a traced network for which `x += 1` is what it is for a tensor, and not `x = x + 1`."""
+    """A value of a traced network for which `x += 1` works in place, as for a tensor, and is not `x = x + 1`."""
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -40,7 +40,9 @@ for _name in _OPERATORS:
 
 @dataclass(frozen=True)
 class _Write:
-    """`node` changed its first argument in place. With `maybe`, only if that is a tensor: numbers do not change."""
+    """`node` changed its first argument in place. With `maybe` it did so only if that is a tensor, because numbers do
+    not change.
+    """
 
     node: fx.Node
     name: str
@@ -54,9 +56,9 @@ class _Write:
 
 
 def without_mutation(graph: fx.Graph, network: nn.Module, in_place: Sequence[str], example: torch.Tensor) -> str | None:
-    """Makes operations leave their inputs alone, with the same results; or says which cannot.
+    """Replaces in-place operations with others of the same result. Returns a reason if it cannot.
 
-    `in_place` are the modules of `network` that worked in place and do not any more.
+    `in_place` are the modules of `network` that worked in place and were changed not to.
     """
     writes: list[_Write] = []
     for node in graph.nodes:
@@ -103,7 +105,7 @@ def _read_again(
     example: torch.Tensor,
     order: Mapping[fx.Node, int],
 ) -> str | None:
-    """Which value that was changed in place is looked at afterwards through other memory than the result's."""
+    """A reason if a value that was changed in place is read afterwards through other memory than the result's."""
     values = _values(graph, network, example)
     for write in writes:
         target = values.get(write.target)
@@ -121,7 +123,7 @@ def _read_again(
 
 
 def _values(graph: fx.Graph, network: nn.Module, example: torch.Tensor) -> Mapping[fx.Node, Any]:
-    """What every operation gives for `example`, all kept."""
+    """The result of every operation for `example`; all are kept."""
     interpreter = fx.Interpreter(network, garbage_collect_values=False, graph=graph)
     interpreter.run(example)
     return interpreter.env

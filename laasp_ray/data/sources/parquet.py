@@ -87,7 +87,7 @@ def parquet_files(root: Path, split: Split, *, below: bool = True) -> list[Path]
     """
     folder = _folder(root) if below else root
     found = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
-    if split == "test" and len(found) > 1:  # ImageNet's test files on the Hub have no labels, its validation files do
+    if split == "test" and len(found) > 1:  # the Hub's ImageNet has labels for validation files only
         return next((files for files in found if _labelled(files)), found[0])
     return found[0] if found else []
 
