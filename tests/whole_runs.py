@@ -1,4 +1,4 @@
-"""Whole runs in this process: on tiny pictures, watched, and cut off at an event of the journal."""
+"""Whole runs in this process on tiny images: observed, or interrupted at an event of the journal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laasp_ray.store.storage import Storage
 
 
 class Silent:
-    """An observer that shows nothing and remembers what happened, with the state after it."""
+    """An observer that shows nothing and records every event with the state after it."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Happening, RunState]] = []
@@ -35,7 +35,7 @@ class Silent:
 
 
 def on_pictures(storage: Path, pictures: Path, **changes: Any) -> RunConfig:
-    """`small_run` on a folder of three classes' pictures, at 8 x 8."""
+    """`small_run` on a folder of three classes' images, at 8 x 8."""
     settings = {
         "data__path": str(pictures),
         "data__format": "folder",
@@ -66,9 +66,9 @@ def read_events_of(config: RunConfig) -> list[RunEvent]:
 
 @contextmanager
 def power_cut(monkeypatch: pytest.MonkeyPatch, position: int) -> Iterator[None]:
-    """The power fails when the journal's event `position` is about to be written, all work for it done.
+    """Simulates a power failure just before the journal's event `position` is written, after all work for it.
 
-    To fail just after an event would leave the same store behind, but for the work that is then done twice.
+    A failure just after an event would leave the same store, except for the work that is then done twice.
     """
     append = Journal.append
 
