@@ -4,7 +4,9 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tests run side by side, one process a core; more threads than that only get in each other's way."""
+    """Tests run in parallel with one process per core, so more than one thread per process would only slow them
+    down.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Keeping(nn.Module):
-    """Its extra state is a tensor, or whatever it was given."""
+    """Its extra state is the value that it was given."""
 
     def __init__(self, state):
         super().__init__()

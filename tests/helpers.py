@@ -1,4 +1,4 @@
-"""What several tests need: a small run on the embedded digits, and networks whose BatchNorms do something."""
+"""Helpers of several tests: a small run on the built-in digits, and networks whose BatchNorms have an effect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 
 
 def shared_data(name: str) -> Path:
-    """A folder or file of the development data beside the checkout; the test skips, saying so, without it."""
+    """A folder or file of the development data next to the checkout. Without it the test is skipped with a message."""
     path = (SHARED_DATA / name).resolve()
     if not path.exists():
         pytest.skip(f"needs shared/data/{name} beside the checkout")
@@ -41,7 +41,7 @@ def shared_data(name: str) -> Path:
 
 
 def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random affine values and statistics: on a freshly made network many prunes would change nothing."""
+    """Sets random affine values and statistics. In a new network many prunes would change nothing."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -59,7 +59,7 @@ def randomise_batchnorm(model: nn.Module, seed: int = 0) -> nn.Module:
 def vip_by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, components: int) -> torch.Tensor:
     """VIP (D,) of features (n, D) for class labels (n,), from scikit-learn's scores, weights and loadings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at this tolerance it says that it did not converge
+        warnings.simplefilter("ignore")  # at this tolerance it warns that it did not converge
         one_hot = torch.nn.functional.one_hot(labels).double().numpy()
         fit = PLSRegression(components, scale=True, tol=1e-16, max_iter=20_000).fit(features.double().numpy(), one_hot)
     scores, weights, loadings = map(torch.from_numpy, (fit.x_scores_, fit.x_weights_, fit.y_loadings_))
@@ -69,7 +69,7 @@ def vip_by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, components
 
 
 def write_pictures(root: Path, *, side: int, train: int, test: int) -> Path:
-    """A folder data set of three classes a, b and c: noise, brighter in the channel of the class."""
+    """Writes a folder data set of three classes a, b and c: noise, brighter in the channel of the class."""
     for split, count in (("train", train), ("val", test)):
         for number in range(count):
             pixels = np.random.default_rng([number, split == "val"]).integers(0, 128, (side, side, 3), np.uint8)
@@ -81,7 +81,7 @@ def write_pictures(root: Path, *, side: int, train: int, test: int) -> Path:
 
 
 def write_digits(root: Path, *, side: int, train: int, test: int) -> Path:
-    """A folder data set of three classes 0, 1 and 2: handwritten digits, enlarged from 8 x 8 to side x side."""
+    """Writes a folder data set of three classes 0, 1 and 2: handwritten digits, enlarged from 8 x 8 to side x side."""
     digits = load_digits(n_class=3)
     unused = [iter(digits.images[digits.target == label]) for label in range(3)]
     for split, count in (("train", train), ("val", test)):
@@ -130,7 +130,7 @@ def first_standing(
     executor: Executor,
     on_candidate: OnCandidate = lambda done, total, entry: None,
 ) -> IterationContext[Any]:
-    """How a run stands before its first iteration, `model` being the unpruned network."""
+    """The context of a run's first iteration. `model` is the unpruned network."""
     return IterationContext(
         model=model,
         network=capture(model, Plan.empty()),
@@ -146,7 +146,9 @@ def first_standing(
 def iterations_of(
     method: PruningMethod[Any], first: IterationContext[Any]
 ) -> Iterator[tuple[IterationResult, nn.Module, nn.Module]]:
-    """Iteration after iteration, each on the physically pruned network: (iteration, network before, network after)."""
+    """Yields iteration after iteration, each on the physically pruned network: (iteration, network before, network
+    after).
+    """
     now = first
     for number in itertools.count(2):
         iteration = method.iterate(now)

@@ -1,4 +1,4 @@
-"""Criteria that look at data, as a user writes them: one that works, and some that do not."""
+"""Criteria of data as a user writes them: one that works, and some that do not."""
 
 import torch
 
@@ -6,7 +6,7 @@ from laasp_ray.criteria import DataCriterion, pooled
 
 
 class MeanActivation(DataCriterion):
-    """The mean absolute output of each filter, over images and places."""
+    """The mean absolute output of each filter, over images and positions."""
 
     def features(self, output):
         return pooled(output.abs(), "avg")
@@ -25,7 +25,7 @@ class MeanActivation(DataCriterion):
 
 
 class Scaled(MeanActivation):
-    """Takes one of the options."""
+    """Takes the option `pooling`."""
 
     def __init__(self, pooling):
         self.pooling = pooling

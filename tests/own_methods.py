@@ -1,4 +1,4 @@
-"""Methods of a user, named by import path in tests."""
+"""A user's methods, named by import path in tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FirstConfig(FilterPruneConfig):
 
 
 class First(PruningMethod[FirstConfig]):
-    """The weakest filters of the first layer go."""
+    """Prunes the filters with the lowest l1 norms of the first layer."""
 
     config_class = FirstConfig
 

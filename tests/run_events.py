@@ -1,4 +1,4 @@
-"""Events of a run for tests: each with plain values, of which a test names those that matter to it."""
+"""Events of a run for tests, with simple default values. A test passes the values that matter to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes cut down to a few pictures and an epoch a phase, to be run whole in this process."""
+"""Recipes reduced to a few images and one epoch per training phase, to be run whole in this process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from laasp_ray.store.journal import Event
 
 
 def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) -> RunConfig:
-    """A recipe at 3 classes of a few pictures, of at most `side` x `side` pixels, and an epoch a phase.
+    """A recipe with 3 classes of a few images, of at most `side` x `side` pixels, and one epoch per training phase.
 
-    What is pruned and how is left as it is; group sparsity has two stages, so that there is training in between.
+    The settings of pruning stay the same, except that group sparsity has two stages, so that there is training in
+    between.
     """
     side = min(side, config.data.image_size)
     prune: PruneConfig
@@ -45,6 +46,6 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
 
 
 def run_here(config: RunConfig) -> tuple[PruneResult, list[Event]]:
-    """The whole run, in this process, and its journal."""
+    """Carries out the whole run in this process. Returns its result and its journal's events."""
     result = prune(config, distributed=False, progress=Silent())
     return result, events_of(config)

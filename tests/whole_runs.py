@@ -17,7 +17,7 @@ from laasp_ray.store.storage import Storage
 
 
 def on_pictures(storage: Path, pictures: Path, **changes: Any) -> RunConfig:
-    """`small_run` on a folder of three classes' pictures, at 8 x 8."""
+    """`small_run` on a folder of three classes' images, at 8 x 8."""
     settings = {
         "data__path": str(pictures),
         "data__format": "folder",
@@ -59,9 +59,9 @@ def read_events_of(config: RunConfig) -> list[RunEvent]:
 
 @contextmanager
 def power_cut(monkeypatch: pytest.MonkeyPatch, position: int) -> Iterator[None]:
-    """The power fails when the journal's event `position` is about to be written, all work for it done.
+    """Simulates a power failure just before the journal's event `position` is written, after all work for it.
 
-    To fail just after an event would leave the same store behind, but for the work that is then done twice.
+    A failure just after an event would leave the same store, except for the work that is then done twice.
     """
     append = Journal.append
 

@@ -1,4 +1,4 @@
-"""How long a forward pass takes, measured, with the circumstances that the number belongs to."""
+"""Measures the time of a forward pass, together with the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from laasp_ray.models.copying import deep_copy
 class Latency:
     """Milliseconds for one forward pass of a batch: the median, and the 10th and 90th percentile as `spread`.
 
-    `device` is its name, `threads` those that torch computes with on the CPU, `repeats` the passes measured.
+    `device` is the device's name. `threads` is the number of torch threads on the CPU. `repeats` is the number of
+    measured passes.
     """
 
     median_ms: float

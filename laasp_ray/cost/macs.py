@@ -12,7 +12,7 @@ from torch import nn
 from laasp_ray.models.copying import deep_copy
 
 with warnings.catch_warnings():
-    # fvcore compiles a loss as it is imported, which torch calls deprecated: nothing that a user could do about it.
+    # fvcore compiles a loss when it is imported. torch reports that as deprecated, and a user cannot change it.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
 
@@ -22,11 +22,11 @@ _COUNTED_OPERATORS = ("conv", "linear", "addmm", "matmul")
 
 @dataclass(frozen=True)
 class Macs:
-    """A count with its convention.
+    """A count of multiply-accumulates, with its convention.
 
-    `per_layer`: convolution or linear layer -> multiply-accumulates, over all its calls in one forward pass.
-    `weight_shapes`: the same layers -> shape of their weight. `uncounted`: operators met on the way that the
-    convention leaves out, sorted.
+    `per_layer`: convolution or linear layer -> multiply-accumulates over all its calls in one forward pass.
+    `weight_shapes`: the same layers -> shape of their weight. `uncounted`: operators in the network that the convention
+    leaves out, sorted.
     """
 
     total: int
@@ -37,9 +37,9 @@ class Macs:
 
 
 def count_macs(model: nn.Module, example_input: torch.Tensor) -> Macs:
-    """Counts one forward pass of one input: `example_input` of shape (B, ...), of which the first is used.
+    """Counts one forward pass of one input. `example_input` has shape (B, ...), and only its first input is used.
 
-    Works on a copy in eval mode; `model` is left alone. The input must be on the model's device.
+    It counts on a copy in eval mode and does not change `model`. The input must be on the model's device.
     """
     probe = deep_copy(model).eval()
     with torch.no_grad():

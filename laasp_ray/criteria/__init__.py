@@ -1,8 +1,9 @@
-"""Which filters of a layer matter least: criteria by name or import path, of two kinds.
+"""Criteria for the least important filters of a layer, by name or import path. There are two kinds.
 
-A criterion of weights is a pure function of weights of shape (N, K), one row a filter; it gives scores of shape (N,),
-on the same device. One that looks at data (DataCriterion) scores what filters give on images, all layers at once; who
-has the network and the images (search/activations.py) hands their outputs on. The filters of lowest score go first.
+A criterion of weights is a pure function: weights of shape (N, K), one row for each filter, to scores of shape (N,) on
+the same device. A criterion of data (DataCriterion) scores the outputs of filters on images, for all layers at once.
+search/activations.py runs the network and passes the outputs to it. The filters with the lowest scores are pruned
+first.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = [
     "scores",
 ]
 _BUILT_IN = (_magnitude, _similarity, _pls)
-"""Modules whose import fills the registry."""
+"""Modules that register criteria when they are imported."""
 
 
 def known() -> tuple[str, ...]:
-    """The registered names, of weights first."""
+    """The registered names; criteria of weights come first."""
     return tuple(sorted(CRITERIA, key=lambda name: _of_data.is_data_criterion(CRITERIA[name])))
 
 
 def get(name: str) -> AnyCriterion:
-    """A criterion by its name, or by import path `package.module:name`. Raises ConfigError."""
+    """A criterion by its name, or by its import path `package.module:name`. Raises ConfigError if there is none."""
     if name in CRITERIA:
         return CRITERIA[name]
     if not is_import_path(name):
@@ -57,14 +58,14 @@ def get(name: str) -> AnyCriterion:
 
 
 def looks_at_data(name: str) -> bool:
-    """Whether the criterion `name` is one of data, not of weights. Raises ConfigError for an unknown one."""
+    """Whether `name` is a criterion of data, not of weights. Raises ConfigError for an unknown one."""
     return _of_data.is_data_criterion(get(name))
 
 
 def data_criterion(name: str, **options: Any) -> DataCriterion[Any]:
-    """The criterion of data `name`, made with those of the `options` that it takes.
+    """Makes the criterion of data `name`, with those of the `options` that its constructor takes.
 
-    Raises ConfigError for an unknown criterion, one of weights, and one that cannot be made.
+    Raises ConfigError for an unknown criterion, for one of weights, and for one that cannot be made.
     """
     if not looks_at_data(name):
         raise ConfigError(f"criterion {name!r} scores weights, not activations: it looks at no images")
@@ -74,8 +75,8 @@ def data_criterion(name: str, **options: Any) -> DataCriterion[Any]:
 def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     """Scores (N,) by the criterion `name` of a layer's N filters, or of a weight whose first axis counts filters.
 
-    Give the layer itself where it may be a transposed convolution. Raises ConfigError for an unknown criterion and
-    one that fails or does not give one score per filter, SearchError naming the criterion where a score is NaN.
+    Pass the layer itself if it may be a transposed convolution. Raises ConfigError for an unknown criterion and for one
+    that fails or does not return one score per filter. Raises SearchError, naming the criterion, if a score is NaN.
     """
     rows = filters_of(weight) if isinstance(weight, nn.Module) else weight.detach().flatten(1)
     criterion = get(name)
@@ -83,7 +84,7 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
         raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
     try:
         result = cast(Criterion, criterion)(rows)
-    except Exception as error:  # a user's function can fail in any way
+    except Exception as error:  # a user's function can raise any error
         raise ConfigError(
             f"criterion {name!r} failed on weights of shape {tuple(rows.shape)}: {type(error).__name__}: {error}"
         ) from error
@@ -102,19 +103,24 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
 
 
 def filters_of(layer: nn.Module) -> torch.Tensor:
-    """A layer's weight as (N, K), one row a filter: convolutions, transposed ones too, and linear layers."""
+    """A layer's weight as (N, K), one row for each filter. The layer is a convolution, transposed or not, or a linear
+    layer.
+    """
     weight = layer.get_parameter("weight").detach()
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        # (inputs, filters of a group, ...), the inputs falling in as many blocks as there are groups
+        # The shape is (inputs, filters of a group, ...); each group has an equal block of the inputs.
         blocks = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
         return blocks.flatten(0, 1).flatten(1)
     return weight.flatten(1)
 
 
 def lowest(scores: torch.Tensor, count: int, blocks: int = 1) -> tuple[int, ...]:
-    """Indices, rising, of the `count` lowest of scores (N,): the same number from each of `blocks` equal contiguous
-    blocks. Of equal scores the lower index goes first. Raises SearchError for NaN, ValueError for counts that do not
-    divide."""
+    """The rising indices of the `count` lowest of scores (N,), with the same number from each of `blocks` equal
+    contiguous blocks.
+
+    The lower of two indices with equal scores goes first. Raises SearchError for NaN, ValueError for counts that do not
+    divide.
+    """
     if scores.dim() != 1 or scores.shape[0] % blocks or count % blocks or not 0 <= count <= scores.shape[0]:
         raise ValueError(f"{count} lowest of scores of shape {tuple(scores.shape)} in {blocks} equal blocks")
     if bool(torch.isnan(scores).any()):

@@ -1,7 +1,7 @@
-"""Criteria that look at data: what they are handed of filters' outputs, and what they give back.
+"""Criteria of data: the interface through which they receive filters' outputs and return scores.
 
-Images are looked at in chunks, on one process or many. The chunks are always cut the same way and their states are
-merged in their order, so that scores do not depend on who looked at which.
+Images are processed in chunks, on one process or many. The chunks are always the same and their states are merged in
+the same order, so the scores do not depend on which process had which chunk.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import torch
 from laasp_ray.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, int]]
-"""Layer -> its filters N and the features W that each has."""
+"""Layer -> (number of filters N, number of features W of each filter)."""
 State = TypeVar("State")
 METHODS = ("check", "features", "start", "accumulate", "merge", "scores")
 
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """What the first batch shows, from which every chunk starts: `means` has each layer's mean features (N, W),
-    float64; labels are less than `classes`."""
+    """Facts from the first batch, which every chunk starts from. `means` has each layer's mean features (N, W),
+    float64. Labels are less than `classes`.
+    """
 
     means: Mapping[str, torch.Tensor]
     classes: int
@@ -40,48 +41,50 @@ class FirstBatch:
 
 @runtime_checkable
 class DataCriterion(Protocol[State]):
-    """A criterion of what filters give on images, all layers at once; of its scores the lowest go first.
+    """A criterion that scores the outputs of filters on images, for all layers at once. The lowest scores are pruned
+    first.
 
-    A subclass writes all methods but `check`. Its state is any value that can be pickled; tensors in it may be on any
-    device when it is merged. A class is made with those of the options `components` and `pooling` (config/pls.py) that
-    its constructor names.
+    A subclass defines all methods except `check`. Its state is any value that can be pickled. Tensors in the state may
+    be on any device when it is merged. The constructor may take the options `components` and `pooling` (config/pls.py);
+    it receives those that it names.
     """
 
     def check(self, shapes: Shapes, device: torch.device) -> None:
-        """Raises ConfigError where so many features cannot be scored on `device`; called before any chunk."""
+        """Raises ConfigError if features of these `shapes` cannot be scored on `device`. Called before any chunk."""
 
     @abstractmethod
     def features(self, output: torch.Tensor) -> torch.Tensor:
-        """What is kept of a layer's outputs (B, N) or (B, N, places...) for B images: (B, N, W), any W.
+        """Reduces a layer's outputs (B, N) or (B, N, places...) for B images to features (B, N, W), for any W.
 
-        The outputs are those of the layer itself, before its activation function. Features of all layers are held at
-        the same time: keep few. A layer that runs several times has the features of all of them side by side.
+        The outputs are those of the layer itself, before its activation function. Features of all layers are in memory
+        at the same time, so W should be small. If a layer runs several times, the features of all its calls are
+        concatenated.
         """
 
     @abstractmethod
     def start(self, first: FirstBatch) -> State:
-        """The state of no images yet, on the device of `first`."""
+        """The state before any images, on the device of `first`."""
 
     @abstractmethod
     def accumulate(self, state: State, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> State:
-        """`state` with a batch: each layer's features (B, N, W), class indices (B,). `state` may be changed."""
+        """Adds a batch to `state`: each layer's features (B, N, W), class indices (B,). May change `state`."""
 
     @abstractmethod
     def merge(self, state: State, other: State) -> State:
-        """`state` with what `other` has seen. `state` may be changed, `other` may not: its memory is shared."""
+        """Adds the images of `other` to `state`. May change `state`, but not `other`, whose memory is shared."""
 
     @abstractmethod
     def scores(self, state: State, shapes: Shapes) -> Mapping[str, torch.Tensor]:
-        """Each layer's scores (N,) from the state of all images."""
+        """Each layer's scores (N,), from the state of all images."""
 
 
 def is_data_criterion(found: object) -> bool:
-    """Whether a criterion, as a class or as an object, looks at data."""
+    """Whether a criterion, given as a class or as an object, is one of data."""
     return issubclass(found, DataCriterion) if isinstance(found, type) else isinstance(found, DataCriterion)
 
 
 def checked(name: str, found: Any) -> Any:
-    """`found`, if it is a criterion of either kind; raises ConfigError otherwise."""
+    """`found`, if it is a criterion of either kind; else raises ConfigError."""
     if isinstance(found, type):
         missing = [method for method in METHODS if _is_missing(found, method)]
         if missing:
@@ -95,13 +98,15 @@ def checked(name: str, found: Any) -> Any:
 
 
 def made(name: str, found: Any, options: Mapping[str, Any]) -> DataCriterion[Any]:
-    """The criterion itself: `found`, or an object of that class, made with those of the `options` that it takes."""
+    """The criterion object: `found` itself, or an object of the class `found`, made with those of the `options` that it
+    takes.
+    """
     if not isinstance(found, type):
         return found
     try:
         taken = inspect.signature(found).parameters
         return found(**{option: value for option, value in options.items() if option in taken})
-    except Exception as error:  # a user's class can fail in any way
+    except Exception as error:  # a user's class can raise any error
         raise ConfigError(
             f"criterion {name!r} cannot be made of the options {', '.join(options)}: {type(error).__name__}: {error}"
         ) from error

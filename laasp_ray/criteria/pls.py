@@ -1,8 +1,8 @@
-"""The criterion pls: variable importance in projection (VIP), how much each feature tells of the labels, by partial
-least squares.
+"""The criterion pls: the variable importance in projection (VIP) of each feature for the labels, by partial least
+squares.
 
-Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020, who prune the filters whose features tell least. The
-fit needs no table of images by features: counts, class-wise sums and products of the features suffice, which batches
+Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020, who prune the filters with the lowest VIP. The fit
+needs no table of images by features. It needs only counts, class-wise sums and products of the features, which batches
 and workers add up.
 """
 
@@ -20,22 +20,22 @@ from laasp_ray.criteria.registry import register
 from laasp_ray.errors import ConfigError, SearchError
 
 CONSTANT = 1e-12
-"""A column whose standard deviation is at most this share of its mean is constant: what is left of it is rounding."""
+"""A column is constant if its standard deviation is at most this share of its mean; the rest is rounding."""
 EXHAUSTED = 1e-20
-"""When X'Y has shrunk to this share (squared) of what it was, the labels are explained, and the rest is rounding."""
+"""The labels are explained when X'Y has shrunk to this share (squared) of its first value; the rest is rounding."""
 SHOWN = 5
-"""How many columns an error names."""
+"""The number of columns that an error names."""
 MEMORY_SHARE = 0.5
-"""How much of the memory that is free two tables of products, a chunk's and the sum, may take."""
+"""The share of free memory that two tables of products, a chunk's and the sum, may use."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of n images' features X (n, D) and one-hot labels Y (n, K), all float64 on one device.
+    """Sums over n images' features X (n, D) and one-hot labels Y (n, K), all float64 on one device.
 
-    Features are counted from a `pilot` mean (D,), any value near the true mean, so that nothing cancels: `counts` (K,)
-    images of each class, `sums` (K, D) is Y'(X - pilot), `products` (D, D) is (X - pilot)'(X - pilot). Moments of the
-    same pilot add up, image by image or part by part.
+    Features are measured from a `pilot` mean (D,), any value near the true mean, to avoid cancellation. `counts` (K,)
+    are the images of each class, `sums` (K, D) is Y'(X - pilot), `products` (D, D) is (X - pilot)'(X - pilot). Moments
+    with the same pilot can be added, image by image or part by part.
     """
 
     pilot: torch.Tensor
@@ -45,7 +45,7 @@ class Moments:
 
     @staticmethod
     def empty(pilot: torch.Tensor, classes: int) -> Moments:
-        """Of no images yet; `pilot` (D,)."""
+        """The moments of no images; `pilot` is (D,)."""
         pilot = pilot.double()
         columns = len(pilot)
         return Moments(
@@ -61,14 +61,14 @@ class Moments:
         if features.shape != (len(labels), len(self.pilot)):
             raise ValueError(f"features {tuple(features.shape)} of {len(labels)} labels and {len(self.pilot)} columns")
         shifted = features.to(self.pilot) - self.pilot
-        # A product, not index_add_: on a GPU that one adds in no fixed order.
+        # A product is used because index_add_ adds in no fixed order on a GPU.
         members = torch.nn.functional.one_hot(labels.to(self.pilot.device), len(self.counts)).double()
         self.counts.add_(members.sum(dim=0))
         self.sums.addmm_(members.T, shifted)
         self.products.addmm_(shifted.T, shifted)
 
     def merge(self, other: Moments) -> None:
-        """Adds those of other images in place. Raises ValueError if they have another pilot or other classes."""
+        """Adds the moments of other images in place. Raises ValueError if their pilot or their classes differ."""
         if self.sums.shape != other.sums.shape or not torch.equal(self.pilot, other.pilot.to(self.pilot)):
             raise ValueError("moments add up only if their pilot mean and number of classes are the same")
         self.counts.add_(other.counts.to(self.counts))
@@ -79,9 +79,10 @@ class Moments:
 @register("pls")
 @dataclass(frozen=True)
 class Pls(DataCriterion[Moments]):
-    """VIP of filters' pooled outputs, all layers in one fit of `components`; a filter's is the mean over its windows.
+    """VIP of filters' pooled outputs, with all layers in one fit of `components`. A filter's VIP is the mean over its
+    windows.
 
-    Its errors are those of `vip` and `pooled`.
+    It raises the errors of `vip` and `pooled`.
     """
 
     components: int = 2
@@ -114,7 +115,7 @@ class Pls(DataCriterion[Moments]):
         return state
 
     def scores(self, state: Moments, shapes: Shapes) -> dict[str, torch.Tensor]:
-        """On the CPU, float64."""
+        """The scores are on the CPU, float64."""
         columns = vip(state, self.components).cpu()
         parted = columns.split([filters * windows for filters, windows in shapes.values()])
         pairs = zip(shapes.items(), parted, strict=True)
@@ -122,17 +123,17 @@ class Pls(DataCriterion[Moments]):
 
 
 def vip(moments: Moments, components: int) -> torch.Tensor:
-    """VIP (D,), float64, of every column for the classes, by a fit of `components`; the mean of its squares is 1.
+    """VIP (D,), float64, of every column for the classes, by a fit of `components`. The mean of its squares is 1.
 
-    X and Y are centred and scaled by their standard deviation (that of n - 1); a column that is constant is not scaled,
-    and its VIP is 0. Components stop when nothing is left to explain. Equal to scikit-learn's PLSRegression at
-    tol=1e-16. Raises SearchError for features that are not finite, for fewer than two images, and where no feature
-    varies with the class. (Method: Wold's PLS2, on the cross products alone: Dayal and MacGregor 1997.)
+    X and Y are centred and scaled by their standard deviation (of n - 1). A constant column is not scaled, and its VIP
+    is 0. The fit ends early when nothing is left to explain. The result equals scikit-learn's PLSRegression at
+    tol=1e-16. Raises SearchError for features that are not finite, for fewer than two images, and if no feature varies
+    with the class. (Method: Wold's PLS2, on the cross products alone: Dayal and MacGregor 1997.)
     """
     _check(moments)
     scaled = _Scaled(moments)
     columns = len(moments.pilot)
-    left = scaled.cross  # X'Y, less what the components so far explain
+    left = scaled.cross  # X'Y minus the part that the components so far explain
     first = 0.0
     rotations: list[torch.Tensor] = []
     loadings: list[torch.Tensor] = []
@@ -167,7 +168,7 @@ def vip(moments: Moments, components: int) -> torch.Tensor:
 
 
 class _Scaled:
-    """X'X and X'Y of the centred and scaled X and Y; the products themselves are neither copied nor changed."""
+    """X'X and X'Y of the centred and scaled X and Y. The products of the moments are not copied or changed."""
 
     def __init__(self, moments: Moments) -> None:
         self._products, self._images = moments.products, moments.images
@@ -175,10 +176,10 @@ class _Scaled:
         spread = (moments.products.diagonal() - self._images * self._mean.square()).clamp_min(0)
         deviation = (spread / (self._images - 1)).sqrt()
         constant = deviation <= CONSTANT * (moments.pilot + self._mean).abs()
-        # What a constant column has left is rounding: it counts as nothing at all.
+        # Only rounding is left in a constant column, so it is set to zero.
         self._inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
         share = moments.counts / self._images
-        # A class of all images, or of none, is a constant column of Y.
+        # A class that has all images or none gives a constant column of Y.
         of_classes = (self._images * share * (1 - share) / (self._images - 1)).sqrt()
         centred = moments.sums.T - torch.outer(self._mean, moments.counts)
         self.cross = torch.where(of_classes == 0, 0.0, centred * self._inverse.unsqueeze(1) / of_classes)

@@ -1,4 +1,4 @@
-"""A filter's outputs in a few numbers."""
+"""Pools a filter's outputs into a few numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from laasp_ray.errors import ConfigError
 
 
 def pooled(output: torch.Tensor, pooling: str) -> torch.Tensor:
-    """A filter's outputs in one number for each window: (B, N, ...) -> (B, N, windows).
+    """Reduces a filter's outputs to one number for each window: (B, N, ...) -> (B, N, windows).
 
-    Windows lie side by side from the corner on; those at the far edges may be smaller. Raises ConfigError for windows
-    in outputs that are not pictures.
+    Windows are adjacent and start at the corner; those at the far edges may be smaller. Raises ConfigError for windows
+    in outputs that are not images.
     """
     match = POOLING.fullmatch(pooling)
-    assert match is not None  # checked by the config
+    assert match is not None  # the config checks it
     kind, *window = match.groups()
     if output.ndim == 2:
         return output.unsqueeze(2)

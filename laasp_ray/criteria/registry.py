@@ -11,9 +11,9 @@ from laasp_ray.criteria.of_data import DataCriterion, checked
 from laasp_ray.errors import ConfigError
 
 Criterion = Callable[[torch.Tensor], torch.Tensor]
-"""Weights (N, K), one row a filter -> scores (N,), lowest goes first."""
+"""Weights (N, K), one row for each filter -> scores (N,). The lowest scores are pruned first."""
 AnyCriterion = Criterion | type[DataCriterion[Any]] | DataCriterion[Any]
-"""One of weights, or one that looks at data, as an object or as a class to make it of."""
+"""A criterion of weights, or a criterion of data as an object or a class."""
 Registered = TypeVar("Registered", bound=AnyCriterion)
 
 CRITERIA: dict[str, AnyCriterion] = {}

@@ -1,8 +1,8 @@
-"""Distances between the filters of a layer: a filter close to the others can be replaced by them.
+"""Distances between the filters of a layer: the other filters can replace a filter that is close to them.
 
-`euclidean` follows the geometric-median criterion (He et al. 2019), `cosine` the definition in LAASP (Ghimire et al.
-2023). Both are matrix products in double precision, rounded at the end: quick, no cancellation between filters that
-are nearly the same, and filters that are the same get the same score.
+`euclidean` follows the geometric-median criterion (He et al. 2019), and `cosine` the definition in LAASP (Ghimire et
+al. 2023). Both are matrix products in double precision, rounded at the end. They are fast, there is no cancellation
+between nearly equal filters, and equal filters get the same score.
 """
 
 from __future__ import annotations
@@ -31,5 +31,7 @@ def cosine(filters: torch.Tensor) -> torch.Tensor:
 
 @register("cosine_dissimilar")
 def cosine_dissimilar(filters: torch.Tensor) -> torch.Tensor:
-    """The reverse order of `cosine`, as the reference code of 2022 has it: the filter least like the others goes."""
+    """The reverse order of `cosine`, as in the reference code of 2022: the filter least like the others is pruned
+    first.
+    """
     return -cosine(filters)

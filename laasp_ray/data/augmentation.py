@@ -1,4 +1,4 @@
-"""Where each image's pixels go: the same numbers for every loader, so that their geometry cannot differ."""
+"""Computes the crop of each image. All loaders use the same numbers, so their geometry is equal."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from laasp_ray.config import DataConfig
 from laasp_ray.data.ordering import Windows, windows
 
 LONGEST = 16
-"""How many times its shorter side an image may be long in evaluation; the centre of longer ones is at most half a pixel
-from where torchvision has it."""
+"""The longest side of an image in evaluation, as a multiple of its shorter side. Longer images are cut to their centre
+first, which moves the result by at most half a pixel from torchvision's.
+"""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What to do with each image of a batch.
+    """The resizing and cropping of each image of a batch.
 
-    Training with random_resized_crop: cut the window out, then resize it to `image_size` (`resized` is None).
-    Otherwise: resize the image to `resized` ((n, 2) heights and widths; its own size means no resizing), then cut the
-    window, of `image_size`, with zeros for what lies outside.
+    Training with random_resized_crop: the window is cut out and then resized to `image_size` (`resized` is None).
+    Otherwise: the image is resized to `resized` ((n, 2) heights and widths; its own size means no resizing), and then
+    the window of `image_size` is cut out, with zeros outside the image.
     """
 
     windows: Windows
@@ -38,21 +39,24 @@ def place(
 
 
 def longest_side(config: DataConfig, *, training: bool) -> int | None:
-    """How many times its shorter side an image may be long; of longer ones the centre is taken first.
+    """The longest side of an image as a multiple of its shorter side, or None. Longer images are cut to their centre
+    first.
 
-    Where the shorter side is resized, a line of pixels would be blown up to gigabytes of which all but the centre is
-    then cut away.
+    If the shorter side is resized, an image one pixel high would grow to gigabytes, and all but the centre is cut away
+    later.
     """
     return LONGEST if config.eval_resize and not training else None
 
 
 def centre(sizes: np.ndarray, config: DataConfig) -> Placement:
-    """Evaluation as torchvision's Resize(eval_resize) and CenterCrop(image_size) do it, to the pixel."""
+    """The placement for evaluation, equal to torchvision's Resize(eval_resize) and CenterCrop(image_size) to
+    the pixel.
+    """
     sizes = np.asarray(sizes, np.int64)
     resized = _shorter_side(sizes, config.eval_resize) if config.eval_resize else sizes
     side = config.image_size
-    # Half pixels: rounded to the even row where there is more than enough, and where rows are missing the smaller
-    # half of them goes on top.
+    # Half pixels: if the image is large enough, the window's start is rounded to even. If rows are missing, the smaller
+    # half of them is on top.
     first = np.where(resized >= side, np.rint((resized - side) / 2).astype(np.int64), -((side - resized) // 2))
     full = np.full(len(sizes), side, np.int64)
     drawn = Windows(y=first[:, 0], x=first[:, 1], height=full, width=full, flip=np.zeros(len(sizes), bool))

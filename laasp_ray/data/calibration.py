@@ -1,4 +1,6 @@
-"""The images that candidates' losses are measured on: drawn once, balanced over the classes, augmentation frozen in."""
+"""The calibration set: images that candidates' losses are measured on, drawn once, class-balanced, with fixed
+augmentation.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ DECODED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """`images` uint8 (n, 3, H, W) as augmented, not normalised; `labels` int64 (n,); `indices` (n,) into the source.
+    """`images` uint8 (n, 3, H, W) after augmentation, not normalised; `labels` int64 (n,); `indices` (n,) into the
+    source.
 
-    `digest` is the sha256 over images and labels: equal digests are equal subsets.
+    `digest` is the sha256 of images and labels: equal digests mean equal sets.
     """
 
     images: torch.Tensor
@@ -44,12 +47,13 @@ def draw_calibration_images(
     excluded: Collection[str] = (),
     on_unreadable: Callable[[str], None] | None = None,
 ) -> CalibrationImages:
-    """Draws `images` training images (all there are if fewer, which is logged), shuffled, always decoded on the CPU.
+    """Draws `images` training images, shuffled. All images are taken, with a log line, if there are fewer. Decodes on
+    the CPU.
 
-    Each class gives the same number, or one more, or all that it has. The training augmentation is drawn once. All of
-    it follows from the run's `seed` and the set of unreadable images, which are replaced by others: one found here
-    gives what naming it in `excluded` gives, so that a resumed run draws the same. Raises DataError when too many
-    images are unreadable.
+    Each class gives the same number, or one more, or all its images. The training augmentation is drawn once. The
+    result depends only on the run's `seed` and on the set of unreadable images, which are replaced by others. An image
+    found unreadable here has the same effect as its name in `excluded`, so a resumed run draws the same images. Raises
+    DataError if too many images are unreadable.
     """
     own_seed = derive_seed(seed, "subset")
     left_out = set(excluded)
@@ -79,7 +83,7 @@ def draw_calibration_images(
             for batch in loader.epoch(np.array_split(chosen, -(-len(chosen) // DECODED_AT_ONCE))):
                 pixels[filled : filled + len(batch.indices)] = batch.images
                 filled += len(batch.indices)
-            if filled == len(chosen):  # otherwise some were unreadable, and the draw is made again without them
+            if filled == len(chosen):  # otherwise the draw is repeated without the unreadable images
                 break
     finally:
         loader.close()
@@ -90,9 +94,9 @@ def draw_calibration_images(
 
 
 def balanced_choice(labels: np.ndarray, images: int, *, key: int, unavailable: Collection[int] = ()) -> np.ndarray:
-    """Indices (int64) of `images` entries of `labels`, or of all there are: class-balanced, shuffled by `key`.
+    """Indices (int64) of `images` entries of `labels`, or of all if there are fewer: class-balanced, shuffled by `key`.
 
-    Raises DataError when nothing is available.
+    Raises DataError if nothing is available.
     """
     available = np.setdiff1d(np.arange(len(labels), dtype=np.int64), np.array(sorted(unavailable), np.int64))
     if not len(available):
@@ -106,9 +110,9 @@ def balanced_choice(labels: np.ndarray, images: int, *, key: int, unavailable: C
 
 
 def class_quotas(counts: np.ndarray, images: int, *, key: int) -> np.ndarray:
-    """How many images each class gives (int64), `counts` being what it has.
+    """The number of images that each class gives (int64). `counts` is the number that each class has.
 
-    All classes with enough give the same number or one more, which of them being decided by `key`; the others give all.
+    A class with too few images gives all. The other classes give the same number or one more; `key` decides which.
     """
     wanted = min(images, int(counts.sum()))
     level = (

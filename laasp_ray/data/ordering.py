@@ -1,7 +1,7 @@
-"""Which images come when, and how each is augmented: functions of (seed, epoch, image), never of a generator's history.
+"""The order and the augmentation of images, as functions of (seed, epoch, image) without a generator's state.
 
-Every random number here is a hash of what it is for, so any process can compute any image's numbers alone, and they do
-not depend on the batch size, the number of ranks or a restart.
+Every random number is a hash of its purpose. So any process can compute any image's numbers alone, and they do not
+depend on the batch size, the number of ranks or a restart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from laasp_ray.config import DataConfig
 from laasp_ray.errors import DataError
 
 ATTEMPTS = 10
-"""How often a window of random size is tried before the centre is taken, as in torchvision's RandomResizedCrop."""
+"""The number of tries for a random window before the centre is taken, as in torchvision's RandomResizedCrop."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64: Steele, Lea, Flood, OOPSLA 2014
 
@@ -26,7 +26,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64: Steele, Lea, Flood, OOPSL
 class Windows:
     """A window per image, in pixels: first row `y` and column `x`, `height`, `width` (int64, (n,)), and `flip` (bool).
 
-    `y` and `x` may be negative, and a window may reach beyond the image: what lies outside is zero.
+    `y` and `x` may be negative, and a window may extend beyond the image. Pixels outside the image are zero.
     """
 
     y: np.ndarray
@@ -40,22 +40,23 @@ class Windows:
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """The seed (0 <= s < 2**63) of the draw called `name` in a run of `seed`; the same on every machine."""
+    """The seed (0 <= s < 2**63) of the draw called `name` in a run with `seed`. It is the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def hash_uint64(key: int, values: np.ndarray) -> np.ndarray:
     """One well-mixed uint64 per entry of `values` (non-negative integers, any shape) under `key` (>= 0)."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what is meant
+    with np.errstate(over="ignore"):  # the overflow is intended: arithmetic is modulo 2**64
         return _splitmix64(values.astype(np.uint64) * _GOLDEN ^ _splitmix64(np.array([key], np.uint64)))
 
 
 def epoch_batches(n: int, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of a training epoch: each of `n` images once, in an order that depends on (seed, epoch) alone.
+    """The global batches of a training epoch. Each of `n` images occurs once, in an order that depends only on (seed,
+    epoch).
 
-    The order is cut into ceil(n / batch_size) batches whose sizes differ by at most one, so that there is never a tiny
-    last one. Returns int64 index arrays.
+    The order is cut into ceil(n / batch_size) batches whose sizes differ by at most one, so the last batch is never
+    tiny. Returns int64 index arrays.
     """
     _check_batching(n, batch_size)
     order = shuffled(n, derive_seed(seed, f"order/{epoch}"))
@@ -63,15 +64,16 @@ def epoch_batches(n: int, *, batch_size: int, seed: int, epoch: int) -> list[np.
 
 
 def rank_share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """The images of a global batch that `rank` of `world` processes trains on; sizes differ by at most one."""
+    """The images of a global batch that `rank` of `world` processes trains on. Sizes differ by at most one."""
     _check_rank(rank, world)
     return batch[rank::world]
 
 
 def eval_batches(n: int, *, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
-    """This rank's batches (at most `batch_size` images each) of an evaluation: over all ranks each image exactly once.
+    """This rank's batches (at most `batch_size` images each) of an evaluation. Each image occurs once over all ranks.
 
-    Ranks may get different numbers of batches, the last may be partial, and with fewer images than ranks some get none.
+    Ranks may get different numbers of batches, and the last batch may be partial. With fewer images than ranks some
+    ranks get none.
     """
     _check_batching(n, batch_size)
     _check_rank(rank, world)
@@ -80,7 +82,7 @@ def eval_batches(n: int, *, batch_size: int, rank: int, world: int) -> list[np.n
 
 
 def shuffled(n: int, key: int) -> np.ndarray:
-    """A permutation of 0..n-1 (int64), decided by `key` alone."""
+    """A permutation of 0..n-1 (int64), determined by `key` alone."""
     return np.argsort(hash_uint64(key, np.arange(n, dtype=np.int64)), kind="stable").astype(np.int64)
 
 
@@ -90,8 +92,9 @@ def windows(
     """The training augmentation of each image, a function of (seed, epoch, image index) and the image's size.
 
     `indices` is (n,), `sizes` (n, 2): heights and widths in pixels. `random_resized_crop` draws as torchvision's
-    RandomResizedCrop does (a share of the area, a log-uniform aspect ratio, the centre when ten attempts do not fit);
-    `pad_crop` as its RandomCrop with padding. Raises DataError where a padded image is smaller than the window.
+    RandomResizedCrop: a share of the area, a log-uniform aspect ratio, and the centre after ten tries that do not fit.
+    `pad_crop` draws as torchvision's RandomCrop with padding. Raises DataError if a padded image is smaller than the
+    window.
     """
     indices = np.asarray(indices, np.int64)
     shapes = np.asarray(sizes, np.int64).reshape(-1, 2)
@@ -145,7 +148,7 @@ def _random_resized_crop(
 def _centre_fallback(
     image_height: np.ndarray, image_width: np.ndarray, ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The largest centred window whose aspect (width over height) lies within `ratio`: y, x, height, width."""
+    """The largest centred window whose aspect ratio (width / height) is within `ratio`: y, x, height, width."""
     aspect = image_width / image_height
     height = np.where(aspect < ratio[0], np.rint(image_width / ratio[0]).astype(np.int64), image_height)
     width = np.where(aspect > ratio[1], np.rint(image_height * ratio[1]).astype(np.int64), image_width)

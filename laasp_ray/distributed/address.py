@@ -1,6 +1,6 @@
-"""Checks of where a Ray cluster is or will be that take seconds at most: Ray itself waits for minutes, or crashes.
+"""Quick checks of the address of a Ray cluster; Ray itself would wait for minutes or crash.
 
-Without Ray, so that they come before anything that takes long.
+The checks do not import Ray, so they can be made before anything that takes long.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from urllib.parse import urlsplit
 from laasp_ray.errors import ConfigError
 
 WAIT_S = 5.0
-"""How long a cluster may take to answer."""
+"""The seconds that a cluster may take to answer."""
 _LONGEST_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
-"""Bytes of a socket's path that the operating system takes."""
+"""The longest path of a socket that the operating system allows, in bytes."""
 _CLIENT_PORT = 10001
 
 
 def check_address(address: str | None, wait_s: float = WAIT_S) -> str:
-    """The address that Ray is to be given, from `address`, RAY_ADDRESS or neither ('local': a cluster started here).
+    """The address for Ray, from `address`, RAY_ADDRESS or neither ('local': a cluster that is started here).
 
-    Raises ConfigError where nobody answers there within `wait_s` seconds, or a cluster cannot be started here.
+    Raises ConfigError if no cluster answers there within `wait_s` seconds, or if none can be started here.
     """
     ray = sys.modules.get("ray")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -36,7 +36,7 @@ def check_address(address: str | None, wait_s: float = WAIT_S) -> str:
 
 
 def check_socket_path() -> None:
-    """Raises ConfigError where the temporary folder's path is too long for the sockets that Ray makes below it."""
+    """Raises ConfigError if the path of the temporary folder is too long for the sockets that Ray creates in it."""
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
     if variable is None or os.name == "nt":
         return
@@ -82,7 +82,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _speaks_grpc(host: str, port: int, wait_s: float) -> bool:
-    """Whether a connection of gRPC's can be made; true where gRPC is not installed."""
+    """Whether a gRPC connection can be made. True if gRPC is not installed."""
     try:
         import grpc
     except ImportError:

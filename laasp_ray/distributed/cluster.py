@@ -1,7 +1,7 @@
-"""How a run shares a cluster: what trainers and evaluation tasks hold, so that neither ever waits for the other.
+"""Divides a cluster between trainers and evaluation tasks, so that neither waits for the other.
 
-On every GPU one trainer (0.6 by default) and one evaluation task (0.4) find room; two trainers never meet on one, which
-NCCL would refuse. On CPUs trainers hold a token share, since they sleep while the search runs, and the other way round.
+Each GPU has room for one trainer (0.6 by default) and one evaluation task (0.4). Two trainers never share a GPU, which
+NCCL would refuse. On CPUs trainers hold a small share, because they sleep during the search; tasks run only then.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ TRAINER_CPUS = 0.05
 TASK_CPUS = 0.9
 
 LOCAL_ENVIRONMENT = {
-    # Ray ends idle worker processes after a second; those that measure losses would import torch anew every iteration.
+    # Ray ends idle worker processes after a second; processes that measure losses would import torch again in every
+    # iteration.
     "RAY_idle_worker_killing_time_threshold_ms": "3600000",
 }
 
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """What a run takes of a cluster; resources are Ray's, per worker or task."""
+    """The resources that a run uses, in Ray's terms, per worker or task."""
 
     workers: int
     gpus: int
@@ -41,7 +42,10 @@ class ResourcePlan:
 
 
 def plan_resources(resources: Mapping[str, float], config: ClusterConfig) -> ResourcePlan:
-    """`resources` are the cluster's totals ('CPU', 'GPU'). Raises ConfigError for more workers than it can hold."""
+    """Plans a run's resources. `resources` are the cluster's totals ('CPU', 'GPU').
+
+    Raises ConfigError for more workers than the cluster can hold.
+    """
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     room = gpus or cpus
     if room == 0:
@@ -69,17 +73,19 @@ def plan_resources(resources: Mapping[str, float], config: ClusterConfig) -> Res
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use; a container or an affinity may leave it fewer than the machine has."""
+    """The number of CPUs that this process may use. A container or CPU affinity may allow fewer than the
+    machine has.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
-    """Joins a cluster, or starts one on this machine for as long as this lasts; gives its resources.
+    """Joins a cluster, or starts one on this machine until the context ends. Yields the cluster's resources.
 
-    In a submitted job Ray sets RAY_ADDRESS, and we join; a cluster that merely runs on this machine is joined only when
-    `address` is 'auto' or its address. A session that the caller has opened is used, and left open. The caller's
-    handlers of signals stay. Raises ConfigError where no cluster answers, or none can be started.
+    In a submitted job Ray sets RAY_ADDRESS, and the run joins that cluster. A cluster that only happens to run on this
+    machine is joined only if `address` is 'auto' or its address. A session that the caller has opened is used and left
+    open. The caller's signal handlers are kept. Raises ConfigError if no cluster answers or none can be started.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -88,7 +94,7 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
     if address == "local":
         os.environ.update({key: os.environ.get(key, value) for key, value in LOCAL_ENVIRONMENT.items()})
     try:
-        # The number of CPUs is left to Ray: it may not be given when a cluster is joined.
+        # The number of CPUs is left to Ray, because it may not be given when a cluster is joined.
         with _callers_signals(), _without_lines_on_tokens():
             ray.init(
                 address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {})
@@ -104,8 +110,7 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
 
 @contextmanager
 def _callers_signals() -> Iterator[None]:
-    """Gives the caller back the handlers that it had set: Ray puts its own in their place, and its C++ core one of
-    SIGTERM that prints the native stack."""
+    """Restores the caller's signal handlers. Ray replaces them, and its C++ core prints the native stack on SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,7 +125,7 @@ def _callers_signals() -> Iterator[None]:
 
 @contextmanager
 def _without_lines_on_tokens() -> Iterator[None]:
-    """Ray tells every cluster that starts how tokens are switched on and off, before the run has said a word."""
+    """Hides Ray's message about authentication tokens, which it logs whenever a cluster starts."""
     token_log = logging.getLogger("ray._private.authentication.authentication_token_setup")
     level = token_log.level
     token_log.setLevel(logging.ERROR)

@@ -1,4 +1,6 @@
-"""The search on a cluster: candidates' losses as Ray tasks, units of work streamed back as they come."""
+"""The search on a cluster: candidates' losses are measured in Ray tasks, and each unit's losses return when it
+is done.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,12 @@ PATIENCE_S = 60
 
 
 class RayExecutor:
-    """The Executor (search/executor.py) on Ray tasks. Gives the serial executor's losses: batches are cut the same way.
+    """The Executor (search/executor.py) on Ray tasks. It gives the serial executor's losses, because batches are cut
+    the same way.
 
-    The network of an iteration is put into the object store once, with the iteration's candidates; tasks carry
-    positions. Every worker process rebuilds it once per iteration, and keeps the calibration set between iterations.
+    The network of an iteration is put into the object store once, with the iteration's candidates; a task gets only
+    their positions. Every worker process rebuilds the network once per iteration, and keeps the calibration set between
+    iterations.
     """
 
     def __init__(
@@ -57,9 +61,10 @@ class RayExecutor:
         )
         self._options = {
             "max_retries": TASK_RETRIES,
-            "retry_exceptions": [MemoryShortError],  # another device, or this one later, may have more
+            "retry_exceptions": [MemoryShortError],  # another device may have more memory, or this one later
             "scheduling_strategy": "SPREAD",
-            # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it sees all GPUs, and is given one.
+            # A process cannot change its first CUDA_VISIBLE_DEVICES later, so it sees all GPUs and is assigned one of
+            # them.
             "runtime_env": {"env_vars": SEE_ALL_GPUS} if share.gpus else None,
             **share.task_options,
         }
@@ -82,7 +87,7 @@ class RayExecutor:
     ) -> list[MeasuredLoss]:
         branch_points = BranchPoints(rebuild(self._unpruned, network).eval(), self._example)
         costs = [branch_points.cost(task) for task in tasks]
-        # What is masked needs no plan, which is many times larger than a mask.
+        # A masked candidate needs no plan, which is much larger than a mask.
         pairs = zip(tasks, costs, strict=True)
         light = [task if cost.copied else replace(task, step=Plan.empty()) for task, cost in pairs]
         arrays = pack(network.tensors)
@@ -119,9 +124,9 @@ class TaskBackend:
         costs: Sequence[Cost],
         share: ResourcePlan,
     ) -> None:
-        """References inside the list `inputs` are not fetched by Ray for every task anew; the processes keep them.
+        """Ray does not fetch references inside the list `inputs` for every task; the processes keep the fetched values.
 
-        `inputs_with_plans` gives those that every prune can be cut by, for a worker that cannot mask.
+        `inputs_with_plans` returns inputs with the plans of all prunes, for a worker that cannot mask.
         """
         self._task, self._inputs, self._costs, self._share = task, inputs, costs, share
         self._inputs_with_plans, self._with_plans = inputs_with_plans, False
@@ -152,7 +157,7 @@ class TaskBackend:
                 self._say_waiting()
 
     def _send_plans(self, error: UnmaskedError) -> None:
-        """From now on tasks have plans too: what the driver can mask, a worker could not."""
+        """Sends plans with later tasks, because a worker could not mask a candidate that the driver can mask."""
         if not self._with_plans:
             logger.warning("a worker cannot mask what the driver can, and is sent plans to cut by: %s", error)
             self._inputs, self._with_plans = self._inputs_with_plans(), True
@@ -171,24 +176,25 @@ class TaskBackend:
 
 
 def slots_of(resources: Mapping[str, float], share: ResourcePlan) -> int:
-    """How many evaluation tasks a cluster with these resources has room for at a time."""
+    """The number of evaluation tasks that can run at the same time on a cluster with these resources."""
     if share.gpus:
         return max(1, int(resources.get("GPU", 0)))
     return max(1, int(resources.get("CPU", 0)))
 
 
 def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
-    """The task itself: the losses of some of the iteration's tasks on some of the calibration set's images."""
+    """The Ray task: measures some of the iteration's tasks on some images of the calibration set."""
     engine, tasks = retried(lambda: PROCESS.load(*inputs), "the network of an evaluation task")
     losses = engine.losses([tasks[position] for position in positions], images)
     if device().type == "cuda":
-        torch.cuda.empty_cache()  # the trainers share this GPU, and this process outlives the search
+        torch.cuda.empty_cache()  # the trainers share this GPU, and this process lives on after the search
     return losses
 
 
 def statistics_task(inputs: list[Any]) -> dict[str, np.ndarray]:
-    """The task that measures the iteration's BatchNorm statistics; references inside `inputs` are kept by the
-    process."""
+    """The Ray task that measures the iteration's BatchNorm statistics. The process keeps the values of references in
+    `inputs`.
+    """
     model, calibration = PROCESS.network(*inputs)
     arrays = pack(reestimate(model, calibration))
     if device().type == "cuda":

@@ -1,8 +1,8 @@
-"""The scores of filters by a criterion of data, on a cluster: chunks of images as Ray tasks, their states merged in the
-driver.
+"""Scores of filters by a criterion of data, on a cluster. Chunks of images are Ray tasks; the driver merges their
+states.
 
-The chunks are those of the serial procedure (search/activations.py) and are merged in the same order, so that the
-number of workers does not change a bit of the scores.
+The chunks are those of the serial procedure (search/activations.py), and they are merged in the same order. So the
+scores are equal to the last bit for any number of workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.search.activations import ImportanceRequest, measure_first_batch, scores_of, state_of
 
 AHEAD = 2
-"""How many chunks for each slot are asked for before the first is merged: a state may be hundreds of megabytes."""
+"""The number of chunks per slot that are requested before the first is merged. A state may be hundreds of megabytes."""
 
 
 def spread(
@@ -32,8 +32,8 @@ def spread(
 ) -> dict[str, torch.Tensor]:
     """Scores (N,) of every wanted layer's filters.
 
-    `inputs` are references to the unpruned network, the iteration's (plan and tensors) and the calibration set. Raises
-    what `search.activations.importance` does, SearchError if tasks are lost.
+    `inputs` are references to the unpruned network, the iteration's network (plan and tensors) and the calibration set.
+    Raises the errors of `search.activations.importance`, and SearchError if tasks are lost.
     """
     request = (wanted.name, cloudpickle.dumps(wanted))
     first: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, request))
@@ -60,20 +60,20 @@ def spread(
 
 
 def first_batch_task(inputs: list[Any], request: tuple[str, bytes]) -> FirstBatch:
-    """The task that looks at the first batch; references inside the list `inputs` are kept by the process."""
+    """The Ray task that processes the first batch. The process keeps the values of references in the list `inputs`."""
     wanted = _unpacked(*request)
     model, calibration = PROCESS.network(*inputs)
     return measure_first_batch(model, calibration, wanted).to(torch.device("cpu"))
 
 
 def chunk_task(inputs: list[Any], request: tuple[str, bytes], first: list[Any], chunk: np.ndarray) -> list[np.ndarray]:
-    """The task that gives the criterion's state after the images at `chunk`, packed."""
+    """The Ray task that returns the criterion's packed state after the images at `chunk`."""
     wanted = _unpacked(*request)
     model, calibration = PROCESS.network(*inputs)
     state = state_of(model, calibration, wanted, ray.get(first[0]), chunk)
     try:
         arrays = pack_object(state)
-    except Exception as error:  # a user's state may be anything
+    except Exception as error:  # a user's state may have any type
         raise ConfigError(
             f"criterion {wanted.name!r} has a state that cannot be pickled: {type(error).__name__}: {error}"
         ) from error
@@ -84,7 +84,7 @@ def chunk_task(inputs: list[Any], request: tuple[str, bytes], first: list[Any], 
 
 
 def _unpacked(name: str, request: bytes) -> ImportanceRequest:
-    """What was asked for; raises ConfigError where this process cannot import the criterion `name`."""
+    """The unpickled request. Raises ConfigError if this process cannot import the criterion `name`."""
     try:
         return pickle.loads(request)
     except Exception as error:

@@ -1,8 +1,8 @@
-"""The place where the driver leaves commands for the trainers, and rank 0 its results.
+"""An actor that passes commands from the driver to the trainers, and results from rank 0 to the driver.
 
-An actor of its own, without CPUs, so that it outlives the worker group: after a restart the group asks again and is
-given the command it did not finish, with the last epoch that was. Workers wait here, not in a collective, which would
-time out while a long search goes on.
+It is a separate actor without CPUs, so it outlives the worker group. After a restart the group asks again and gets the
+unfinished command with the last finished epoch. Workers wait here and not in a collective, which would time out during
+a long search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """`resume` is what rank 0 last posted of this command (None: nothing); payloads are opaque here."""
+    """A command. `resume` is the last epoch that rank 0 posted for it (None: none). The mailbox does not look into
+    payloads.
+    """
 
     number: int
     payload: Any
@@ -22,10 +24,10 @@ class Command:
 
 
 class Mailbox:
-    """At most one command is open at a time; its number rises by one with each.
+    """Holds at most one open command. Every command has the next number.
 
-    A command is handed to rank 0 again after every restart of the group. When that happened `patience` times without an
-    epoch being posted, the next loss closes it as failed, with the last complaint.
+    The command is given to rank 0 again after every restart of the group. If it was given `patience` times without a
+    finished epoch, the next loss of the group closes it as failed, with the last complaint.
     """
 
     def __init__(self, patience: int) -> None:
@@ -49,11 +51,11 @@ class Mailbox:
             self._changed.notify_all()
 
     async def met(self) -> None:
-        """Returns once a worker has come."""
+        """Returns when the first worker has asked for a command."""
         await self._met.wait()
 
     async def next(self, after: int, rank: int) -> Command | None:
-        """The open command if its number is above `after`, else the one that comes; None: nothing more will."""
+        """Waits for a command with a number above `after` and returns it. None: no more commands come."""
         self._met.set()
         while True:
             async with self._changed:
@@ -68,7 +70,9 @@ class Mailbox:
             await self._give_up()
 
     async def complain(self, number: int, text: str) -> None:
-        """What a worker says before it dies of an error; the last one, when patience is at its end."""
+        """Records a worker's error before the worker dies. If patience is used up, the command fails with the last
+        complaint.
+        """
         self._complaint = text
         if self._command is not None and self._command.number == number and self._deliveries >= self._patience:
             await self._give_up()
@@ -80,9 +84,9 @@ class Mailbox:
         await self._posted.put(("failed", text))
 
     async def post(self, number: int, kind: str, value: Any) -> None:
-        """`kind` is 'epoch' (kept for a restart), 'done' or 'failed' (both close the command)."""
+        """Posts a result. `kind` is 'epoch' (kept for a restart), 'done' or 'failed' (both close the command)."""
         if self._command is None or self._command.number != number:
-            return  # from a worker of a group that is gone, about a command that is closed
+            return  # an old group's worker posts for a command that is closed
         if kind == "epoch":
             self._command, self._deliveries = Command(number, self._command.payload, value), 1
         else:
@@ -90,5 +94,5 @@ class Mailbox:
         await self._posted.put((kind, value))
 
     async def take(self) -> tuple[str, Any]:
-        """What was posted, in order; waits for it."""
+        """Waits for the next posted result, in order."""
         return await self._posted.get()

@@ -1,4 +1,4 @@
-"""A short measurement on one worker's share of the cluster, for a dry run."""
+"""A short speed measurement on one worker's share of the cluster, for a dry run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_traini
 
 
 def measure(network: Any, config: RunConfig, share: ResourcePlan) -> tuple[TrainingSpeed, float]:
-    """A trainer's speed, and the images a second of an evaluation task, one after the other.
+    """The speed of a trainer and the images a second of an evaluation task, measured one after the other.
 
-    `network` is the object reference of the unpruned network. Each is measured with the resources that it will have,
-    alone on its node.
+    `network` is the object reference of the unpruned network. Each is measured alone on its node, with the resources
+    that it will have.
     """
     resources = dict(share.trainer_resources)
     gpus = resources.pop("GPU", 0)
@@ -26,13 +26,15 @@ def measure(network: Any, config: RunConfig, share: ResourcePlan) -> tuple[Train
 
 
 def training_speed(unpruned: torch.nn.Module, config: RunConfig, workers: int) -> TrainingSpeed:
-    """As a trainer: without a GPU the trainers of a node share its cores; it is taken that they are all on one."""
+    """The speed of a trainer. Without a GPU the trainers of a node share its cores; all are assumed to be on
+    one node.
+    """
     torch.set_num_threads(max(1, usable_cpus() // workers))
     return measure_training(unpruned, config, _device(), workers)
 
 
 def forward_speed(unpruned: torch.nn.Module, config: RunConfig) -> float:
-    """As an evaluation task: without a GPU on one thread."""
+    """The images a second of an evaluation task. Without a GPU it uses one thread."""
     if _device().type == "cpu":
         torch.set_num_threads(1)
     return measure_forward(unpruned, config, _device())

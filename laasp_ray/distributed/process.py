@@ -1,4 +1,4 @@
-"""What a worker process of the search keeps between tasks, and the device that it is on."""
+"""The objects that a worker process of the search keeps between tasks, and its device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
 
 
 class Process:
-    """What a worker process keeps from one task to the next: the unpruned network, the iteration's network, the
-    calibration set."""
+    """Keeps objects from one task to the next: the unpruned network, the iteration's network, the calibration set."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, Any]] = {}
@@ -33,18 +32,18 @@ class Process:
         return self._once("iteration", iteration, lambda: _engine(base, images, search, *ray.get(iteration)))
 
     def network(self, unpruned: Any, iteration: Any, calibration: Any) -> tuple[nn.Module, CalibrationSet]:
-        """The iteration's network, ready, and the images; here `iteration` has no candidates."""
+        """The iteration's network, ready to run, and the images. Here `iteration` has no candidates."""
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
         images, _ = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
         return self._once("network", iteration, lambda: _network(base, images, *ray.get(iteration)))
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
-        key = f"{reference.hex()} on {device()}"  # a process may be given another GPU from task to task
+        key = f"{reference.hex()} on {device()}"  # a process may get another GPU for the next task
         known = self._kept.get(name)
         if known is None or known[0] != key:
             del known
-            self._kept.pop(name, None)  # let go of the last one before the next is made
+            self._kept.pop(name, None)  # frees the old object before the new one is made
             self._kept[name] = (key, make())
         return self._kept[name][1]
 
@@ -53,7 +52,7 @@ PROCESS = Process()
 
 
 def device() -> torch.device:
-    """The GPU that Ray gave this task, among all that the process sees (see SEE_ALL_GPUS)."""
+    """The GPU that Ray assigned to this task, among all that the process sees (see SEE_ALL_GPUS)."""
     given = ray.get_gpu_ids()
     if not given or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -62,7 +61,9 @@ def device() -> torch.device:
 
 
 def threads() -> int:
-    """One thread on a CPU task, whatever the machine: the tasks fill the cores, and the sums stay in one order."""
+    """The number of threads. A CPU task uses one on every machine: tasks fill the cores, and the order of sums is
+    fixed.
+    """
     return 1 if device().type == "cpu" else max(1, usable_cpus() // 4)
 
 
@@ -75,7 +76,9 @@ def _engine(
     tasks: list[LossTask],
     untraced: str,
 ) -> tuple[Engine, list[LossTask]]:
-    """`untraced` is the driver's word on the network (search/tracing.py): what it stripped of plans is masked here."""
+    """`untraced` is the driver's verdict on the network (search/tracing.py). The worker must mask what the driver
+    masks.
+    """
     model, calibration = _network(unpruned, calibration, plan, arrays)
     return Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000, untraced=untraced), tasks
 

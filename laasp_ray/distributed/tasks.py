@@ -1,4 +1,4 @@
-"""The answer of an evaluation task, or what went wrong in the terms of whoever asked."""
+"""Waits for an evaluation task, and converts its errors for the caller."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import ray
 from laasp_ray.errors import SearchError
 
 TASK_RETRIES = 5
-"""How often a task whose worker or node was lost is run again."""
+"""The number of retries for a task whose worker or node was lost."""
 
 
 def answer(reference: Any, task: str, remedy: str) -> Any:
-    """Waits for the task behind `reference`. What it raised is raised here as it was; SearchError, naming `task` and
-    the `remedy`, when it was lost."""
+    """Waits for the task behind `reference`. An error of the task is raised unchanged.
+
+    Raises SearchError, naming `task` and the `remedy`, if the task was lost.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -1,4 +1,6 @@
-"""What a Ray Train worker does: wait for a training phase, train it, post what came of it, until there is no more."""
+"""The loop of a Ray Train worker: it waits for a training phase, trains it, posts the results, and repeats until
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from laasp_ray.train.trainer import rebuild_on
 
 @dataclass(frozen=True)
 class PhaseCommand:
-    """`arrays` holds one object reference: (state dict, optimizer state) as numpy arrays.
+    """A training phase for the workers. `arrays` holds one object reference: (state dict, optimizer state) as numpy
+    arrays.
 
     `teacher` is the reference of the (plan, state dict) of the network to imitate, or None.
     """
@@ -41,7 +44,7 @@ class PhaseCommand:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """The loop of one rank; `settings` are its mailbox, the unpruned network's reference and the run's config."""
+    """The loop of one rank. `settings` are its mailbox, the unpruned network's reference and the run's config."""
     context = ray.train.get_context()
     rank = context.get_world_rank()
     mailbox, config = settings["mailbox"], settings["config"]
@@ -59,17 +62,17 @@ def train_worker(settings: dict[str, Any]) -> None:
                 if rank == 0:
                     ray.get(mailbox.post.remote(command.number, kind, value))
         except ray.exceptions.RayActorError:
-            return  # see _next
+            return  # the mailbox is gone (see _next)
         except LaaspError as error:
-            # The same would happen again: the driver gets the error, instead of the group restarting over it.
+            # A restart would fail the same way, so the driver gets the error and the group lives on.
             ray.get(mailbox.post.remote(command.number, "failed", error))
         except Exception as error:
-            # A lost peer looks like this too, so the group restarts; the mailbox gives up if that does not help.
+            # A lost peer looks like this too, so the group restarts. The mailbox gives up if that does not help.
             last = traceback.format_exc(limit=-3)
             ray.get(mailbox.complain.remote(command.number, f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
             raise
         finished = command.number
-        del command  # and with it the arrays that it keeps in the object store
+        del command  # this also frees its arrays in the object store
     if data is not None:
         data.close()
 
@@ -78,11 +81,11 @@ def _next(mailbox: Any, finished: int) -> Command | None:
     try:
         return ray.get(mailbox.next.remote(finished, ray.train.get_context().get_world_rank()))
     except ray.exceptions.RayActorError:
-        return None  # without its mailbox this group has nobody to work for; the driver starts another
+        return None  # without its mailbox the group has no driver; the driver starts another group
 
 
 def _check_agreement(command: Command) -> None:
-    """Ranks of a restarted group must have been given the same command at the same point."""
+    """Raises RuntimeError unless all ranks of a restarted group got the same command at the same epoch."""
     done = command.resume[-1].position if command.resume is not None else -1
     theirs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(theirs, (command.number, done))
@@ -91,7 +94,7 @@ def _check_agreement(command: Command) -> None:
 
 
 def _teacher(payload: PhaseCommand) -> NetworkState | None:
-    """It is kept, as a view of the object store, so that it comes to this node once."""
+    """The teacher's network, as a view of the object store. It is kept, so that it is sent to this node only once."""
     if payload.teacher is None:
         return None
     plan, arrays = ray.get(payload.teacher)
@@ -114,9 +117,9 @@ def _open_data(config: RunConfig, training_phase: TrainingPhase) -> PhaseData:
 def _carry_out(
     command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: PhaseData
 ) -> Iterator[tuple[str, Any]]:
-    """Yields what rank 0 posts. Weights leave as numpy arrays, which the object store does not copy.
+    """Yields the results that rank 0 posts. Weights are numpy arrays, which the object store does not copy.
 
-    The end is posted when the networks are gone: the search, which then begins, shares this GPU.
+    The end is posted after the networks are freed, because the search, which starts then, shares this GPU.
     """
     payload: PhaseCommand = command.payload
     training_phase = payload.training_phase

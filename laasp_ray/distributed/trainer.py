@@ -1,8 +1,8 @@
-"""Training on a cluster: one Ray Train worker group that lives as long as the run and takes its training phases as
-commands.
+"""Training on a cluster: one Ray Train worker group lives as long as the run and gets its training phases as commands.
 
-A `fit()` costs 15 to 20 s, a further command a fraction of a second. The group is restarted by Ray Train when a rank is
-lost, and by us when more than that is; either way the training phase goes on from its last finished epoch.
+A `fit()` takes 15 to 20 s, and a further command a fraction of a second. If a rank is lost, Ray Train restarts the
+group; if more is lost, this module starts a new one. In both cases the training phase continues after its last finished
+epoch.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from laasp_ray.train.trainer import OnEpoch
 logger = logging.getLogger(__name__)
 
 GROUP_RESTARTS = 8
-"""How often Ray Train may restart a group in its life; the mailbox counts those without progress."""
+"""The number of times that Ray Train may restart a group. The mailbox counts the restarts without progress."""
 
 GROUP_ATTEMPTS = 2
-"""How often a whole worker group, its mailbox included, is started without an epoch being finished."""
+"""The number of times that a whole worker group, with its mailbox, is started without a finished epoch."""
 
 PATIENCE_S = 60
 
 TRAIN_ENVIRONMENT = {
-    # Without these a start and a stop of the group take half as long again.
+    # Without these, starting and stopping the group take half as long again.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -53,7 +53,7 @@ TRAIN_ENVIRONMENT = {
 
 
 class _GroupLostError(Exception):
-    """The worker group or its mailbox is gone for good; a new one may do better."""
+    """The worker group or its mailbox is lost for good. A new group may succeed."""
 
 
 @dataclass
@@ -64,10 +64,10 @@ class _Group:
 
 
 class RayTrainer:
-    """The Trainer (train/trainer.py) on Ray Train workers, `share.workers` of them, DDP over all."""
+    """The Trainer (train/trainer.py) on `share.workers` Ray Train workers, with DDP over all of them."""
 
     def __init__(self, unpruned: Any, config: RunConfig, share: ResourcePlan, storage_path: str) -> None:
-        """`unpruned` is the object reference of the unpruned network; Ray Train's own files go to `storage_path`."""
+        """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`."""
         self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
         self._group: _Group | None = None
         self._commands = 0
@@ -89,7 +89,7 @@ class RayTrainer:
                 return self._run(network, optimizer_state, training_phase, on_epoch)
             except _GroupLostError as lost:
                 self._group = None
-                attempt = 1 if self._last is not None else attempt + 1  # progress earns new patience
+                attempt = 1 if self._last is not None else attempt + 1  # the count starts again after progress
                 if attempt == GROUP_ATTEMPTS:
                     raise TrainingError(
                         f"training phase {training_phase.number} ({training_phase.phase}): the worker group was lost "
@@ -113,7 +113,7 @@ class RayTrainer:
         self._last: EpochResult | None = None
         group = self._group = self._group or self._start()
         self._commands += 1
-        # The arrays travel as one reference, so that they cross the network once per node, not once per rank.
+        # The arrays are one reference, so they are sent once per node and not once per rank.
         reference = ray.put((pack(network.tensors), pack(optimizer_state)))
         payload = PhaseCommand(training_phase, network.plan, [reference], self._teacher)
         self._ask(group, group.mailbox.submit.remote(self._commands, payload))
@@ -126,13 +126,13 @@ class RayTrainer:
                 return value
             arrays, carried_arrays, done = value
             if done.position < (training_phase.done if self._last is None else self._last.position + 1):
-                continue  # posted twice, by the last breath of a worker whose successor had begun already
+                continue  # posted twice: by a worker that died, and by its successor
             done = replace(done, tensors=unpack(arrays, copy=True), optimizer_state=unpack(carried_arrays, copy=True))
             self._last = done
             on_epoch(done)
 
     def _ask(self, group: _Group, reference: Any, when_late: Callable[[], None] = lambda: None) -> Any:
-        """The answer, unless the group dies first: then nobody would ever give it."""
+        """The result of `reference`. Raises _GroupLostError if the group dies first, because no result would come."""
         late = time.monotonic() + PATIENCE_S
         while True:
             if time.monotonic() > late:
@@ -160,7 +160,7 @@ class RayTrainer:
                 num_workers=share.workers, use_gpu=share.gpus > 0, resources_per_worker=share.trainer_resources
             ),
             run_config=ray.train.RunConfig(
-                # Ray Train resumes by itself under a name that it knows; only our own store decides where to go on.
+                # Ray Train resumes by itself under a known name, but only our own store decides where to resume.
                 name=f"{config.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=self._storage_path,
                 failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
@@ -171,7 +171,7 @@ class RayTrainer:
         def fit() -> None:
             try:
                 trainer.fit()
-            except BaseException as error:  # handed on to whoever waits for the group
+            except BaseException as error:  # the thread that waits for the group reports it
                 failure.append(error)
 
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
@@ -190,12 +190,12 @@ class RayTrainer:
         )
 
     def _abandon(self, group: _Group) -> None:
-        """Lets a group go whose ranks may hang in a collective, since one of them failed: none is waited for."""
+        """Abandons a group without waiting: a rank failed, so other ranks may hang in a collective."""
         ray.kill(group.mailbox)
         self._group = None
 
     def close(self) -> None:
-        """Lets the workers go; those that hang in a collective are left to the end of the Ray session."""
+        """Stops the workers. Workers that hang in a collective end with the Ray session."""
         if self._group is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Tensors as numpy arrays, which Ray's object store hands to every process of a node without copying them."""
+"""Converts tensors to numpy arrays, which all processes of a node can read from Ray's object store without a copy."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def unpack(arrays: Mapping[str, np.ndarray], *, copy: bool) -> dict[str, torch.Tensor]:
-    """With `copy` False the tensors are views of the object store: whoever writes to one corrupts it for everyone."""
+    """The inverse of `pack`. With `copy` False the tensors are views of the object store and must not be written to."""
     if copy:
         return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     return {name: _view(np.asarray(array)) for name, array in arrays.items()}
 
 
 def pack_object(value: Any) -> list[np.ndarray]:
-    """Any value that can be pickled, as bytes: its pickle, then the tensors and arrays in it, each for itself."""
+    """Converts any value that can be pickled to byte arrays: its pickle, then each tensor and array in it
+    separately.
+    """
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
     return [np.frombuffer(file.getvalue(), np.uint8), *(np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers)]
 
 
 def unpack_object(arrays: Sequence[np.ndarray]) -> Any:
-    """The value, its tensors on the CPU: views of the object store, as those of `unpack` without `copy`."""
+    """The inverse of `pack_object`. Tensors are on the CPU and are views of the object store, as in `unpack` without
+    `copy`.
+    """
     head, *buffers = arrays
     return pickle.loads(head.tobytes(), buffers=buffers)
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a tensor as its bytes, beside the rest."""
+    """Pickles a tensor as a separate buffer of bytes."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

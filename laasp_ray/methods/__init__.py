@@ -1,4 +1,6 @@
-"""The methods: what to prune next, given the network as it stands. Each is one object, made from a run's config."""
+"""The pruning methods. A method chooses what to prune next in the current network. Each is one object, made from a
+run's config.
+"""
 
 from __future__ import annotations
 

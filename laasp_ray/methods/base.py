@@ -1,4 +1,4 @@
-"""What a method of pruning is: what it checks, one iteration of it, what it will cost, how it describes itself."""
+"""The base class of a pruning method: its checks, its iterations, its cost estimate and its reports."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from laasp_ray.search.executor import Executor
 Section = TypeVar("Section", bound=PruneConfig)
 """The class of a method's section `prune`."""
 OnCandidate = Callable[[int, int, CandidateLoss | None], None]
-"""Hears (how many candidates are done, of how many, which or None) as losses come in."""
+"""Called with (candidates done, candidates in all, the latest or None) whenever a loss arrives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterationResult:
-    """What one iteration came to; `seconds` by where they went.
+    """The result of one iteration. `seconds` has the time of each part by name.
 
-    `step` is the prune that `decision` chose, None where no filters go; `ranking` has the candidates' losses (empty for
-    a method that compares none). `network` has other weights of the same shapes, `masks` (parameter -> packed) those
-    that stay zero from now on. `ends_pruning` is the method's own word on whether this was the last iteration; None
-    leaves it to the run's targets. `details` go into the event as they are, `text` is a line for people where there is
-    no decision.
+    `step` is the plan of the prune in `decision`; both are None if no filters are removed. `ranking` has the
+    candidates' losses; it is empty for a method that compares no candidates. `network` has new weights of the same
+    shapes. `masks` (parameter -> packed mask) mark the weights that stay zero from now on. `ends_pruning` says whether
+    this was the last iteration; with None the run's targets decide. `details` are copied into the event. `text` is the
+    progress line if there is no decision.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -58,8 +58,10 @@ class IterationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedNetwork:
-    """The network that a run of `config` ends with: `model` on the CPU, `example_input` (1, C, H, W), the masks that
-    held."""
+    """The final network of a run of `config`.
+
+    `model` is on the CPU. `example_input` is (1, C, H, W). `masks` were enforced until the end of training.
+    """
 
     config: RunConfig
     model: nn.Module
@@ -69,14 +71,14 @@ class FinishedNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodReport:
-    """What a method tells of a finished network: `details` for the last event, and `files` for the run's folder."""
+    """A method's report on a finished network: `details` for the run's last event, and `files` for the run's folder."""
 
     details: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Stopwatch:
-    """Seconds between laps, by name; those of laps of one name are added up."""
+    """Seconds between laps, summed by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -90,9 +92,10 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class IterationContext(Generic[Section]):
-    """How a run stands when an iteration is taken. A method looks and measures; it changes nothing of it.
+    """The state of a run at the start of an iteration. A method must not change it.
 
-    `model` is `network` rebuilt, on the CPU, in eval mode; `example_input` is (1, C, H, W); `iteration` counts from 1.
+    `model` is `network` rebuilt, on the CPU and in eval mode. `example_input` is (1, C, H, W). `iteration` counts from
+    1.
     """
 
     model: nn.Module
@@ -118,24 +121,27 @@ class IterationContext(Generic[Section]):
 
     @cached_property
     def scored(self) -> NetworkState:
-        """The network as the executor scores it (`search.reestimate_batchnorm`)."""
+        """The network that candidates are scored on, with reestimated BatchNorm if `search.reestimate_batchnorm` is
+        set.
+        """
         return self.executor.for_scoring(self.network)
 
     def flops_reduction(self, step: Plan) -> float:
-        """The share of the unpruned network's multiply-accumulates that is gone after `step`."""
+        """The share of the unpruned network's multiply-accumulates that is removed after `step`."""
         return 1 - macs_after(self.macs, step) / self.baseline.macs.total
 
     def measure(self, removal: Removal, name: str) -> tuple[MeasuredLoss, float]:
-        """The loss without these channels, and the network's loss before; `name` is what an error says."""
+        """The loss without these channels, and the loss of the current network. Errors call the prune `name`."""
         tasks = [LossTask(name, plan_of(removal), mask_of(removal)), NETWORK_BEFORE]
         after, before = self.executor.measure(self.scored, tasks, lambda position, result: None, lambda share: None)
         return after, before.loss
 
     def prune(self, filters: Mapping[str, tuple[int, ...]], criterion: str) -> IterationResult:
-        """The iteration in which these filters (rising) of each layer go, chosen without a look at losses.
+        """The result of an iteration that removes these filters (rising) of each layer, chosen without comparing
+        losses.
 
-        Its losses tell what that costs. Raises ExhaustedError if there are none, SearchError if the network that is
-        left cannot be evaluated.
+        The losses before and after are measured for the record. Raises ExhaustedError if there are no filters,
+        SearchError if the pruned network cannot be evaluated.
         """
         if not filters:
             raise ExhaustedError(
@@ -164,39 +170,39 @@ class IterationContext(Generic[Section]):
 
 
 class PruningMethod(ABC, Generic[Section]):
-    """A way to choose what is pruned next: one object without a state, of which the loop asks an iteration at a time.
+    """Chooses what to prune next. A method is one object without state; the loop calls it once per iteration.
 
-    What a method of your own must write is `iterate`; the rest is that of a method that removes filters.
+    A method of your own must define `iterate`. The other methods have defaults for a method that removes filters.
     """
 
     config_class: ClassVar[type[PruneConfig]] = FilterPruneConfig
-    """The section `prune` of its runs: this class or a subclass of it."""
+    """The class of the section `prune`; a run's section is an instance of it."""
     measures_losses: ClassVar[bool] = True
-    """Whether an iteration uses its executor; without, no calibration images are drawn."""
+    """Whether an iteration uses the executor. If not, no calibration images are drawn."""
 
     @abstractmethod
     def iterate(self, context: IterationContext[Section]) -> IterationResult:
-        """One iteration. Raises ExhaustedError when nothing is left to prune."""
+        """Carries out one iteration. Raises ExhaustedError when nothing is left to prune."""
 
     def prepare(self, network: UnprunedNetwork) -> Preparation:
-        """Checks, before anything expensive, that the run can be made. Raises ConfigError where it cannot."""
+        """Checks the run before anything expensive. Raises ConfigError if it cannot be carried out."""
         return prepare_filters(network)[0]
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> Estimate:
-        """What pruning will take, for the dry run. Raises ConfigError where that is not known."""
+        """The cost of pruning, for the dry run. Raises ConfigError if it is not known."""
         raise ConfigError(
             f"what an iteration of prune.method {network.config.prune.method!r} costs is not known: run it "
             "without --dry-run, or give its class an `estimate`"
         )
 
     def title(self, config: Section, number: int) -> str:
-        """What iteration `number` (from 1) is called as it begins."""
+        """The name of iteration `number` (from 1), shown when it begins."""
         return f"iteration {number}"
 
     def report(self, finished: FinishedNetwork) -> MethodReport:
-        """What there is to tell at a run's end."""
+        """The report at the run's end."""
         return MethodReport()
 
     def result(self, details: Mapping[str, Any]) -> str:
-        """The result in one line, of the report's details; empty: what is gone of each target tells all."""
+        """The result in one line, from the report's details. Empty if the reductions of the targets say everything."""
         return ""

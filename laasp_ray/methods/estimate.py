@@ -1,4 +1,4 @@
-"""What pruning will take, as a method counts it before a run: for the dry run (planning/)."""
+"""The cost of pruning, which a method estimates before a run, for the dry run (planning/)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from laasp_ray.config import FilterPruneConfig
 
 Rows = tuple[tuple[str, str], ...]
-"""Lines of a table: what each is of, and what it says."""
+"""Rows of a table: label and text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What pruning will take, besides the training before and after it.
+    """The cost of pruning, without the training before and after it.
 
-    `fine_tunes` is how many of the `iterations` are followed by one. `passes` is what an iteration measures, in forward
-    passes of the unpruned network over the calibration images; `preparing_s` what it took to make it ready here; both 0
-    where no losses are measured. `rows` and `assumptions` say in words what is pruned and what is taken for granted.
+    `fine_tunes` is the number of iterations that a fine-tune follows. `passes` is the work of the measurements of an
+    iteration, in forward passes of the unpruned network over the calibration images. `preparing_s` is the seconds that
+    the preparation of these measurements took here. Both are 0 if no losses are measured. `rows` describe what is
+    pruned, and `assumptions` list the assumptions.
     """
 
     iterations: int
@@ -36,8 +37,10 @@ def described(
     rows: Iterable[tuple[str, str]],
     fine_tunes: int,
 ) -> Rows:
-    """The rows of an estimate for targets: its iterations, each of which (or each candidate) `removes` a share of FLOPs
-    on average; a method's own rows; its fine-tunes."""
+    """The rows of an estimate for targets: the iterations, a method's own `rows`, and the fine-tunes.
+
+    `removes` is the mean share of FLOPs that each iteration or candidate removes; `each` names which.
+    """
     targets = config.targets
     text = f"about {iterations}: " + " and ".join(f"{share:.2%} of {of}" for of, share in targets.items())
     text += f", {removes:.2%}{'' if list(targets) == ['FLOPs'] else ' of FLOPs'} {each}"
@@ -47,6 +50,6 @@ def described(
 
 
 def assumed(config: FilterPruneConfig, own: Iterable[str]) -> tuple[str, ...]:
-    """What an estimate for targets takes for granted, and what is a method's own."""
+    """The assumptions of an estimate for targets, with a method's `own`."""
     first = "the network stays as slow as it is unpruned: later iterations and epochs are faster"
     return (first, *own, *(("latency falls as FLOPs do",) if "latency" in config.targets else ()))

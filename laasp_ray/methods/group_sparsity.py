@@ -1,7 +1,8 @@
-"""AAP, accelerator-aware pruning: groups of weights that are fetched together lose the same number each.
+"""AAP, accelerator-aware pruning: every group of weights that is fetched together loses the same number of weights.
 
-Source: Kang, IEEE TCSVT 30(7) 2020 (arXiv 1804.09862); pruning/sparsity/groups.py says what of it is our reading. The
-number pruned rises in stages; a stage's masks come from the weights as they stand and hold in the training after it.
+Source: Kang, IEEE TCSVT 30(7) 2020 (arXiv 1804.09862); pruning/sparsity/groups.py lists what is our interpretation. The
+number pruned rises in stages. Each stage computes its masks from the current weights and keeps them in the training
+after it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from laasp_ray.store.storage import Storage
 from laasp_ray.train.check import check_training
 
 REPORT = "sparsity.json"
-"""The report by layer, in the run's folder."""
+"""The name of the report by layer in the run's folder."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LayerRules:
-    """`rules`: sparse layer -> its rule, in network order; `dense`: convolution or linear layer -> why it has none."""
+    """`rules`: sparse layer -> its rule, in network order. `dense`: convolution or linear layer -> the reason."""
 
     rules: Mapping[str, GroupRule]
     dense: Mapping[str, str]
@@ -47,8 +48,9 @@ class LayerRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`layers`: how many weights of every group are pruned -> in how many layers. Of their `weights` `kept` are left;
-    `epochs` of training follow."""
+    """`layers`: number of weights pruned from every group -> number of layers. These layers have `weights` in all, of
+    which `kept` are left. `epochs` of training follow the stage.
+    """
 
     layers: Mapping[int, int]
     weights: int
@@ -58,18 +60,18 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesEstimate(Estimate):
-    """`dense`: layers that stay so -> why."""
+    """`dense`: layer that stays dense -> the reason."""
 
     stages: tuple[Stage, ...]
     dense: Mapping[str, str]
 
 
 def layer_rules(model: nn.Module, config: GroupSparsityConfig, pruned: int) -> LayerRules:
-    """The rules of the stage in which convolutions lose `pruned` of every group.
+    """The rules of the stage that prunes `pruned` weights from every group of a convolution.
 
-    Linear layers lose their `fc_pruned_per_group` x `pruned` / `pruned_per_group`, rounded down; one that loses none
-    yet has no rule and no reason. Raises ConfigError if `fc_pruned_per_group` or `ignored` does not fit the network, or
-    no layer can be sparse.
+    A linear layer loses its `fc_pruned_per_group` x `pruned` / `pruned_per_group`, rounded down. If that is 0 in this
+    stage the layer has no rule and no reason. Raises ConfigError if `fc_pruned_per_group` or `ignored` does not fit the
+    network, or if no layer can be sparse.
     """
     order = [name for name, _ in model.named_modules()]
     layers = sort_layers(model, config.group, config.ignored)
@@ -97,7 +99,7 @@ def layer_rules(model: nn.Module, config: GroupSparsityConfig, pruned: int) -> L
 
 
 class GroupSparsity(PruningMethod[GroupSparsityConfig]):
-    """An iteration is a stage; what an earlier stage pruned stays pruned."""
+    """Group sparsity: each iteration is a stage. Weights that an earlier stage pruned stay pruned."""
 
     config_class = GroupSparsityConfig
     measures_losses = False
@@ -196,7 +198,7 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
 
 
 def _section(config: RunConfig) -> GroupSparsityConfig:
-    assert isinstance(config.prune, GroupSparsityConfig)  # the config and the method are of each other
+    assert isinstance(config.prune, GroupSparsityConfig)  # the method is chosen by its section
     return config.prune
 
 
@@ -207,7 +209,7 @@ def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[
             f"prune.from_run {public(folder)} has the network {arch.model_config}, this run {config.model}: choose "
             "the recipe that made it, or set model.* to match"
         )
-    load_checkpoint(Storage.open(folder), UNPRUNED)  # said now if it is missing: the end compares with it
+    load_checkpoint(Storage.open(folder), UNPRUNED)  # raises early if it is missing: the final comparison needs it
     return arch, load_pruned(folder, deep_copy(unpruned))
 
 

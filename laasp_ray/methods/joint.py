@@ -1,4 +1,4 @@
-"""Several prunes in one iteration: the best candidate, and the next best ones that have nothing to do with it."""
+"""Several prunes in one iteration: the best candidate, and the next best ones that are independent of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def with_next_best(now: IterationContext[LaaspConfig], decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
-    """`decision`, for the best of `ranking`, with the next best, `prune.prunes_per_iteration` in all; and their one
-    plan.
+    """Adds the next best candidates to `decision`, which is for the best of `ranking`; also returns their common plan.
 
-    Taken in their order are those with a finite loss that no race dropped and whose prune changes no side of a module
-    that one before them does, until the targets are reached; a target for latency is not known before it is measured.
-    The loss of the network without all of them is measured, and is the decision's. Where it is not finite the best goes
-    alone. A race has a bound for the best only (search/racing.py): the others come in the order of their estimates.
+    There are at most `prune.prunes_per_iteration` prunes. Candidates are taken in the order of `ranking`. A candidate
+    is taken if its loss is finite, no race dropped it, and no candidate before it changes the same side of a module.
+    Taking ends when the targets are reached; a target for latency is not known before it is measured. The decision's
+    loss is the measured loss of the network without all of them. If that is not finite, only the best is pruned. A race
+    bounds the error for the best only (search/racing.py): the others are in the order of their estimates.
     """
     picked, removal = _pick(now, ranking)
     step = plan_of(removal)
@@ -49,7 +49,7 @@ def _pick(now: IterationContext[LaaspConfig], ranking: Ranking) -> tuple[list[Ca
     total: dict[ChannelAxis, set[int]] = {}
     for entry in ranking:
         if picked and (entry.dropped_at is not None or not math.isfinite(entry.loss)):
-            break  # a ranking has these last
+            break  # dropped and non-finite entries come last in a ranking
         graph = now.graph
         removal = {side: channels for side, channels in graph.removal(entry.layer, entry.filters).items() if channels}
         if total.keys() & removal.keys():

@@ -1,4 +1,4 @@
-"""LAASP: among all layers and a pool of criteria, the prune that costs the network least loss.
+"""LAASP: of all layers and a pool of criteria, the prune that raises the network's loss least.
 
 Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
 """
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LaaspEstimate(Estimate):
-    """`proposals` and `candidates` (distinct) are the first iteration's; `removes` is the mean share of FLOPs that a
-    candidate takes."""
+    """`proposals` and `candidates` (distinct proposals) count those of the first iteration. `removes` is the mean share
+    of FLOPs that a candidate removes.
+    """
 
     proposals: int
     candidates: int
@@ -48,7 +49,7 @@ class LaaspEstimate(Estimate):
 
 
 class Laasp(PruningMethod[LaaspConfig]):
-    """The cheapest prune of one layer."""
+    """LAASP: each iteration makes the prune of one layer with the lowest loss."""
 
     config_class = LaaspConfig
 
@@ -69,8 +70,10 @@ class Laasp(PruningMethod[LaaspConfig]):
         return prepared
 
     def iterate(self, context: IterationContext[LaaspConfig]) -> IterationResult:
-        """Proposes, measures and chooses. With `prune.prunes_per_iteration` the next best candidates go with the best
-        (joint.py). Raises SearchError when there is nothing to propose (ExhaustedError) or nothing to choose.
+        """Proposes candidates, measures their losses and chooses the best.
+
+        With `prune.prunes_per_iteration` the next best candidates are pruned too (joint.py). Raises ExhaustedError if
+        there is nothing to propose, SearchError if there is nothing to choose.
         """
         config, graph, macs = context.config, context.graph, context.macs
         context.clock.lap("graph")
@@ -124,8 +127,8 @@ class Laasp(PruningMethod[LaaspConfig]):
         iterations = min(iterations, prune.iterations or iterations)
         between = max(1, math.ceil(prune.fine_tune_every / (removes * prune.prunes_per_iteration) - 1e-9))
         fine_tunes = iterations // between if prune.fine_tune_epochs else 0
-        # Besides the candidates: the network as it stands, its statistics, what criteria of data look at, what several
-        # prunes come to together.
+        # The other passes are: the current network, its BatchNorm statistics, the criteria of data, and two for several
+        # prunes together.
         passes = sum(costs) / whole
         passes += 1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_iteration > 1)
         count = sum(1 + len(proposal.candidate.also) for proposal in proposals)
@@ -156,7 +159,7 @@ class Laasp(PruningMethod[LaaspConfig]):
 
 
 def _section(config: RunConfig) -> LaaspConfig:
-    assert isinstance(config.prune, LaaspConfig)  # the config and the method are of each other
+    assert isinstance(config.prune, LaaspConfig)  # the method is chosen by its section
     return config.prune
 
 
@@ -165,7 +168,7 @@ def _of_data(config: LaaspConfig) -> list[str]:
 
 
 def _check_criteria(config: LaaspConfig, graph: PruningGraph, model: nn.Module) -> None:
-    """Scores one layer by each: a user's function that fails should not do so after hours of training."""
+    """Scores one layer with each criterion, so that a user's function fails before hours of training and not after."""
     layer = next(iter(graph.layers))
     for name in config.criteria:
         if not looks_at_data(name):
@@ -176,7 +179,7 @@ def _check_criteria(config: LaaspConfig, graph: PruningGraph, model: nn.Module) 
 
 
 def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:
-    """Any scores in place of those that images would give: other ones than a criterion of weights has."""
+    """Random scores instead of those from images. They differ from the scores of criteria of weights."""
     return {
         layer: torch.rand(
             group.filters, generator=torch.Generator().manual_seed(derive_seed(seed, f"dry run, {criterion}, {layer}"))

@@ -1,4 +1,4 @@
-"""PLS filter pruning: every iteration the filters that tell least of the classes go, of all layers together.
+"""PLS filter pruning: each iteration removes the filters that are least informative about the classes, over all layers.
 
 Source: Jordao et al., BMVC workshop 2019 and Neurocomputing 2020.
 """
@@ -26,13 +26,16 @@ from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.search.activations import ImportanceRequest, check_request
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of every layer's filters that an estimate's prunes are counted at; what lies between is on a straight line."""
+"""The shares of every layer's filters at which an estimate counts the reductions. Other shares are interpolated
+linearly.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlsEstimate(Estimate):
-    """`layers` that filters may go of, how many `filters` these have, and how many go in the `first` iteration;
-    `removes` is the mean share of FLOPs that an iteration takes."""
+    """`layers` can be pruned and have `filters` in all; the `first` iteration removes so many of them. `removes` is the
+    mean share of FLOPs that an iteration removes.
+    """
 
     layers: int
     filters: int
@@ -41,7 +44,7 @@ class PlsEstimate(Estimate):
 
 
 class PlsPruning(PruningMethod[PlsConfig]):
-    """The filters that tell least of the classes, of all layers together."""
+    """PLS: each iteration removes the filters that are least informative about the classes, over all layers."""
 
     config_class = PlsConfig
 
@@ -52,7 +55,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
         return prepared
 
     def iterate(self, context: IterationContext[PlsConfig]) -> IterationResult:
-        """Scores all filters anew, and chooses. There are no candidates to report to `on_candidate`.
+        """Scores all filters again and chooses. There are no candidates to report to `on_candidate`.
 
         Raises ExhaustedError when nothing is left to prune.
         """
@@ -76,7 +79,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
         filters = sum(graph.layers[layer].filters for layer in layers)
         gone = _gone_after(filters, _gone_with(graph, prepared.baseline.macs, layers, prune.round_to), prune)
         removes, fine_tunes = gone[-1] / len(gone), _fine_tunes(gone, prune)
-        # The scores, and the losses without what goes and of the network as it stands.
+        # One pass computes the scores, two measure the losses after and before the prune.
         passes = 3 + config.search.reestimate_batchnorm
         first = _removed(filters, prune.percent)
         rows = [
@@ -110,20 +113,20 @@ class PlsPruning(PruningMethod[PlsConfig]):
 
 
 def _section(config: RunConfig) -> PlsConfig:
-    assert isinstance(config.prune, PlsConfig)  # the config and the method are of each other
+    assert isinstance(config.prune, PlsConfig)  # the method is chosen by its section
     return config.prune
 
 
 def choose(
     scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], percent: float, round_to: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """The `percent` (of 100) of all filters that score lowest, by layer; rounded to the nearest, one at least.
+    """The `percent` (of 100) of all filters with the lowest scores, by layer. The number is rounded, and is at least 1.
 
-    `scores` has each layer's (N,), `blocks` into how many equal blocks a layer's filters fall, that must lose the same
-    count each: what does not divide stays, and so does what would not leave the layer a multiple of `round_to` filters.
-    If that is all, more are taken, one by one, until a layer can give some. Of equal scores the earlier layer's and the
-    lower index goes first. A layer that would vanish keeps its filters, and the next lowest of other layers go in their
-    place. Raises ExhaustedError if nothing can go.
+    `scores` has (N,) for each layer. `blocks` is the number of equal blocks of a layer's filters; each block must lose
+    the same number. A layer loses fewer filters if its number does not divide into blocks or does not leave a multiple
+    of `round_to` filters. If no layer can lose any, the number rises by one until a layer can. Among equal scores the
+    earlier layer and then the lower index goes first. A layer that would lose all filters keeps them, and the next
+    lowest filters of other layers go instead. Raises ExhaustedError if nothing can be removed.
     """
     asked = wanted = _removed(sum(len(values) for values in scores.values()), percent)
     open_layers = list(scores)
@@ -148,13 +151,13 @@ def choose(
 
 
 def _whole(filters: int, count: int, blocks: int, round_to: int) -> int:
-    """At most `count`, so that what is left of the filters falls in equal blocks and is a multiple of `round_to`."""
+    """The largest number up to `count` that leaves equal blocks and a multiple of `round_to` filters."""
     unit = math.lcm(blocks, round_to)
     return max(0, filters - math.ceil((filters - count) / unit) * unit)
 
 
 def _lowest_counts(scores: Mapping[str, torch.Tensor], wanted: int) -> dict[str, int]:
-    """How many of the `wanted` lowest scores are each layer's."""
+    """How many of the `wanted` lowest scores belong to each layer."""
     lowest = torch.cat(list(scores.values())).argsort(stable=True)[:wanted]
     owners = torch.repeat_interleave(
         torch.arange(len(scores)), torch.tensor([len(values) for values in scores.values()])
@@ -164,14 +167,16 @@ def _lowest_counts(scores: Mapping[str, torch.Tensor], wanted: int) -> dict[str,
 
 
 def _removed(filters: int, percent: float) -> int:
-    """How many of the filters that are left an iteration takes."""
+    """The number of filters that an iteration removes when `filters` are left."""
     return max(1, math.floor(percent / 100 * filters + 0.5))
 
 
 def _gone_with(
     graph: PruningGraph, macs: Macs, layers: tuple[str, ...], round_to: int
 ) -> Callable[[float], Mapping[str, float]]:
-    """What is gone of FLOPs, parameters and latency (as FLOPs) when `layers` each lost a share of their filters."""
+    """A function: share of filters that each of `layers` lost -> reductions of FLOPs, parameters and latency (taken as
+    that of FLOPs).
+    """
     flops = [reachable(graph, macs, max_pruned=share, layers=layers, round_to=round_to) for share in _SHARES]
     parameters = [reachable_parameters(graph, max_pruned=share, layers=layers, round_to=round_to) for share in _SHARES]
 
@@ -183,7 +188,7 @@ def _gone_with(
 
 
 def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], config: PlsConfig) -> list[float]:
-    """The share of FLOPs that is gone after each iteration, until the targets are reached or the iterations used up."""
+    """The FLOPs reduction after each iteration, until the targets are reached or no iterations are left."""
     left = filters
     after: list[float] = []
     while left and not 0 < config.iterations <= len(after):
@@ -196,7 +201,7 @@ def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], conf
 
 
 def _fine_tunes(gone: list[float], config: PlsConfig) -> int:
-    """How many follow iterations after which these shares of FLOPs are gone."""
+    """The number of fine-tunes, for these FLOPs reductions after each iteration."""
     fine_tunes, fine_tuned_at = 0, 0.0
     for share in gone:
         if config.fine_tunes_after(share - fine_tuned_at):

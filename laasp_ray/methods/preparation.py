@@ -1,4 +1,6 @@
-"""What a method checks before a run: that the network can be pruned as the config has it, and trained when it is."""
+"""The checks of a method before a run: the network can be pruned as configured, and can be trained before and after
+that.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class UnprunedNetwork:
-    """The network that a run of `config` is to prune: `model` on the CPU, with its weights at the run's start, and
-    `example_input` (1, C, H, W). `started` says that the run has begun already."""
+    """The network that a run of `config` prunes.
+
+    `model` is on the CPU and has the run's initial weights. `example_input` is (1, C, H, W). `started` is True for a
+    run that is resumed.
+    """
 
     config: RunConfig
     model: nn.Module
@@ -35,16 +40,16 @@ class UnprunedNetwork:
     started: bool = False
 
     def graph(self) -> PruningGraph:
-        """Its dependency graph, built anew."""
+        """Builds the network's dependency graph."""
         return graph_for(self.config.prune, self.model, self.example_input)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What a method's checks had to make anyway, for the run to use.
+    """Results of a method's checks that the run uses again.
 
-    `baseline` is measured once, on the unpruned network. `begun_with` is the pruned network that the run begins with,
-    None where it begins with the unpruned one or has begun already.
+    `baseline` is measured once, on the unpruned network. `begun_with` is the pruned network that the run begins with.
+    It is None if the run begins with the unpruned network or is resumed.
     """
 
     baseline: Baseline
@@ -52,13 +57,13 @@ class Preparation:
 
 
 def graph_for(config: PruneConfig, model: nn.Module, example_input: torch.Tensor) -> PruningGraph:
-    """The dependency graph of `model` with the layers that the section `prune` leaves in and out."""
+    """The dependency graph of `model`, with the `ignored` and `extra_layers` of the section `prune`."""
     extra = config.extra_layers if isinstance(config, FilterPruneConfig) else ()
     return PruningGraph(model, example_input, ignored=config.ignored, extra_layers=extra)
 
 
 def plain_baseline(model: nn.Module, example_input: torch.Tensor) -> Baseline:
-    """Of a run that removes no filters."""
+    """The baseline of a run that removes no filters."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Baseline(count_macs(model, example_input), parameters, step_sizes={}, filters={}, skipped={})
 
@@ -66,11 +71,11 @@ def plain_baseline(model: nn.Module, example_input: torch.Tensor) -> Baseline:
 def prepare_filters(
     network: UnprunedNetwork, *, independent: bool = False, max_pruned: float | None = None
 ) -> tuple[Preparation, PruningGraph]:
-    """The checks of a run that removes filters, and the network's dependency graph.
+    """Checks a run that removes filters. Also returns the network's dependency graph.
 
-    `independent`: filters go of those layers only that no others are coupled to. `max_pruned` is the largest share of a
-    layer's filters that the config lets go; None: all but one. Raises ConfigError where no layer can be pruned, a
-    target is out of reach, or the network cannot be trained as it is or once it is pruned.
+    `independent`: only layers that are coupled to no others are pruned. `max_pruned` is the largest share of a layer's
+    filters that may be removed; None: all but one. Raises ConfigError if no layer can be pruned, a target is out of
+    reach, or the network cannot be trained before or after pruning.
     """
     config, model = network.config, network.model
     prune = config.prune
@@ -119,7 +124,7 @@ def _check_target(
         "flops_reduction": reachable(graph, baseline.macs, max_pruned=limit, layers=layers, round_to=prune.round_to),
         "parameters_reduction": reachable_parameters(graph, max_pruned=limit, layers=layers, round_to=prune.round_to),
     }
-    for key, share in most.items():  # latency is not known before it is measured
+    for key, share in most.items():  # the reduction of latency is not known before it is measured
         target = getattr(prune, key)
         if target > share and prune.iterations == 0:
             raise ConfigError(

@@ -16,11 +16,11 @@ from laasp_ray.methods.pls import PlsPruning
 BUILT_IN: Mapping[str, type[PruningMethod[Any]]] = {
     method.config_class.method: method for method in (Laasp, PlsPruning, GroupSparsity)
 }
-"""Name, as `prune.method` has it (config/methods.py) -> class."""
+"""Name of a method in `prune.method` (config/methods.py) -> its class."""
 
 
 def method_of(config: RunConfig) -> PruningMethod[Any]:
-    """The method of a run. Raises ConfigError for an import path that names no class of a PruningMethod."""
+    """The method of a run. Raises ConfigError for an import path that does not name a subclass of PruningMethod."""
     name = config.prune.method
     if not is_import_path(name):
         return BUILT_IN[name]()
@@ -29,14 +29,14 @@ def method_of(config: RunConfig) -> PruningMethod[Any]:
         raise ConfigError(f"prune.method {name!r} must be a subclass of laasp_ray.methods.PruningMethod")
     try:
         method = found()
-    except Exception as error:  # a user's class can fail in any way
+    except Exception as error:  # a user's class can raise any error
         raise ConfigError(f"prune.method {name!r} cannot be made: {type(error).__name__}: {error}") from error
     check_section(config, method)
     return method
 
 
 def check_section(config: RunConfig, method: PruningMethod[Any]) -> None:
-    """Raises ConfigError unless the run's section `prune` is one that the method takes."""
+    """Raises ConfigError unless the run's section `prune` is an instance of the method's `config_class`."""
     if not isinstance(config.prune, method.config_class):
         raise ConfigError(
             f"the method {type(method).__name__} takes a section prune of class {method.config_class.__name__}, this "

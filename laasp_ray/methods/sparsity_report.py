@@ -1,10 +1,10 @@
-"""What group sparsity is worth: density by layer, and how busy it keeps an accelerator's multipliers.
+"""The effect of group sparsity: density by layer, and the utilisation of an accelerator's multipliers.
 
-The simulated accelerator fetches the activations of a group of g inputs at a time and shares them among lanes, each
-working on an output channel of its own with g - p multipliers, every one of which does one non-zero weight a cycle. The
-lanes go on to the next group together, when the slowest is done, and a fetch takes at least one cycle. Utilisation is
-the share of multipliers x cycles that did something. A layer whose channels do not fill the lanes has fewer lanes.
-Unstructured pruning is simulated on the same machine: each weight is kept, independently, with the layer's own density.
+The simulated accelerator fetches the activations of a group of g inputs at a time and shares them among lanes. Each
+lane computes one output channel with g - p multipliers, and each multiplier processes one non-zero weight a cycle. All
+lanes continue to the next group when the slowest lane is done, and a fetch takes at least one cycle. Utilisation is the
+share of multipliers x cycles that did work. A layer with fewer channels than lanes uses fewer lanes. Unstructured
+pruning is simulated on the same machine: each weight is kept independently with the layer's own density.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from laasp_ray.pruning.sparsity.groups import GroupRule, group_counts, unpack_ma
 from laasp_ray.records import to_json
 
 LANES = 16
-"""Output channels that share a fetched group: our choice; the more there are, the longer they wait for the slowest."""
+"""Output channels that share a fetched group (our choice). With more lanes, each waits longer for the slowest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSparsity:
-    """A convolution or linear layer. `macs` are those of its dense form at one input.
+    """The sparsity of a convolution or linear layer. `macs` are those of its dense form at one input.
 
-    Of a layer that stayed dense `group`, `prune` and both utilisations are None, and `reason` says why.
+    For a dense layer `group`, `prune` and both utilisations are None, and `reason` says why it is dense.
     """
 
     layer: str
@@ -57,7 +57,9 @@ def measure_sparsity(
     *,
     seed: int,
 ) -> list[LayerSparsity]:
-    """A row for each layer of `rules` and `dense`, in network order. `masks`: parameter -> packed; `macs`: by layer."""
+    """One row for each layer of `rules` and `dense`, in network order. `masks`: parameter -> packed mask. `macs`: by
+    layer.
+    """
     rows = []
     for name, module in model.named_modules():
         if name in dense:
@@ -87,10 +89,10 @@ def measure_sparsity(
 
 
 def utilisation(counts: np.ndarray, multipliers: int, groups: int = 1, lanes: int = LANES) -> float:
-    """The share of multipliers x cycles that is used; see the head of this module.
+    """The share of multipliers x cycles that is used (see the module's docstring).
 
-    `counts`: non-zero weights of each output channel in each fetched group, (N, steps). The channels of each of the
-    `groups` of a grouped convolution read inputs of their own, so only they share lanes.
+    `counts`: non-zero weights of each output channel in each fetched group, (N, steps). The channels of one of the
+    `groups` of a grouped convolution read the same inputs, so only they share lanes.
     """
     slots = 0
     for channels in np.split(counts, groups):
@@ -102,19 +104,19 @@ def utilisation(counts: np.ndarray, multipliers: int, groups: int = 1, lanes: in
 
 
 def _unstructured(mask: torch.Tensor, group: int, seed: int) -> np.ndarray:
-    """Counts as `group_counts` gives, if each weight were kept with the mask's density, independently."""
+    """Counts in the form of `group_counts`, for weights that are kept independently with the mask's density."""
     sizes = group_counts(torch.ones_like(mask[:1]), group)
     density = float(mask.double().mean())
     return np.random.default_rng(seed).binomial(np.broadcast_to(sizes, (len(mask), sizes.shape[1])), density)
 
 
 def sparsity_to_json(rows: Sequence[LayerSparsity]) -> dict[str, Any]:
-    """What a run's `sparsity.json` holds."""
+    """The content of a run's `sparsity.json`."""
     return {"lanes": LANES, "layers": [to_json(row) | {"density": row.density} for row in rows]}
 
 
 def sparsity_from_json(data: Mapping[str, Any]) -> list[LayerSparsity]:
-    """Raises StoreError if `data` is not what `sparsity_to_json` gave."""
+    """The inverse of `sparsity_to_json`. Raises StoreError for other data."""
     try:
         return [
             LayerSparsity(**{key: value for key, value in row.items() if key != "density"}) for row in data["layers"]

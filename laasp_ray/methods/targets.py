@@ -1,4 +1,4 @@
-"""How far a prune has come towards the targets of a run (config.TARGETS), apart from FLOPs, which a decision tells."""
+"""Progress towards the targets of a run (config.TARGETS) other than FLOPs. A decision has the reduction of FLOPs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from laasp_ray.records import to_json
 
 @dataclass(frozen=True)
 class Reached:
-    """`shares` of the unpruned network's that are gone, by what is a target; `latency` of it and of the pruned one."""
+    """`shares` is the reduction for each target; `latency` is that of the unpruned and of the pruned network."""
 
     shares: Mapping[str, float]
     latency: tuple[Latency, Latency] | None = None
 
     def journaled(self) -> dict[str, Any]:
-        """What an iteration's event holds of it: nothing where nothing was measured."""
+        """The part that an iteration's event holds; empty if nothing was measured."""
         latency = {} if self.latency is None else {"latency": to_json(self.latency)}
         return {"reached": dict(self.shares), **latency} if self.shares else {}
 
 
 def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfig) -> Reached:
-    """Only what is a target is measured. Parameters are counted; latency is measured by turns with the unpruned
-    network's, in this process, on its GPU if it has one, at `prune.latency_batch` images: the medians are compared, and
-    another time they are others."""
+    """Measures the quantities that have a target.
+
+    Parameters are counted. Latency is measured in this process, on its GPU if it has one, with `prune.latency_batch`
+    images. Passes of the two networks alternate, and the medians are compared. The result varies between measurements.
+    """
     shares: dict[str, float] = {}
     latency = None
     targets = config.prune.targets
@@ -70,9 +72,9 @@ def _measure(first: nn.Module, second: nn.Module, config: RunConfig, **options: 
         )
     finally:
         if on_gpu:
-            torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver outlives them
+            torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver keeps its process
 
 
 def _batch(config: RunConfig) -> int:
-    assert isinstance(config.prune, FilterPruneConfig)  # or it has no targets
+    assert isinstance(config.prune, FilterPruneConfig)  # only these runs have targets
     return config.prune.latency_batch

@@ -1,4 +1,4 @@
-"""Networks by name, and their weights from files."""
+"""Networks by name, and weights from files."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 WIDTHS = (16, 32, 64)
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet56": 9, "resnet110": 18}
-"""Builder name -> blocks in each of the three stages."""
+"""Name of the builder -> number of blocks in each of the three stages."""
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; `downsample` projects it where the shape changes, else None."""
+    """Two 3x3 convolutions and a shortcut. `downsample` projects the shortcut if the shape changes; else it is None."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

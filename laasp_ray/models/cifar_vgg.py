@@ -1,5 +1,8 @@
-"""VGG16 for 32x32 images: the thirteen convolutions of Simonyan and Zisserman 2015, each with BatchNorm, and a head of
-two linear layers, 512-512-classes, the hidden one with BatchNorm too."""
+"""VGG16 for 32x32 images.
+
+It has the thirteen convolutions of Simonyan and Zisserman 2015, each with BatchNorm, and a head of two linear layers,
+512-512-classes. The hidden linear layer has BatchNorm too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Filters of the convolutions of each stage; a stage ends by halving height and width."""
+"""Filters of the convolutions in each stage. Each stage ends with a pooling that halves height and width."""
 
 HIDDEN = 512
 

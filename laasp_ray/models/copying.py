@@ -11,8 +11,10 @@ from torch import nn
 
 
 def deep_copy(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """A copy of a network, with what it keeps of its last forward pass: torch itself copies no tensor that has a
-    history. `memo` is as for copy.deepcopy."""
+    """Copies a network, including tensors that it keeps from its last forward pass.
+
+    torch alone cannot copy a tensor with a history. `memo` is as for copy.deepcopy.
+    """
     known: dict[int, object] = {} if memo is None else memo
     for module in model.modules():
         for tensor in _tensors_in(vars(module), depth=3):
@@ -22,7 +24,7 @@ def deep_copy(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Mod
 
 
 def _tensors_in(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    """The tensors in a value, in containers within containers down to `depth`."""
+    """The tensors in a value, and in nested containers down to `depth`."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple | set) and depth:

@@ -1,4 +1,4 @@
-"""Channels last: the memory format in which convolutions over images are faster, for networks that run in it."""
+"""Channels last: the memory format in which convolutions on images are faster, for networks that can run in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from laasp_ray.models.copying import deep_copy
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
-    """`model`, in place, with its 4-D tensors channels last; torch's own way refuses a network with a Conv3d."""
+    """Converts the 4-D tensors of `model` to channels last, in place. torch's own method fails for a network with a
+    Conv3d.
+    """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
@@ -19,8 +21,10 @@ def to_channels_last(model: nn.Module) -> nn.Module:
 
 
 def to_fast_format(model: nn.Module, image: torch.Tensor) -> nn.Module:
-    """`model` channels last, in place, if it takes `image` (1, C, H, W) so: `x.view(len(x), -1)` behind a convolution
-    does not."""
+    """Converts `model` to channels last, in place, if it can process `image` (1, C, H, W) in that format.
+
+    A network with `x.view(len(x), -1)` after a convolution cannot.
+    """
     probe = to_channels_last(deep_copy(model)).eval()
     if image.ndim != 4:
         return model
@@ -35,7 +39,7 @@ def to_fast_format(model: nn.Module, image: torch.Tensor) -> nn.Module:
 
 
 def in_format_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) channels last if the weights of `model` are, or else as they are."""
+    """Converts images (B, C, H, W) to channels last if the weights of `model` are; else returns them unchanged."""
     if images.ndim == 4 and any(_is_channels_last(parameter) for parameter in model.parameters()):
         return images.contiguous(memory_format=torch.channels_last)
     return images

@@ -20,7 +20,9 @@ MOBILENET_V1_BLOCKS = (
 
 
 class MobileNetV1(nn.Module):
-    """MobileNet v1: a 3x3 convolution, then depthwise and 1x1 convolutions in turn, each with BatchNorm and ReLU."""
+    """MobileNet v1: a 3x3 convolution, then alternating depthwise and 1x1 convolutions, each with BatchNorm
+    and ReLU.
+    """
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks by name: `build` makes one, `load_weights` fills it from a file or with torchvision's weights."""
+"""Networks by name: `build` makes one, and `load_weights` fills it from a file or with torchvision's weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from laasp_ray.models.mobilenet_v1 import MobileNetV1
 from laasp_ray.models.weights import fill, read_state
 
 TORCHVISION = "torchvision:"
-"""Begins a name of torchvision's weights, as in torchvision:IMAGENET1K_V2, where a file could be named too."""
+"""The prefix of a name of torchvision's weights, such as torchvision:IMAGENET1K_V2, where a file path is also allowed.
+"""
 
 _CIFAR: dict[str, Callable[..., nn.Module]] = {
     **{name: functools.partial(CifarResNet, blocks) for name, blocks in DEPTHS.items()},
@@ -29,18 +30,18 @@ _CIFAR: dict[str, Callable[..., nn.Module]] = {
 }
 _ZOO: dict[str, Callable[..., nn.Module]] = {"alexnet_grouped": AlexNetGrouped, "mobilenet_v1": MobileNetV1}
 _WEIGHTS = ("weights", "pretrained")
-"""Arguments by which torchvision's builders download weights, as they begin: weights_backbone is one, too."""
+"""Prefixes of the arguments that make torchvision's builders download weights (weights_backbone is one of them)."""
 _OTHER_FORWARD = ("googlenet", "inception_v3")
-"""Builders that make another network, not only other weights, where weights are asked for."""
+"""Builders that make a different network, not only different weights, if the arguments ask for weights."""
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """A new network in training mode, its weights drawn from torch's global generator (seed it first).
+    """A new network in training mode. Its weights are drawn from torch's global generator, so seed it first.
 
     `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`,
     `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
-    an nn.Module; `config.arguments` are passed on. Raises ConfigError for an unknown builder (with the nearest known
-    ones) or arguments that it does not take.
+    an nn.Module. `config.arguments` are passed to it. Raises ConfigError for an unknown builder (with the nearest known
+    ones) or arguments that it does not accept.
     """
     builder, arguments = _builder(config.builder), dict(config.arguments)
     try:
@@ -55,10 +56,10 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def build_offline(config: ModelConfig) -> nn.Module:
-    """As `build`, for a description that came with a file: the same network, but nothing is downloaded for it.
+    """As `build`, for a config that came with a saved file: the same network, but nothing is downloaded.
 
-    Its weights are drawn, whatever weights the arguments ask for: who has the file loads its own. Raises ConfigError
-    as `build` does, and where the arguments that ask for weights change what the network computes, too.
+    Its weights are random even if the arguments ask for weights; the caller loads the file's own. Raises ConfigError as
+    `build` does, and also if the arguments that ask for weights change what the network computes.
     """
     family, _, architecture = config.builder.partition(".")
     if family != "torchvision" or is_import_path(config.builder):
@@ -69,7 +70,7 @@ def build_offline(config: ModelConfig) -> nn.Module:
         raise ConfigError(
             f"model.arguments {asked} would download weights, and {config.builder} is another network without them"
         )
-    _builder(config.builder)  # a name that there is
+    _builder(config.builder)  # raises for an unknown name
     weights = next(iter(asked.values()), None)
     if weights is not None and "num_classes" not in arguments:
         arguments["num_classes"] = _classes_of(architecture, weights)
@@ -79,10 +80,10 @@ def build_offline(config: ModelConfig) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a file of weights into `model`, strictly.
 
-    `.safetensors`, or `.pt`, `.pth`, `.bin` as torch.save wrote it (read without unpickling code): a state dict,
-    possibly under a key such as "state_dict" or "model", its keys possibly starting with what wrappers put there
-    ("module.", "_orig_mod.", "model."), possibly without BatchNorm's num_batches_tracked. Raises ConfigError if the
-    file is missing or unreadable, naming the first keys that are missing, unexpected or of another shape.
+    The file is `.safetensors`, or `.pt`, `.pth`, `.bin` as written by torch.save (read without unpickling code). It
+    holds a state dict, possibly under a key such as "state_dict" or "model". Its names may have the prefix of a wrapper
+    ("module.", "_orig_mod.", "model."), and BatchNorm's num_batches_tracked may be missing. Raises ConfigError if the
+    file is missing or unreadable. It names the first keys that are missing, unexpected or of another shape.
     """
     fill(model, read_state(Path(path)), str(path))
 
@@ -90,13 +91,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
     """Fills `model`, built from `config`, from a file, or with the weights that `torchvision:NAME` names.
 
-    Torchvision's are those of the builder's own architecture; they are downloaded into torch's cache where they are
-    not there yet. Raises ConfigError for a name or a builder that has none, a download that fails, and weights that do
-    not fit.
+    Torchvision's weights are those of the builder's own architecture. They are downloaded into torch's cache if they
+    are not there yet. Raises ConfigError for an unknown name, a builder without such weights, a failed download, and
+    weights that do not fit.
     """
     if source.startswith(TORCHVISION):
         state = _torchvision_state(config.builder, source.removeprefix(TORCHVISION))
-        # Weights of auxiliary heads that this network is built without, as its None attributes say.
+        # Weights of auxiliary heads are dropped if this network has no such heads (its attributes are None).
         state = {key: value for key, value in state.items() if getattr(model, key.partition(".")[0], model) is not None}
         fill(model, state, source)
     else:
@@ -110,7 +111,7 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
             f"train.pretrained is {TORCHVISION + name!r}, but model.builder {builder!r} is none of torchvision's: "
             "name a file of weights"
         )
-    import torchvision  # most networks and every network of one's own do without
+    import torchvision  # most networks, and all networks of a user's own, do not need it
 
     known = {weights.name: weights for weights in torchvision.models.get_model_weights(architecture)}
     if name not in known:
@@ -118,7 +119,7 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
         raise ConfigError(f"torchvision has no weights {name!r} of {architecture}; it has: {offered}")
     try:
         return dict(known[name].get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:  # no network, no room, or not the bytes that were expected
+    except (OSError, RuntimeError) as error:  # no connection, no disk space, or a damaged download
         raise ConfigError(
             f"the weights {TORCHVISION + name} cannot be had ({error}): download {known[name].url} elsewhere and name "
             "the file, --pretrained FILE"
@@ -126,7 +127,7 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
 
 
 def known_builders() -> list[str]:
-    """The names that `build` knows, import paths aside."""
+    """The names that `build` knows, without import paths."""
     import torchvision
 
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
@@ -154,7 +155,9 @@ def _of_torchvision(architecture: str, **arguments: Any) -> nn.Module:
 
 
 def _classes_of(architecture: str, weights: object) -> int | None:
-    """How many classes torchvision's network has where it is asked for these weights without a number of classes."""
+    """The number of classes of torchvision's network, if it is built with these weights and no number of classes is
+    given.
+    """
     from torchvision.models import get_model_weights
 
     known = get_model_weights(architecture)

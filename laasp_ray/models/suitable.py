@@ -1,4 +1,4 @@
-"""Networks that cannot be copied, cut or stored, refused in one sentence before anything is tried on them."""
+"""Refuses networks that cannot be copied, pruned or stored, before anything is tried on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from laasp_ray.errors import ConfigError
 
 EXTRA_STATE = "_extra_state"
-"""How torch's name of a module's extra state in a state dict ends."""
+"""The suffix of the name of a module's extra state in torch's state dict."""
 
 _STATISTICS = ("running_mean", "running_var")
 _REMEDIES: tuple[tuple[type, str, str], ...] = (
@@ -25,10 +25,10 @@ _REMEDIES: tuple[tuple[type, str, str], ...] = (
 
 
 def check_suitable(model: nn.Module) -> None:
-    """Raises ConfigError, naming the module, the reason and the remedy, for a network that no run can work on.
+    """Raises ConfigError, naming the module, the reason and the remedy, for a network that a run cannot use.
 
-    Those are compiled and scripted ones, parametrised modules, extra state that is no tensor, and weights that are not
-    finite.
+    Such networks are compiled or scripted ones, and those with parametrised modules, with extra state that is not a
+    tensor, or with weights that are not finite.
     """
     for name, module in model.named_modules():
         reason = _reason(f"module {name}" if name else "the network", name, module)
@@ -43,9 +43,9 @@ def check_suitable(model: nn.Module) -> None:
 
 
 def not_finite(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors of a state dict of `model` that hold NaN, or infinity where a number must be.
+    """The names of the tensors of a state dict of `model` that hold NaN, or infinity where it is not allowed.
 
-    A buffer that is none of a normalisation's statistics may be infinite: masks of attention are.
+    Buffers may be infinite, as attention masks are, except for the statistics of a normalisation.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [
@@ -58,7 +58,7 @@ def not_finite(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[st
 
 
 def shown(names: list[str], most: int = 3) -> str:
-    """The first few of them, as an error lists them."""
+    """The first few names, as an error lists them."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
@@ -72,7 +72,7 @@ def _reason(place: str, name: str, module: nn.Module) -> str:
             f"{place} is TorchScript ({type(module).__name__}), whose layers cannot be cut: give the nn.Module that it "
             "was made from, and script the pruned network"
         )
-    if hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule":  # torch._dynamo: slow to import
+    if hasattr(module, "_orig_mod") and type(module).__name__ == "OptimizedModule":  # torch._dynamo is slow to import
         return (
             f"{place} is compiled (torch.compile), and would keep the code of its uncut layers: give the network "
             f"itself, {name + '.' if name else 'model.'}_orig_mod, and compile the pruned one"

@@ -1,4 +1,4 @@
-"""What leaves a caller's process and network as they were: the global random state, and every module's mode."""
+"""Restores a caller's process and network: the global random state, and the mode of every module."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import nn
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever draws from the global generators of torch (all devices), numpy and Python in here, they go on after it
-    as if nothing had been drawn."""
+    """Restores the state of the global generators of torch (all devices), numpy and Python at the end."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
@@ -27,7 +26,9 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module gets its own mode back, which need not be that of the whole: a frozen BatchNorm's is not."""
+    """Sets eval mode, and restores each module's own mode at the end. A frozen BatchNorm may have another mode than the
+    network.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Files of weights: read without running code, unwrapped, and fitted to a network's names."""
+"""Files of weights: reads them without running code, unwraps them, and adapts them to a network's names."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.models.suitable import not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "ema", "model_ema")
-"""Keys under which training scripts keep a state dict, in the order in which they are looked for."""
+"""The keys under which training scripts store a state dict, in the order in which they are tried."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What wrappers put before every name: (Distributed)DataParallel and averages, torch.compile, Lightning."""
+"""Prefixes that wrappers put before every name: (Distributed)DataParallel and averages, torch.compile, Lightning."""
 _BATCHES, _MEAN = "num_batches_tracked", "running_mean"
 _DEPTH = 3
 _SHOWN = 4
-"""How many keys an error about a file of weights names."""
+"""The number of keys that an error about a file of weights names."""
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 _SAVE = (
     "where the file was made, or where you trust it, load it and save the weights alone, with "
@@ -32,7 +32,7 @@ _SAVE = (
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file. Raises ConfigError, naming the file, for whatever cannot be read as one."""
+    """The state dict in a file. Raises ConfigError, naming the file, if it cannot be read as one."""
     if not path.is_file():
         raise ConfigError(f"no file of weights at {path}")
     content = _read(path)
@@ -52,7 +52,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Loads `state` into `model`, all or nothing. Raises ConfigError naming the keys that do not fit."""
+    """Loads `state` into `model`, completely or not at all. Raises ConfigError naming the keys that do not fit."""
     wanted = model.state_dict()
     fitted = _fitted(state, wanted)
     missing = sorted(wanted.keys() - fitted.keys())
@@ -81,13 +81,13 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> No
     kept = {key: value.clone() for key, value in wanted.items()}
     try:
         model.load_state_dict(fitted)
-    except Exception as error:  # tensors of a kind that cannot be copied, say without values
+    except Exception as error:  # some tensors cannot be copied, for example those without values
         model.load_state_dict(kept)
         raise ConfigError(f"the weights in {source} cannot be copied into the network: {_line(error)}") from error
 
 
 def _fitted(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` without what wrappers put before its names, and with BatchNorm's counts where they were not kept."""
+    """`state` without the prefixes of wrappers. BatchNorm's counts are added where they are missing."""
     found = {key: value for key, value in state.items() if key != "n_averaged" or key in wanted}
     changed = True
     while changed:
@@ -98,7 +98,7 @@ def _fitted(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor
                 changed = True
     for key, value in wanted.items():
         if _is_count(key) and key not in found and _mean_of(key) in found:
-            found[key] = torch.zeros_like(value)  # written before torch 0.4.1, or by another library
+            found[key] = torch.zeros_like(value)  # the file is from before torch 0.4.1, or from another library
     return {
         key: value for key, value in found.items() if key in wanted or not _is_count(key) or _mean_of(key) not in wanted
     }
@@ -121,10 +121,10 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say of damaged files is said by the error
+            warnings.simplefilter("ignore")  # the error says what torch's warnings say of damaged files
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in as many ways as there are readers of their parts
-        raise _refused(path, error) from None  # the cause advises to let the file run its code
+    except Exception as error:  # damaged files raise many kinds of errors
+        raise _refused(path, error) from None  # torch's message advises to let the file run its code
 
 
 def _refused(path: Path, error: Exception) -> ConfigError:
@@ -151,7 +151,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error that gives no advice; the kind of one that does."""
+    """The first line of an error. If that line gives advice, the type of the error instead."""
     text = str(error).strip().splitlines()[:1]
     return text[0] if text and "weights" not in text[0].lower() else type(error).__name__
 

@@ -1,4 +1,6 @@
-"""What a run will do and how long it will take, without running it: counted, and scaled up from a short measurement."""
+"""The steps of a run and their duration, without running it: the steps are counted, the seconds come from a short
+measurement.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_traini
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run has to work with: `workers` trainers, `tasks` evaluation tasks at a time, and one of each's speed."""
+    """The resources of a run: `workers` trainers, `tasks` evaluation tasks at the same time, and the speed of one of
+    each.
+    """
 
     workers: int
     tasks: int
@@ -34,10 +38,10 @@ class Machine:
 def dry_run(
     config: RunConfig, *, distributed: bool = True, ray_address: str | None = None, repeats: int | None = None
 ) -> str:
-    """The plan of a run, or of `repeats` runs (report/repeats.py), as text; stores nothing.
+    """The plan of a run, or of `repeats` runs (report/repeats.py), as text. Stores nothing.
 
-    Checks all that a run checks first, and raises as it does. Of a run that has begun it is the whole run's plan still,
-    and what a beginning needs must be there.
+    Makes all checks that a run makes first, and raises the same errors. For a resumed run it plans the whole run, and
+    everything that a new run needs must be present.
     """
     runs = [config] if repeats is None else runs_of(config, repeats)
     stored = [line for run in runs if (line := _stored(run))]
@@ -49,7 +53,7 @@ def dry_run(
 
 
 def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_images: int) -> dict[str, float]:
-    """Seconds by what they go to, at the speed of the network that was measured throughout."""
+    """Seconds by part of the run. The measured speed of the network is used for the whole run."""
     epoch = train_images / (machine.trainer.training * machine.workers)
     evaluation = test_images / (machine.trainer.evaluation * machine.workers)
     epochs = {phase: count * epoch for phase, count in workload.epochs.items()}
@@ -69,7 +73,9 @@ def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_
 def describe(
     prepared: Prepared, workload: Workload, machine: Machine, *, runs: int = 1, stored: Sequence[str] = ()
 ) -> str:
-    """The plan as lines of text, its assumptions last. `stored`: what there is of the runs already, a line each."""
+    """The plan as lines of text, with the assumptions last. `stored` has one line for each of the runs, on what is
+    stored of it.
+    """
     config = prepared.config
     test_images, train_images = len(prepared.test), len(prepared.train)
     seconds = seconds_of(workload, machine, train_images=train_images, test_images=test_images)

@@ -1,4 +1,4 @@
-"""What a run consists of, counted before it starts: epochs, evaluations, and what its method's pruning takes."""
+"""The parts of a run, counted before it starts: epochs, evaluations, and the cost of pruning."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from laasp_ray.train.loop import EpochPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`epochs` by phase, and `evaluations` on the test images: before the first prune, after each fine-tuning, at the
-    end, and between the epochs before and after pruning as `train.test_every` says.
+    """`epochs` by phase, and the number of `evaluations` on the test images.
 
-    `pruning` is None of a run that prunes nothing. The losses of an iteration are over `calibration_images`.
+    Evaluations are made before the first prune, after each fine-tune, at the end, and between epochs before and after
+    pruning as `train.test_every` says. `pruning` is None if the run prunes nothing. The losses of an iteration are
+    measured on `calibration_images`.
     """
 
     epochs: Mapping[str, int]
@@ -33,7 +34,7 @@ class Workload:
 
 
 def workload_of(prepared: Prepared) -> Workload:
-    """The whole run's, whatever of it may be done already. Raises ConfigError where its method cannot tell."""
+    """The parts of the whole run, even if some are done already. Raises ConfigError if the method has no estimate."""
     config = prepared.config
     images, pruning = 0, None
     if config.prunes:
@@ -52,13 +53,13 @@ def workload_of(prepared: Prepared) -> Workload:
 
 
 def network_of(prepared: Prepared) -> nn.Module:
-    """What the run begins with: the unpruned network, or the pruned one of the run that it goes on with."""
+    """The network that the run begins with: the unpruned one, or the pruned network of the run in `prune.from_run`."""
     begun_with = prepared.begun_with
     return prepared.unpruned if begun_with is None else rebuild(prepared.unpruned, begun_with)
 
 
 def _epochs(config: RunConfig, fine_tunes: int) -> dict[str, int]:
-    """By phase, of a run with so many fine-tunings."""
+    """Epochs by phase, for a run with `fine_tunes` fine-tunes."""
     training_phases = _training_phases(config)
     return {
         "train": len(training_phases.get("train", ())),
@@ -68,8 +69,10 @@ def _epochs(config: RunConfig, fine_tunes: int) -> dict[str, int]:
 
 
 def _evaluations(config: RunConfig, fine_tunes: int) -> int:
-    """On the test images, of a run with so many fine-tunings; the last epoch of a training phase is followed by one
-    anyway."""
+    """The number of evaluations on the test images, for a run with `fine_tunes` fine-tunes.
+
+    The evaluation at the end of a training phase follows its last epoch, so that epoch has no other one.
+    """
     between = sum(
         config.train.is_tested(plan.epoch) for epochs in _training_phases(config).values() for plan in epochs[:-1]
     )

@@ -1,7 +1,7 @@
-"""What losing channels means for a module: which axes of which tensors, and which attributes, change.
+"""The effect of removing channels from a module: the axes of its tensors and the attributes that change.
 
-Methods: a module has an output side (its own filters or channels) and, for convolutions and linear layers, an input
-side. A prune is a set of channels removed at each of several sides; `plan_of` turns it into a Plan.
+A module has an output side (its own filters or channels). Convolutions and linear layers also have an input side. A
+prune is a set of removed channels at each of several sides. `plan_of` converts it to a Plan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CannotPrune:
 
 @dataclass(frozen=True)
 class TensorAxis:
-    """One axis of a tensor along which channels lie; `per_block` if each block has its own (grouped convolutions)."""
+    """One axis of a tensor that channels lie along. `per_block`: each block has its own axis (grouped convolutions)."""
 
     tensor: str
     axis: int
@@ -38,10 +38,11 @@ class TensorAxis:
 class ChannelAxis:
     """The channels on one side of a module (or of a raw parameter).
 
-    `size` channels in `blocks` equal contiguous blocks, which must lose the same count each. `role`: a layer's own
-    filters, a layer's inputs, or the channels of something else. `normalises` says that the module computes statistics
-    over its channels, so that removing one changes the others' values, or that no layer reads them: such a prune is
-    measured on a pruned copy. `filters_per_input`: how many filters a depthwise convolution has for each input.
+    There are `size` channels in `blocks` equal contiguous blocks, which must lose the same number each. `role`: a
+    layer's own filters, a layer's inputs, or the channels of something else. `normalises`: the module computes
+    statistics over its channels, so removing one changes the others' values, or no layer reads the channels. Such a
+    prune is measured on a pruned copy. `filters_per_input`: the number of filters that a depthwise convolution has for
+    each input.
     """
 
     module: str
@@ -55,17 +56,19 @@ class ChannelAxis:
 
 
 Removal = Mapping[ChannelAxis, Collection[int]]
-"""Channels to remove, at every side that a prune changes."""
+"""Side -> channels to remove, for every side that a prune changes."""
 
 
 def unite(total: dict[ChannelAxis, set[int]], removal: Removal) -> None:
-    """Adds a removal to `total`: both in one prune."""
+    """Adds a removal to `total`, so that both are one prune."""
     for side, channels in removal.items():
         total.setdefault(side, set()).update(channels)
 
 
 def plan_of(removal: Removal) -> Plan:
-    """The plan that removes these channels. Raises PruningError if a side would lose everything, or unequal shares."""
+    """The plan that removes these channels. Raises PruningError if a side would lose all channels, or unequal
+    shares.
+    """
     tensors: dict[str, dict[int, Kept]] = {}
     attributes: dict[str, dict[str, AttributeValue]] = {}
     layers: dict[str, tuple[int, ...]] = {}
@@ -127,7 +130,7 @@ def describe(name: str, module: nn.Module, *, inputs: bool) -> ChannelAxis | Can
 
 
 def parameter_side(name: str, axis: int, size: int) -> ChannelAxis:
-    """The channels of a parameter that belongs to no known layer, such as a learned scale, along `axis`."""
+    """The channels along `axis` of a parameter that belongs to no known layer, such as a learned scale."""
     return ChannelAxis(name.rpartition(".")[0], "channels", size, 1, (TensorAxis(name, axis),), ())
 
 
@@ -153,7 +156,9 @@ def _convolution(name: str, conv: nn.modules.conv._ConvNd, inputs: bool) -> Chan
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a convolution applies filters of its own to each channel, so that its inputs and outputs go together."""
+    """Whether a convolution applies separate filters to each channel, so that its inputs and outputs are removed
+    together.
+    """
     return (
         isinstance(module, nn.modules.conv._ConvNd)
         and module.groups > 1

@@ -1,4 +1,4 @@
-"""What goes with each filter of each layer, read from one run of the network (flow.py)."""
+"""The channels that are coupled to each filter of each layer, found in one run of the network (flow.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Coupling:
-    """For every side that a layer's filters reach: filter -> channels there. `own` has the class of each filter."""
+    """For every side that is coupled to a layer's filters: filter -> channels there. `own` is the class of each
+    filter.
+    """
 
     sides: Mapping[ChannelAxis, Mapping[int, tuple[int, ...]]]
     blocks: int
@@ -33,16 +35,16 @@ class Coupling:
         }
 
     def classes(self, filters: Sequence[int]) -> np.ndarray:
-        """The classes of channels that go with these filters."""
+        """The classes of the channels that are coupled to these filters."""
         return self.own[list(filters)]
 
 
 class Couplings:
-    """The coupling of every layer of `probe`, a network in eval mode whose tensors may not be changed meanwhile.
+    """The coupling of every layer of `probe`, a network in eval mode. Its tensors must not be changed meanwhile.
 
-    `frozen` names modules that keep their own channels. `classes` says of every number of the run to which class it
-    belongs; `meetings` where channels disappear; `cut` whether the network cuts its channels into blocks. Raises
-    PruningError if the network does not run.
+    `frozen` names modules that keep their own channels. `classes` has the class of every channel number of the run.
+    `meetings` are the operations in which channels disappear. `cut`: whether the network cuts its channels into blocks.
+    Raises PruningError if the network does not run.
     """
 
     def __init__(self, probe: nn.Module, example: torch.Tensor, frozen: set[str]) -> None:
@@ -117,7 +119,7 @@ class Couplings:
             line, count, what = self._blocks[where]
             table = np.stack(list(by_filter.values()))
             if (table == table[:, :1]).all():
-                continue  # each filter has as many channels in every block
+                continue  # each filter has the same number of channels in every block
             whole = len(by_filter) == len(classes) and int(table.sum()) == len(line) and len(classes) % count == 0
             width = len(classes) // count
             inside = np.zeros_like(table)
@@ -131,7 +133,9 @@ class Couplings:
         return blocks
 
     def _describe(self, probe: nn.Module) -> None:
-        """Numbers the channels of all parameters and buffers, and ties what one module has of the same channels."""
+        """Numbers the channels of all parameters and buffers. Ties the axes of one module that belong to the same
+        channels.
+        """
         modules = dict(probe.named_modules(remove_duplicate=False))
         tensors = dict(_tensors(probe))
         described = {
@@ -192,7 +196,7 @@ class Couplings:
                 self._flow.stuck.append((line, reason))
 
     def _add_meetings(self, probe: nn.Module) -> None:
-        """Sides without tensors, where channels disappear into something that no layer of its own does."""
+        """Adds sides without tensors: operations in which channels disappear and which no layer carries out."""
         modules = dict(probe.named_modules())
         for meeting in self.meetings:
             module = modules[meeting.module]
@@ -206,7 +210,7 @@ class Couplings:
 
 
 class _Entries:
-    """Where each class lies in several lines of channels."""
+    """The positions of each class in several lines of channels."""
 
     def __init__(self, lines: Iterable[np.ndarray], classes: np.ndarray) -> None:
         lines = list(lines)
@@ -218,7 +222,7 @@ class _Entries:
         self._classes, self._which, self._places = found[order], which[order], places[order]
 
     def of(self, found: int) -> dict[int, list[int]]:
-        """Line -> the places (rising) where this class lies in it."""
+        """Line -> the rising positions of this class in it."""
         start, end = np.searchsorted(self._classes, [found, found + 1])
         result: dict[int, list[int]] = {}
         for where, place in zip(self._which[start:end].tolist(), self._places[start:end].tolist(), strict=True):
@@ -234,7 +238,7 @@ def _tensors(probe: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _names_of_tensors(probe: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter or buffer, by its identity."""
+    """All names of each parameter or buffer, by the tensor's id."""
     names: dict[int, list[str]] = {}
     for name, tensor in _tensors(probe):
         names.setdefault(id(tensor), []).append(name)
@@ -249,7 +253,7 @@ def _run(
     grouped: dict[tuple[str, str], np.ndarray],
     refused: Mapping[str, str],
 ) -> list[torch.Tensor]:
-    """Fills `flow`; gives the network's outputs."""
+    """Runs the network and fills `flow`. Returns the network's outputs."""
     with torch.random.fork_rng(devices=[]), Follower(probe, flow, grouped, refused) as follower:
         for dim in range(1, 2 if example.ndim > 3 else example.ndim):
             line = flow.channels.new(example.shape[dim])
@@ -257,7 +261,7 @@ def _run(
             follower.set(example, [*follower.get(example), along(line, dim, example.ndim)])
         try:
             output = probe(example)
-        except Exception as error:  # running is the network's own code, which can fail in any way
+        except Exception as error:  # the network's own code can raise any error
             if is_out_of_memory(error):
                 raise
             where = f" in {follower.module}" if follower.module else ""

@@ -1,8 +1,9 @@
-"""Where a network's channels go: it is run once, and the numbers of its channels (labels.py) go along with its tensors.
+"""Follows a network's channels: the network is run once, and its tensors carry the numbers of their channels
+(labels.py).
 
-Every operation that PyTorch carries out, whatever Python code asked for it, is seen with its tensors. What each does
-to channels is said by a rule (flow_rules.py). One pass over the network gives the coupling of all its layers, so the
-cost is linear in the network. An operation without a rule keeps the channels that it reads from being removed.
+Every operation that PyTorch carries out is seen with its tensors, whatever Python code called it. A rule
+(flow_rules.py) says what each operation does to channels. One run gives the coupling of all layers, so the cost is
+linear in the size of the network. If an operation has no rule, the channels that it reads cannot be removed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from laasp_ray.pruning.labels import Channels, Label, along, varying
 
 @dataclass(frozen=True)
 class Meeting:
-    """An operation in which channels disappear: the `call`th of the run with its name, in `module`.
+    """An operation in which channels disappear: the run's call number `call` of that name, in `module`.
 
-    `reads`: it sums products over them (a layer, or two values multiplied), along `dim` of its argument `argument`; a
-    channel set to zero there adds nothing. `holds`: it takes a statistic over them (a mean, a norm), which changes
-    when one is removed. `kept`: the labels of each tensor that a statistic gives. `owner` is the parameter that reads.
+    `reads`: it sums products over them (a layer, or two multiplied values), along `dim` of its argument `argument`. A
+    channel set to zero there adds nothing. `holds`: it computes a statistic over them (a mean, a norm), which changes
+    when one is removed. `kept`: the labels of each tensor of the statistic. `owner` is the parameter that reads the
+    channels.
     """
 
     kind: Literal["reads", "holds"]
@@ -43,10 +45,10 @@ class Meeting:
 
 @dataclass
 class Flow:
-    """What a run showed. `lines` has the channels (n,) of each (parameter or buffer, axis).
+    """The results of a run. `lines` has the channels (n,) of each (parameter or buffer, axis).
 
-    `stuck`: channels that cannot be removed, with the reason. `blocks`: lines of channels that fall in equal blocks,
-    each of which must lose as many, with what cuts them. `used`: parameters that took part.
+    `stuck`: channels that cannot be removed, with the reason. `blocks`: lines of channels in equal blocks that must
+    lose the same number each, with the operation that cuts them. `used`: the parameters that the run read.
     """
 
     channels: Channels = field(default_factory=Channels)
@@ -58,14 +60,14 @@ class Flow:
     starts: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     def add_line(self, name: str, axis: int, size: int) -> np.ndarray:
-        """New channels along an axis of a parameter or buffer."""
+        """Adds new channels along an axis of a parameter or buffer."""
         line = self.channels.new(size)
         self.lines[name, axis] = line
         self.starts[int(line[0])] = (name, axis)
         return line
 
     def owner(self, line: np.ndarray | None) -> str:
-        """The parameter or buffer along one of whose axes just these channels lie; empty if there is none."""
+        """The parameter or buffer that has exactly these channels along one of its axes; empty if there is none."""
         if line is None or not len(line):
             return ""
         found = self.starts.get(int(line[0]))
@@ -73,13 +75,15 @@ class Flow:
 
 
 class Follower(TorchDispatchMode):
-    """Follows channels through the run of a network, inside `with`. `grouped` has the input (or output) lines of
-    grouped convolutions, by the name of their weight."""
+    """Follows channels through a network that is run inside `with`.
+
+    `grouped` has the input and output lines of grouped convolutions, by the name of their weight.
+    """
 
     def __init__(
         self, model: nn.Module, flow: Flow, grouped: dict[tuple[str, str], np.ndarray], refused: Mapping[str, str]
     ) -> None:
-        """`refused` says of modules why their channels cannot be removed."""
+        """`refused`: module -> the reason why its channels cannot be removed."""
         super().__init__()
         self.refused = refused
         self.flow, self.grouped = flow, grouped
@@ -102,7 +106,7 @@ class Follower(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from laasp_ray.pruning.flow_rules import follow  # which needs this class for its types
+        from laasp_ray.pruning.flow_rules import follow  # flow_rules imports this class
 
         kwargs = kwargs or {}
         shapes = {id(tensor): tuple(tensor.shape) for tensor in tensors_of((args, kwargs))}
@@ -117,11 +121,11 @@ class Follower(TorchDispatchMode):
 
     @property
     def module(self) -> str:
-        """The innermost module that is being run."""
+        """The innermost module that is running."""
         return self._modules[-1]
 
     def get(self, tensor: Any) -> list[Label]:
-        """A tensor's labels; none for what is no tensor."""
+        """A tensor's labels. Empty for other values."""
         if not isinstance(tensor, torch.Tensor):
             return []
         if tensor in self._names:
@@ -133,22 +137,22 @@ class Follower(TorchDispatchMode):
             self._labels[tensor] = [label for label in labels if label.ndim == tensor.ndim and varying(label)]
 
     def stick(self, labels: Sequence[Label], reason: str) -> None:
-        """These channels cannot be removed."""
+        """Records that these channels cannot be removed."""
         for label in labels:
             self.flow.stuck.append((np.unique(label.numpy()), reason))
 
     def owner(self, weight: torch.Tensor, line: np.ndarray | None) -> str:
-        """The parameter that a weight is, or is computed from, as far as `line` along it tells."""
+        """The parameter that a weight is, or that it is computed from if its `line` of channels shows that."""
         return self._names.get(weight) or self.flow.owner(line)
 
     def where(self) -> str:
-        """For messages: the module that is being run."""
+        """The running module, for messages."""
         return f" in {self.module}" if self.module else ""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation that was carried out. `shapes`: those of its arguments before, by id."""
+    """One executed operation. `shapes`: id of a tensor argument -> its shape before the operation."""
 
     func: Any
     args: tuple[Any, ...]
@@ -161,7 +165,7 @@ class Call:
         return name_of(self.func)
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by its name in the operation's schema."""
+        """An argument, by its name in the operation's schema."""
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 if position < len(self.args):
@@ -175,12 +179,12 @@ class Call:
 
 
 def name_of(func: Any) -> str:
-    """An operation's plain name, the same for its form that works in place."""
+    """An operation's plain name. The in-place form has the same name."""
     return str(func._schema.name).rpartition("::")[2].rstrip("_")
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in arguments or results, however nested."""
+    """All tensors in nested arguments or results."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

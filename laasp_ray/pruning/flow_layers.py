@@ -1,4 +1,4 @@
-"""Rules (flow_rules.py) for layers: convolutions, products of matrices, and norms."""
+"""Rules (flow_rules.py) for layers: convolutions, matrix products and normalisations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def hold(flow: Follower, call: Call, labels: Sequence[Label]) -> None:
 
 
 def matmul(flow: Follower, call: Call) -> None:
-    """(..., n, k) x (..., k, m), with or without something added."""
+    """(..., n, k) x (..., k, m), with or without an added term."""
     first, second = call.args[-2:] if call.name in ("addmm", "baddbmm", "addmv", "addbmm") else call.args[:2]
     ranks = first.ndim, second.ndim
     summed = ranks[0] - 1, max(0, ranks[1] - 2)
@@ -56,7 +56,7 @@ def matmul(flow: Follower, call: Call) -> None:
 
 
 def _without(label: Label, dim: int, ndim: int, *, front: bool) -> Label:
-    """The label of a factor in the product: its own dimension of rows or columns, and those of the batch."""
+    """The label of a factor in the product: its rows or columns, and the batch dimensions."""
     rest = label.squeeze(dim)
     batch, own = (rest.shape[:-1], rest.shape[-1:]) if rest.ndim else ((), ())
     if not own:
@@ -68,7 +68,7 @@ def _without(label: Label, dim: int, ndim: int, *, front: bool) -> Label:
 
 
 def _read_along(flow: Follower, tensor: torch.Tensor, dim: int) -> np.ndarray | None:
-    """The line of channels along `dim`; what lies across it, too, goes together."""
+    """The line of channels along `dim`. Channels that vary across `dim` too are tied."""
     found = None
     for label in flow.get(tensor):
         if dim in varying(label):
@@ -129,7 +129,7 @@ def convolution(flow: Follower, call: Call) -> None:
 def _depthwise(
     flow: Follower, weight: torch.Tensor, groups: int, transposed: bool
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Lines of inputs and outputs: a channel goes with the filters that are applied to it."""
+    """Lines of inputs and outputs. A channel is tied to the filters that are applied to it."""
     own = _read_along(flow, weight, 0)
     if own is None:
         return None, None
@@ -144,7 +144,7 @@ def _depthwise(
 def _grouped(
     flow: Follower, weight: torch.Tensor, whole: np.ndarray | None, transposed: bool
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Lines of inputs and outputs of a grouped convolution, one of which its weight has only group by group."""
+    """Lines of inputs and outputs of a grouped convolution. Its weight has one of them only group by group."""
     name = flow.owner(weight, whole)
     virtual = flow.grouped.get((name, "filters" if transposed else "inputs"))
     if whole is None or virtual is None:
@@ -154,7 +154,7 @@ def _grouped(
 
 
 def batch_norm(flow: Follower, call: Call) -> None:
-    """Statistics over all dimensions but 1, unless they are given; scale and shift along it."""
+    """Statistics over all dimensions but 1, unless they are given. Scale and shift are along dimension 1."""
     source = call.args[0]
     labels, held = [], []
     for label in flow.get(source):

@@ -1,4 +1,4 @@
-"""Rules (flow_rules.py) for operations that move elements, repeat them, leave them out, or put them side by side."""
+"""Rules (flow_rules.py) for operations that move, repeat, drop or concatenate elements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TURNS = frozenset(("permute", "transpose", "t", "unsqueeze", "expand"))
 
 
 def pointwise(flow: Follower, call: Call) -> None:
-    """Values at the same place of tensors, broadcast against each other."""
+    """Combines values at the same position of tensors that are broadcast against each other."""
     written = call.args[0] if call.func._schema.is_mutable and call.args else None
     labels = []
     ndim = max((tensor.ndim for tensor in call.outputs), default=0)
@@ -36,7 +36,7 @@ def _is_part(tensor: torch.Tensor) -> bool:
 
 
 def move(flow: Follower, call: Call) -> None:
-    """Elements change their places, or are left out or repeated."""
+    """Moves, drops or repeats elements."""
     source = call.args[0]
     shape = call.shapes[id(source)]
     if call.name == "as_strided" and tuple(call.out.shape) == shape:  # only the order in memory changes
@@ -68,10 +68,11 @@ def _fixed(call: Call) -> str:
 
 
 def _turned(flow: Follower, call: Call, label: Label) -> Label:
-    """The label after a change of the order or number of dimensions, which needs no elements to be looked at.
+    """The label after an operation that changes only the order or number of dimensions, computed without looking at
+    elements.
 
-    Blocks of channels whose dimensions change places are interleaved: then what lies at the same place of all blocks
-    must go together, or those that are left would meet others than before.
+    If the dimensions of a line in blocks change places, the blocks are interleaved. Channels at the same position of
+    all blocks are then tied; otherwise the remaining channels would meet other ones than before.
     """
     if call.name == "expand":
         return label.reshape((1,) * (call.out.ndim - label.ndim) + tuple(label.shape))
@@ -89,7 +90,9 @@ def article(call: Call) -> str:
 
 
 def _movable(flow: Follower, call: Call, label: Label, shape: Sequence[int]) -> bool:
-    """Whether moving a pruned tensor moves what is left as it moves the whole; notes blocks where it must be cut so."""
+    """Whether the operation moves a pruned tensor's elements as it moves those of the whole. Records blocks that it
+    needs.
+    """
     dims, name = varying(label), call.name
     if name in ("roll", "index", "index_select", "gather", "as_strided", "diagonal"):
         return not set(_dims_touched(call, len(shape))) & set(dims)
@@ -103,7 +106,7 @@ def _movable(flow: Follower, call: Call, label: Label, shape: Sequence[int]) -> 
         dim = call.argument("dim", 0) % len(shape)
         if dim not in dims:
             return True
-        if len(dims) > 1:  # a view cut the line into blocks, and said so; whole blocks may be picked
+        if len(dims) > 1:  # a view cut the line into blocks and recorded that; whole blocks may be selected
             return dim != dims[-1]
         return _cut_line(flow, call, label, dim)
     return True
@@ -159,7 +162,7 @@ def _note_blocks(flow: Follower, call: Call, before: Label, after: Label) -> Non
 
 
 def concatenate(flow: Follower, call: Call) -> None:
-    """Tensors side by side along `dim`; along all others their channels are the same."""
+    """Concatenates tensors along `dim`. Along all other dimensions their channels are tied."""
     parts = list(call.args[0])
     if call.name == "stack":
         dim = call.argument("dim", 0) % call.out.ndim
@@ -172,7 +175,7 @@ def concatenate(flow: Follower, call: Call) -> None:
         sizes = [part.shape[dim] for part in parts]
     channels = flow.flow.channels
     labels: list[Label] = []
-    # Along `dim` itself, and then each set of other dimensions.
+    # First `dim` itself, then each set of other dimensions.
     pieces_along = []
     others: list[Label] = []
     for found, size in zip(given, sizes, strict=True):

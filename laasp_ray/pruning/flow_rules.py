@@ -1,4 +1,6 @@
-"""What each operation does to the channels of its tensors (flow.py). Operations go by their names in PyTorch's ATen."""
+"""The effect of each operation on the channels of its tensors (flow.py). Operations have their names in
+PyTorch's ATen.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ Rule = Callable[[Follower, Call], None]
 
 
 def follow(flow: Follower, call: Call) -> None:
-    """Labels what an operation gave, and notes what it asks of the channels that it read."""
+    """Labels the results of an operation, and records its conditions on the channels that it reads."""
     name = call.name
     if name in _FRESH:
         return
@@ -30,7 +32,7 @@ def follow(flow: Follower, call: Call) -> None:
         return
     try:
         rule(flow, call)
-    except Exception:  # a form of the operation that its rule does not know: its channels stay, the rest can be pruned
+    except Exception:  # the rule does not know this form: its channels stay, others can be pruned
         logger.debug("the rule for %s failed", name, exc_info=True)
         _unknown(flow, call)
 
@@ -73,7 +75,7 @@ def _softmax(flow: Follower, call: Call) -> None:
     for label in flow.get(source):
         if varying(label) == (dim,):
             held.append(label)
-        elif dim in varying(label):  # blocks of channels are weighed against each other, place by place
+        elif dim in varying(label):  # blocks of channels are weighted against each other, position by position
             label = flow.flow.channels.tie_along(label, [dim])
         labels.append(label)
     flow.set(call.out, labels)
@@ -82,7 +84,7 @@ def _softmax(flow: Follower, call: Call) -> None:
 
 
 def _spatial(flow: Follower, call: Call) -> None:
-    """Pooling and resizing: batch and channels stay, places change."""
+    """Pooling and resizing: batch and channels stay, positions change."""
     source = call.args[0]
     digits = [int(letter) for letter in call.name if letter.isdigit()]
     places = digits[-1] if digits else source.ndim - 2
@@ -119,7 +121,7 @@ _FRESH = frozenset(
         "isnan",
     ]
 )
-"""Operations whose results do not depend on channels' values, or are no tensors."""
+"""Operations whose results do not depend on the values of channels, or are not tensors."""
 
 _MOVES = (
     *VIEWS,

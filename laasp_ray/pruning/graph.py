@@ -1,4 +1,4 @@
-"""What has to be pruned together, and how much of it at a time."""
+"""The channels that must be pruned together, and how many of them one prune removes."""
 
 from __future__ import annotations
 
@@ -29,23 +29,28 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _ATTEMPTS = 3
-"""How often the network is run where memory runs out: others may let go of theirs."""
+"""The number of attempts to run the network when memory runs out. Other programs may free memory meanwhile."""
 
 _DRAWS = 3
-"""How many random sets of every layer's filters are tried where the network cuts and joins its channels: one of each
-block, then halves, any of which may be right by chance. Elsewhere the first two."""
+"""The number of random sets of each layer's filters that are tried if the network cuts and joins its channels. The
+first has one filter of each block, the others half of them; any one set may be right by chance. Other networks get the
+first two.
+"""
 
 _TRIES = 8
-"""How often a set of filters is drawn that leaves something of every layer."""
+"""The number of attempts to draw a set of filters that leaves some filters in every layer."""
 
 _MOST_IN_FLOAT64 = 50_000_000
-"""Networks of more parameters are tried out in float32, which takes half the memory and shows less."""
+"""Networks with more parameters are checked in float32, which needs half the memory and is less exact."""
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """A prunable layer. Its `filters` fall in `blocks` equal contiguous blocks that must lose the same count each;
-    `coupled` names the modules that change with it, itself included, in the order of named_modules."""
+    """A prunable layer.
+
+    Its `filters` are in `blocks` equal contiguous blocks that must lose the same number each. `coupled` names the
+    modules that change with it, including itself, in the order of named_modules.
+    """
 
     layer: str
     filters: int
@@ -54,15 +59,16 @@ class ChannelGroup:
 
 
 class PruningGraph:
-    """The prunable layers of a network as it stands now, and what goes with each of their filters.
+    """The prunable layers of the current network, and the channels that are coupled to each of their filters.
 
-    Candidates are the convolutions and the linear layers of `extra_layers`. `ignored` names modules (with all below
-    them) or prefixes ending in a dot: they keep their own filters and channels, so a layer whose prune would take any
-    of those is skipped; an ignored layer may still lose inputs. Works on a copy; the network is left alone, is not
-    kept, and may be in any mode. `example_input` of shape (B, ...) is any input it takes; its values do not matter.
+    Candidates are the convolutions and the linear layers of `extra_layers`. `ignored` names modules (with all their
+    submodules) or prefixes ending in a dot. They keep their own filters and channels, so a layer whose prune would
+    remove some of these is skipped. An ignored layer may still lose inputs. The graph works on a copy and does not
+    change or keep the network, which may be in any mode. `example_input` of shape (B, ...) is any valid input; its
+    values do not matter.
 
-    Every layer's coupling is checked by running (see verify.py); one that fails is skipped. `layers` and `skipped`
-    are in the order of named_modules. `shapes` has those of all parameters, by name.
+    Every layer's coupling is checked by a run (see verify.py), and a layer that fails is skipped. `layers` and
+    `skipped` are in the order of named_modules. `shapes` has the shapes of all parameters by name.
 
     Raises ConfigError for unknown names, PruningError if the network cannot be run.
     """
@@ -94,7 +100,7 @@ class PruningGraph:
         frozen = ignored_modules(list(modules), ignored)
         names = candidate_layers(modules, extra_layers)
         fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # which hooks switch off: all runs must do the same operations
+        torch.backends.mha.set_fastpath_enabled(False)  # hooks turn it off, and all runs must use the same operations
         try:
             self._look(probe, example, frozen, names)
         finally:
@@ -124,13 +130,13 @@ class PruningGraph:
     def step(self, layer: str, filters: Sequence[int]) -> Plan:
         """The plan that removes these filters of `layer`, and all that is coupled to them, from this network.
 
-        Raises PruningError for a layer that is not in `layers`, and for filters that are out of range, repeated, all
-        there are, or not the same count in each of the layer's blocks.
+        Raises PruningError for a layer that is not in `layers`, and for filters that are out of range, repeated, all of
+        the layer's, or not the same number in each of its blocks.
         """
         return plan_of(self.removal(layer, filters))
 
     def removal(self, layer: str, filters: Sequence[int]) -> dict[ChannelAxis, set[int]]:
-        """The channels that `step` removes, at every side that it changes; raises as `step` does."""
+        """Side -> the channels that `step` removes. Raises the errors of `step`."""
         if layer not in self.layers:
             raise PruningError(f"layer {layer!r} cannot be pruned: {self.skipped.get(layer, 'no such candidate')}")
         group = self.layers[layer]
@@ -157,7 +163,11 @@ def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGr
 
 
 def _retried(run: Callable[[], _Result]) -> _Result:
-    """What `run` gives. Memory that runs out says nothing of a layer; raises MemoryShortError when it does so often."""
+    """The result of `run`, repeated if memory runs out. A shortage of memory does not mean that a layer cannot be
+    pruned.
+
+    Raises MemoryShortError if memory always runs out.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             return run()
@@ -174,7 +184,7 @@ def _retried(run: Callable[[], _Result]) -> _Result:
 
 
 def _check_kind(model: nn.Module) -> None:
-    """Raises PruningError for modules that cannot be copied or watched."""
+    """Raises PruningError for modules that cannot be copied or traced."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise PruningError(
@@ -186,9 +196,9 @@ def _check_kind(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_repeatable(probe: nn.Module, example: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-    """Raises PruningError for a network in which chance plays a part in eval mode: nothing can be compared there."""
+    """Raises PruningError if two runs in eval mode give different outputs, because nothing can be compared then."""
     with torch.random.fork_rng(devices=[]):
-        torch.rand(1)  # the first run began where this one would
+        torch.rand(1)  # the second run must get other random numbers than the first
         again = list(tensors_of(probe(example)))
     pairs = zip(outputs, again, strict=False)
     if any(not torch.equal(one, other) and not bool(one.isnan().any()) for one, other in pairs):
@@ -201,11 +211,13 @@ def _check_repeatable(probe: nn.Module, example: torch.Tensor, outputs: Sequence
 def _faults(
     probe: nn.Module, example: torch.Tensor, found: Couplings, couplings: Mapping[str, Coupling]
 ) -> dict[str, str]:
-    """Layers whose removal does not do what it should, with the fault. All are tried at once, halves if that fails."""
+    """Layers whose removal has a wrong effect -> the fault. All layers are tried together; if that fails, halves are
+    tried.
+    """
     faults: dict[str, str] = {}
 
     def fault_in(layers: Sequence[str], draw: int) -> str | None:
-        """Layers that share channels with others are tried after those."""
+        """Tries layers that share channels with others after those."""
         while layers:
             joint: dict[ChannelAxis, set[int]] = {}
             gone, left = np.zeros(int(found.classes.max()) + 1, bool), []
@@ -232,7 +244,7 @@ def _faults(
             search(layers[: len(layers) // 2])
             search(layers[len(layers) // 2 :])
 
-    # Layers that share all their channels (those of a residual stage) stand or fall together.
+    # Layers that share all their channels (as in a residual stage) have the same result.
     alike: dict[bytes, list[str]] = {}
     for name, coupling in couplings.items():
         alike.setdefault(np.unique(coupling.own).tobytes(), []).append(name)
@@ -247,8 +259,7 @@ def _tried(
 
 
 def _some(coupling: Coupling, seed: str, *, half: bool) -> list[int]:
-    """Filters of each block, drawn at random: half of them, or one; if possible such that something is left of every
-    layer that they belong to."""
+    """Random filters of each block: half of them, or one. If possible, every coupled layer keeps some filters."""
     width, draw = len(coupling.own) // coupling.blocks, random.Random(seed)
     count = max(1, width // 2) if half else 1
     for _ in range(_TRIES):
@@ -264,16 +275,16 @@ def _some(coupling: Coupling, seed: str, *, half: bool) -> list[int]:
 
 
 def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepRule) -> dict[str, int]:
-    """Layer -> how many filters one prune takes, computed once, on the unpruned network that `macs` was counted on.
+    """Layer -> the number of filters that one prune removes. Computed once, on the unpruned network of `macs`.
 
-    `flops_share`: as many as are worth `step` of all multiply-accumulates (Ghimire et al. 2023). With d the share
-    that goes with one filter, or with one from each of the layer's blocks, max(1, floor(step / d + 0.5)) times the
-    number of blocks. `layer_share`: the same rounding, with d one over the layer's filters in a block.
+    `flops_share`: as many as are worth `step` of all multiply-accumulates (Ghimire et al. 2023). With d the share of
+    one filter, or of one from each of the layer's blocks, it is max(1, floor(step / d + 0.5)) times the number of
+    blocks. `layer_share`: the same rounding, with d = 1 / (the layer's filters in a block).
     """
     sizes = {}
     for name, group in graph.layers.items():
         width = group.filters // group.blocks
-        whole = float(width)  # how many filters of a block the whole, of which `step` is a share, is worth
+        whole = float(width)  # filters of a block that are worth the whole; `step` is a share of it
         if step_rule == "flops_share":
             gone = macs.total - macs_after(macs, graph.step(name, range(0, group.filters, width)))
             whole = macs.total / gone if gone else 0.0
@@ -291,12 +302,12 @@ def filters_to_remove(
     max_pruned: float,
     round_to: int = 1,
 ) -> int:
-    """How many filters the layer may lose this iteration; 0 if none.
+    """The number of filters that the layer may lose in this iteration; 0 if none.
 
-    `original` is its number of filters in the unpruned network, of which at most the share `max_pruned` is ever
-    removed. `step_size` is what `step_sizes` gave; under the rule `layer_share` the count is the share `step` of the
-    filters that the layer has now instead. A multiple of the layer's blocks that leaves a multiple of `round_to`: the
-    nearest one, of two equally near the smaller; one filter of each block stays.
+    `original` is its number of filters in the unpruned network; at most the share `max_pruned` of it is ever removed.
+    `step_size` is from `step_sizes`. Under the rule `layer_share` the share `step` of the layer's current filters is
+    used instead. The result is a multiple of the layer's blocks and leaves a multiple of `round_to`. It is the nearest
+    such number; of two equally near ones the smaller. One filter of each block stays.
     """
     wanted = step_size
     if step_rule == "layer_share":
@@ -311,15 +322,18 @@ def filters_to_remove(
 def reachable(
     graph: PruningGraph, macs: Macs, *, max_pruned: float, layers: Collection[str] | None = None, round_to: int = 1
 ) -> float:
-    """The share of multiply-accumulates that is gone when `layers` (default: all) of the unpruned network are at their
-    limit, which leaves each a multiple of `round_to` filters."""
+    """The reduction of multiply-accumulates when `layers` (default: all) of the unpruned network are pruned to their
+    limit.
+
+    The limit leaves each layer a multiple of `round_to` filters.
+    """
     return 1 - macs_after(macs, _at_limits(graph, max_pruned, layers, round_to)) / macs.total
 
 
 def reachable_parameters(
     graph: PruningGraph, *, max_pruned: float, layers: Collection[str] | None = None, round_to: int = 1
 ) -> float:
-    """The same for the share of parameters."""
+    """As `reachable`, for the reduction of parameters."""
     left = parameters_after(graph.shapes, _at_limits(graph, max_pruned, layers, round_to))
     return 1 - left / parameters_after(graph.shapes, Plan.empty())
 
@@ -342,7 +356,7 @@ def _at_limits(graph: PruningGraph, max_pruned: float, layers: Collection[str] |
 def _leaving_some(
     graph: PruningGraph, group: ChannelGroup, filters: Sequence[int], total: Mapping[ChannelAxis, set[int]]
 ) -> list[int]:
-    """As many of these filters as can go, in whole rows of the blocks, without all of another layer going."""
+    """The filters of these that can be removed so that every other layer keeps some. Blocks lose the same positions."""
 
     def fits(chosen: Sequence[int]) -> bool:
         removal = graph.removal(group.layer, chosen)
@@ -359,5 +373,5 @@ def _leaving_some(
 
 
 def _limit(original: int, max_pruned: float) -> int:
-    """Most filters that may go; the margin keeps 0.29 of 100 at 29 in floating point."""
+    """The largest number of filters that may be removed. The margin keeps 0.29 of 100 at 29 in floating point."""
     return math.floor(max_pruned * original + 1e-9)

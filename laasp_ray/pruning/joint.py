@@ -11,16 +11,18 @@ from laasp_ray.pruning.graph import PruningGraph
 def independent_layers(graph: PruningGraph) -> tuple[str, ...]:
     """The layers whose filters are coupled to no other layer's filters, in network order.
 
-    In a residual network those inside the blocks: what a shortcut ties together is left out. The first convolution of
-    one whose first block has a convolution in its shortcut (ResNet-50) is tied to nothing and is one of them, too.
-    Depthwise convolutions that lie behind do not count: they have one filter for each that comes in, and none of their
-    own to choose.
+    In a residual network these are layers inside the blocks, because a shortcut ties the others together. If the first
+    block has a convolution in its shortcut (ResNet-50), the network's first convolution is tied to nothing and is
+    included. A depthwise convolution after a layer does not count as coupled: it has one filter per input and no choice
+    of its own.
     """
     return tuple(name for name in graph.layers if not any(_tied(side, name) for side in _one_prune(graph, name)))
 
 
 def joint_removal(graph: PruningGraph, filters: Mapping[str, Sequence[int]]) -> Removal:
-    """The channels that go with these filters of each layer; raises PruningError as `PruningGraph.removal` does."""
+    """The channels that are removed with these filters of each layer. Raises PruningError as `PruningGraph.removal`
+    does.
+    """
     total: dict[ChannelAxis, set[int]] = {}
     for layer, chosen in filters.items():
         unite(total, graph.removal(layer, chosen))
@@ -33,5 +35,5 @@ def _one_prune(graph: PruningGraph, layer: str) -> Removal:
 
 
 def _tied(side: ChannelAxis, layer: str) -> bool:
-    depthwise = "groups" in side.attributes  # whose number of groups is that of its channels
+    depthwise = "groups" in side.attributes  # its number of groups is its number of channels
     return side.role == "filters" and side.module != layer and not depthwise

@@ -1,9 +1,9 @@
-"""Labels: which channel each element of a tensor belongs to.
+"""Labels: the channel of each element of a tensor.
 
-A channel has a number. A label holds such numbers for a tensor: int64, with the tensor's number of dimensions, of
-size 1 along those where the numbers do not change, so that it broadcasts against the tensor. 0 means no channel. A
-tensor may have several labels, each along dimensions of its own: a convolution's weight has one for its filters and
-one for its inputs.
+A channel has a number. A label holds such numbers for a tensor: int64, with the tensor's number of dimensions, and of
+size 1 along dimensions where the numbers do not change, so that it broadcasts against the tensor. 0 means no channel. A
+tensor may have several labels along different dimensions: a convolution's weight has one for its filters and one for
+its inputs.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Label = torch.Tensor
 
 
 def along(numbers: np.ndarray, dim: int, ndim: int) -> Label:
-    """The label of a tensor of `ndim` dimensions whose channels lie along `dim`."""
+    """The label of a tensor with `ndim` dimensions whose channels lie along `dim`."""
     shape = [1] * ndim
     shape[dim] = len(numbers)
     return torch.from_numpy(numbers).reshape(shape)
 
 
 def varying(label: Label) -> tuple[int, ...]:
-    """The dimensions along which a label changes."""
+    """The dimensions along which a label varies."""
     return tuple(dim for dim, size in enumerate(label.shape) if size > 1)
 
 
 def line(label: Label) -> np.ndarray:
-    """The numbers (n,) of a label that changes along one dimension at most."""
+    """The numbers (n,) of a label that varies along at most one dimension."""
     return label.reshape(-1).numpy()
 
 
 def collapsed(numbers: torch.Tensor) -> Label:
-    """The label that full-sized numbers make; 0 agrees with any number."""
+    """The label of a full-sized tensor of numbers. 0 agrees with any number."""
     label = numbers.to(torch.int64)
     for dim in range(label.ndim):
         if label.shape[dim] > 1:
@@ -49,29 +49,31 @@ def collapsed(numbers: torch.Tensor) -> Label:
 
 
 def moved(label: Label, shape: Sequence[int], move: Callable[[torch.Tensor], object]) -> list[Label]:
-    """The labels after an operation that only moves, repeats or leaves out elements of a tensor of `shape`: done to
-    the numbers themselves. One for each tensor that it gives."""
+    """The labels after an operation that only moves, repeats or drops elements of a tensor of `shape`.
+
+    The operation is applied to the numbers themselves. There is one label for each tensor of its result.
+    """
     given = move(label.expand(tuple(shape)).to(torch.float64).contiguous())
     tensors = [given] if isinstance(given, torch.Tensor) else list(given)  # type: ignore[call-overload]
     return [collapsed(tensor) for tensor in tensors]
 
 
 class Channels:
-    """All channels of a network, as numbers from 1, and which of them stand or fall together."""
+    """All channels of a network, numbered from 1, and which of them are tied."""
 
     def __init__(self) -> None:
         self._count = 1
         self._pairs: list[np.ndarray] = []
         self.unmet: list[np.ndarray] = []
-        """Channels that meet a place of another tensor that no channel fills: constants, which do not shrink."""
+        """Channels that meet positions of another tensor without channels. These are constants and cannot shrink."""
 
     def new(self, count: int) -> np.ndarray:
-        """Numbers (count,) for new channels."""
+        """New channels with numbers (count,)."""
         self._count += count
         return np.arange(self._count - count, self._count)
 
     def tie(self, first: Label, second: Label) -> None:
-        """Channels of two labels that meet in the same element go together."""
+        """Ties the channels of two labels that meet in the same element."""
         one, other = torch.broadcast_tensors(first, second)
         both = torch.stack([one.reshape(-1), other.reshape(-1)]).numpy()
         both = both[:, (both[0] > 0) & (both[1] > 0) & (both[0] != both[1])]
@@ -80,11 +82,13 @@ class Channels:
             self._pairs.append(np.stack([keys // self._count, keys % self._count]))
 
     def tie_lines(self, first: np.ndarray, second: np.ndarray) -> None:
-        """The same for numbers (n,) each."""
+        """Ties two lines of numbers (n,), element by element."""
         self.tie(torch.from_numpy(first), torch.from_numpy(second))
 
     def tie_along(self, label: Label, dims: Iterable[int]) -> Label:
-        """Channels of a label at the same place along all dimensions but `dims` go together; gives what is left."""
+        """Ties a label's channels that have the same position along all dimensions except `dims`. Returns the reduced
+        label.
+        """
         dims = [dim for dim in dims if label.shape[dim] > 1]
         if not dims:
             return label
@@ -93,7 +97,7 @@ class Channels:
         return highest
 
     def merged(self, labels: Iterable[Label]) -> list[Label]:
-        """Labels of one tensor, from several that it got them from: those that share a dimension become one."""
+        """Merges labels of one tensor from several sources. Labels that share a dimension become one."""
         found: list[Label] = []
         for label in labels:
             sharing = [bool(set(varying(kept)) & set(varying(label))) for kept in found]
@@ -107,18 +111,17 @@ class Channels:
         return found
 
     def classes(self) -> np.ndarray:
-        """For each number the class of channels that go together; 0 only for number 0."""
+        """The class of tied channels for each number. Only number 0 has class 0."""
         pairs = np.concatenate(self._pairs, axis=1) if self._pairs else np.zeros((2, 0), np.int64)
         graph = coo_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(self._count, self._count))
         classes = connected_components(graph, directed=False)[1]
-        # Number 0 is tied to nothing, and comes first.
+        # Number 0 is never tied, so its class comes first.
         assert classes[0] == 0
         return classes
 
 
 def blocks_of_view(before: Label, after: Label) -> int | None:
-    """How many equal blocks a change of shape cuts a line of channels into; 1 where it does not, None where it cannot
-    be known."""
+    """The number of equal blocks that a change of shape cuts a line of channels into; 1 if none, None if not known."""
     if len(varying(after)) <= 1:
         return 1
     if len(varying(before)) > 1:
@@ -128,5 +131,5 @@ def blocks_of_view(before: Label, after: Label) -> int | None:
 
 
 def pieces(sizes: Sequence[int]) -> int | None:
-    """How many equal pieces these are; None if they are not equal."""
+    """The number of pieces if all sizes are equal, else None."""
     return len(sizes) if all(one == other for one, other in itertools.pairwise(sizes)) else None

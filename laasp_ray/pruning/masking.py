@@ -1,7 +1,7 @@
 """A prune without cutting: the layers that read the removed channels are masked.
 
-Never the layer that makes the channels is silenced: what lies between would iteration zeros into something else
-(BatchNorm's shift does). Where nothing normalises over channels, masked readers give what the pruned network gives.
+The layer that makes the channels is never masked, because layers in between would turn zeros into other values
+(BatchNorm's shift does). If nothing normalises over channels, masked readers give what the pruned network gives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from laasp_ray.pruning.channels import Removal
 
 Mask = Mapping[str, tuple[int, ...]]
-"""Convolution or linear layer -> its input channels that are not to be read, rising."""
+"""Convolution or linear layer -> its masked input channels, rising."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CannotMask:
 
 
 FEW = 0.25
-"""Up to this share of a layer's inputs, taking away what they added is quicker than running the layer again."""
+"""For up to this share of a layer's inputs, subtracting their part is faster than running the layer again."""
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -42,7 +42,7 @@ def mask_of(removal: Removal) -> Mask | CannotMask:
 
 
 def run_deaf(module: nn.Module, inputs: torch.Tensor, channels: Sequence[int]) -> torch.Tensor:
-    """The layer's output for `inputs` (n, C, ...) of which these channels count as zero."""
+    """The layer's output for `inputs` (n, C, ...) with these channels set to zero."""
     if not _is_plain(module):
         axis = -1 if isinstance(module, nn.Linear) else 1
         return module(inputs.index_fill(axis, torch.tensor(channels, device=inputs.device), 0))
@@ -53,9 +53,9 @@ def run_deaf(module: nn.Module, inputs: torch.Tensor, channels: Sequence[int]) -
 def run_deaf_from(
     module: nn.Module, inputs: torch.Tensor, output: torch.Tensor, channels: Sequence[int]
 ) -> torch.Tensor:
-    """The same, from `output`, what the layer gives for all of `inputs`: what the channels added is taken away again.
+    """As `run_deaf`, from `output`, the layer's output for all of `inputs`: the part of the channels is subtracted.
 
-    A layer is linear in its inputs, so that a few channels cost a small share of the whole.
+    A layer is linear in its inputs, so a few channels cost a small share of the whole layer.
     """
     if not _is_plain(module) or getattr(module, "groups", 1) != 1:
         return run_deaf(module, inputs, channels)
@@ -63,7 +63,7 @@ def run_deaf_from(
     if len(channels) > FEW * weight.shape[1]:
         return run_deaf(module, inputs, channels)
     axis = -1 if isinstance(module, nn.Linear) else 1
-    # Slices: selecting by index is many times slower where channels lie last in memory.
+    # Slices are used because indexing is many times slower if channels are last in memory.
     few = torch.cat([inputs.narrow(axis, channel, 1) for channel in channels], axis)
     weight = torch.cat([weight.narrow(1, channel, 1) for channel in channels], 1)
     if few.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last):
@@ -73,18 +73,18 @@ def run_deaf_from(
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether a module does no more than its type says: no hook, no forward put on the module itself."""
+    """Whether a module does only what its type does: it has no hooks and no forward of its own."""
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers and nothing else: a subclass or a parametrised layer is not."""
+    """Whether a module is exactly one of torch's layers. A subclass or a parametrised layer is not."""
     return type(module) in _PLAIN and is_bare(module)
 
 
 def _apply(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return module._conv_forward(inputs, weight, bias)  # which knows the padding's mode
+        return module._conv_forward(inputs, weight, bias)  # this handles the padding mode
     return nn.functional.linear(inputs, weight, bias)
 
 
@@ -94,7 +94,7 @@ def _deaf_weight(module: nn.Module, channels: Sequence[int]) -> torch.Tensor:
     if groups == 1:
         return weight.index_fill_(1, torch.tensor(channels, device=weight.device), 0)
     rows, width = weight.shape[0] // groups, weight.shape[1]
-    for channel in channels:  # each group of filters reads inputs of its own
+    for channel in channels:  # each group of filters has its own inputs
         group = channel // width
         weight[group * rows : (group + 1) * rows, channel % width] = 0
     return weight

@@ -1,4 +1,4 @@
-"""The modules of a network that a config names: those that are left alone, and those that are candidates."""
+"""The modules of a network that a config names: ignored modules and extra candidates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from laasp_ray.errors import ConfigError
 
 
 def ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
-    """What the entries of `ignored` name, with all below it; an entry may be a prefix that ends in a dot.
+    """The modules named by the entries of `ignored`, with all their submodules. An entry may be a prefix that ends in a
+    dot.
 
-    Raises ConfigError for one that names nothing.
+    Raises ConfigError for an entry that names nothing.
     """
     frozen: set[str] = set()
     for entry in ignored:
@@ -28,7 +29,9 @@ def ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
 
 
 def candidate_layers(modules: Mapping[str, nn.Module], extra_layers: Sequence[str]) -> list[str]:
-    """The convolutions and the `extra_layers`, in network order; raises ConfigError for one that is no linear layer."""
+    """The convolutions and the `extra_layers`, in network order. Raises ConfigError for an entry that is not a linear
+    layer.
+    """
     for name in extra_layers:
         if not isinstance(modules.get(name), nn.Linear):
             linear = [other for other, module in modules.items() if isinstance(module, nn.Linear)]

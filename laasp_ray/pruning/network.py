@@ -1,4 +1,4 @@
-"""A network on its way between processes: what was removed from the unpruned one, and the weights of what is left."""
+"""A network in a form that processes exchange: the plan of what was pruned, and the remaining weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class NetworkState:
 
 
 def capture(model: nn.Module, plan: Plan) -> NetworkState:
-    """A copy of the network's weights and buffers, on the CPU."""
+    """Copies the network's weights and buffers to the CPU."""
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     return NetworkState(plan, tensors)
 
 
 def rebuild(unpruned: nn.Module, state: NetworkState) -> nn.Module:
-    """A new network from a copy of `unpruned`; the tensors of `state` are copied, never aliased.
+    """Makes a new network from a copy of `unpruned`. The tensors of `state` are copied, never aliased.
 
-    They may be views of Ray's object store, which must not be written to.
+    They may be views of Ray's object store, which must not be changed.
     """
     model = deep_copy(unpruned)
     apply_plan(model, state.plan)
     tensors = {
         name: tensor.clone() if name.endswith(EXTRA_STATE) else tensor for name, tensor in state.tensors.items()
-    }  # a module may keep the extra state that it is given
+    }  # a module may store the extra state object that it gets
     model.load_state_dict(tensors, strict=True, assign=False)
     return model

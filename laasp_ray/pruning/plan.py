@@ -1,8 +1,8 @@
-"""What is kept of every tensor of a pruned network: our own replayable record of a prune.
+"""The kept part of every tensor of a pruned network: a record of a prune that can be replayed.
 
-A plan holds, for every axis of every parameter and buffer that changed, the indices that are kept, and the module
-attributes that go with them. Applied to the network it was made for, it removes everything else. Plans compose:
-`first.then(second)` does in one application what the two do one after the other, bit for bit.
+A plan holds the kept indices for every changed axis of every parameter and buffer, and the matching module attributes.
+Applied to the network that it was made for, it removes everything else. Plans compose: applying `first.then(second)`
+equals applying one after the other, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from laasp_ray.errors import PruningError
 
-if TYPE_CHECKING:  # whoever only replays a plan needs no counter
+if TYPE_CHECKING:  # replaying a plan needs no counter
     from laasp_ray.cost.macs import Macs
 
 PLAN_VERSION = 1
@@ -34,9 +34,9 @@ class Plan:
     """A prune of a network.
 
     `tensors`: state-dict name -> axis -> kept indices, rising. Axis 0 is selected first. Axis 1 may hold one tuple for
-    each group of a grouped convolution: the rows that are left fall into as many equal contiguous blocks, and each
+    each group of a grouped convolution: the remaining rows are divided into as many equal contiguous blocks, and each
     block keeps its own columns. `attributes`: module -> attribute -> value afterwards. `layers`: convolution or linear
-    layer -> the filters it keeps. All indices number the network that the plan is made for.
+    layer -> the filters it keeps. All indices are for the network that the plan is made for.
     """
 
     tensors: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Plan:
         return not self.tensors and not self.attributes
 
     def then(self, step: Plan) -> Plan:
-        """This plan followed by `step`, whose indices number the network as this plan leaves it.
+        """This plan followed by `step`. The indices of `step` are for the network after this plan.
 
-        Raises PruningError if `step` keeps an index that this plan does not leave.
+        Raises PruningError if `step` keeps an index that this plan removes.
         """
         tensors = {name: dict(axes) for name, axes in self.tensors.items()}
         for name, axes in step.tensors.items():
@@ -69,7 +69,7 @@ class Plan:
         return Plan(tensors=tensors, attributes=attributes, layers=layers)
 
     def to_json(self) -> dict[str, Any]:
-        """What `json.dumps` takes; `from_json` gives the plan back."""
+        """The plan as values for `json.dumps`. `from_json` is the inverse."""
         return {
             "version": PLAN_VERSION,
             "tensors": {
@@ -85,7 +85,9 @@ class Plan:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Plan:
-        """Raises PruningError for another version, an unknown or missing key, or values that are no indices."""
+        """The inverse of `to_json`. Raises PruningError for another version, an unknown or missing key, or values that
+        are not indices.
+        """
         if not isinstance(data, Mapping) or set(data) != {"version", "tensors", "attributes", "layers"}:
             keys = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise PruningError(f"not a plan: has {keys}, wanted the keys attributes, layers, tensors, version")
@@ -105,10 +107,10 @@ class Plan:
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Prunes `model` in place. Parameters are new objects (same `requires_grad`, no `.grad`): make a new optimizer.
+    """Prunes `model` in place. Parameters become new objects (same `requires_grad`, no `.grad`): make a new optimizer.
 
-    Everything is checked before anything is changed, and the shapes again afterwards. Raises PruningError naming the
-    tensor and axis that do not fit, or the module whose attributes contradict its tensors.
+    Everything is checked before anything is changed, and the shapes are checked again afterwards. Raises PruningError
+    naming the tensor and axis that do not fit, or the module whose attributes contradict its tensors.
     """
     selected = _selected(model, plan)
     modules = dict(model.named_modules())
@@ -116,7 +118,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         for key in values:
             if name not in modules or not hasattr(modules[name], key):
                 raise PruningError(f"the plan sets {name}.{key}, which this network does not have")
-    made: dict[int, nn.Parameter] = {}  # of each new tensor, one for all names of a parameter
+    made: dict[int, nn.Parameter] = {}  # one new parameter per new tensor, for all of its names
     for name, tensor in selected.items():
         _replace(model, name, tensor, made)
     for name, values in plan.attributes.items():
@@ -128,10 +130,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def macs_after(macs: Macs, plan: Plan) -> int:
-    """Multiply-accumulates of the network that `plan` leaves of the unpruned one, which `macs` was counted on.
+    """Multiply-accumulates of the unpruned network after `plan`. `macs` was counted on the unpruned network.
 
-    A layer's multiply-accumulates are its number of weights times the positions it is applied at, and those do not
-    change, so the shapes suffice.
+    The multiply-accumulates of a layer are its number of weights times the number of positions that it is applied at.
+    The positions do not change, so the shapes suffice.
     """
     total = 0
     for layer, count in macs.per_layer.items():
@@ -144,7 +146,7 @@ def macs_after(macs: Macs, plan: Plan) -> int:
 
 
 def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:
-    """How many parameters `plan` leaves of a network whose parameters have these `shapes`, by name."""
+    """The number of parameters after `plan`, for a network whose parameters have these `shapes` by name."""
     total = 0
     for name, shape in shapes.items():
         left = list(shape)
@@ -155,7 +157,7 @@ def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:
 
 
 def _filters_per_group(step: Plan, tensor: str) -> int:
-    """How many filters each group has that a depthwise step leaves; 0 for another step."""
+    """The number of filters in each group after a depthwise step; 0 for another step."""
     values = step.attributes.get(tensor.rpartition(".")[0], {})
     groups, filters = values.get("groups"), values.get("out_channels")
     return filters // groups if isinstance(groups, int) and isinstance(filters, int) else 0
@@ -164,7 +166,7 @@ def _filters_per_group(step: Plan, tensor: str) -> int:
 def _compose_axes(name: str, first: Mapping[int, Kept], second: Mapping[int, Kept], per_group: int) -> dict[int, Kept]:
     composed = dict(first)
     if per_group and len(first.get(1, ())) > 1:
-        # A depthwise step drops whole groups, `per_group` rows each: their column lists go with them.
+        # A depthwise step removes whole groups of `per_group` rows each, so their column lists are removed too.
         composed[1] = tuple(first[1][row // per_group] for row in second[0][0][::per_group])
     for axis, after in second.items():
         before = composed.get(axis)
@@ -232,7 +234,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def _selected(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """What the plan leaves of each tensor that it changes; names of one tensor (tied weights) get one and the same."""
+    """The new tensors of the plan, by name. Names of the same tensor (tied weights) get the same new tensor."""
     names: dict[int, list[str]] = {}
     for name, tensor in itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
@@ -262,7 +264,7 @@ def _replace(model: nn.Module, name: str, tensor: torch.Tensor, made: dict[int, 
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    """Raises PruningError if the tensors of a module do not have the shapes that its attributes promise."""
+    """Raises PruningError if a module's tensors do not have the shapes that its attributes imply."""
     wanted = expected_shapes(module)
     for leaf, shape in wanted.items():
         tensor = getattr(module, leaf, None)
@@ -273,7 +275,9 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def expected_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's tensors by its attributes; empty for a module type without channels of its own."""
+    """The shapes of a module's tensors according to its attributes; empty for a module type without channels of its
+    own.
+    """
     if isinstance(module, nn.modules.conv._ConvNd):
         pair = (
             (module.in_channels, module.out_channels)

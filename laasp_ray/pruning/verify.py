@@ -1,9 +1,9 @@
-"""A check by running that removing channels does what it should: the same as silencing them.
+"""Checks by running a network that removing channels has the same effect as silencing them.
 
-The coupling is read from one run, and a network can do things that this does not show (sizes written into the forward
-pass). So every layer is tried out: the network with channels removed must give the outputs of the network whose
-readers get zeros for those channels. Statistics over channels, which change when one is removed, are held at what they
-were: then a norm, too, must give the same. In float64, so that even a channel that hardly counts tells.
+The coupling is read from one run, which cannot show everything that a network does (sizes in the code of its forward
+pass, for example). So every layer is tried: the network without the channels must give the outputs of the network whose
+readers get zeros for those channels. Statistics over channels change when one is removed, so they are held at their
+earlier values; then a norm must give the same, too. The check is in float64, so that even an unimportant channel shows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from laasp_ray.pruning.labels import Label, line, varying
 from laasp_ray.pruning.plan import apply_plan
 
 _TOLERANCE = {torch.float64: 1e-8}
-"""Greatest difference, relative to the greatest output: far above rounding, far below a wrong channel."""
+"""Largest allowed difference, relative to the largest output: far above rounding, far below the effect of a wrong
+channel.
+"""
 _ROUGH = 1e-4
-"""The same for a network that computes in less than float64, whatever it is given."""
+"""The same for a network that computes in less than float64 whatever its input."""
 
 MIXED = (
     "removing them is not the same as silencing them: the network mixes its channels in a way that a "
@@ -38,7 +40,7 @@ MIXED = (
 def clone_sharing_parameters(model: nn.Module) -> nn.Module:
     """A copy of a network that shares the parameters' memory, but has its own Parameter objects and buffers.
 
-    It may be pruned, moved, and have `requires_grad` set; its parameters must not be written to.
+    The copy may be pruned and moved, and its `requires_grad` may be set. Its parameters must not be written to.
     """
     memo: dict[int, object] = {
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in model.parameters()
@@ -47,9 +49,9 @@ def clone_sharing_parameters(model: nn.Module) -> nn.Module:
 
 
 def scramble(model: nn.Module, example: torch.Tensor) -> None:
-    """Gives normalisations and learned scales random values, always the same, at which every channel tells.
+    """Gives normalisations and learned scales fixed random values with which every channel matters.
 
-    On a new network most channels are alike (scales 1, offsets 0) or next to silent, and a mistake between them would
+    In a new network most channels are equal (scales 1, offsets 0) or nearly zero, and a confusion between them would
     not show. Running statistics are set so that `example` keeps its scale from layer to layer.
     """
     generator = torch.Generator().manual_seed(0)
@@ -80,10 +82,10 @@ def scramble(model: nn.Module, example: torch.Tensor) -> None:
 def fault_of(
     model: nn.Module, example: torch.Tensor, removal: Removal, meetings: Sequence[Meeting], gone: np.ndarray
 ) -> str | None:
-    """Why this removal is wrong, or None. `model` is on the CPU, in eval mode, and is not changed.
+    """The reason why this removal is wrong, or None. `model` is on the CPU, in eval mode, and is not changed.
 
-    `meetings` are where its channels disappear, as a run of it showed; `gone` (n,) says of every channel's number
-    whether the removal takes it.
+    `meetings` are the operations in which its channels disappear, from a run of it. `gone` (n,) says for every channel
+    number whether it is removed.
     """
     pruned = clone_sharing_parameters(model)
     try:
@@ -96,7 +98,7 @@ def fault_of(
         try:
             with _Held(meetings, gone, record.statistics):
                 found = list(tensors_of(pruned(example)))
-        except Exception as error:  # the network's own code may raise anything here, and that is the finding
+        except Exception as error:  # the network's own code may raise any error, and the error is the result
             if is_out_of_memory(error):
                 raise
             return (
@@ -107,7 +109,7 @@ def fault_of(
 
 
 class _AtMeetings(TorchDispatchMode):
-    """Acts on operations in which channels that are gone disappear, found by their names and how often they came."""
+    """Acts on operations in which removed channels disappear. They are found by name and call number."""
 
     def __init__(self, meetings: Sequence[Meeting], gone: np.ndarray) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class _AtMeetings(TorchDispatchMode):
 
 
 class _Silenced(_AtMeetings):
-    """Readers get zeros for what is gone; statistics over it are written down."""
+    """Gives readers zeros for the removed channels, and records the statistics over them."""
 
     def __init__(self, meetings: Sequence[Meeting], gone: np.ndarray) -> None:
         super().__init__(meetings, gone)
@@ -149,7 +151,7 @@ class _Silenced(_AtMeetings):
 
 
 class _Held(_AtMeetings):
-    """Statistics are what they were."""
+    """Replaces statistics by the recorded ones."""
 
     def __init__(
         self, meetings: Sequence[Meeting], gone: np.ndarray, statistics: Mapping[tuple[str, int], list[Any]]
@@ -176,7 +178,7 @@ class _Held(_AtMeetings):
 
 
 def _statistics(name: str, args: Any, out: Any, meeting: Meeting, gone: np.ndarray) -> list[Any]:
-    """What an operation took over channels, cut where channels of the result are gone themselves."""
+    """The statistics that an operation computed over channels, without the removed channels of the result."""
     if name.lstrip("_") in ("softmax", "log_softmax"):
         whole = args[0].logsumexp(args[1], keepdim=True)
         dim = args[1] % args[0].ndim
@@ -196,7 +198,9 @@ def _cut(tensor: torch.Tensor, labels: Sequence[Label], gone: np.ndarray) -> tor
 def _normalised(
     values: torch.Tensor, held: Sequence[torch.Tensor], weight: Any, bias: Any, *, dim: int, groups: int
 ) -> tuple[torch.Tensor, ...]:
-    """By held means and reciprocal deviations: of the last dimension, or of `groups` groups of dimension 1."""
+    """Normalises by held means and reciprocal deviations: over the last dimension, or over `groups` groups of dimension
+    1.
+    """
     shape = [1] * values.ndim
     shape[dim] = -1
     mean, deviation = held[1], held[2]

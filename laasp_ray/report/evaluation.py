@@ -1,4 +1,4 @@
-"""The table of jobs/evaluate.py: a pruned network beside the unpruned one, as text."""
+"""The table of jobs/evaluate.py: the pruned network next to the unpruned one, as text."""
 
 from __future__ import annotations
 

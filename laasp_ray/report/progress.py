@@ -1,4 +1,4 @@
-"""What a person follows in the driver: a live display on a terminal, plain lines elsewhere."""
+"""The progress that the driver shows: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _REFRESHES_PER_S = 4
 def make_progress(
     targets: Mapping[str, float], stream: TextIO | None = None, clock: Clock = time.monotonic
 ) -> Progress:
-    """A live display if `stream` (stderr) is a terminal, else lines. `targets`: the shares to be gone, by what of.
+    """A live display if `stream` (stderr) is a terminal, else lines. `targets`: quantity -> share to remove.
 
-    `clock` gives seconds, for the remaining time.
+    `clock` returns seconds, for the remaining time.
     """
     stream = sys.stderr if stream is None else stream
     if stream.isatty():
@@ -129,7 +129,7 @@ class _RunView(bars.Progress):
         return "" if least is None else f"least loss {least.loss:.4f} ({least.candidate.name})"
 
     def remaining(self) -> str:
-        """For example `target in 3 min 05 s`; empty as long as there is no pace to tell it from."""
+        """For example `target in 3 min 05 s`. Empty while the pace is not known."""
         if self.phase == "prune":
             waits = [_seconds_left(self._task(bar)) for bar in self._bars.values()]
             what = "target in" if len(waits) < 2 else "targets in"
@@ -154,7 +154,7 @@ class _RunView(bars.Progress):
 
 
 class Progress(ABC):
-    """An observer that shows a run; what it looks like is its subclasses' part. Shares are from 0 to 1."""
+    """An observer that shows a run. Subclasses decide how it looks. Shares are from 0 to 1."""
 
     def __init__(self, targets: Mapping[str, float], clock: Clock, console: Console | None = None) -> None:
         """`console` is where bars are shown, if they are."""
@@ -162,7 +162,7 @@ class Progress(ABC):
         self._loader_told = False
 
     def on_event(self, event: Happening, state: RunState) -> None:
-        """Shows what happened."""
+        """Shows the event."""
         match event:
             case RunResumed():
                 self._view.resume(state)
@@ -186,7 +186,7 @@ class Progress(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the terminal back; may be called twice."""
+        """Releases the terminal. It may be called twice."""
 
     def _notes(self, event: Happening, state: RunState) -> Iterator[str]:
         match event:
@@ -230,7 +230,7 @@ class Progress(ABC):
 
 
 class LineProgress(Progress):
-    """A line per epoch, iteration and decision; for logs and pipes."""
+    """One line per epoch, iteration and decision, for logs and pipes."""
 
     def __init__(self, targets: Mapping[str, float], stream: TextIO, clock: Clock) -> None:
         super().__init__(targets, clock)
@@ -269,7 +269,7 @@ class LineProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
+    """One display at the bottom of the terminal. Epochs, decisions and notes scroll above it."""
 
     def __init__(self, targets: Mapping[str, float], console: Console, clock: Clock) -> None:
         super().__init__(targets, clock, console)
@@ -311,7 +311,9 @@ class LiveProgress(Progress):
             self._divert_logs()
 
     def _divert_logs(self) -> None:
-        """Handlers that write to the terminal would tear the display: they write to what puts lines above it."""
+        """Redirects log handlers from the terminal to the console, which prints above the display; else they would
+        break it.
+        """
         loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
         for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", ())):
             if isinstance(handler, logging.StreamHandler) and handler.stream is self._console.file:
@@ -325,7 +327,7 @@ class LiveProgress(Progress):
 
 
 def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
-    """The line that tells where a run goes on."""
+    """The line that says where a resumed run continues."""
     iteration = state.iteration + (state.phase == "prune")
     before = "going on before the first iteration" if state.phase == "train" else "going on"  # nothing will be pruned
     return _joined(
@@ -342,7 +344,7 @@ def shown_metrics(event: EpochDone) -> dict[str, float]:
 
 
 def epoch_line(event: EpochDone) -> str:
-    """The line that tells an epoch."""
+    """The line for an epoch."""
     return _joined(
         f"{event.phase}: epoch {event.position} of {event.epochs}",
         _metrics(shown_metrics(event)),
@@ -351,7 +353,7 @@ def epoch_line(event: EpochDone) -> str:
 
 
 def decision_line(event: IterationDone, reached: Mapping[str, float], targets: Mapping[str, float]) -> str:
-    """The line that tells an iteration's decision: layers, criteria, filters, losses, FLOPs, other targets, seconds."""
+    """The line for an iteration's decision: layers, criteria, filters, losses, FLOPs, other targets, seconds."""
     decision = event.decision
     assert decision is not None
     count = sum(len(prune.filters) for prune in decision.prunes)
@@ -366,7 +368,7 @@ def decision_line(event: IterationDone, reached: Mapping[str, float], targets: M
 
 
 def _layers(decision: Decision) -> str:
-    """Each layer with its criterion; of many by one criterion the first."""
+    """Each layer with its criterion. Of many layers with the same criterion only the first is named."""
     if len({prune.criterion for prune in decision.prunes}) > 1:
         return " and ".join(f"{prune.layer} by {prune.criterion}" for prune in decision.prunes)
     more = f" and {len(decision.further)} more" if decision.further else ""

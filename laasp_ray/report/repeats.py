@@ -1,4 +1,4 @@
-"""Several runs that differ in their seed only: what they came to, mean and spread."""
+"""Several runs that differ only in their seed: the mean and spread of their results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ FIGURES = {
     "loss": "loss",
     "flops_reduction": "FLOPs reduction",
 }
-"""What is shown of a run -> its heading. `best_top1` is the best epoch's of the final training, the others the last's;
-runs without a final training have none."""
+"""Reported figure -> its heading. `best_top1` is of the best epoch of the final training; the other metrics are of the
+last one. Runs without a final training have no `best_top1`.
+"""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """`std` is the sample standard deviation (n - 1), None of a single value."""
+    """`std` is the sample standard deviation (n - 1); None for a single value."""
 
     mean: float
     std: float | None
@@ -32,7 +33,7 @@ class Spread:
 
 
 def runs_of(config: RunConfig, count: int) -> list[RunConfig]:
-    """`count` runs of `config`, with the seeds from its own on, under names of their own."""
+    """`count` runs of `config` with their own names. The seeds count up from that of `config`."""
     seeds = range(config.seed, config.seed + count)
     return [replace(config, name=f"{config.name}-seed{seed}", seed=seed) for seed in seeds]
 
@@ -46,7 +47,7 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """FIGURES of a run's `finish` event: test metrics of the pruned network, and the FLOPs reduction reached."""
+    """The FIGURES from a run's `finish` event: test metrics of the pruned network, and the FLOPs reduction reached."""
     values = {**summary["metrics"], "flops_reduction": summary["flops_reduction"]}
     if summary["best"] is not None:
         values["best_top1"] = summary["best"]["metrics"]["top1"]
@@ -54,14 +55,14 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def collected(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What is stored: each run's figures by its name, and the spread of each figure over the runs."""
+    """The stored content: each run's figures by its name, and the spread of each figure over the runs."""
     figures = [figure for figure in FIGURES if all(figure in run for run in runs.values())]
     spread = {figure: asdict(spread_of([run[figure] for run in runs.values()])) for figure in figures}
     return {"runs": {name: dict(run) for name, run in runs.items()}, "spread": spread}
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """What `collected` gives, as text: a line for each run, then those of the spread."""
+    """The content that `collected` returns, as text: a line for each run, then the lines of the spread."""
     spread = content["spread"]
     rows: list[tuple[str, ...]] = [("", *(FIGURES[figure] for figure in spread))]
     rows += [(name, *(_cell(figure, run[figure]) for figure in spread)) for name, run in content["runs"].items()]

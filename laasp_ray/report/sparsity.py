@@ -1,4 +1,4 @@
-"""The table of a run that made groups sparse: what its `sparsity.json` holds, as text."""
+"""The table of a group sparsity run: the content of its `sparsity.json` as text."""
 
 from __future__ import annotations
 

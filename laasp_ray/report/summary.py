@@ -1,4 +1,4 @@
-"""What came of a run, from its journal alone."""
+"""A summary of a run, from its journal alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from laasp_ray.run.events import (
 
 @dataclass(frozen=True, kw_only=True)
 class BestEpoch:
-    """`epoch`, from 0, of the `epochs` of the whole schedule, and the test metrics after it."""
+    """The best epoch of the final training: `epoch`, from 0, of the `epochs` of the whole schedule, and the test
+    metrics after it.
+    """
 
     epoch: int
     epochs: int
@@ -35,14 +37,14 @@ class BestEpoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run so far. What has not happened yet is None or empty. `targets` and `reached` go by what a target may be of
-    (config.TARGETS); `reached` has FLOPs and what else is a target.
+    """A run so far. A value that is not known yet is None or empty.
 
-    `macs` are of one input, `macs_after` and `parameters_after` of the finished network. `before` and `after` are the
-    test metrics before the first prune and at the end, `best` is the epoch of the final training with the highest
-    top-1 on the test images. `iteration_seconds` has the mean seconds of an iteration by where they went,
-    `phase_seconds` the seconds of training by phase, `kept_filters` the filters left in each pruned layer, `filters`
-    those that every prunable layer began with.
+    `targets` and `reached` have a share for each quantity (config.TARGETS). `reached` has FLOPs and every other
+    quantity with a target. `macs` are for one input; `macs_after` and `parameters_after` are of the finished network.
+    `before` and `after` are the test metrics before the first prune and at the end. `best` is the epoch of the final
+    training with the highest top-1 on the test images. `iteration_seconds` has the mean seconds of each part of an
+    iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each pruned
+    layer, and `filters` the initial number in every prunable layer.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Summary:
 
 
 def summarise(events: Sequence[Happening]) -> Summary:
-    """Of all events so far; raises StoreError if the first is not a RunStarted."""
+    """The summary of all events so far. Raises StoreError if the first is not a RunStarted."""
     if not events or not isinstance(events[0], RunStarted):
         raise StoreError("the journal has no start event: is this the folder of a run?")
     start = events[0]
@@ -136,7 +138,7 @@ def format_summary(summary: Summary) -> str:
 
 
 def _metrics_before(events: Sequence[Happening]) -> Metrics | None:
-    """Those after the first training, or of the weights that the run was given in its place."""
+    """The metrics after the first training, or of the given weights if there was no such training."""
     before: Metrics | None = None
     for event in events:
         if isinstance(event, BaselineMeasured) or (isinstance(event, TrainingPhaseDone) and event.phase == "train"):

@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, rule: bool = True, left: Collection[int] = (0,)) -> list[str]:
-    """Columns as wide as their widest cell, two spaces between them; no spaces at the ends of lines.
+    """Formats rows as columns. A column is as wide as its widest cell, with two spaces between columns and none at line
+    ends.
 
-    The columns numbered in `left` are aligned to the left, the others to the right. The first row is the head, with a
-    line of dashes under it if `rule`. Raises ValueError if the rows are of different lengths.
+    The columns numbered in `left` are aligned to the left, the others to the right. The first row is the head; with
+    `rule` a line of dashes follows it. Raises ValueError if the rows are of different lengths.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, written locally and copied into the run's folder, `tensorboard/`."""
+"""Scalars for TensorBoard, written to local files that are copied into `tensorboard/` of the run's folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _FOLDER = "tensorboard"
 
 
 _SYNC_S = 300
-"""How often, in seconds, a long training phase's scalars are copied into the run's folder: each time adds files."""
+"""The seconds between two copies into the run's folder during a long training phase. Each copy adds files."""
 
 
 class ScalarWriter:
-    """The scalars of a run. Each `sync` adds files to the run's folder and changes none, on resuming too.
+    """The scalars of a run. Each `sync` adds files to the run's folder and changes none; this also holds for a resumed
+    run.
 
-    Scalars that were not synced when the process ends are lost; the journal has them.
+    Scalars that are not synced when the process ends are lost, but the journal has their values.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -36,7 +37,7 @@ class ScalarWriter:
         self._synced = time.monotonic()
 
     def on_event(self, event: Happening, state: RunState) -> None:
-        """Writes what is worth a curve, and copies it into the run's folder every so often."""
+        """Writes the event's values as scalars, and copies them into the run's folder at intervals."""
         match event:
             case EpochDone():
                 done = event.epochs_trained
@@ -57,15 +58,15 @@ class ScalarWriter:
                 self.sync()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """`tag` as in `train/loss`; `step` is an epoch's or an iteration's number."""
+        """`tag` is, for example, `train/loss`. `step` is the number of an epoch or an iteration."""
         if self._writer is None:
             self._writer = self._next_writer()
         self._writer.add_scalar(tag, value, step)
 
     def sync(self, *, at_most_every: float = 0.0) -> None:
-        """Copies what is new into the run's folder, unless that was done less than `at_most_every` seconds ago.
+        """Copies new files into the run's folder, unless the last copy is less than `at_most_every` seconds old.
 
-        Raises StoreError when that does not work.
+        Raises StoreError if that fails.
         """
         if self._writer is None or time.monotonic() - self._synced < at_most_every:
             return
@@ -88,7 +89,7 @@ class ScalarWriter:
             self.scalar(f"test/{key}", getattr(metrics, key), step)
 
     def _next_writer(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second; runs that only read do without
+        from torch.utils.tensorboard import SummaryWriter  # this import takes a second, and only a run needs it
 
-        # The writer's own names hold second, host and process, which containers started over may share.
+        # SummaryWriter's own file names hold second, host and process id, which restarted containers may share.
         return SummaryWriter(self._scratch.name, filename_suffix=f".{uuid.uuid4().hex}")

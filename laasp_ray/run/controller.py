@@ -1,7 +1,7 @@
-"""The loop, in the driver: what the state asks for is done, written down, and gives the next state.
+"""The main loop, in the driver. It carries out what the state asks for, records an event and computes the next state.
 
-Everything it needs is handed to it: who trains, who measures, where it is stored, who observes. An iteration, an epoch
-and a training phase are each one event of the journal, written last; a run that is cut off goes on from there.
+The caller passes in everything else: trainer, executor, store and observers. Each iteration, epoch and training phase
+is one journal event, written last. A run that is interrupted resumes from the last event.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ from laasp_ray.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class RunServices:
-    """What the controller is handed. `trainer` and `executor` are made when first asked for, and then live on.
+    """The services that the controller uses. `trainer` and `executor` are created on first use and then kept.
 
-    The executor needs the calibration set drawn: it gets the images to leave out, and reports those that it could not
-    read. `method` says what to prune next. `locate` says where the images of these names are in the data set.
+    The executor needs the calibration set. Its function takes the images to leave out and a callback for images that
+    cannot be read. `method` chooses what to prune next. `locate` finds the places of named images in the data set.
     """
 
     trainer: Callable[[], Trainer]
@@ -76,7 +76,7 @@ class RunServices:
 
 
 class Controller:
-    """One run. `unpruned` has the initial weights; `state` is the fold of the journal so far."""
+    """One run. `unpruned` has the initial weights. `state` is the fold of the journal so far."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Controller:
         self._network, self._optimizer_state, self._masks = self._restore()
 
     def run(self) -> nn.Module:
-        """Goes on until the run is done and returns the pruned network, on the CPU, in eval mode."""
+        """Carries out the rest of the run. Returns the pruned network, on the CPU and in eval mode."""
         last: PhaseResult | None = None
         given = self.state.phase == "prune" or (not self._config.prunes and self._config.train.pretrained is not None)
         if given and self.state.iteration == 0 and not any(map(self._has, ("baseline", "training_phase"))):
@@ -110,7 +110,9 @@ class Controller:
         return self._parts.journal.last(name) is not None
 
     def _restore(self) -> tuple[NetworkState, Mapping[str, torch.Tensor], Mapping[str, bytes]]:
-        """The network as the state has it, the optimizer's state in the middle of a training phase, and the masks."""
+        """The network of the state, the optimizer's state (empty unless a training phase is unfinished), and
+        the masks.
+        """
         state, storage = self.state, self._parts.storage
         checkpoint = load_checkpoint(storage, state.checkpoint)
         network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
@@ -118,7 +120,7 @@ class Controller:
         for step in state.steps:
             network = self._after(network, Plan.from_json(step))
         masks = load_masks(storage, state.iteration) if has_masks(storage, state.iteration) else {}
-        # A run cut off between an iteration and its first epoch has the weights from before the masks.
+        # If the run stopped between an iteration and its first epoch, the checkpoint is older than the masks.
         return NetworkState(network.plan, masked(network.tensors, masks)), optimizer_state, masks
 
     def _after(self, network: NetworkState, step: Plan) -> NetworkState:
@@ -127,7 +129,7 @@ class Controller:
         return capture(model, network.plan.then(step))
 
     def _record(self, event: RunEvent) -> None:
-        """Writes the event, then moves on; a run killed between the two finds the event when it is resumed."""
+        """Writes the event, then updates the state. A run killed in between finds the event when it is resumed."""
         self._parts.journal.append(event.NAME, data_of(event))
         self.state = advance(self.state, event, self._config)
         self._notify(event)
@@ -137,7 +139,7 @@ class Controller:
             observer.on_event(event, self.state)
 
     def _measure_given_weights(self) -> PhaseResult:
-        """What the network can do before the first prune, where training up to there is left out."""
+        """Evaluates given weights before the first prune, if there was no training before it."""
         self._notify(PhaseStarted(phase="evaluate", detail="the weights given"))
         state = self.state
         phase = TrainingPhase(number=state.phases_done, phase="baseline", excluded=state.excluded, places=state.places)
@@ -202,7 +204,9 @@ class Controller:
         )
 
     def _apply(self, result: IterationResult, number: int) -> None:
-        """The network, the masks and the candidates' losses after an iteration; what is stored is before its event."""
+        """Updates the network and the masks after an iteration. Masks and losses are stored before the iteration's
+        event.
+        """
         storage = self._parts.storage
         self._network, self._optimizer_state = result.network or self._network, {}
         if result.step is not None:
@@ -237,7 +241,7 @@ class Controller:
         return done
 
     def _trainer(self) -> Trainer:
-        """It distils, if the run does, once there is a network from before the first prune to distil from."""
+        """The trainer. If the run distils, its teacher is the network from before the first prune."""
         trainer = self._parts.trainer()
         if self._config.train.distill and self.state.iteration and not self._has_teacher:
             trainer.set_teacher(NetworkState(Plan.empty(), load_checkpoint(self._parts.storage, UNPRUNED).model))
@@ -294,7 +298,7 @@ class Controller:
             save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
         model = rebuild(self._unpruned, self._network).eval()
         events = read_events(parts.journal)
-        # A run killed between its last training phase and here has that phase's metrics in the journal only.
+        # If the run was killed after its last training phase, only the journal has the phase's metrics.
         metrics = last.metrics if last is not None else last_of(events, TrainingPhaseDone).metrics
         macs = macs_after(self._baseline.macs, self._network.plan)
         targets = self._config.prune.targets
@@ -316,7 +320,7 @@ class Controller:
         return model
 
     def _save(self, model: nn.Module, summary: RunFinished) -> Mapping[str, Any]:
-        """Writes the finished network and what its method tells of it; gives the method's details."""
+        """Writes the finished network and the method's report. Returns the details for the last event."""
         storage = self._parts.storage
         finished = FinishedNetwork(config=self._config, model=model, example_input=self._example, masks=self._masks)
         report = self._parts.method.report(finished) if self._config.prunes else MethodReport()
@@ -341,9 +345,9 @@ class Controller:
 
 
 def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:
-    """The epoch of the final training with the highest test top-1, the first of equals; None if that had no epochs.
+    """The epoch of the final training with the highest test top-1; the first of equals. None if there were no epochs.
 
-    Only epochs count that were tested; the last one was, at the end of its training phase.
+    Only epochs with an evaluation count. The last epoch has one, at the end of its training phase.
     """
     tested: list[BestEpoch] = []
     epoch: int | None = None
@@ -356,7 +360,7 @@ def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:
 
 
 def seconds_spent(events: Iterable[Happening]) -> float:
-    """What the run's epochs, iterations and evaluations took, whichever attempt they were made in."""
+    """The seconds of the run's epochs, iterations and evaluations, over all attempts."""
     total = 0.0
     for event in events:
         match event:

@@ -1,4 +1,4 @@
-"""What a run's networks are worth, pruned beside unpruned: accuracy, multiply-accumulates, parameters, latency."""
+"""Compares a run's pruned network with its unpruned one: accuracy, multiply-accumulates, parameters, latency."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from laasp_ray.train.loop import evaluate
 
 @dataclass(frozen=True)
 class Measured:
-    """One network: `macs` at one input, `latency` at the batch it names."""
+    """One network. `macs` are for one input; `latency` is for the batch size that it names."""
 
     name: str
     metrics: Metrics
@@ -43,7 +43,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What of a run's config its evaluation uses; the rest may name code, which is not looked at."""
+    """The parts of a run's config that its evaluation uses. The other parts may name code, so they are not read."""
 
     model: ModelConfig
     data: DataConfig
@@ -59,13 +59,13 @@ def evaluate_run(
     latency_batch: int = 1,
     trust: bool = False,
 ) -> tuple[Measured, Measured]:
-    """The unpruned network, with its weights from just before the first prune, and the pruned one; the same network
-    twice where nothing was pruned.
+    """Measures the unpruned network, with its weights just before the first prune, and the pruned network.
 
-    `folder` is a run's, finished, local or on object storage; `data` and `data_format` override the data set's path and
-    format, of which the test images alone must be there. float32, on the GPU if there is one. A builder or a data
-    format that the folder names by import path is used only with `trust`, since that runs code. Raises ConfigError
-    without it, StoreError if the folder holds no finished run.
+    Both are the same network if nothing was pruned. `folder` is the folder of a finished run, local or on object
+    storage. `data` and `data_format` replace the data set's path and format; only the test images are needed. The
+    evaluation is in float32, on the GPU if there is one. A builder or a data format that the folder names by import
+    path is used only with `trust`, because that runs code. Raises ConfigError without `trust`, StoreError if the folder
+    holds no finished run.
     """
     storage = Storage.open(str(folder))
     config = _config(storage)
@@ -113,7 +113,7 @@ def _config(storage: Storage) -> _Settings:
 
 
 def _check_runs_no_code(config: _Settings, uri: str, *, with_format: bool) -> None:
-    """Raises ConfigError where a run's folder names code, of which evaluating would run some."""
+    """Raises ConfigError if the evaluation would run code that the run's folder names."""
     named = {"the network's builder": config.model.builder}
     if with_format:
         named["the data set's format"] = config.data.format
@@ -126,7 +126,7 @@ def _check_runs_no_code(config: _Settings, uri: str, *, with_format: bool) -> No
 
 
 def _classes(storage: Storage) -> tuple[str, ...] | None:
-    """The classes' names that the run wrote down at its start, if it did: the training images are not needed then."""
+    """The names of the classes that the run recorded at its start, or None. With them no training images are needed."""
     start = started(Journal(storage))
     return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
 

@@ -1,7 +1,7 @@
-"""What happens in a run: each journal event a frozen dataclass, and what observers get besides.
+"""The events of a run: frozen dataclasses for the journal's events, and events that only observers get.
 
-The journal (store/journal.py) keeps names and JSON; here is what they mean. Whoever reads a journal reads these types,
-and whoever shows or copies what a run does is an `Observer`.
+The journal (store/journal.py) stores names and JSON, and this module defines their meaning. Code that reads a journal
+gets these types. Code that shows or copies a run's progress is an `Observer`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
-    """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
-    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits."""
+    """The first event. `config` is the whole config in plain form. `checkpoint` is the name of the initial weights.
+
+    `plan` is the plan of the pruned network that the run begins with; None: it begins with the unpruned one. `images`
+    identify both splits.
+    """
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -43,7 +46,7 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationDrawn:
-    """The images that losses are measured on were drawn, without those of `excluded`; `digest` is over their bytes."""
+    """The calibration images were drawn, without those in `excluded`. `digest` is over their bytes."""
 
     NAME: ClassVar = "calibration"
     images: int
@@ -53,7 +56,7 @@ class CalibrationDrawn:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineMeasured:
-    """Weights that the run was given were tested; `loader` says what decoded the images."""
+    """The weights that the run was given were evaluated. `loader` is the loader that decoded the images."""
 
     NAME: ClassVar = "baseline"
     metrics: Metrics
@@ -63,10 +66,10 @@ class BaselineMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochDone:
-    """`epoch` (from 0) of the schedule is over, number `position` (from 1) of the `epochs` of its training phase.
+    """`epoch` (from 0) of the schedule is done: number `position` (from 1) of the `epochs` of its training phase.
 
-    `loss` and `top1` are of training, `metrics` of the test images if they were evaluated. `checkpoint` has the
-    weights.
+    `loss` and `top1` are of training. `metrics` are of the test images, if they were evaluated. `checkpoint` names the
+    stored weights.
     """
 
     NAME: ClassVar = "epoch"
@@ -88,7 +91,7 @@ class EpochDone:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPhaseDone:
-    """Training phase number `training_phase` (from 0) is over; the `metrics` are of the test images."""
+    """Training phase number `training_phase` (from 0) is done. `metrics` are of the test images."""
 
     NAME: ClassVar = "training_phase"
     phase: Phase
@@ -101,12 +104,12 @@ class TrainingPhaseDone:
 
 @dataclass(frozen=True, kw_only=True)
 class IterationDone:
-    """An iteration of the method is over.
+    """An iteration of the method is done.
 
-    `step` is the prune's plan, None where no filters went; `kept_filters` are left in the layers pruned so far;
-    `candidates` were compared. `reached` and `latency` (unpruned, pruned) tell targets besides FLOPs. `ends_pruning` is
-    the method's own word on whether this was the last one, None where the targets decide. `details` are the method's,
-    and `text` is its line for people where there is no `decision`.
+    `step` is the plan of the prune; None if no filters were removed. `kept_filters` are left in the layers pruned so
+    far. `candidates` is the number compared. `reached` and `latency` (unpruned, pruned) are for targets other than
+    FLOPs. `ends_pruning` says whether this was the last iteration; with None the targets decide. `details` are the
+    method's. `text` is the method's progress line if there is no `decision`.
     """
 
     NAME: ClassVar = "iteration"
@@ -125,7 +128,7 @@ class IterationDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Exhausted:
-    """Pruning ends short of its target: no filter is left to give."""
+    """Pruning ends before its target, because no layer has a filter left to prune."""
 
     NAME: ClassVar = "exhausted"
     reason: str
@@ -133,7 +136,7 @@ class Exhausted:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageExcluded:
-    """An image cannot be read and is left out from now on; `split`, `index` and `label` say where it is, if known."""
+    """An image cannot be read and is left out from now on. `split`, `index` and `label` are its place, if known."""
 
     NAME: ClassVar = "excluded"
     image: str
@@ -145,7 +148,7 @@ class ImageExcluded:
 
 @dataclass(frozen=True, kw_only=True)
 class BestEpoch:
-    """The epoch (from 0) of the final training with the highest top-1 on the test images, the first of equals."""
+    """The epoch (from 0) of the final training with the highest top-1 on the test images; the first of equals."""
 
     epoch: int
     metrics: Metrics
@@ -153,8 +156,11 @@ class BestEpoch:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished:
-    """The pruned network is in the store. `metrics` are the last ones on the test images; `seconds` is what epochs,
-    iterations and evaluations took. `details` are the method's, `text` its result in one line."""
+    """The pruned network is in the store.
+
+    `metrics` are the last ones on the test images. `seconds` is the time of epochs, iterations and evaluations.
+    `details` are the method's, and `text` is its result in one line.
+    """
 
     NAME: ClassVar = "finish"
     macs: int
@@ -183,7 +189,7 @@ RunEvent = (
     | ImageExcluded
     | RunFinished
 )
-"""What the journal holds."""
+"""The types of the journal's events."""
 
 EVENTS: Mapping[str, Any] = {event.NAME: event for event in RunEvent.__args__}  # type: ignore[attr-defined]
 """Event name -> its type."""
@@ -191,12 +197,12 @@ EVENTS: Mapping[str, Any] = {event.NAME: event for event in RunEvent.__args__}  
 
 @dataclass(frozen=True, kw_only=True)
 class RunResumed:
-    """A run that was cut off goes on from its state. Not journaled."""
+    """An interrupted run resumes from its state. Not in the journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted:
-    """A training phase, an iteration or an evaluation begins; `detail` says more. Not journaled."""
+    """A training phase, an iteration or an evaluation begins; `detail` describes it. Not in the journal."""
 
     phase: str
     detail: str
@@ -204,7 +210,9 @@ class PhaseStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidatesMeasured:
-    """`done` of an iteration's `total` candidates have their loss; `latest` is one that has come in. Not journaled."""
+    """`done` of an iteration's `total` candidates have their loss. `latest` is one of the new ones. Not in the
+    journal.
+    """
 
     iteration: int
     done: int
@@ -216,21 +224,21 @@ Happening = RunEvent | RunResumed | PhaseStarted | CandidatesMeasured
 
 
 class Observer(Protocol):
-    """Hears of everything that happens, with the state after it, and changes nothing."""
+    """Receives every event with the state after it. An observer must not change the state."""
 
     def on_event(self, event: Happening, state: RunState) -> None: ...
 
     def close(self) -> None:
-        """Frees what it holds; may be called twice."""
+        """Releases resources. It may be called twice."""
 
 
 def data_of(event: RunEvent) -> dict[str, Any]:
-    """An event's JSON form, without its name."""
+    """The JSON form of an event, without its name."""
     return dict(to_json(event))
 
 
 def event_from(name: str, data: Mapping[str, Any], place: str = "an event") -> RunEvent:
-    """The event of this name and JSON form. Raises StoreError, naming the place, for data that do not fit."""
+    """The event of this name and JSON form. Raises StoreError, naming the place, if the data do not fit."""
     try:
         event: RunEvent = _adapter(name).validate_python(data)
     except ValidationError as error:
@@ -242,7 +250,9 @@ def event_from(name: str, data: Mapping[str, Any], place: str = "an event") -> R
 
 
 def read_event(event: Event, uri: str = "the journal") -> RunEvent:
-    """A journal's event as its type; raises StoreError, naming the file, if it is damaged or of no known name."""
+    """Converts a journal's event to its type. Raises StoreError, naming the file, if it is damaged or has an unknown
+    name.
+    """
     place = f"journal/{event.sequence:06d}-{event.name}.json in {uri}"
     if event.name not in EVENTS:
         raise StoreError(f"{place} is no event that this version knows; use the version that wrote the run")
@@ -255,7 +265,7 @@ def read_events(journal: Journal) -> list[RunEvent]:
 
 
 def started(journal: Journal) -> RunStarted | None:
-    """A run's first event, None before there is one; raises StoreError if it is damaged."""
+    """The first event of a run, or None if there is none yet. Raises StoreError if it is damaged."""
     event = journal.last(RunStarted.NAME)
     found = None if event is None else read_event(event, journal.uri)
     return found if isinstance(found, RunStarted) else None

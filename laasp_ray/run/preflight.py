@@ -1,6 +1,6 @@
-"""Everything that can be known to be wrong before anything expensive starts: config, data, network, store.
+"""The checks before anything expensive starts: config, data, network and store.
 
-What this finds is raised as a ConfigError, DataError or StoreError that names the value and the remedy.
+Errors are raised as ConfigError, DataError or StoreError, and name the value and the remedy.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the checks had to make anyway, for the run to use. `unpruned` has its initial weights, on the CPU.
+    """Results of the checks that the run uses again. `unpruned` has its initial weights, on the CPU.
 
-    `begun_with` is what a run on top of another begins with: that one's pruned network; None once it is in the store.
+    `begun_with` is the pruned network of another run that this run begins with. None if there is no such run, or if the
+    store already has that network.
     """
 
     config: RunConfig
@@ -62,9 +63,9 @@ class Prepared:
 
 
 def open_run(config: RunConfig) -> Storage:
-    """The run's folder. Refuses a name that belongs to a run of another config, naming the keys that differ.
+    """Opens the run's folder. Raises ConfigError if the name belongs to a run with another config; it names those keys.
 
-    The journal's first event says which config that is, `config.json` only where there is none yet.
+    The other config is read from the journal's first event, or from `config.json` if there is no event yet.
     """
     storage = Storage.open(config.storage).child(config.name)
     storage.check_writable()
@@ -85,12 +86,12 @@ def open_run(config: RunConfig) -> Storage:
 
 
 def stored_config(storage: Storage) -> Mapping[str, Any]:
-    """What `config.json` of a run's folder says; raises StoreError if that is no settings."""
+    """The content of `config.json` in a run's folder. Raises StoreError if it is not a JSON object."""
     return storage.read_json("config.json", "restore it from a copy, or give another --name")
 
 
 def restore_config(storage: Storage) -> None:
-    """Writes `config.json` of a run that has begun as the journal has it, where it is lost or is another's."""
+    """Writes the journal's config to `config.json` of a started run, if the file is lost or differs."""
     config = started_config(storage)
     if config is None:
         return
@@ -108,7 +109,7 @@ def write_config(storage: Storage, config: Mapping[str, Any]) -> None:
 
 
 def folded(journal: Journal, config: RunConfig) -> RunState:
-    """Where the run stands. Raises StoreError, naming the event, where one holds what no run has written."""
+    """The state of the run. Raises StoreError, naming the event, for an event that no run can have written."""
     seen: list[Event] = []
 
     def events() -> Iterator[RunEvent]:
@@ -133,11 +134,11 @@ def prepare(
     state: RunState | None = None,
     method: PruningMethod[Any] | None = None,
 ) -> Prepared:
-    """Checks all but the cluster. `model` is the unpruned network, if it is not to be built from `config.model`.
+    """Checks everything except the cluster. `model` is the unpruned network, if it is not built from `config.model`.
 
-    A run that has `started` has its initial weights in the store: the file that they came from is not needed again. A
-    `model` that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of those that
-    the run began with, `state` is where it stands. `method` is the run's, if it is not the one that the config names.
+    A run that has `started` has its initial weights in the store, so their source file is not needed again. A `model`
+    that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of the images at the
+    run's start. `state` is the run's current state. `method` replaces the method that the config names.
     """
     method = method or method_of(config)
     check_section(config, method)
@@ -163,7 +164,7 @@ def prepare(
 
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
-    """BatchNorm needs at least two images of every batch on every worker."""
+    """Raises ConfigError if a worker gets fewer than two images of a batch, because BatchNorm needs two."""
     steps = math.ceil(train_images / config.train.batch_size)
     smallest = train_images // steps // workers
     if smallest < 2:
@@ -174,7 +175,7 @@ def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    check_suitable(model)  # or it may not be possible to copy it
+    check_suitable(model)  # a network that is not suitable may not be copyable
     tensors = itertools.chain(model.parameters(), model.buffers())
     return model if all(tensor.is_cpu for tensor in tensors) else deep_copy(model).cpu()
 
@@ -190,7 +191,7 @@ def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
 
 
 def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
-    probe = deep_copy(model).eval()  # a module may keep what it sees
+    probe = deep_copy(model).eval()  # a module may store its inputs
     try:
         with torch.inference_mode():
             output = probe(example_input)

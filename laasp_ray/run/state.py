@@ -1,4 +1,4 @@
-"""The state of a run as a fold of its journal: pure functions, used alike while a run lives and when it is resumed."""
+"""The state of a run as a fold of its journal. The same pure functions serve a live run and a resumed one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 
 def initial_state(config: RunConfig) -> RunState:
-    """A run that is given weights at the prune epoch, or prunes at epoch 0, begins with pruning.
+    """The state before the first event. A run with given weights, or with prune epoch 0, begins with pruning.
 
-    One that prunes nothing has its final training only.
+    A run that prunes nothing has only its final training.
     """
     if not config.prunes:
         return RunState(phase="final")
@@ -33,9 +33,9 @@ def initial_state(config: RunConfig) -> RunState:
 
 
 def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
-    """The state after an event. Events that change nothing here are passed over."""
+    """The state after an event. An event that does not affect the state is ignored."""
     match event:
-        case RunStarted():  # `plan` is that of the run whose pruned network this one goes on with
+        case RunStarted():  # `plan` is set if this run begins with the pruned network of another run
             return replace(state, checkpoint=event.checkpoint, plan=event.plan, checkpoint_plan=event.plan)
         case EpochDone():
             return replace(
@@ -65,7 +65,7 @@ def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
 
 
 def fold(events: Iterable[Happening], config: RunConfig) -> RunState:
-    """The state after all of a journal's events."""
+    """The state after all events of a journal."""
     state = initial_state(config)
     for event in events:
         state = advance(state, event, config)
@@ -95,7 +95,7 @@ def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -
             parameters_reduction=event.reached.get("parameters", 0.0),
             latency_reduction=event.reached.get("latency", 0.0),
         )
-    if event.ends_pruning is not None:  # the method's own plan: it is trained for a while after each but the last
+    if event.ends_pruning is not None:  # the method decides: training follows each iteration but the last
         return replace(state, phase="final" if event.ends_pruning else "fine-tune")
     if config.prune.fine_tunes_after(state.flops_reduction - state.fine_tuned_at):
         return replace(state, phase="fine-tune")
@@ -103,13 +103,14 @@ def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -
 
 
 def next_training_phase(state: RunState, config: RunConfig) -> TrainingPhase:
-    """The training phase that the state's phase (train, fine-tune or final) asks for, less what is done of it.
+    """The training phase for the state's phase (train, fine-tune or final), with the number of its epochs that are
+    done.
 
-    Fine-tuning is at the learning rate of the prune epoch. Every epoch has a number of its own (`data_epoch`), so that
-    no two epochs of a run see the same augmentation.
+    A fine-tune uses the learning rate of the prune epoch. Every epoch has its own number (`data_epoch`), so that no two
+    epochs of a run have the same augmentation.
     """
     train = config.train
-    whole = not config.prunes and train.pretrained is None  # in one phase: a new one would begin without momentum
+    whole = not config.prunes and train.pretrained is None  # one phase, because a new phase begins without momentum
     epochs = {
         "train": range(train.prune_epoch),
         "fine-tune": [train.prune_epoch] * config.prune.fine_tune_epochs,
@@ -131,5 +132,5 @@ def next_training_phase(state: RunState, config: RunConfig) -> TrainingPhase:
 
 
 def _learning_rate(train: TrainConfig, epoch: int) -> float:
-    # t_p may be the schedule's end, when nothing is left to train after pruning; fine-tuning uses its last rate.
+    # If t_p is the schedule's end, nothing is trained after pruning, and a fine-tune uses the last learning rate.
     return train.learning_rate_at(min(epoch, train.epochs - 1))

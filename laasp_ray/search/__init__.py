@@ -1,4 +1,4 @@
-"""The search: candidates, their losses, the choice. `rank` does one iteration of it, without a cluster."""
+"""The search: candidates, their losses and the choice. `rank` carries out one iteration of it without a cluster."""
 
 from __future__ import annotations
 

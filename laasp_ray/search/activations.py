@@ -1,9 +1,8 @@
-"""The scores of a network's filters by a criterion that looks at data.
+"""Scores of a network's filters by a criterion of data.
 
-What filters give on the calibration set is handed to the criterion (criteria/of_data.py says how).
-
-Images are looked at in chunks that are always cut the same way, each giving its state; states are merged in their
-order: whoever measures the chunks, and however many they are, the scores are the same to the last bit.
+The filters' outputs on the calibration set are passed to the criterion (see criteria/of_data.py). Images are processed
+in chunks that are always the same. Each chunk gives a state, and the states are merged in the same order. So the scores
+are equal to the last bit for any number of processes.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
 CHUNKS = 32
-"""At most so many chunks: each one's state travels to where they are merged."""
+"""The largest number of chunks. Each chunk's state is sent to the process that merges them."""
 TRIAL_IMAGES = 8
 
 logger = logging.getLogger(__name__)
 
 
 class NanScoresError(SearchError):
-    """A criterion gives NaN where the filters' outputs are finite."""
+    """A criterion gives NaN although the filters' outputs are finite."""
 
 
 @dataclass(frozen=True)
 class ImportanceRequest:
-    """The scores of these layers' filters are wanted by `criterion`, whose `name` errors say."""
+    """A request for the scores of these layers' filters by `criterion`. Errors call the criterion `name`."""
 
     layers: tuple[str, ...]
     name: str
@@ -49,17 +48,17 @@ class ImportanceRequest:
 
     @staticmethod
     def of(layers: Iterable[str], name: str, config: FitConfig) -> ImportanceRequest:
-        """Raises ConfigError if there is no such criterion of data."""
+        """The request for criterion `name`. Raises ConfigError if there is no such criterion of data."""
         criterion = criteria.data_criterion(name, components=config.components, pooling=config.pooling)
         return ImportanceRequest(tuple(layers), name, criterion)
 
 
 def importance(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
-    """Scores (N,), on the CPU, of the N filters of each wanted layer; `model` in eval mode on the calibration set's
-    device, not changed.
+    """Scores (N,), on the CPU, of the N filters of each wanted layer.
 
-    Raises SearchError where outputs are not finite or scores are NaN, ConfigError for a criterion that fails or gives
-    something of another shape; and what the criterion itself raises on purpose.
+    `model` is in eval mode on the calibration set's device and is not changed. Raises SearchError if outputs are not
+    finite or scores are NaN. Raises ConfigError for a criterion that fails or returns another shape. A LaaspError of
+    the criterion itself is raised unchanged.
     """
     first = measure_first_batch(model, calibration, wanted)
     chunks = chunks_of(len(calibration), calibration.batch_size)
@@ -67,7 +66,7 @@ def importance(model: nn.Module, calibration: CalibrationSet, wanted: Importance
 
 
 def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
-    """Positions of images, whole batches together, in at most CHUNKS chunks."""
+    """Positions of images in at most CHUNKS chunks of whole batches."""
     size = math.ceil(math.ceil(images / batch_size) / CHUNKS) * batch_size
     return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
 
@@ -79,7 +78,7 @@ def measure_first_batch(model: nn.Module, calibration: CalibrationSet, wanted: I
     features = _features_of_batch(model, images, wanted)
     shapes = _shapes(features)
     _check(wanted, shapes, labels.device)
-    # In one table: how a mean is rounded may depend on how many columns there are.
+    # The means are taken over one table, because rounding may depend on the number of columns.
     means = torch.cat([part.flatten(1) for part in features.values()], dim=1).double().mean(dim=0)
     parted = means.split([filters * width for filters, width in shapes.values()])
     pairs = zip(shapes.items(), parted, strict=True)
@@ -105,7 +104,7 @@ def state_of(
 
 @torch.no_grad()
 def scores_of(states: Iterable[Any], first: FirstBatch, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
-    """Scores (N,) of every layer's filters, on the CPU, from the states of all chunks, in the order of the chunks."""
+    """Scores (N,) of every layer's filters, on the CPU, from the states of all chunks in the order of the chunks."""
     total = _start(wanted, first)
     for state in states:
         with _called(wanted, "merge"):
@@ -122,16 +121,16 @@ def scores_of(states: Iterable[Any], first: FirstBatch, wanted: ImportanceReques
 
 @torch.no_grad()
 def shapes_of(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> Shapes:
-    """Layer -> its filters and the features that each has. Its modules' modes are put back."""
+    """Layer -> (number of filters, number of features of each filter). Modules keep their modes."""
     with in_eval_mode(model):
         return _shapes(_features(model, example_input, wanted))
 
 
 def check_request(model: nn.Module, example_input: torch.Tensor, wanted: ImportanceRequest) -> None:
-    """Raises ConfigError for a criterion that does not work on this network: for all layers together, as it says
-    itself, and tried on the first of them. Modules' modes are put back.
+    """Raises ConfigError if the criterion does not work on this network.
 
-    The trial is on noise, of which a criterion may say, by SearchError, that it tells it nothing.
+    The criterion's own `check` gets all layers, and the first layer is tried. Modules keep their modes. The trial uses
+    noise, so a SearchError that no score can be computed from it is accepted.
     """
     _check(wanted, shapes_of(model, example_input, wanted), example_input.device)
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +169,7 @@ def _features(model: nn.Module, images: torch.Tensor, wanted: ImportanceRequest)
     finally:
         for hook in hooks:
             hook.remove()
-    # A layer that is run several times gives features each time.
+    # A layer that runs several times has features for each call.
     return {layer: torch.cat(parts, dim=2) for layer, parts in found.items()}
 
 
@@ -192,7 +191,7 @@ def _features_of_layer(wanted: ImportanceRequest, layer: str, output: torch.Tens
             f"the outputs of {layer} are not finite: the network's weights have probably diverged; lower "
             "train.learning_rate or start from an earlier checkpoint"
         )
-    # What the network does with its output in place must not change what is kept of it.
+    # The network may change its output in place, which must not change the stored features.
     shared = features.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
     return features.clone() if shared else features
 
@@ -230,10 +229,10 @@ def _given(wanted: ImportanceRequest, method: str, state: Any) -> Any:
 
 @contextmanager
 def _called(wanted: ImportanceRequest, method: str) -> Iterator[None]:
-    """What a criterion's method raises is its own fault, unless it says otherwise or memory runs out."""
+    """Converts an error of a criterion's method to ConfigError, except for a LaaspError and when memory runs out."""
     try:
         yield
-    except Exception as error:  # a user's method can fail in any way
+    except Exception as error:  # a user's method can raise any error
         if isinstance(error, LaaspError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"criterion {wanted.name!r} failed in {method}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""What `rank` is given, checked before anything expensive."""
+"""Checks the arguments of `rank` before anything expensive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KINDS_OF_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uin
 
 
 def checked_search(batch_size: int, memory_mb: int, *, racing: bool, racing_error: float) -> SearchConfig:
-    """The settings of the search. Raises ConfigError for values out of range, and for what is no whole number."""
+    """The settings of the search. Raises ConfigError for values that are out of range or not whole numbers."""
     for name, value in (("batch_size", batch_size), ("memory_mb", memory_mb)):
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}, must be a whole number")
@@ -23,7 +23,9 @@ def checked_search(batch_size: int, memory_mb: int, *, racing: bool, racing_erro
 
 
 def checked_data(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and labels as int64. Raises ConfigError for what is no tensor, or of another shape, type or device."""
+    """Images, and labels as int64. Raises ConfigError for values that are not tensors or have a wrong shape, dtype or
+    device.
+    """
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, torch.Tensor):
             raise ConfigError(
@@ -45,13 +47,16 @@ def checked_data(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
 
 
 def taken_by(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
-    """`model` made ready for `calibration`, in place. Raises ConfigError where it does not take its images, or does not
-    give one finite number for each class and label."""
+    """Prepares `model` for `calibration`, in place.
+
+    Raises ConfigError if the network does not accept the images, or does not return one finite number per class for
+    each label.
+    """
     try:
         model, calibration = ready_with(model, calibration)
         with torch.inference_mode():
             output = model(next(calibration.batches())[0][:1])
-    except Exception as error:  # the network's own code may raise anything
+    except Exception as error:  # the network's own code may raise any error
         if isinstance(error, LaaspError) or is_out_of_memory(error):
             raise
         shape, kind = tuple(calibration.images.shape[1:]), calibration.images.dtype

@@ -1,7 +1,7 @@
-"""BatchNorm statistics measured anew on the calibration set, for scoring a network as it stands.
+"""Measures BatchNorm statistics again on the calibration set, for scoring the current network.
 
-A prune changes what the layers behind it are given; until they are trained again, the running statistics that their
-BatchNorms keep are those of another network, and every loss is measured through them.
+A prune changes the inputs of later layers. Until these layers are trained again, the running statistics of their
+BatchNorms belong to the earlier network, and they affect every measured loss.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
 BATCH = 128
-"""Statistics depend on which images share a batch, so batches are cut by this, whoever measures and however much memory
-there is."""
+"""The number of images in a batch. Statistics depend on which images share a batch, so it does not depend on the
+process or on the memory.
+"""
 
 
 @full_precision()
@@ -32,13 +33,13 @@ def reestimate(model: nn.Module, calibration: CalibrationSet) -> dict[str, torch
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
 
     `model` is in eval mode on the calibration set's device, and is not changed. All images go through it once, in their
-    order, in ceil(images / BATCH) batches whose sizes differ by one at most. BatchNorms normalise by each batch's own
-    mean and variance, as in training, and everything else (dropout, say) is in eval mode. `running_mean` is the mean of
-    the batches' means over places and images, `running_var` that of their unbiased variances, every batch weighted by
-    its number of images: for equal batches what torch gives with `momentum=None`. A BatchNorm that is run several times
-    averages over all its calls; one that keeps no statistics is left out.
+    order, in ceil(images / BATCH) batches whose sizes differ by at most one. BatchNorms normalise by each batch's own
+    mean and variance, as in training; all other modules (dropout, for example) are in eval mode. `running_mean` is the
+    mean of the batches' means over positions and images. `running_var` is the mean of their unbiased variances. Each
+    batch is weighted by its number of images; for equal batches this equals torch's `momentum=None`. A BatchNorm that
+    runs several times averages over all its calls. One that keeps no statistics is left out.
 
-    Raises MemoryShortError where a batch takes more memory than there is: `search.memory_mb` does not bound this.
+    Raises MemoryShortError if a batch needs more memory than there is: `search.memory_mb` does not limit this.
     """
     batches = np.array_split(np.arange(len(calibration)), math.ceil(len(calibration) / BATCH))
     what = f"one of the batches of {len(batches[0])} images, which BatchNorm statistics are measured on,"
@@ -54,7 +55,7 @@ def _reestimate(
 
     def weigh(module: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
         seen[module] += len(inputs[0])
-        module.momentum = len(inputs[0]) / seen[module]  # the running average of all images so far
+        module.momentum = len(inputs[0]) / seen[module]  # makes the running average the mean over all images so far
 
     for module in seen:
         module.reset_running_stats()
@@ -71,8 +72,8 @@ def _reestimate(
 def check_statistics(model: nn.Module) -> None:
     """Raises ConfigError for a BatchNorm that keeps no running statistics.
 
-    In eval mode it normalises by those of the batch: a loss would depend on which images share one, and so on
-    `search.batch_size`, on the memory there is, and on who measures.
+    In eval mode it normalises by the statistics of the batch. A loss would then depend on which images share a batch:
+    on `search.batch_size`, on the free memory and on the process.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.running_mean is None or module.running_var is None):
@@ -83,11 +84,11 @@ def check_statistics(model: nn.Module) -> None:
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorms that keep running statistics, by name; one that has several names under each."""
+    """The BatchNorms that keep running statistics, by name. One with several names is listed under each."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, _BatchNorm) and module.track_running_stats}
 
 
 def with_statistics(network: NetworkState, statistics: Mapping[str, torch.Tensor]) -> NetworkState:
-    """The same network with these of its tensors in place of its own."""
+    """The network with `statistics` in place of its own tensors of these names."""
     return NetworkState(network.plan, {**network.tensors, **statistics})

@@ -1,4 +1,4 @@
-"""Which prunes there are to choose from: every criterion's pick of filters in every layer that can be pruned."""
+"""The candidates of an iteration: each criterion's choice of filters in every layer that can be pruned."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Scores = Mapping[str, Mapping[str, torch.Tensor]]
 """Criterion -> layer -> a score for each of its filters (N,)."""
 NO_SCORES: Scores = {}
 NETWORK_BEFORE = LossTask("the network before this iteration's prune", Plan.empty(), {})
-"""The network as it stands, whose loss tells what a prune costs."""
+"""The task of the current network. Its loss is what a candidate's loss is compared with."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What is measured once, on the unpruned network, and holds for the whole run.
+    """Values that are measured once, on the unpruned network, and hold for the whole run.
 
-    `step_sizes` is how many filters of a layer one prune takes, before limits, where the method has such steps;
-    `filters` how many the layer has; `parameters` how many the network has.
+    `step_sizes` is the number of filters of a layer that one prune removes, before limits, for methods with such steps.
+    `filters` is the number of filters of each layer, and `parameters` the number of parameters of the network.
     """
 
     macs: Macs
@@ -46,7 +46,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate with the prune that carries it out on the network it was proposed for."""
+    """A candidate with its prune, as a plan for the network that it was proposed for."""
 
     candidate: Candidate
     step: Plan
@@ -54,7 +54,7 @@ class Proposal:
 
 
 def measure_baseline(graph: PruningGraph, macs: Macs, config: FilterPruneConfig) -> Baseline:
-    """`graph` and `macs` are those of the unpruned network."""
+    """Measures the baseline. `graph` and `macs` are those of the unpruned network."""
     steps = {}
     if isinstance(config, LaaspConfig):
         steps = step_sizes(graph, macs, step=config.step, step_rule=config.step_rule)
@@ -75,13 +75,12 @@ def propose(
     config: LaaspConfig,
     given: Scores = NO_SCORES,
 ) -> list[Proposal]:
-    """All candidates for `model`, whose own graph and multiply-accumulates are `graph` and `macs`.
+    """All candidates for `model`. `graph` and `macs` are the model's own graph and multiply-accumulates.
 
-    `given` has the scores of criteria that look at data (search/activations.py).
-
-    Layers come in network order, criteria in the pool's order. Criteria that pick the same filters of a layer make one
-    candidate, and so do layers of one coupled group whose picks remove the same channels; it is credited to the first
-    of them. Raises ExhaustedError when no layer has a filter left to give.
+    `given` has the scores of criteria of data (search/activations.py). Layers are in network order, and criteria in the
+    pool's order. Criteria that choose the same filters of a layer make one candidate. Layers of one coupled group make
+    one candidate if they remove the same channels; the first of them gets it. Raises ExhaustedError if no layer has a
+    filter left to prune.
     """
     proposals: dict[Hashable, Proposal] = {}
     for layer, group in graph.layers.items():
@@ -104,7 +103,7 @@ def propose(
             removal = graph.removal(layer, filters)
             try:
                 step = plan_of(removal)
-            except PruningError as error:  # it would take all of another layer that is a part of what this one meets
+            except PruningError as error:  # another layer would lose all its filters
                 logger.debug("%s cannot lose %s: %s", layer, filters, error)
                 continue
             key = _identity(removal)
@@ -129,7 +128,7 @@ def propose(
 
 
 def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:
-    """What is measured for them; the last task is the network as it stands."""
+    """The tasks that measure the proposals. The last task is the current network."""
     tasks = [LossTask(proposal.candidate.name, proposal.step, proposal.mask) for proposal in proposals]
     return [*tasks, NETWORK_BEFORE]
 
@@ -146,7 +145,7 @@ def ranking_of(proposals: Sequence[Proposal], losses: Sequence[MeasuredLoss]) ->
 
 
 def _identity(removal: Removal) -> Hashable:
-    """Equal for prunes that remove the same channels everywhere, whichever layer they were proposed for."""
+    """A key that is equal for prunes that remove the same channels everywhere, whichever layer proposed them."""
     return frozenset((side, frozenset(channels)) for side, channels in removal.items() if channels)
 
 
@@ -156,7 +155,7 @@ def _also(proposal: Proposal, layer: str, proposers: Sequence[str]) -> Proposal:
 
 
 def _picks(scores: Mapping[str, torch.Tensor], count: int, blocks: int) -> dict[tuple[int, ...], list[str]]:
-    """Sets of filters with the criteria that picked them, in the pool's order."""
+    """Sets of filters -> the criteria that chose them, in the pool's order."""
     picks: dict[tuple[int, ...], list[str]] = {}
     for name, of_filters in scores.items():
         picks.setdefault(criteria.lowest(of_filters, count, blocks), []).append(name)

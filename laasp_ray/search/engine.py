@@ -1,7 +1,7 @@
 """The losses of many prunes of one network, image by image, on one device.
 
-A prune that can be masked (pruning/masking.py) is a branch of the network's program (search/program.py). Where a module
-normalises over the removed channels, or the network cannot be traced, a physically pruned copy sees the images.
+A prune that can be masked (pruning/masking.py) is a branch of the network's program (search/program.py). If a module
+normalises over the removed channels, or the network cannot be traced, a physically pruned copy is measured.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from laasp_ray.search.program import BranchPoint, CannotTrace, Program
 from laasp_ray.search.tracing import trace, verdict
 
 FREE_MEMORY_SHARE = 0.5
-"""How much of the memory that is free the values of a forward pass may take, unless `search.memory_mb` says otherwise;
-the rest is for what libraries take on the way, and for the weights of copies."""
+"""The share of free memory that the values of a forward pass may use, unless `search.memory_mb` is set. The rest is for
+libraries' temporary memory and for the weights of copies.
+"""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """`values` float32 (tasks, images), NaN in the rows of tasks that failed; `errors` says of those why."""
+    """`values` float32 (tasks, images) are NaN in the rows of failed tasks. `errors` has the reasons by task."""
 
     values: np.ndarray
     errors: Mapping[int, str]
@@ -40,8 +41,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an image costs a task, in multiply-accumulates: `shared` with others, up to where it branches off, and
-    `own` from there on. `copied`: why a pruned copy is measured, or empty."""
+    """The cost of an image for a task, in multiply-accumulates.
+
+    `shared` is the part before the branch point, which other tasks share. `own` is the part after it. `copied` is the
+    reason why a pruned copy is measured, or empty.
+    """
 
     shared: int
     own: int
@@ -49,10 +53,10 @@ class Cost:
 
 
 class BranchPoints:
-    """Where the prunes of a network branch off. `example` (B, ...) is any input.
+    """Finds where the prunes of a network branch off. `example` (B, ...) is any input.
 
-    `untraced` says why the network is not to be traced, or nothing: what was found once (tracing.verdict) holds for all
-    who are given work on the same network; None finds out.
+    `untraced` is the reason why the network is not traced, or empty. It is found once (tracing.verdict) and then passed
+    to all workers that get work on the same network. With None it is found here.
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor, untraced: str | None = None) -> None:
@@ -78,7 +82,9 @@ class BranchPoints:
         return self._known[layers]
 
     def cost(self, task: LossTask) -> Cost:
-        """Of a network that cannot be traced 1 multiply-accumulate: all cost the same there."""
+        """The cost of a task. In a network that cannot be traced every task costs 1, because only relative costs
+        matter.
+        """
         whole = 1 if self.program is None else self.program.macs
         if task.unpruned:
             return Cost(0, whole)
@@ -92,8 +98,8 @@ class BranchPoints:
 class Engine:
     """Measures prunes of `model`, which is in eval mode on the calibration set's device and is not changed.
 
-    `memory_bytes` bounds what the values of a forward pass take at a time (default: from the memory that is free).
-    Where memory runs out all the same, fewer images go at a time. `untraced` is as for Sites.
+    `memory_bytes` limits the memory of a forward pass's values (default: a share of the free memory). If memory runs
+    out all the same, fewer images are processed at a time. `untraced` is as for BranchPoints.
     """
 
     def __init__(
@@ -109,14 +115,14 @@ class Engine:
         example = calibration.at(np.arange(1))[0]
         self.branch_points = retried(lambda: BranchPoints(model, example, untraced), "the network, with one image,")
         self._program = self.branch_points.program
-        self._copy_bytes = 0  # what one image takes in the network itself; measured when a copy is first needed
+        self._copy_bytes = 0  # the bytes of one image in a forward pass; measured for the first copy
 
     @full_precision()
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
-        """Cross-entropies of `tasks` on the calibration set's images at `indices`, batches cut in their order.
+        """Cross-entropies of `tasks` on the calibration set's images at `indices`. Batches are cut in their order.
 
-        Raises MemoryShortError where memory runs out for a single image, UnmaskedError for a task that cannot be masked
-        and has no plan to cut by.
+        Raises MemoryShortError if memory runs out for a single image, UnmaskedError for a task that cannot be masked
+        and has no plan.
         """
         started = time.perf_counter()
         values = np.full((len(tasks), len(indices)), np.nan, np.float32)
@@ -163,7 +169,7 @@ class Engine:
                 for branch_point, positions in branches.items()
             }
             failed = self._run_chunk(program, tasks, masks, unchanged, images, labels, part, errors)
-            if failed:  # whose fault it was shows one by one
+            if failed:  # single masks show which task failed
                 singly = {branch_point: _cut(positions, 1) for branch_point, positions in failed.items()}
                 self._run_chunk(program, tasks, singly, (), images, labels, part, errors)
 
@@ -180,7 +186,7 @@ class Engine:
         values: np.ndarray,
         errors: dict[int, str],
     ) -> dict[BranchPoint, list[int]]:
-        """Fills `values` (tasks, images); gives the tasks of batches of several that failed, by branch point."""
+        """Fills `values` (tasks, images). Returns the tasks of failed batches of several masks, by branch point."""
         masks = {
             branch_point: [[_mask(tasks[p]) for p in batch] for batch in cut] for branch_point, cut in batches.items()
         }
@@ -200,10 +206,10 @@ class Engine:
     def _sizes(
         self, branch_points: Mapping[BranchPoint, Sequence[int]], images: int, *, whole: bool
     ) -> tuple[int, int]:
-        """How many images, and how many branches of one site, go through the network at a time.
+        """The number of images, and of branches of one branch point, that are processed at a time.
 
-        On a CPU branches go one by one: their batches are large enough, and sums stay in one order whatever shares
-        a task. Raises SearchError if a single image takes more than the memory there is.
+        On a CPU branches are processed one by one: their batches are large enough, and sums have the same order
+        whatever tasks are together. Raises SearchError if a single image needs more memory than there is.
         """
         program = self._program
         assert program is not None
@@ -232,7 +238,7 @@ class Engine:
             in_parts(len(indices), size, run)
         except (MemoryShortError, UnmaskedError):
             raise
-        except Exception as error:  # a network's own code may raise anything
+        except Exception as error:  # a network's own code may raise any error
             if task.unpruned:
                 raise
             errors[position] = describe_error(error)
@@ -245,7 +251,7 @@ class Engine:
         return self._images_at_a_time(self._copy_bytes, images)
 
     def _images_at_a_time(self, each: int, images: int) -> int:
-        """How many of `images` that take `each` bytes go through a network at a time."""
+        """The number of `images` that are processed at a time if each uses `each` bytes."""
         if each > self._memory:
             raise SearchError(
                 f"one image needs {each / 1e6:.1f} MB of memory, {self._memory / 1e6:.1f} MB may be used: "
@@ -255,7 +261,7 @@ class Engine:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a forward pass may take by default: on a CPU, whose memory all cores share, a core's part of it."""
+    """The bytes that a forward pass may use by default. On a CPU it is one core's part of the memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
     return int(psutil.virtual_memory().available * FREE_MEMORY_SHARE / (psutil.cpu_count() or 1))

@@ -24,8 +24,8 @@ NO_MASK = CannotMask("no mask is known")
 class CalibrationSet:
     """The images that losses are measured on: (n, C, H, W), any dtype, and labels (n,) int64.
 
-    `prepare` iterations a batch of them into what the network takes (uint8 pixels into normalised floats, say).
-    Pictures come in `memory_format`: channels last, if the network takes that, is 10 to 30% faster, on CPUs too.
+    `prepare` turns a batch of them into the network's input (uint8 pixels into normalised floats, for example). Images
+    are converted to `memory_format`. Channels last, if the network can run in it, is 10 to 30% faster, also on CPUs.
     """
 
     images: torch.Tensor
@@ -48,7 +48,7 @@ class CalibrationSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images at `indices` (n,) as the network takes them, and their labels."""
+        """The images at `indices` (n,) as input of the network, and their labels."""
         chosen = torch.as_tensor(indices, device=self.labels.device)
         images = self.images[chosen]
         images = images if self.prepare is None else self.prepare(images)
@@ -61,9 +61,9 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class LossTask:
-    """A prune whose loss is wanted; `name` is what an error says. An empty step asks for the network as it stands.
+    """A prune whose loss is to be measured. Errors call it `name`. With an empty step it is the current network.
 
-    `mask` does without cutting what `step` does, or says why there is none.
+    `mask` has the same effect as `step` without cutting, or is the reason why there is no mask.
     """
 
     name: str
@@ -77,14 +77,14 @@ class LossTask:
 
 
 def in_format(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """Pictures (n, C, H, W) in a memory format; anything else as it is."""
+    """Converts images (n, C, H, W) to a memory format. Other inputs are unchanged."""
     return images.contiguous(memory_format=memory_format) if images.ndim == 4 else images
 
 
 def ready(
     model: nn.Module, device: torch.device, memory_format: torch.memory_format = torch.channels_last
 ) -> nn.Module:
-    """`model` made ready for `measure`, in place: on `device`, in eval mode, weights of pictures in `memory_format`."""
+    """Prepares `model` for `measure`, in place: on `device`, in eval mode, weights of 4-D inputs in `memory_format`."""
     model = model.to(device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
@@ -94,9 +94,9 @@ def ready(
 
 @full_precision()
 def ready_with(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
-    """`model` made ready for `calibration`, both in the fastest memory format that the network runs in.
+    """Prepares `model` for `calibration`. Both get the fastest memory format that the network can run in.
 
-    `x.view(len(x), -1)` behind a convolution does not run channels last.
+    A network with `x.view(len(x), -1)` after a convolution cannot run channels last.
     """
     model = ready(model, calibration.labels.device, calibration.memory_format)
     try:
@@ -115,9 +115,9 @@ def _try(model: nn.Module, calibration: CalibrationSet) -> None:
 
 
 def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
-    """The network after a task's prune; tensors that it leaves alone are shared: inference does not write to them.
+    """The network after a task's prune. Unchanged tensors are shared, because inference does not write to them.
 
-    Raises UnmaskedError for a task that has a mask and nothing to cut: that would be the network as it stands.
+    Raises UnmaskedError for a task that has a mask but no plan; a copy would be the unpruned network.
     """
     if task.step.is_empty and not task.unpruned:
         raise UnmaskedError(f"{task.name} came without the plan to cut it by, and its mask cannot be used here")

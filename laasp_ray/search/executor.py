@@ -1,4 +1,4 @@
-"""Who measures the losses of an iteration: the protocol, and the executor that works in this process, unit by unit."""
+"""The protocol for measuring the losses of an iteration, and the executor that works in this process, unit by unit."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 class Executor(Protocol):
     def for_scoring(self, network: NetworkState) -> NetworkState:
-        """The network as an iteration scores it: `network` itself, or, with `search.reestimate_batchnorm`, with
-        BatchNorm statistics measured anew (search/batchnorm.py)."""
+        """The network that an iteration's candidates are scored on.
+
+        It is `network` itself, or with `search.reestimate_batchnorm` the network with BatchNorm statistics that are
+        measured again (search/batchnorm.py).
+        """
 
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        """The losses of `tasks` on `network`, in their order; the last task is the network as it stands.
+        """The losses of `tasks` on `network`, in their order. The last task is the current network.
 
-        `on_result` gets each when nothing more will be known of it, in any order; `on_share` of the share that is
-        done, where it is known. A task that fails has an `error`, and does not stop the others.
+        `on_result` is called with each loss when it is final, in any order. `on_share` is called with the share of the
+        work that is done, if it is known. A task that fails has an `error` and does not stop the others.
         """
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
-        """The scores of filters by a criterion that looks at data (search/activations.py says what is raised)."""
+        """The scores of filters by a criterion of data. Errors are those of search/activations.py."""
 
     def close(self) -> None: ...
 
 
 class _NoExecutor:
-    """In the place of an executor where a method measures no losses."""
+    """The executor of a method that measures no losses."""
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
         return network
@@ -62,7 +65,7 @@ NO_EXECUTOR = _NoExecutor()
 
 
 class InProcessExecutor:
-    """The serial executor; what every other executor's answer is compared with."""
+    """The serial executor. Its losses are the reference for every other executor."""
 
     def __init__(
         self, unpruned: nn.Module, calibration: CalibrationSet, device: torch.device, search: SearchConfig, seed: int
@@ -93,7 +96,7 @@ class InProcessExecutor:
 
 
 class SerialBackend:
-    """Units worked on in this process, in the order in which they were submitted."""
+    """Processes units in this process, in the order in which they were submitted."""
 
     slots = 1
 
@@ -113,7 +116,7 @@ class SerialBackend:
 
 
 def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
-    """`images`: how many the calibration set has."""
+    """The settings of a search on a calibration set of `images` images."""
     return Settings(
         images=images,
         batch_size=search.batch_size,

@@ -1,4 +1,4 @@
-"""Which operations give memory of their own, that nothing else looks at."""
+"""Operations whose result has its own memory, which nothing else reads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ACTIVATIONS = (
     functional.elu,
     functional.mish,
 )
-"""Functions whose result is memory of its own unless they are called with `inplace`."""
+"""Functions whose result has its own memory unless they are called with `inplace`."""
 
 
 def is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node that does not work in place gives memory of its own; False where that is not known."""
+    """Whether the result of a node that does not work in place has its own memory. False if that is not known."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         return isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)) or is_activation(module)
@@ -33,5 +33,5 @@ def is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether it is one of torch's activations that can work in place."""
+    """Whether a module is one of torch's activations that can work in place."""
     return type(module).__module__ == "torch.nn.modules.activation" and hasattr(module, "inplace")

@@ -1,6 +1,6 @@
-"""How much memory the tensors of a forward pass take at a time, found by watching one; and what is done without it.
+"""Measures the memory of the tensors of a forward pass, and handles a shortage of memory.
 
-That memory ran out says something of the device and of who shares it, never of a candidate.
+A shortage is caused by the device or by other programs on it, never by a candidate.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laasp_ray.errors import MemoryShortError, describe_error, is_out_of_memory
 
 ATTEMPTS = 3
-"""How often what does not fit into memory, and cannot be made smaller, is tried: others may let go of theirs."""
+"""The number of attempts for work that does not fit into memory and cannot be made smaller. Other programs may free
+memory meanwhile.
+"""
 REMEDY = "lower search.memory_mb or search.batch_size"
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by `run` take at a time; those that were there before do not count."""
+    """The most bytes that tensors made by `run` use at one time. Tensors that existed before do not count."""
     with _Watch() as watch:
         run()
     return watch.most
 
 
 def let_go() -> None:
-    """Gives back what is held but not used. The error whose frames hold tensors must be gone by then."""
+    """Frees memory that is held but not used. An error whose frames hold tensors must be deleted before."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def in_parts(total: int, size: int, run: Callable[[int, int, float], None]) -> None:
-    """`run(start, stop, share)` for parts of `size` of 0..total; smaller ones from where memory ran out.
+    """Calls `run(start, stop, share)` for parts of `size` of 0..total. After memory ran out the parts are smaller.
 
-    `share` is how much of what goes together otherwise may: 1 until memory runs out, then ever less.
-    Raises MemoryShortError where it runs out for a single one, several times.
+    `share` is the factor for the number of masks that run together: 1 until memory runs out, then smaller each time.
+    Raises MemoryShortError if memory runs out for a single image several times.
     """
     start, share, short = 0, 1.0, 0
     while start < total:
@@ -58,7 +60,9 @@ def in_parts(total: int, size: int, run: Callable[[int, int, float], None]) -> N
 
 
 def retried(run: Callable[[], Any], what: str, remedy: str = REMEDY) -> Any:
-    """What `run` gives, tried again where memory runs out; MemoryShortError, naming `what`, if it always does."""
+    """The result of `run`, which is repeated if memory runs out. Raises MemoryShortError, naming `what`, if it always
+    does.
+    """
     given: list[Any] = []
     for _ in range(ATTEMPTS):
         shortage = _attempt(lambda: given.append(run()))
@@ -69,7 +73,9 @@ def retried(run: Callable[[], Any], what: str, remedy: str = REMEDY) -> Any:
 
 
 def _attempt(run: Callable[[], Any]) -> str:
-    """What the allocator said, if memory ran out. Nothing of the error is kept, whose frames hold tensors."""
+    """The allocator's message if memory ran out, else empty. The error itself is dropped, because its frames hold
+    tensors.
+    """
     try:
         run()
     except Exception as error:
@@ -98,7 +104,7 @@ class _Watch(TorchDispatchMode):
         result = function(*arguments, **(keywords or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given | self._live:  # neither a view nor changed in place
+            if storage._cdata not in given | self._live:  # neither a view nor an in-place result
                 self._live.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())

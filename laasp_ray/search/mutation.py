@@ -1,7 +1,7 @@
-"""What works in place, made to leave its inputs alone: in a program, values are shared by branches.
+"""Removes in-place operations from a traced network, because branches of a program share values.
 
-Who reads a value after it was changed in place reads what it was changed to. That is said in the graph, where the value
-itself is read; where it is looked at through a view, the graph is not used.
+A node that reads a value after it was changed in place must read the changed value. The graph expresses this if the
+value itself is read. If the value is read through a view, the graph is not used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OUT_OF_PLACE = {
 
 
 class InPlaceProxy(fx.Proxy):
-    """A value of a traced network for which `x += 1` is what it is for a tensor, and not `x = x + 1`."""
+    """A value of a traced network for which `x += 1` works in place, as for a tensor, and is not `x = x + 1`."""
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -41,7 +41,9 @@ for _name in _OPERATORS:
 
 @dataclass(frozen=True)
 class _Write:
-    """`node` changed its first argument in place. With `maybe`, only if that is a tensor: numbers do not change."""
+    """`node` changed its first argument in place. With `maybe` it did so only if that is a tensor, because numbers do
+    not change.
+    """
 
     node: fx.Node
     name: str
@@ -59,7 +61,7 @@ def without_mutation(
 ) -> CannotTrace | None:
     """Makes operations leave their inputs alone, with the same results; or says which cannot.
 
-    `in_place` are the modules of `network` that worked in place and do not any more.
+    `in_place` are the modules of `network` that worked in place and were changed not to.
     """
     writes: list[_Write] = []
     for node in graph.nodes:
@@ -126,7 +128,7 @@ def _read_again(
 
 
 def _values(graph: fx.Graph, network: nn.Module, example: torch.Tensor) -> Mapping[fx.Node, Any]:
-    """What every operation gives for `example`, all kept."""
+    """The result of every operation for `example`; all are kept."""
     interpreter = fx.Interpreter(network, garbage_collect_values=False, graph=graph)
     interpreter.run(example)
     return interpreter.env

@@ -1,5 +1,7 @@
-"""The choice: least loss wins; ties go to the earlier layer, then to the pool's order. A loss that is not finite never
-wins."""
+"""The choice: the lowest loss wins. Ties go to the earlier layer, then to the pool's order.
+
+A loss that is not finite never wins.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from laasp_ray.records import CandidateLoss, Decision, Ranking
 
 
 def choose(ranking: Ranking) -> CandidateLoss:
-    """Raises SearchError if not one loss is finite."""
+    """The best candidate. Raises SearchError if no loss is finite."""
     if not ranking or not math.isfinite(ranking[0].loss):
         failed = next((entry for entry in ranking if entry.error), None)
         if failed is not None:
@@ -23,7 +25,9 @@ def choose(ranking: Ranking) -> CandidateLoss:
 
 
 def decide(ranking: Ranking, *, iteration: int, loss_before: float) -> Decision:
-    """`iteration` counts from 1; `loss_before` is the network's loss on the calibration set before the prune."""
+    """The decision of iteration `iteration` (from 1). `loss_before` is the network's loss on the calibration set before
+    the prune.
+    """
     best = choose(ranking)
     return Decision(
         iteration=iteration,

@@ -1,4 +1,4 @@
-"""Float32 means float32 where losses are compared, on every device."""
+"""Full float32 precision on every device, where losses are compared."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products of float32 in float32, always by the same algorithm; put back afterwards.
+    """Computes convolutions and matrix products of float32 in float32, always by the same algorithm. Restores the
+    settings.
 
-    GPUs otherwise round to TF32 (10 bits of mantissa), by which equal prunes, cut and masked, differ as much as
-    candidates do. The settings are the process's, which trainers may share.
+    GPUs otherwise round to TF32 (10 bits of mantissa). The error is then as large as the difference between candidates,
+    even between the masked and the cut form of one prune. The settings belong to the process, which trainers may share.
     """
     backends: Any = torch.backends
     rounded = (

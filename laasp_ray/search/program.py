@@ -1,7 +1,7 @@
 """A network as a list of operations, so that it can be run once for many prunes.
 
-A prune changes nothing before the first layer that reads a removed channel. So the network is run once; each prune
-branches off from its values and goes through the operations that it changes, and no others.
+A prune changes nothing before the first layer that reads a removed channel. So the network is run once. Each prune
+branches off from its values and repeats only the operations that it changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CannotTrace:
 
 @dataclass(frozen=True)
 class Value:
-    """In an operation's arguments: what the operation at this position gave."""
+    """A placeholder in an operation's arguments for the result of the operation at this position."""
 
     position: int
 
@@ -35,8 +35,8 @@ class Value:
 class Operation:
     """One step of the forward pass. Position 0 is the input.
 
-    `fresh`: the result is memory of its own, which nothing else looks at. `overwrite`, if there is one, does the same
-    into the memory of the value `overwritten`, which no other operation reads.
+    `fresh`: the result has its own memory, which nothing else reads. `overwrite`, if not None, computes the same into
+    the memory of the value `overwritten`, which no other operation reads.
     """
 
     run: Callable[..., Any]
@@ -53,11 +53,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class BranchPoint:
-    """Where prunes that reach the same layers branch off.
+    """The point where prunes that reach the same layers branch off.
 
-    `affected`: positions of the operations that they change, rising, of which `changed` are the layers made masked and
-    `heads` those among them that still read unchanged values. `reads`: the unchanged values needed; the last of them is
-    there after `ready`. `macs` are those of the affected operations, for one image.
+    `affected` are the rising positions of the operations that they change. `changed` are those of the masked layers,
+    and `heads` are the masked layers that still read unchanged values. `reads` are the unchanged values that are
+    needed; all of them exist after position `ready`. `macs` are those of the affected operations, for one image.
     """
 
     layers: frozenset[str]
@@ -73,16 +73,16 @@ Outcome = torch.Tensor | Exception
 
 
 class Program:
-    """The operations of a network, with BatchNorms folded into the convolutions before them. Made by tracing.py.
+    """The operations of a network, with BatchNorms folded into the convolutions before them. tracing.py makes it.
 
-    It shares the memory of the network's parameters: a change to them makes it worthless.
+    It shares the memory of the network's parameters, and is invalid after a change to them.
     """
 
     def __init__(self, operations: Sequence[Operation], modules: Mapping[str, nn.Module], sized: bool) -> None:
-        """`sized`: some operation reads sizes, so that a batch must have as many rows as there are images."""
+        """`sized`: an operation reads sizes, so a batch must have exactly one row per image."""
         self._operations, self._modules, self.sized = tuple(operations), modules, sized
         self._last_reader = list(range(len(operations)))
-        self._constants: set[int] = set()  # made of parameters and buffers only, the same whatever the images
+        self._constants: set[int] = set()  # computed from parameters and buffers only, so equal for all images
         for position, operation in enumerate(operations):
             for read in operation.reads:
                 self._last_reader[read] = position
@@ -106,7 +106,7 @@ class Program:
             if not affected.isdisjoint(operation.reads):
                 affected.add(position)
         heads = frozenset(p for p in changed if affected.isdisjoint(self._operations[p].reads))
-        # A head starts from the unchanged output of its own layer as well.
+        # A head also uses the unchanged output of its own layer.
         reads = heads | {read for p in affected for read in self._operations[p].reads if read not in affected}
         return BranchPoint(
             layers=frozenset(layers),
@@ -128,9 +128,9 @@ class Program:
     ) -> Iterator[tuple[BranchPoint | None, int, Outcome]]:
         """The outputs for `images` of every branch and, if `whole`, of the unchanged network.
 
-        `branches` has for each site the batches of masks to be run together. Gives (site, which of its batches, the
-        outputs (masks * n, ...), mask by mask, or what was raised instead); (None, 0, outputs) for the unchanged one.
-        That memory ran out is raised.
+        `branches` has for each branch point the batches of masks that run together. Yields (branch point, number of the
+        batch, outcome). The outcome is the outputs (masks * n, ...), mask by mask, or the error that was raised. The
+        unchanged network yields (None, 0, outputs). An error that memory ran out is raised.
         """
         waiting: dict[int, list[BranchPoint]] = {}
         for branch_point in branches:
@@ -152,7 +152,7 @@ class Program:
             yield None, 0, values[last]
 
     def peak_bytes(self, branch_points: Collection[BranchPoint], *, whole: bool) -> tuple[int, int]:
-        """The most memory that values take at a time, for one image: (unchanged network, one mask of one branch)."""
+        """The most memory that values use at one time, for one image: (unchanged network, one mask of one branch)."""
         last = (
             len(self._operations) - 1
             if whole
@@ -167,14 +167,15 @@ class Program:
         return most, max((self._branch_bytes(branch_point) for branch_point in branch_points), default=0)
 
     def _branch_bytes(self, branch_point: BranchPoint) -> int:
-        """As above, for a branch; unchanged values that are read are repeated for every mask."""
+        """The most memory of a branch, for one image and mask. Unchanged values that it reads are repeated for every
+        mask.
+        """
         frees, live, most = self._branch_frees(branch_point), 0, 0
         for position in branch_point.affected:
             operation = self._operations[position]
             aside = sum(self._operations[read].bytes for read in operation.reads if read in branch_point.reads)
-            if (
-                position in branch_point.changed
-            ):  # inputs with zeros in them, and masks' outputs before they are put together
+            # A masked layer needs its masked inputs, and each mask's output before they are concatenated.
+            if position in branch_point.changed:
                 aside = operation.bytes + sum(self._operations[read].bytes for read in operation.reads)
             live += operation.bytes
             most = max(most, live + aside)
@@ -182,7 +183,7 @@ class Program:
         return most
 
     def _frees(self, branch_points: Collection[BranchPoint], last: int) -> dict[int, list[int]]:
-        """Position -> the values that nobody needs once it is done."""
+        """Position -> the values that are not needed after it."""
         until = [min(reader, last) for reader in self._last_reader[: last + 1]]
         for branch_point in branch_points:
             for read in branch_point.reads:
@@ -202,10 +203,10 @@ class Program:
     def _attempt(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> Outcome:
         try:
             return self._branch(branch_point, masks, unchanged)
-        except Exception as error:  # a network's own code may raise anything; it is the candidate's error, not ours
+        except Exception as error:  # the network's own code may raise any error; it is the candidate's error
             if is_out_of_memory(error):
                 raise
-            return error.with_traceback(None)  # whose frames hold the branch's values
+            return error.with_traceback(None)  # the traceback's frames hold the branch's values
 
     def _branch(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
         frees = self._branch_frees(branch_point)
@@ -236,7 +237,9 @@ class Program:
     def _deaf(
         self, layer: str, masks: Sequence[Mask], inputs: torch.Tensor, output: torch.Tensor | None
     ) -> torch.Tensor:
-        """A layer's outputs, mask by mask; `output`, the unchanged one, is given where all read the same `inputs`."""
+        """A layer's outputs, mask by mask. `output` is the unchanged one; it is given if all masks read the same
+        `inputs`.
+        """
         module, channels = self._modules[layer], [mask[layer] for mask in masks]
         if output is not None:
             parts = [run_deaf_from(module, inputs, output, gone) for gone in channels]

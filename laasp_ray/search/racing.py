@@ -1,11 +1,11 @@
-"""Racing: candidates are compared on a growing common sample, and those that are worse with confidence drop out.
+"""Racing: candidates are compared on a growing common sample, and those that are worse with confidence are dropped.
 
-The differences between candidates sit on few, hard images. The images are therefore stratified by the unpruned
-network's own loss on each, and the hard strata, which are small, are sampled most; soon all of a hard stratum is known
-and adds no error. Two candidates are compared by their paired differences, image by image, with a normal bound at the
-variance of a stratified mean without replacement (Cochran, Sampling Techniques, 1977, 5.3). One candidate is truly
-best; it is wrongly dropped only if at some round some other one seems better by more than the bound, so that the error
-is shared equally over all candidates and rounds. At the last round all images are known, and nothing is left to chance.
+The candidates differ most on a few hard images. So the images are stratified by the unpruned network's own loss on
+each, and the hard strata, which are small, are sampled most. Soon all images of a hard stratum are used, and it adds no
+error. Two candidates are compared by their paired differences, image by image. The bound is normal, with the variance
+of a stratified mean without replacement (Cochran, Sampling Techniques, 1977, 5.3). The best candidate is wrongly
+dropped only if in some round another candidate seems better by more than the bound. So the error is divided equally
+between all candidates and rounds. In the last round all images are used, and no error is left.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ STRATA = 8
 FIRST_LOOK = 192
 GROWTH = 1.3
 LEAST_WEIGHT = 0.005
-"""A stratum's share of the sample goes by its images' weights, 1 - exp(-loss), the chance that the network gives to
-wrong classes; for easy images at least this."""
+"""A stratum's share of the sample depends on its images' weights. A weight is 1 - exp(-loss), the probability that the
+network gives to wrong classes, but at least this value.
+"""
 LEAST_IMAGES = 4
-"""The first round has at least so many of every stratum: one image shows no variance."""
+"""The smallest number of images of a stratum in the first round: one image shows no variance."""
 PRIOR_IMAGES = 8
-"""The variance of a candidate's differences in a stratum is pooled with that of all candidates as if so many images
-had shown it."""
+"""The variance of a candidate's differences in a stratum is pooled with that of all candidates, weighted as this number
+of images.
+"""
 UNSEEN = 0.02
-"""Rare, great differences hide among the many easy images, where a small sample that saw none must not pass for
-certainty: to each stratum's sum of squares is added this part of the greatest square that the pair has shown."""
+"""Among many easy images a small sample may miss rare, large differences and must not look certain. So this share of
+the pair's largest square is added to each stratum's sum of squares.
+"""
 
 
 def strata_of(base: np.ndarray) -> list[np.ndarray]:
-    """The positions of images, easiest first, in strata of equal total weight; `base` (n,) are their losses."""
+    """The positions of images in strata of equal total weight, easiest first. `base` (n,) are the images' losses."""
     weights = np.maximum(-np.expm1(-np.nan_to_num(base, nan=np.inf)), LEAST_WEIGHT)
     order = np.argsort(np.nan_to_num(base, nan=np.inf), kind="stable")
     reached = np.cumsum(weights[order])
-    middles = reached - weights[order] / 2  # an image belongs where the middle of its weight lies
+    middles = reached - weights[order] / 2  # an image belongs to the stratum of its weight's middle
     bounds = np.searchsorted(middles, reached[-1] * np.arange(1, STRATA) / STRATA)
     return [part for part in np.split(order, bounds) if len(part)]
 
 
 class Race:
-    """The state of a race between `candidates` candidates, for images whose losses without a prune are `base` (n,).
+    """The state of a race between `candidates` candidates. `base` (n,) are the images' losses without a prune.
 
-    `samples[t]` are the images (positions) that round t adds to those before it; all of it follows from `base` and
-    `seed`, so that nothing depends on who measures when. `error` is the chance that the best candidate on all images is
+    `samples[t]` are the positions of the images that round t adds. All samples depend only on `base` and `seed`, so the
+    order of the measurements does not matter. `error` is the probability that the best candidate on all images is
     dropped.
     """
 
@@ -78,7 +81,7 @@ class Race:
         return len(self.survivors) <= 1 or self.rounds == len(self.samples)
 
     def finish_round(self, losses: np.ndarray) -> list[int]:
-        """Takes in the survivors' losses (survivors, images of the next sample) and drops some of them, which it gives.
+        """Adds the survivors' losses (survivors, images of the next sample). Drops some survivors and returns them.
 
         A candidate with a loss that is not finite is dropped at once.
         """
@@ -118,15 +121,18 @@ class Race:
         return stays
 
     def _means(self, losses: np.ndarray) -> np.ndarray:
-        """Stratified means of rows, equal to the last bit for equal rows, as those of a matrix product are not."""
+        """Stratified means of rows. Equal rows have equal means to the last bit, which a matrix product does not
+        ensure.
+        """
         means = [losses[:, self._stratum == stratum].mean(1) for stratum in range(len(self._sizes))]
         return np.asarray((self._shares[:, None] * np.stack(means)).sum(0))
 
 
 def _fill(sizes: np.ndarray, taken: np.ndarray, total: int) -> np.ndarray:
-    """How many of each stratum a round has that knows `total` or a few more, after one that knew `taken`.
+    """The number of images of each stratum in a round with `total` or a few more. `taken` is that of the round before.
 
-    Images are shared by the square roots of the strata's sizes, what one cannot give going to the others.
+    Images are divided in proportion to the square roots of the strata's sizes. A stratum that is used up leaves its
+    part to the others.
     """
     counts = np.maximum(taken, np.minimum(sizes, LEAST_IMAGES))
     total = min(total, int(sizes.sum()))

@@ -1,5 +1,6 @@
-"""The search: candidates, their losses, the choice. `rank` does one iteration of it on any network, without a
-cluster."""
+"""The search: candidates, their losses and the choice. `rank` carries out one iteration on any network without a
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -52,19 +53,20 @@ def rank(
     pooling: str = "max",
     seed: int = 0,
 ) -> Ranking:
-    """Every prune that one iteration of LAASP could make on `model`, with its loss, least loss first.
+    """Every prune that one iteration of LAASP could make on `model`, with its loss, lowest loss first.
 
-    `images` (n, C, H, W) are what the network takes, or what `prepare` iterations into it batch by batch; `labels` (n,)
-    are class indices; both on the model's device. `reference` is the unpruned network that step sizes, limits and FLOPs
-    reductions are against (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.loss`, the mean
-    cross-entropy over all images, and `.flops_reduction` after its prune. One that failed has an `.error` and comes
-    last. `model` is left as it was.
+    `images` (n, C, H, W) are inputs of the network, or `prepare` turns each batch of them into inputs. `labels` (n,)
+    are class indices. Both are on the model's device. `reference` is the unpruned network for step sizes, limits and
+    FLOPs reductions (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.flops_reduction`
+    after its prune, and `.loss`, the mean cross-entropy over all images. An entry that failed has an `.error` and comes
+    last. `model` is not changed.
 
-    With `racing`, candidates that are worse with confidence see few images: `.loss` is estimated from `.images` of
-    them, and `.dropped_at` is the round at which a candidate fell, None for the choice and its last rivals, which come
-    first. The choice is that of the exhaustive losses but for a chance of `racing_error`; `seed` draws the samples.
-    Criteria of data take of `components` and `pooling` what they know: pls fits so many to outputs so pooled.
-    Values in a forward pass take at most `memory_mb` (0: a share of the memory that is free).
+    With `racing`, candidates that are worse with confidence see few images. Their `.loss` is an estimate from `.images`
+    images, and `.dropped_at` is the round that dropped them. `.dropped_at` is None for the choice and its last rivals,
+    which come first. With a probability of at least 1 - `racing_error` the choice is the same as without racing. `seed`
+    draws the samples. Criteria of data get `components` and `pooling` if they accept them: pls fits that many
+    components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a share of the free
+    memory).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not
@@ -86,7 +88,7 @@ def rank(
         check_suitable(network)
     calibration = CalibrationSet(*checked_data(images, labels), batch_size, prepare)
     check_statistics(model)
-    with random_state_kept():  # which a network may draw from
+    with random_state_kept():  # a network may draw from the global generators
         return _rank(deep_copy(model), calibration, config, search, reference, seed)
 
 
@@ -98,7 +100,7 @@ def _rank(
     reference: nn.Module | None,
     seed: int,
 ) -> Ranking:
-    """`model` is a copy, which this may change."""
+    """As `rank`, for a copy of the model that may be changed."""
     model, calibration = taken_by(model, calibration)
     example = calibration.at(np.arange(1))[0]
 

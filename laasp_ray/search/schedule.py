@@ -1,9 +1,9 @@
-"""One iteration's measurements, whoever carries them out: exhaustive, or as a race.
+"""Schedules one iteration's measurements: all candidates on all images, or a race.
 
-Work is cut into units, some candidates on some images, small enough that nobody idles at the end and large enough that
-the network is not run anew for every few candidates. A race goes round by round; while the last units of a round are
-under way, idle workers begin with the next round for those that are still in it. What is chosen depends on complete
-rounds only, and so not on the number of workers.
+Work is cut into units: some candidates on some images. Units are so small that no worker is idle at the end, and so
+large that the shared part of the network does not run again for every few candidates. A race proceeds in rounds. While
+the last units of a round run, idle workers begin the next round with the candidates that are still in the race. The
+choice depends only on complete rounds, so it does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ OnResult = Callable[[int, MeasuredLoss], None]
 OnShare = Callable[[float], None]
 
 UNITS_PER_SLOT = 4
-"""At most so many units for each worker at a time: the last to end is then late by a small part of the whole."""
+"""The largest number of units per worker at one time. The last unit to end is then late by a small part of the
+whole.
+"""
 LAST_UNIT = 0.1
-"""Workers are not equally fast, nor units equally dear: by so much of a unit the last worker is expected to be late."""
+"""The expected delay of the last worker, in units. Workers differ in speed, and units in cost."""
 HAND_OUT_SECONDS = 0.003
-"""What handing out a unit costs on a cluster (bench/fanout.py); units are handed out one after the other."""
+"""The seconds to hand out one unit on a cluster (bench/fanout.py). Units are handed out one after the other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +42,25 @@ class Unit:
 
 
 class WorkBackend(Protocol):
-    """Who measures units: this process, or a cluster."""
+    """Measures units, in this process or on a cluster."""
 
     @property
     def slots(self) -> int:
-        """How many units are worked on at a time."""
+        """The number of units that are processed at the same time."""
 
     def cost(self, task: int) -> Cost: ...
 
     def submit(self, unit: Unit) -> None: ...
 
     def collect(self) -> tuple[Unit, Losses]:
-        """Waits for one of the submitted units."""
+        """Waits until one of the submitted units is done."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`racing` False measures all candidates on all images. `candidates_per_task` 0 sizes units by their cost."""
+    """`racing` False measures all candidates on all images. With `candidates_per_task` 0 units are sized by
+    their cost.
+    """
 
     images: int
     batch_size: int
@@ -69,10 +73,10 @@ class Settings:
 def measure(
     backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult, on_share: OnShare = lambda share: None
 ) -> list[MeasuredLoss]:
-    """The losses of tasks 0..tasks-2, the candidates, and of the last one, the network as it stands.
+    """The losses of the candidates (tasks 0..tasks-2) and of the current network (the last task).
 
-    `on_result` gets each when nothing more will be known of it, `on_share` of the share of an exhaustive iteration
-    that is done. A candidate that failed has loss NaN and says why.
+    `on_result` is called with each loss when it is final. `on_share` is called with the share that is done, if there is
+    no race. A candidate that failed has loss NaN and an error.
     """
     work = _Work(backend, tasks, settings, on_result)
     if settings.racing and tasks > 2:
@@ -85,16 +89,16 @@ def measure(
 def cut(
     costs: Sequence[Cost], tasks: Sequence[int], images: np.ndarray, settings: Settings, slots: int, speed: float
 ) -> list[Unit]:
-    """Units for `tasks` (positions into `costs`) on `images`, dearest first.
+    """Units for `tasks` (positions into `costs`) on `images`, most expensive first.
 
-    Images are cut into batches, and candidates into as many groups as are expected to be done soonest, those that
-    branch off at about the same depth staying together: every group runs the part that its candidates share anew.
-    `speed` is in multiply-accumulates a second, 0 if not known.
+    Images are cut into batches. Candidates are cut into the number of groups with the shortest expected time.
+    Candidates that branch off at about the same depth stay together, because every group repeats the part that its
+    candidates share. `speed` is in multiply-accumulates a second; 0 if not known.
     """
     pieces = np.array_split(images, math.ceil(len(images) / settings.batch_size))
     shared = max(costs[task].shared for task in tasks)
     own = sum(costs[task].own for task in tasks)
-    hand_out = HAND_OUT_SECONDS * speed * len(pieces) / len(images)  # in the costs of an image
+    hand_out = HAND_OUT_SECONDS * speed * len(pieces) / len(images)  # in units of one image's cost
 
     def end_with(groups: int) -> float:
         units, unit = len(pieces) * groups, shared + own / groups
@@ -102,7 +106,7 @@ def cut(
         return max(begun + math.ceil(units / slots) * unit, units * hand_out + unit) + LAST_UNIT * unit
 
     most = min(len(tasks), math.ceil(slots * UNITS_PER_SLOT / len(pieces)))
-    # A single worker is never idle, and every cut costs it the shared part once more.
+    # A single worker is never idle, and every cut makes it repeat the shared part.
     groups = min(range(1, most + 1), key=end_with) if slots > 1 else 1
     if settings.candidates_per_task:
         groups = max(groups, math.ceil(len(tasks) / settings.candidates_per_task))
@@ -112,7 +116,7 @@ def cut(
 
 
 def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int) -> list[list[int]]:
-    """Tasks in as many groups of about equal cost, by the depth at which they branch off, at most `most` in each."""
+    """Tasks in groups of about equal cost, ordered by the depth at which they branch off, at most `most` in each."""
     ordered = sorted(tasks, key=lambda task: (costs[task].shared, task))
     share = sum(costs[task].own for task in ordered) / groups
     parts: list[list[int]] = []
@@ -126,7 +130,7 @@ def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int)
 
 
 class _Work:
-    """What is known so far: `values` (tasks, images), NaN where nothing is."""
+    """The results so far. `values` (tasks, images) are NaN where nothing is measured."""
 
     def __init__(self, backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult) -> None:
         self._backend, self._settings, self._on_result = backend, settings, on_result
@@ -161,8 +165,7 @@ class _Work:
         return unit
 
     def finish(self, task: int, loss: float, images: int, dropped_at: int | None = None) -> None:
-        # What failed on images that the race turned out not to need does not count: other workers would not have seen
-        # it.
+        # An error on images that the race did not need does not count, because other workers would not have seen it.
         error = "" if math.isfinite(loss) else self.errors.get(task, "")
         seconds, copied = float(self._seconds[task]), self.costs[task].copied
         self.results[task] = MeasuredLoss(loss, images, seconds, dropped_at, error, copied)
@@ -190,7 +193,7 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
     base = work.values[unchanged]
     work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
     race = Race(base, candidates, error=settings.racing_error, seed=settings.seed)
-    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # images to come: (round, candidate)
+    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # missing images: (round, candidate)
     asked = np.zeros(left.shape, bool)
     round_of = np.empty(settings.images, int)
     for round_number, sample in enumerate(race.samples):
@@ -214,10 +217,10 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
             work.finish(task, float(race.estimates[task]), int(race.images[task]), race.rounds)
     for task in race.survivors:
         work.finish(task, float(race.estimates[task]), int(race.images[task]))
-    while work.under_way:  # what was begun for a round that is not needed any more
+    while work.under_way:  # units of a round that is no longer needed
         work.collect()
 
 
 def _likeliest_first(race: Race) -> list[int]:
-    """The candidates of this round, those first that will most likely be in the next one."""
+    """The candidates of this round. Those that will most likely be in the next round come first."""
     return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))

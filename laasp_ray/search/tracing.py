@@ -1,4 +1,6 @@
-"""From a network to its program (program.py): traced, rid of what works in place, BatchNorms folded, and checked."""
+"""Makes a network's program (program.py): the network is traced, in-place operations are removed, BatchNorms are
+folded. The program is checked against the network.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,27 @@ from laasp_ray.search.precision import full_precision
 from laasp_ray.search.program import CannotTrace, Operation, Program, Value
 
 _TOLERANCE = 1e-4
-"""Greatest difference between a program's output and the network's, relative to the greatest output: in float32 far
-above rounding."""
+"""Largest allowed difference between a program's output and the network's, relative to the largest output. It is far
+above float32's rounding.
+"""
 _NOISE_IMAGES = 3
-"""What a first image does not show, such as a blank one, these do."""
+"""The number of noise images. They show differences that the first image may hide, for example a blank one."""
 
 
 @full_precision()
 @torch.inference_mode()
 def verdict(model: nn.Module, example: torch.Tensor) -> str:
-    """Why a network in eval mode is not to be traced, or nothing: found on the CPU, in float32, whatever the device.
+    """The reason why a network in eval mode is not traced, or empty. It is found on the CPU in float32 on every device.
 
-    Its program must give what it gives, for `example` (B, ...) and for noise. A network whose forward pass depends on
-    its input's values has none, nor has one that gives more than one tensor, or something else every time.
+    The program must give the network's outputs for `example` (B, ...) and for noise. There is no program for a network
+    whose forward pass depends on its input's values, that returns more than one tensor, or that is not deterministic.
     """
     network, first = model, example
     if example.device.type != "cpu":
         try:
             network, first = clone_sharing_parameters(model).cpu(), example.cpu()
             network(first)
-        except Exception:  # code that is tied to its device is checked there
+        except Exception:  # code that needs its device is checked there
             network, first = model, example
     images, wanted = _outputs(network, first)
     program = trace(network, first)
@@ -91,20 +94,22 @@ def _program_of(
 
 
 def _outputs(model: nn.Module, example: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """`example`, with noise where the network takes that, and what the network gives for it; raises what it raises."""
+    """`example`, with noise images added if the network accepts them, and the network's output. Raises the network's
+    errors.
+    """
     if example.is_floating_point():
         noise = torch.randn(_NOISE_IMAGES, *example.shape[1:], generator=torch.Generator().manual_seed(0))
         images = torch.cat([example, noise.to(example)]).contiguous(memory_format=_format_of(example))
         try:
             return images, model(images.clone())
-        except Exception as error:  # a network may refuse what is no image
+        except Exception as error:  # a network may refuse noise
             if is_out_of_memory(error):
                 raise
     return example, model(example.clone())
 
 
 def _fault(model: nn.Module, program: Program, images: torch.Tensor, wanted: Any) -> str:
-    """How the program's outputs differ from `wanted`, the network's, or nothing."""
+    """Describes how the program's outputs differ from the network's, `wanted`. Empty if they do not."""
     if not _same(model(images.clone()), wanted):
         return "it is not deterministic in eval mode: the same images give something else every time"
     try:
@@ -117,7 +122,9 @@ def _fault(model: nn.Module, program: Program, images: torch.Tensor, wanted: Any
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """But for rounding. What is not finite must be the same: the losses of such a network show it."""
+    """Whether two outputs are equal up to rounding. Values that are not finite must be the same, as losses show
+    them.
+    """
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor) or found.shape != wanted.shape:
         return False
     scale = float(wanted.nan_to_num(0, 0, 0).abs().max())
@@ -131,7 +138,7 @@ def _format_of(tensor: torch.Tensor) -> torch.memory_format:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Layers stay whole, also those that a network derives from torch's."""
+        """Whether a module is traced as one operation: also layers that a network derives from torch's."""
         return isinstance(module, WEIGHTED) or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -139,7 +146,9 @@ class _Tracer(fx.Tracer):
 
 
 def _fold(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """The network's modules by name, each BatchNorm that follows a convolution folded into it and out of the graph."""
+    """The network's modules by name. Each BatchNorm after a convolution is folded into it and removed from the
+    graph.
+    """
     modules = dict(network.named_modules())
     calls: dict[str, int] = {}
     for node in graph.nodes:
@@ -196,7 +205,7 @@ def _measured(
 ) -> Program | CannotTrace:
     """The program, with what each operation costs on an image and which may overwrite what.
 
-    Or the layer that changes its input in place, which only one with code of its own can do.
+    Returns a reason if a layer changes its input in place, which only a layer with code of its own can do.
     """
     plain = Program(operations, modules, sized=True)
     values: list[Any] = [example]
@@ -212,7 +221,7 @@ def _measured(
         values.append(value)
         per_output = module.get_parameter("weight")[0].numel() if isinstance(module, WEIGHTED) else 0
         macs = value.numel() // images * per_output if per_output else 0
-        size = _bytes(value) // images if operation.reads else 0  # parameters take no memory of their own
+        size = _bytes(value) // images if operation.reads else 0  # parameters need no memory of their own
         measured.append(replace(operation, macs=macs, bytes=size))
         over = [
             read
@@ -238,7 +247,9 @@ def _bytes(value: Any) -> int:
 def _overwriting(
     node: fx.Node, operation: Operation, read: int, modules: Mapping[str, nn.Module]
 ) -> Callable[..., Any] | None:
-    """The operation done into the memory of one of its arguments, where there is such a form of it."""
+    """The in-place form of an operation, which writes into the memory of one of its arguments. None if there is
+    none.
+    """
     module = modules.get(operation.module)
     if module is not None and is_activation(module):
         in_place = copy.copy(module)

@@ -1,4 +1,4 @@
-"""Addresses of storage (s3://, gs://, ...) without the credentials that they may carry."""
+"""Removes credentials from storage addresses (s3://, gs://, ...)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECRET = re.compile(r"secret|token|password|credential|signature|key|^sig$", re
 
 
 def public(address: str) -> str:
-    """`address` without its user, its password and its secret options; a local path as it is."""
+    """`address` without its user, password and secret options. A local path is unchanged."""
     scheme, mark, rest = address.partition("://")
     if not mark:
         return address
@@ -24,7 +24,7 @@ def public(address: str) -> str:
 
 
 def public_text(text: str, *addresses: str) -> str:
-    """`text` with every address in it made public, and the secrets of `addresses` blotted out wherever they stand."""
+    """`text` with every address in it made public, and every secret of `addresses` in it replaced."""
     for address in addresses:
         text = text.replace(address, public(address))
         for secret in _secrets(address):
@@ -33,7 +33,7 @@ def public_text(text: str, *addresses: str) -> str:
 
 
 def public_data(value: Any) -> Any:
-    """Plain data (mappings, lists, strings) with every address in it made public: what may be stored or shown."""
+    """Plain data (mappings, lists, strings) with every address made public, so that it may be stored or shown."""
     if isinstance(value, Mapping):
         return {key: public_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,17 +42,17 @@ def public_data(value: Any) -> Any:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """Host, and what follows it, of what stands behind '://', without user and password."""
+    """Splits the part after '://' into the host and the rest, without user and password."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" not in host and ":" in host and not _PORT.fullmatch(host) and "@" in rest:
-        # A secret with a slash that is not written as %2F: no address, but its text must not be shown either.
+        # A secret may contain an unescaped slash. The address is then invalid, but the secret must still not be shown.
         rest = rest.rpartition("@")[2]
         host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     return host.rpartition("@")[2], rest[len(host) :]
 
 
 def _secrets(address: str) -> list[str]:
-    """The user, the password and secret options of `address`, as written and unquoted, the longest first."""
+    """The user, the password and the secret options of `address`, as written and unquoted, longest first."""
     hidden, rest = public(address), address.partition("://")[2]
     if not rest or hidden == address:
         return []

@@ -1,4 +1,4 @@
-"""A pruned network on disk, and back: `model.safetensors`, `arch.json`, `plan.json`, `metrics.json` in one folder.
+"""Writes and reads a pruned network: `model.safetensors`, `arch.json`, `plan.json`, `metrics.json` in one folder.
 
 Reading it needs torch, safetensors and the network's builder. Nothing is unpickled.
 """
@@ -35,11 +35,11 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Arch:
-    """How a pruned network came about. `shapes`: every parameter's and buffer's shape, by state-dict name.
+    """The architecture of a pruned network.
 
-    `sparse`: those of them of which only the values that group sparsity keeps are stored, with their places.
-
-    `models.build(model_config)` is the unpruned network, and `apply_plan` with `plan` makes the pruned one of it.
+    `models.build(model_config)` makes the unpruned network, and `apply_plan` with `plan` prunes it. `shapes`:
+    state-dict name -> shape of the parameter or buffer. `sparse`: the names of tensors that are stored as the values
+    that group sparsity keeps and their positions.
     """
 
     model_config: ModelConfig
@@ -57,12 +57,13 @@ def save_pruned(
     metrics: Mapping[str, Any],
     masks: Mapping[str, bytes] | None = None,
 ) -> int:
-    """Writes the pruned `model` to `storage`, the folder `pruned/` of a run; `plan` is against the unpruned network.
+    """Writes the pruned `model` to `storage`, the folder `pruned/` of a run. `plan` is relative to the unpruned
+    network.
 
-    `arch.json` is written last and says that the rest is there. Tied tensors are written under each of their names.
-    Of tensors with a mask (pruning/sparsity/groups.py) only what it keeps is written. Returns the bytes of the weights'
-    file. Raises StoreError when it cannot be written, ArtifactError for a state dict that holds something else than
-    tensors.
+    `arch.json` is written last, so it shows that the other files are complete. A tied tensor is written under each of
+    its names. For a tensor with a mask (pruning/sparsity/groups.py) only the kept values are written. Returns the size
+    of the weights' file in bytes. Raises StoreError if a file cannot be written, ArtifactError if the state dict holds
+    something else than tensors.
     """
     state = model.state_dict()
     for name, value in state.items():
@@ -108,9 +109,9 @@ def save_pruned(
 def load_pruned(folder: str | Path | Storage, model: nn.Module | None = None) -> nn.Module:
     """The pruned network of a run, on the CPU and in evaluation mode.
 
-    `folder` is a run's or its `pruned/`, local or on object storage. `model` is the unpruned network, for those that
-    are not in the zoo; it is pruned in place, its weights are replaced, and it is returned. Raises ArtifactError when
-    files are missing, of another schema version, or do not fit the network.
+    `folder` is a run's or its `pruned/`, local or on object storage. `model` is the unpruned network, for networks that
+    are not in the zoo. It is pruned in place, its weights are replaced, and it is returned. Raises ArtifactError if
+    files are missing, have another schema version, or do not fit the network.
     """
     storage = _find(folder)
     arch = _read_arch(storage)
@@ -141,12 +142,12 @@ def load_pruned(folder: str | Path | Storage, model: nn.Module | None = None) ->
 
 
 def read_arch(folder: str | Path) -> Arch:
-    """How the pruned network of a run came about, without its weights. Errors as for `load_pruned`."""
+    """The architecture of a run's pruned network, without its weights. Raises the errors of `load_pruned`."""
     return _read_arch(_find(folder))
 
 
 def _find(folder: str | Path | Storage) -> Storage:
-    """The folder that holds `arch.json`: the one given or `pruned` in it."""
+    """The folder that holds `arch.json`: the given one, or `pruned` in it."""
     try:
         given = folder if isinstance(folder, Storage) else Storage.open(str(folder))
         for storage in (given, given.child(_FOLDER)):
@@ -173,7 +174,7 @@ def _read_arch(storage: Storage) -> Arch:
             builder=content["builder"], arguments=content["arguments"], input_shape=tuple(content["input_shape"])
         )
         shapes = {name: tuple(entry["shape"]) for name, entry in content["tensors"].items()}
-        sparse = tuple(content.get("sparse", ()))  # earlier runs say nothing of it
+        sparse = tuple(content.get("sparse", ()))  # earlier versions have no such key
         return Arch(config, Plan.from_json(_read_json(storage, _PLAN)), shapes, sparse)
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{_ARCH} in {storage.uri} is damaged ({error!r}); restore it from a copy") from error
@@ -191,8 +192,9 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
 
 
 def _build(storage: Storage, config: ModelConfig) -> nn.Module:
-    """The zoo's network. A function named by its import path is not called, and nothing is downloaded: a file must
-    not choose what is run."""
+    """Builds the zoo's network. It calls no function named by an import path and downloads nothing: a file must not
+    choose which code runs.
+    """
     if is_import_path(config.builder):
         raise ArtifactError(
             f"the network in {storage.uri} was built by {config.builder!r}, not one of the zoo; "
@@ -200,7 +202,7 @@ def _build(storage: Storage, config: ModelConfig) -> nn.Module:
         )
     try:
         return models.build_offline(config)
-    except Exception as error:  # whatever arguments a damaged file has for it
+    except Exception as error:  # a damaged file may hold any arguments
         raise ArtifactError(
             f"the builder {config.builder!r} of {storage.uri} cannot make the network: {error}; "
             "make it yourself and hand it over: load_pruned(folder, model=...)"
@@ -208,7 +210,7 @@ def _build(storage: Storage, config: ModelConfig) -> nn.Module:
 
 
 def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], storage: Storage) -> None:
-    """Copies `tensors` into `network`, which takes over their element types; ties between tensors stay."""
+    """Copies `tensors` into `network`, which takes their dtypes. Tied tensors stay tied."""
     own = network.state_dict(keep_vars=True)
     wanted = {name: _shape(name, tensor) for name, tensor in own.items()}
     found = {name: _shape(name, tensor) for name, tensor in tensors.items()}
@@ -224,12 +226,12 @@ def _load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], stor
 
 
 def _shape(name: str, value: torch.Tensor) -> tuple[int, ...]:
-    """That of extra state is its module's business."""
+    """The shape of a tensor; empty for extra state, which only its module understands."""
     return () if name.endswith(EXTRA_STATE) else tuple(value.shape)
 
 
 def _differences(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """The first few names that are missing, too many, or of another shape."""
+    """Lists the first few names that are missing, unexpected, or of another shape."""
     kinds = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
@@ -270,5 +272,5 @@ def _json_bytes(value: Any) -> bytes:
 def _own_version() -> str:
     try:
         return metadata.version("laasp_ray")
-    except metadata.PackageNotFoundError:  # a working directory that was shipped to a cluster, not installed
+    except metadata.PackageNotFoundError:  # a working directory that was sent to a cluster is not installed
         return "not installed"

@@ -1,4 +1,4 @@
-"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer_state/...`."""
+"""Checkpoints of a run: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer_state/...`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from laasp_ray.errors import StoreError
 from laasp_ray.store.storage import Storage
 
 UNPRUNED = "unpruned"
-"""The checkpoint of the network just before its first prune, or trained without any; kept, to compare others with."""
+"""The checkpoint of the network just before its first prune, or of a network that is never pruned. It is kept for
+comparisons.
+"""
 _FOLDER = "checkpoints"
 _SUFFIX = ".safetensors"
 _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
@@ -23,7 +25,7 @@ _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, on the CPU; `optimizer_state` is an EpochResult's (train/loop.py)."""
+    """The arguments of `save_checkpoint`, on the CPU. `optimizer_state` is that of an EpochResult (train/loop.py)."""
 
     model: dict[str, torch.Tensor]
     optimizer_state: dict[str, torch.Tensor]
@@ -38,9 +40,10 @@ def save_checkpoint(
     optimizer_state: Mapping[str, torch.Tensor | np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all. Tensors may be on any device, views of each other, or 0-dimensional.
+    """Writes a checkpoint, completely or not at all. Tensors may be on any device, views of each other, or
+    0-dimensional.
 
-    Raises StoreError when it cannot be written, TypeError for a value that is no tensor or array.
+    Raises StoreError if it cannot be written, TypeError for a value that is not a tensor or an array.
     """
     tensors = {_MODEL + key: value for key, value in model.items()}
     tensors.update({_OPTIMIZER_STATE + key: value for key, value in (optimizer_state or {}).items()})
@@ -52,7 +55,7 @@ def has_checkpoint(storage: Storage, name: str) -> bool:
 
 
 def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
-    """Raises StoreError if there is no such checkpoint or its file is damaged, naming it."""
+    """Reads a checkpoint. Raises StoreError, naming it, if it does not exist or its file is damaged."""
     file = _file_name(name)
     tensors, metadata = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
     parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER_STATE: {}}
@@ -68,7 +71,7 @@ def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
 
 
 def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:
-    """Removes every checkpoint whose name is not in `keep`, and what killed processes left half written."""
+    """Removes every checkpoint whose name is not in `keep`, and unfinished files of killed processes."""
     kept = {_file_name(name) for name in keep}
     for file in storage.list(f"{_FOLDER}/"):
         if file.endswith(_SUFFIX) and file not in kept:
@@ -77,7 +80,7 @@ def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: dict[str, str]) -> bytes:
-    """A safetensors file. Every tensor gets memory of its own there; values, dtypes and shapes are kept."""
+    """The content of a safetensors file. Every tensor gets its own memory in it; values, dtypes and shapes are kept."""
     seen: set[int] = set()
     packed = {}
     for key, value in tensors.items():
@@ -94,7 +97,7 @@ def unpack_tensors(raw: bytes, place: str) -> tuple[dict[str, torch.Tensor], dic
         tensors = safetensors.torch.load(raw)
         (length,) = struct.unpack("<Q", raw[:8])
         metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
-    except Exception as error:  # a damaged header fails in as many ways as there are readers of it
+    except Exception as error:  # a damaged header can raise many kinds of errors
         raise StoreError(f"{place} is no whole safetensors file ({error}); restore it from a copy") from error
     return tensors, metadata
 

@@ -1,7 +1,7 @@
-"""A run's journal: one immutable JSON object per event. What is not in it has not happened.
+"""A run's journal: one immutable JSON object per event. An event that is not in it counts as not happened.
 
-The driver alone writes it. `append` notices when another driver writes the same run. Beside it, an iteration's
-candidates with their losses, as one Parquet file an iteration: `candidates/NNNNNN.parquet`.
+Only the driver writes it. `append` detects another driver that writes the same run. This module also stores an
+iteration's candidates with their losses, in one Parquet file per iteration: `candidates/NNNNNN.parquet`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FOLDER = "journal/"
 _FILE = re.compile(r"^journal/(\d{6,})-([a-z][a-z0-9_]*)\.json$")
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 JOURNAL_VERSION = 2
-"""Version 1 had other names for events and keys; nobody reads it any more."""
+"""Version 1 had other names for events and keys. It is not supported any more."""
 _READERS = 16
 REMEDY = "restore it from a copy or start the run under another name"
 
@@ -45,7 +45,7 @@ class Event:
 
 
 class _Data(dict[str, Any]):
-    """An event's data as read. A key that is missing is the file's fault, and is reported as that."""
+    """An event's data as read. A missing key means a damaged file, and the error says so."""
 
     place = "an event"
 
@@ -56,8 +56,8 @@ class _Data(dict[str, Any]):
 class Journal:
     """The events of the run in `storage`, as `journal/NNNNNN-EVENT.json`.
 
-    The first call that looks at the folder fixes what this journal takes to be the last event. From then on every
-    event must come from this object, or `append` raises.
+    The first call that reads the folder determines the last event. After that, every new event must come from this
+    object; otherwise `append` raises StoreError.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -66,13 +66,13 @@ class Journal:
 
     @property
     def uri(self) -> str:
-        """Where the run is, for messages."""
+        """The run's address, for messages."""
         return self._storage.uri
 
     def append(self, name: str, data: Mapping[str, Any]) -> Event:
-        """Writes the next event and gives it back as a reader would see it.
+        """Writes the next event and returns it as a reader would see it.
 
-        Raises StoreError when another driver has written to the run since this one began, or has just now.
+        Raises StoreError if another driver has written to the run since this object first read it, or does so now.
         """
         if not _NAME.match(name):
             raise StoreError(f"{name!r} is no name of an event; use small letters, digits and '_'")
@@ -91,18 +91,18 @@ class Journal:
         return Event(sequence, name, values, now)
 
     def events(self) -> list[Event]:
-        """All events in order. Raises StoreError for a gap, a duplicate or an unreadable file, naming it."""
+        """All events in order. Raises StoreError, naming the file, for a gap, a duplicate or an unreadable file."""
         files = self._files()
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self._read, files))
 
     def last(self, name: str) -> Event | None:
-        """The latest event of that name, or None; reads one file only."""
+        """The latest event of that name, or None. Reads only one file."""
         files = [file for file in self._files() if file.endswith(f"-{name}.json")]
         return self._read(files[-1]) if files else None
 
     def _files(self) -> list[str]:
-        # Names that start with a dot are others': network filesystems and file managers put such files anywhere.
+        # Names that start with a dot are not events: network filesystems and file managers create such files.
         visible = (file for file in self._storage.list(_FOLDER) if not file.rpartition("/")[2].startswith("."))
         files = sorted(visible, key=_sequence_of)
         for expected, file in enumerate(files, 1):
@@ -147,9 +147,9 @@ class Journal:
 
 
 def started_config(storage: Storage) -> Mapping[str, Any] | None:
-    """The settings that the run in `storage` was started with, as its first event has them; None before that.
+    """The settings in the first event of the run in `storage`, or None if there is no event.
 
-    `config.json` is a copy for people to read: it may be lost, or be that of a driver that came second.
+    `config.json` is only a copy for people: it may be lost, or another driver may have written it.
     """
     start = Journal(storage).last("start")
     if start is None:
@@ -175,8 +175,10 @@ def _sequence_of(file: str) -> int:
 
 
 def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> None:
-    """Writes the ranking of `iteration`, a row a candidate, least loss first; an iteration measured anew replaces its
-    file."""
+    """Writes the ranking of `iteration`, one row for each candidate, lowest loss first.
+
+    If the iteration is measured again, its file is replaced.
+    """
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Weights with masks on disk: of a masked tensor only the values that are kept, and a bit a weight for their places."""
+"""Masked weights on disk: only the values that are kept are stored, with one bit per weight for their positions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ _PLACES = "places/"
 
 
 def save_masks(storage: Storage, stage: int, masks: Mapping[str, bytes]) -> None:
-    """Writes a stage's packed masks as `masks/NNNNNN.safetensors`; a stage that is made anew replaces its file."""
+    """Writes a stage's packed masks as `masks/NNNNNN.safetensors`. If the stage is repeated, its file is replaced."""
     storage.write(_masks_file(stage), pack_tensors({name: _as_tensor(mask) for name, mask in masks.items()}, {}))
 
 
 def has_masks(storage: Storage, iteration: int) -> bool:
-    """Whether an iteration (from 1) left masks."""
+    """Whether an iteration (from 1) stored masks."""
     return iteration > 0 and storage.exists(_masks_file(iteration))
 
 
 def load_masks(storage: Storage, stage: int) -> dict[str, bytes]:
-    """Raises StoreError if there are none or their file is damaged."""
+    """Reads a stage's packed masks. Raises StoreError if there are none or their file is damaged."""
     file = _masks_file(stage)
     tensors, _ = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def compact(state: Mapping[str, torch.Tensor], masks: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
-    """`state` as it is stored: a masked tensor is the vector of what it keeps, its places are beside it.
+    """Converts `state` to its stored form: a masked tensor becomes a vector of the kept values, and its positions are
+    added.
 
-    Raises ArtifactError if a mask has no tensor of its own in `state`, or leaves out a weight that is not zero.
+    Raises ArtifactError if a mask has no tensor in `state`, or prunes a weight that is not zero.
     """
     tensors = dict(state)
     for name, packed in masks.items():
@@ -52,9 +53,10 @@ def compact(state: Mapping[str, torch.Tensor], masks: Mapping[str, bytes]) -> di
 def expand(
     tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], sparse: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `compact`: the tensors named by `sparse` in their `shapes`, with zeros between what was kept.
+    """The inverse of `compact`. Restores the tensors named by `sparse` in their `shapes`, with zeros at pruned
+    positions.
 
-    Raises ArtifactError, naming the tensor, if values, places and shape do not belong together.
+    Raises ArtifactError, naming the tensor, if values, positions and shape do not fit together.
     """
     state = dict(tensors)
     for name in sparse:

@@ -1,7 +1,7 @@
-"""A folder of named byte strings, on the local disk or on any filesystem of pyarrow's (s3://, gs://, ...).
+"""A folder of named byte strings, on the local disk or on any filesystem of pyarrow (s3://, gs://, ...).
 
-Every write is whole or absent: a process that is killed leaves the old content or the new, never a part. pyarrow is
-imported for non-local folders only, so that a saved network can be read where it is not installed.
+Every write is complete or absent: after a process is killed, the old content or the new content is there, never a part.
+pyarrow is imported only for folders that are not local, so that a saved network can be read without pyarrow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WITHOUT_FOLDERS = frozenset({"s3", "gcs"})
 _NO_FOLDER_SYNC = frozenset(
     {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR, errno.EBADF, errno.EACCES, errno.EPERM}
 )
-"""What filesystems answer that cannot sync a folder (CIFS, FUSE); a full or broken disk answers otherwise."""
+"""Errors of filesystems that cannot sync a folder (CIFS, FUSE). A full or broken disk raises other errors."""
 _ONE_PUT = "allow_delayed_open"
 _PROBE = "write-probe"
 _KINDS = {
@@ -41,7 +41,7 @@ _STALE_AFTER_S = 600.0
 
 
 class _Folder(Protocol):
-    """What a kind of filesystem must be able to do. Names are relative and already checked; errors are OSError."""
+    """The operations of a filesystem. Names are relative and already checked. Errors are OSError."""
 
     def write(self, name: str, data: bytes) -> None: ...
     def write_new(self, name: str, data: bytes) -> None: ...
@@ -55,10 +55,10 @@ class _Folder(Protocol):
 
 
 class Storage:
-    """A folder, local or on object storage. Names use '/', are relative to it and stay inside it.
+    """A folder, local or on object storage. Names use '/', are relative to the folder and stay inside it.
 
-    Every method raises StoreError, saying where, when the folder cannot be reached, read or written. It pickles, so
-    that a worker can be handed the driver's. `uri` is without the credentials that an address may carry.
+    Every method raises StoreError, naming the place, if the folder cannot be reached, read or written. A Storage can be
+    pickled, so that workers can receive the driver's. `uri` does not contain the credentials of the address.
     """
 
     def __init__(self, uri: str, folder: _Folder) -> None:
@@ -69,7 +69,7 @@ class Storage:
     def open(uri: str) -> Storage:
         """The folder at `uri`: a local path, relative or absolute, file:///path, s3://bucket/path, gs://bucket/path.
 
-        It need not exist; the first write makes it. Nothing is written here: see `check_writable`. Raises StoreError
+        It need not exist; the first write creates it. Nothing is written here (see `check_writable`). Raises StoreError
         for a scheme that pyarrow does not know, a bucket that cannot be reached, or a path that is a file.
         """
         scheme = _SCHEME.match(uri)
@@ -94,21 +94,21 @@ class Storage:
         return Storage(f"{base.rstrip('/')}/{_checked(name)}{mark}{query}", self._folder.child(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes `name` hold `data`, in place of what it held; folders on the way are made."""
+        """Stores `data` under `name`, replacing any earlier content. Creates folders as needed."""
         with self._explained("write", name):
             self._folder.write(_checked(name), data)
 
     def write_new(self, name: str, data: bytes) -> None:
         """As `write`, but raises StoreError if `name` exists.
 
-        On a local filesystem with hard links one of two concurrent writers wins; elsewhere the check comes just
-        before the write, and the journal looks again afterwards.
+        On a local filesystem with hard links only one of two concurrent writers succeeds. Elsewhere the check is made
+        just before the write, and the journal checks again afterwards.
         """
         with self._explained("write", name):
             self._folder.write_new(_checked(name), data)
 
     def read(self, name: str) -> bytes:
-        """Raises StoreError if there is no such name."""
+        """Reads the content of `name`. Raises StoreError if it does not exist."""
         with self._explained("read", name):
             return self._folder.read(_checked(name))
 
@@ -128,30 +128,30 @@ class Storage:
             return self._folder.exists(_checked(name))
 
     def list(self, prefix: str = "") -> list[str]:
-        """All names in the folder and the folders below that start with `prefix`, sorted; unfinished writes hidden."""
+        """All names in the folder and its subfolders that start with `prefix`, sorted, without unfinished writes."""
         inside = prefix.rpartition("/")[0]
         with self._explained("list", prefix or "."):
             names = self._folder.list(_checked(inside) if inside else "")
         return sorted(name for name in names if name.startswith(prefix) and not _is_aside(name))
 
     def delete(self, name: str) -> None:
-        """Raises StoreError if there is no such name."""
+        """Removes `name`. Raises StoreError if it does not exist."""
         with self._explained("delete", name):
             self._folder.delete(_checked(name))
 
     def delete_leftovers(self, folder: str, older_than_s: float = _STALE_AFTER_S) -> None:
-        """Removes from `folder` what killed processes had half written (local filesystems only).
+        """Removes from `folder` the unfinished files of killed processes (local filesystems only).
 
-        Younger ones than `older_than_s` seconds are left: another process may be writing them.
+        Files that are younger than `older_than_s` seconds stay, because another process may be writing them.
         """
         with self._explained("clean", folder):
             self._folder.delete_leftovers(_checked(folder), older_than_s)
 
     def check_writable(self) -> None:
-        """Does what a run does, with a small object: writes it new, lists, reads, replaces and removes it.
+        """Tries all operations of a run with a small object: write it new, list, read, replace and remove it.
 
-        Leaves nothing behind: where a local folder is not there yet, the one that it will be made in is tried. Raises
-        StoreError if that does not work.
+        Nothing is left behind: if a local folder does not exist yet, its nearest existing parent is tried. Raises
+        StoreError if an operation fails.
         """
         probe = f"{_PROBE}-{uuid.uuid4().hex}"
         with self._explained("write", probe):
@@ -193,7 +193,7 @@ class _LocalFolder:
         return _LocalFolder(self.path / name)
 
     def nearest(self) -> _LocalFolder:
-        """This folder, or the closest one above it that exists."""
+        """This folder, or its nearest parent that exists."""
         path = next((path for path in (self.path, *self.path.parents) if os.path.lexists(path)), self.path)
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(path))
@@ -211,9 +211,9 @@ class _LocalFolder:
             try:
                 os.link(aside, target)
             except FileExistsError:
-                if not os.path.samefile(aside, target):  # NFS may repeat a link that it has made
+                if not os.path.samefile(aside, target):  # NFS may repeat a link request that has succeeded
                     raise
-            except OSError as error:  # filesystems without hard links refuse them in many ways
+            except OSError as error:  # filesystems without hard links raise various errors
                 if os.path.lexists(target):
                     raise FileExistsError(errno.EEXIST, "exists", str(target)) from error
                 os.replace(aside, target)
@@ -252,7 +252,7 @@ class _ArrowFolder:
         return _ArrowFolder(self._filesystem, self._path(name))
 
     def nearest(self) -> _ArrowFolder:
-        """This folder: object storage needs none to be there."""
+        """This folder: on object storage a folder need not exist."""
         return self
 
     def _path(self, name: str) -> str:
@@ -289,7 +289,7 @@ class _ArrowFolder:
         self._filesystem.delete_file(self._path(name))
 
     def delete_leftovers(self, folder: str, older_than_s: float) -> None:
-        """A put on object storage leaves nothing behind that could be listed."""
+        """Does nothing: an unfinished write on object storage leaves nothing that can be listed."""
 
 
 def _open_remote(uri: str) -> _Folder:
@@ -301,7 +301,7 @@ def _open_remote(uri: str) -> _Folder:
         filesystem, root = _from_uri(FileSystem, uri)
     except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
         reason = public_text((str(error).splitlines() or [type(error).__name__])[0], uri)
-        # The cause is left out: a traceback would show the address with its credentials.
+        # The cause is dropped because its traceback would show the address with its credentials.
         raise StoreError(f"cannot open the storage {public(uri)}: {reason}; {remedy}") from None
     if not root.strip("/"):
         raise StoreError(f"the storage {public(uri)} names no bucket or folder; {remedy}")
@@ -309,7 +309,9 @@ def _open_remote(uri: str) -> _Folder:
 
 
 def _from_uri(kind: Any, uri: str) -> tuple[Any, str]:
-    """S3 gets small objects in one request instead of three, where this pyarrow knows how."""
+    """Opens the filesystem of an address. S3 writes small objects in one request instead of three, if pyarrow supports
+    it.
+    """
     if uri.lower().startswith("s3://") and _ONE_PUT not in uri:
         try:
             return kind.from_uri(f"{uri}{'&' if '?' in uri else '?'}{_ONE_PUT}=true")
@@ -343,7 +345,7 @@ def _is_aside(name: str) -> bool:
 
 @contextlib.contextmanager
 def _written_aside(target: Path, data: bytes) -> Iterator[Path]:
-    """A synced file with `data` beside `target`; if it is still there at the end, it is removed."""
+    """A synced file with `data` next to `target`. It is removed at the end if it still exists."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -361,7 +363,7 @@ def _raise(error: OSError) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the folder's new entry outlast a power cut, where the filesystem can; Windows cannot open a folder."""
+    """Makes the folder's new entry survive a power cut, if the filesystem can. Windows cannot open a folder."""
     if os.name == "nt":
         return
     try:

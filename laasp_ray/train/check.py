@@ -1,4 +1,4 @@
-"""Whether a network can be trained, whole and cut: found out before a run, for only eval mode is checked otherwise."""
+"""Checks before a run that a network can be trained, both unpruned and pruned. Other checks cover eval mode only."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from laasp_ray.train.trial import try_step
 logger = logging.getLogger(__name__)
 
 _CHANNELS = 3
-"""What every loader gives: pictures without colour are read as colour pictures."""
+"""The number of channels that every loader delivers. Images without colour are converted to colour."""
 _SHOWN = 3
 
 
 def check_training(model: nn.Module, shape: Sequence[int], config: TrainConfig, graph: PruningGraph | None) -> None:
-    """Raises ConfigError if a step of training fails, of `model` or of it cut a little in every layer of `graph`.
+    """Raises ConfigError if a training step fails, for `model` or for `model` with every layer of `graph` slightly
+    pruned.
 
-    `shape` (C, H, W) is that of an image as it is loaded. Works on copies; the random state stays as it was.
+    `shape` (C, H, W) is the shape of a loaded image. Works on copies and keeps the random state.
     """
     if shape[0] != _CHANNELS:
         raise ConfigError(
@@ -60,14 +61,16 @@ def _try_cut(
     cut = clone_sharing_parameters(model)
     try:
         apply_plan(cut, small_plan(graph, layers))
-    except PruningError as error:  # each was tried alone; that they do not go together is no fault of training
+    except PruningError as error:  # the layers were tried alone before; a conflict between them is no fault of training
         logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
         return ""
-    return try_step(deep_copy(cut), shape, config).fault  # a step writes to weights, and the copy shares them
+    return try_step(deep_copy(cut), shape, config).fault  # a step changes weights, which the pruned network shares
 
 
 def small_plan(graph: PruningGraph, layers: Sequence[str]) -> Plan:
-    """One filter of every block of each of `layers`, and what goes with them; of layers that are tied, the first's."""
+    """Prunes one filter of every block of each of `layers`, with what is coupled to it. Of tied layers only the first
+    is listed.
+    """
     chosen: dict[str, range] = {}
     taken: set[str] = set()
     for layer in layers:

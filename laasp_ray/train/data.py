@@ -1,4 +1,4 @@
-"""What one rank reads: its loaders, which live as long as the worker does, and the images it could not read."""
+"""The data of one rank: its loaders, which live as long as the worker, and the images that it could not read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from laasp_ray.records import Place
 
 
 class EvaluationData:
-    """The images `test` for rank `rank` of `world`, on `device`; `batch_size` is the global batch, `share` a rank's
-    part of it."""
+    """The images `test` for rank `rank` of `world`, on `device`.
+
+    `batch_size` is the global batch; `share` is the largest part of it that a rank gets.
+    """
 
     def __init__(
         self,
@@ -38,7 +40,7 @@ class EvaluationData:
         self.test_loader = self._loader(test, training=False)
 
     def take_unreadable(self) -> tuple[str, ...]:
-        """The images found unreadable since this was last called."""
+        """The images found unreadable since the last call."""
         taken = tuple(self._unreadable)
         self._unreadable.clear()
         return taken
@@ -60,7 +62,7 @@ class EvaluationData:
 
 
 class PhaseData(EvaluationData):
-    """The training and test images of a rank; `places` are those of images that were left out."""
+    """The training and test images of a rank. `places` are those of images that were left out."""
 
     def __init__(
         self,

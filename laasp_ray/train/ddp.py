@@ -1,4 +1,4 @@
-"""A network made distributed: torch's DistributedDataParallel over the ranks of a group."""
+"""Makes a network distributed: torch's DistributedDataParallel over the ranks of a group."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from laasp_ray.train.trial import unused_parameters
 
 
 def distributed(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> nn.Module:
-    """`model`, wrapped if there are other ranks; `shape` (C, H, W) is that of its images.
+    """`model`, wrapped in DDP if there are other ranks. `shape` (C, H, W) is the shape of its images.
 
-    A parameter that training gives no gradient (a head of eval mode, say) would hang or end the second step, unless
-    DDP is set to search for those in every step, which costs time: only where a step of each rank found one.
+    A parameter without a gradient in training (of a head that only eval mode uses, for example) would make the second
+    step hang or fail. DDP can search for such parameters in every step, which costs time. This option is used only if a
+    trial step on each rank finds such a parameter.
     """
     if dist.get_world_size() == 1:
         return model

@@ -1,8 +1,8 @@
 """A training phase in plain PyTorch: some epochs of SGD, each yielded with its weights, then an evaluation.
 
-Runs alone or under torch.distributed; knows no Ray, no store. The order and augmentation of an epoch are functions of
-the seed and the epoch's number, so a training phase that goes on after `done` epochs is the training phase that was
-never cut off.
+It runs alone or under torch.distributed, and uses neither Ray nor the store. The order and augmentation of an epoch are
+functions of the seed and the epoch's number. So a training phase that is resumed after `done` epochs gives the same
+result as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _TESTED_PHASES = ("train", "final")
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """`epoch` is the schedule's, for people; `data_epoch` numbers the order and augmentation of the images."""
+    """`epoch` is the number in the schedule, for people. `data_epoch` determines the order and augmentation of the
+    images.
+    """
 
     epoch: int
     data_epoch: int
@@ -43,10 +45,11 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class TrainingPhase:
-    """A command to a trainer: these epochs, of which the first `done` are behind already; no epochs: only evaluate.
+    """A command to a trainer: train these epochs, without the first `done`, which are finished. No epochs: only
+    evaluate.
 
-    `excluded` names images that were found unreadable before, `places` where they were. `masks` (parameter -> packed
-    mask, see pruning/sparsity/groups.py) say which weights are zero and stay so.
+    `excluded` names images that were found unreadable before, and `places` says where they were. `masks` (parameter ->
+    packed mask, see pruning/sparsity/groups.py) mark the weights that are zero and stay zero.
     """
 
     number: int
@@ -60,14 +63,13 @@ class TrainingPhase:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """`tensors` are the network's, with `train.ema` the average's; `position` counts the training phase's epochs from
-    0.
+    """The result of an epoch. `position` counts the training phase's epochs from 0. All tensors are on the CPU.
 
-    `optimizer_state` is what the training phase's next epoch needs besides: `momentum/PARAMETER`, and with `train.ema`
-    the weights that are averaged, `weights/NAME`. All are on the CPU. `loss`, which is what was minimised (but for
-    weight decay), and `top1` are those of the training images as they were seen, reduced over all ranks. `metrics` are
-    those of `tensors` on the test images, if they were evaluated after this epoch, which took `test_seconds` besides
-    `seconds`.
+    `tensors` are the network's; with `train.ema` they are the average's. `optimizer_state` is the other state that the
+    next epoch of the training phase needs: `momentum/PARAMETER`, and with `train.ema` the weights being averaged,
+    `weights/NAME`. `loss` is the training loss without weight decay. `loss` and `top1` are over the training images as
+    they were seen in the epoch, reduced over all ranks. `metrics` are those of `tensors` on the test images, if they
+    were evaluated after this epoch. That evaluation took `test_seconds`, which `seconds` does not include.
     """
 
     position: int
@@ -85,7 +87,7 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """The evaluation on the test images at the end of a training phase; `loader` is what decoded them."""
+    """The evaluation on the test images at the end of a training phase. `loader` is the loader that decoded them."""
 
     metrics: Metrics
     seconds: float
@@ -95,7 +97,7 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all epochs of a training phase are trained with; `wrapped` is `model`, made distributed."""
+    """The objects that all epochs of a training phase use. `wrapped` is `model`, made distributed."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -119,14 +121,14 @@ def run_training_phase(
     teacher: nn.Module | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Iterator[EpochResult | PhaseResult]:
-    """Trains `model`, which is on `data.device`, in place. `optimizer_state` belongs to the epoch before (empty:
-    fresh).
+    """Trains `model`, which is on `data.device`, in place. `optimizer_state` is that of the previous epoch; empty: a
+    new one.
 
     `teacher`, on the same device, is imitated as `config.distill` says. `wrap` makes the network distributed. Raises
-    TrainingError, naming the epoch, when loss or weights are not finite.
+    TrainingError, naming the epoch, if the loss or the weights are not finite.
     """
     if data.device.type == "cuda":
-        # A resumed run must come to what an undisturbed one comes to.
+        # A resumed run must give the same result as an uninterrupted one.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     mask_enforcer = MaskEnforcer(model, training_phase.masks)
     mask_enforcer.apply()
@@ -138,9 +140,9 @@ def run_training_phase(
             )
         average = MovingAverage(model, config.ema) if config.ema else None
         weights = _part(optimizer_state, _WEIGHTS)
-        if weights:  # the network so far is their average
+        if weights:  # `model` holds the averages here
             model.load_state_dict(weights)
-        # Wrapped and given an optimizer only for training: both would be built on parameters that are not there later.
+        # An evaluation needs neither. Both refer to the network's parameters as they are now.
         wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
         if teacher is not None:
             teacher.eval()
@@ -156,7 +158,9 @@ def run_training_phase(
 
 
 def _is_tested(training_phase: TrainingPhase, position: int, config: TrainConfig) -> bool:
-    """Not after the last epoch, which the evaluation at the training phase's end follows."""
+    """Whether the epoch is evaluated. The last one is not: the evaluation at the end of the training phase
+    follows it.
+    """
     last = position + 1 == len(training_phase.epochs)
     return (
         training_phase.phase in _TESTED_PHASES and not last and config.is_tested(training_phase.epochs[position].epoch)
@@ -177,7 +181,7 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
     )
     for name, parameter in model.named_parameters():
         if name in momentum:
-            # In the parameter's own memory format: a mixed one would take the optimizer's slow path.
+            # The buffer needs the parameter's memory format: mixed formats use the optimizer's slow path.
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum[name])
     return optimizer
 
@@ -195,7 +199,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochResult:
     loaded = data.train_loader.epoch(shares, plan.data_epoch)
     first = position * len(batches) + 1
     for number, (share, images) in enumerate(zip(shares, map(len, batches), strict=True), first):
-        batch = next(loaded, None)  # a batch of which nothing is left is skipped
+        batch = next(loaded, None)  # a batch without readable images is skipped
         if batch is None or not set(batch.indices.tolist()) <= set(share.tolist()):
             raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
         sums += _step(setup, batch, images, number)
@@ -218,7 +222,7 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochResult:
 
 
 def _test_epoch(setup: _Setup, done: EpochResult) -> EpochResult:
-    """`done` with the metrics of its tensors. The network has the weights that it had, and is in eval mode."""
+    """Adds the metrics of the epoch's tensors to `done`. The network keeps its weights, and is left in eval mode."""
     started = time.perf_counter()
     model, average = setup.model, setup.average
     if average is None:
@@ -234,8 +238,10 @@ def _test_epoch(setup: _Setup, done: EpochResult) -> EpochResult:
 
 
 def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:
-    """The training phase's optimizer step `number`, on this rank's share of a batch of `images`; sums of loss, correct,
-    seen."""
+    """Optimizer step number `number` of the training phase, on this rank's share of a batch of `images`.
+
+    Returns the sums of loss, correct images and images.
+    """
     data = setup.data
     pictures = in_format_of(setup.wrapped, batch.images)
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
@@ -243,7 +249,7 @@ def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor
         teacher_logits = _logits_of(setup.teacher, pictures)
     losses = training_loss(output.float(), batch.labels, setup.config, teacher_logits)
     setup.optimizer.zero_grad(set_to_none=True)
-    # DDP averages over ranks; this makes it the mean over the global batch, whatever share a rank holds of it.
+    # DDP averages over ranks. This factor makes it the mean over the global batch for any share of a rank.
     (losses * (data.world / images)).backward()
     setup.optimizer.step()
     setup.mask_enforcer.apply()
@@ -277,7 +283,9 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
-    """Loss, top-1 and top-5 on the test images, in float32, each counted once over all ranks; shares in 0..1."""
+    """Loss, top-1 and top-5 on the test images, in float32. Each image counts once over all ranks. top-1 and top-5 are
+    in 0..1.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
@@ -296,9 +304,10 @@ def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
 
 
 def _agree_on_buffers(setup: _Setup) -> None:
-    """Rank 0's BatchNorm statistics for all: DDP sees to it only when a training step begins, not after the last.
+    """Copies rank 0's BatchNorm statistics to all ranks: DDP does so before a training step, but not after the last.
 
-    Their averages are each rank's own, too; those of the weights are equal, as the weights are.
+    The averages of these statistics differ between ranks, too. The averages of the weights are equal, as the weights
+    are.
     """
     if dist.is_available() and dist.is_initialized():
         for buffer in [*setup.model.buffers(), *(setup.average.buffers() if setup.average is not None else ())]:

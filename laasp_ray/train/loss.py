@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The loss that training minimises."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from laasp_ray.config import TrainConfig
 def training_loss(
     output: torch.Tensor, labels: torch.Tensor, config: TrainConfig, teacher_logits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Summed over the images, for outputs (images, classes) and labels (images,): the cross-entropy, smoothed.
+    """The smoothed cross-entropy, summed over the images, for outputs (images, classes) and labels (images,).
 
-    With `teacher_logits`, a teacher's outputs for the same images: 1 - distill of that, and distill * T^2 of the
-    divergence KL(teacher || student) of the softmax at temperature T.
+    `teacher_logits` are a teacher's outputs for the same images. With them the loss is (1 - distill) times the
+    cross-entropy plus distill * T^2 times the divergence KL(teacher || student) of the softmax at temperature T.
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015 (arXiv 1503.02531).
     """
     cross_entropy = functional.cross_entropy(output, labels, reduction="sum", label_smoothing=config.label_smoothing)

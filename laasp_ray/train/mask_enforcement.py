@@ -1,4 +1,4 @@
-"""Masks that hold through training: momentum and weight decay would bring pruned weights back with the next step."""
+"""Keeps masks in training: momentum and weight decay would make pruned weights non-zero in the next step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from laasp_ray.pruning.sparsity.groups import unpack_mask
 
 
 class MaskEnforcer:
-    """Sets what `masks` (by parameter name, packed) prune in `model` to zero whenever `apply` is called."""
+    """Sets the weights of `model` that `masks` (parameter name -> packed mask) prune to zero whenever `apply` is
+    called.
+    """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, bytes]) -> None:
         """Raises TrainingError for a mask whose parameter the network does not have."""
@@ -22,7 +24,7 @@ class MaskEnforcer:
             if name not in parameters:
                 raise TrainingError(f"there is a mask for {name}, but the network has no such parameter")
             parameter = parameters[name]
-            # In the parameter's own memory format, as for the optimizer's momentum.
+            # The mask needs the parameter's memory format, as the optimizer's momentum does.
             pruned = torch.empty_like(parameter, dtype=torch.bool).copy_(~unpack_mask(packed, parameter.shape))
             self._pruned.append((parameter, pruned))
 

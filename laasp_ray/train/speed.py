@@ -1,4 +1,4 @@
-"""How fast one worker is, from a few real batches: what a dry run scales up."""
+"""Measures the speed of one worker on a few real batches; a dry run scales it up."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from laasp_ray.models.format import in_format_of, to_fast_format
 from laasp_ray.train.data import PhaseData
 
 BATCHES = 6
-"""How many batches are timed at most, after one that is not."""
+"""The largest number of timed batches, after one that is not timed."""
 BUDGET_S = 8.0
-"""No further batch is begun after so many seconds."""
+"""No new batch is started after this many seconds."""
 CPU_BATCH = 32
-"""At most so many images a batch on a CPU, where the speed depends little on it: a batch may take a minute there."""
+"""The largest batch on a CPU. The speed depends little on it there, and a larger batch may take a minute."""
 
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    """Images a second of one trainer, decoding included: in training, and in evaluation on the test images."""
+    """Images a second of one trainer, with decoding: in training, and in evaluation on the test images."""
 
     training: float
     evaluation: float
@@ -36,7 +36,7 @@ class TrainingSpeed:
 
 
 def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.device, world: int = 1) -> TrainingSpeed:
-    """Times batches as one rank of `world` trains and evaluates them; `unpruned` is copied and left alone.
+    """Times batches as one rank of `world` trains and evaluates them. `unpruned` is copied and not changed.
 
     Raises DataError as the loaders do.
     """
@@ -73,7 +73,7 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
 
 
 def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device) -> float:
-    """Images a second of the network in eval mode, float32, on images that are on `device` already."""
+    """Images a second of the network in eval mode, float32, with images that are already on `device`."""
     model = deep_copy(unpruned).to(device).eval()
     size = config.search.batch_size if device.type == "cuda" else min(config.search.batch_size, CPU_BATCH)
     images = torch.randn(size, *config.model.input_shape, device=device)
@@ -92,7 +92,7 @@ def _rate(
     work: Callable[[torch.Tensor, torch.Tensor], None],
     device: torch.device,
 ) -> float:
-    """Images a second; the first batch, which warms things up, counts only where it is the only one."""
+    """Images a second. The first batch is a warm-up; it counts only if it is the only one."""
     rates: list[tuple[int, float]] = []
     begun = last = time.perf_counter()
     for images, labels in batches:
@@ -109,7 +109,7 @@ def _rate(
 
 
 def _copy_on(unpruned: nn.Module, device: torch.device, input_shape: Sequence[int]) -> nn.Module:
-    """In the memory format of training (train/trainer.py)."""
+    """A copy of the network on `device`, in the memory format of training (train/trainer.py)."""
     model = deep_copy(unpruned).to(device)
     if device.type == "cuda":
         to_fast_format(model, torch.zeros(1, *input_shape, device=device))

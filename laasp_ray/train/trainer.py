@@ -1,4 +1,4 @@
-"""Who trains: the protocol, and the trainer that works in this process."""
+"""The protocol of a trainer, and the trainer that works in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OnEpoch = Callable[[EpochResult], None]
 
 class Trainer(Protocol):
     def set_teacher(self, teacher: NetworkState) -> None:
-        """From now on what is trained imitates `teacher`, as `train.distill` says; called once."""
+        """Makes later training imitate `teacher`, as `train.distill` says. Called once."""
 
     def run(
         self,
@@ -31,15 +31,15 @@ class Trainer(Protocol):
     ) -> PhaseResult:
         """Trains `network` for the epochs of `training_phase` that are not done, then evaluates it.
 
-        `optimizer_state` is that of the last epoch done (see EpochResult). `on_epoch` gets every epoch, once, in
-        order, with the weights after it; the last one's are the result.
+        `optimizer_state` is that of the last finished epoch (see EpochResult). `on_epoch` is called once for each
+        epoch, in order, with the weights after it. The weights of the last epoch are the result.
         """
 
     def close(self) -> None: ...
 
 
 class InProcessTrainer:
-    """One rank, in this process; for tests, for small networks and for machines without Ray."""
+    """A trainer with one rank in this process, for tests, small networks and machines without Ray."""
 
     def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device) -> None:
         self._unpruned, self._config, self._device = unpruned, config, device
@@ -90,7 +90,9 @@ class InProcessTrainer:
 def rebuild_on(
     device: torch.device, unpruned: nn.Module, network: NetworkState, input_shape: Sequence[int]
 ) -> nn.Module:
-    """`network` rebuilt on `device`; on a GPU channels last, if it runs so on an input of `input_shape` (C, H, W)."""
+    """`network` rebuilt on `device`. On a GPU it is channels last, if it runs so on an input of `input_shape` (C, H,
+    W).
+    """
     model = rebuild(unpruned, network).to(device)
     if device.type != "cuda":
         return model

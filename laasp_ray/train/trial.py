@@ -1,4 +1,4 @@
-"""One step of training, tried before a run: a network may do other things in training mode than in eval mode."""
+"""Tries one training step before a run, because a network may behave differently in training mode and in eval mode."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.train.loss import training_loss
 
 IMAGES = 2
-"""In a batch: as few as a worker may be given, which a normalisation over images must take."""
+"""The batch size: the smallest that a worker may get, which a normalisation over images must accept."""
 
 
 @dataclass
 class Tried:
-    """What came of a step: `fault` says what is wrong, or nothing; `unused` names parameters without a gradient."""
+    """The result of a trial step. `fault` is the error, or empty. `unused` names parameters without a gradient."""
 
     fault: str = ""
     unused: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ def try_step(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> Tri
         torch.manual_seed(0)
         try:
             return _step(model.train(), images, config)
-        except Exception as error:  # the network's own code may raise anything here, and that is the finding
+        except Exception as error:  # the network's own code may raise any error, and the error is the result
             return Tried(f"{running.place} fails in training mode ({type(error).__name__}: {_first_line(error)})")
         finally:
             running.close()
@@ -80,7 +80,7 @@ def _step(model: nn.Module, images: torch.Tensor, config: TrainConfig) -> Tried:
 
 
 def unused_parameters(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> list[str]:
-    """Names of the parameters that a step of training gives no gradient. Works on a copy."""
+    """The names of the parameters that get no gradient in a training step. Works on a copy."""
     return try_step(deep_copy(model), shape, config).unused
 
 
@@ -95,7 +95,7 @@ def _other_output(output: Any) -> str:
 
 
 class _Running:
-    """Which module is being run: hooks on all of them keep a stack, whose top is where an error came from."""
+    """Tracks which module is running. Hooks on all modules keep a stack, and its top is where an error occurred."""
 
     def __init__(self, model: nn.Module) -> None:
         self._stack: list[str] = []

@@ -1,7 +1,7 @@
-"""Decoding and augmenting with NVIDIA DALI, the only module that imports it.
+"""Decoding and augmentation with NVIDIA DALI. Only this module imports DALI.
 
-The pipeline has no randomness and no reader of its own: which images come and which window of each is taken are fed
-in, so that pixels do not depend on a pipeline's history. On a GPU decoding is `mixed`; otherwise no driver is needed.
+The pipeline has no reader and no random numbers of its own: the images and their windows are passed in, so pixels do
+not depend on the pipeline's history. Decoding on a GPU uses `mixed`; otherwise no driver is needed.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ _SIGNATURES = (
     *(b"P%d" % number for number in range(1, 7)),
     *(b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51"),  # JPEG 2000
 )
-"""How the files begin that DALI decodes."""
+"""The first bytes of the files that DALI decodes."""
 
 
 class DaliLoader:
-    """Batches through one DALI pipeline that lives for many epochs; see loader.make_loader.
+    """Batches through one DALI pipeline that lives for many epochs (see registry.make_loader).
 
-    DALI gives a pipeline up when one file of a batch cannot be decoded. The loader then looks for such files among the
-    batches in flight, builds a new pipeline and feeds it those batches again. As without DALI, Pillow says what is
-    broken and left out from then on; what it can decode and DALI can't comes as a bitmap.
+    If one file of a batch cannot be decoded, DALI's pipeline fails for good. The loader then looks for such files in
+    the batches in flight, builds a new pipeline and passes it those batches again. As without DALI, Pillow decides
+    which images are broken; these are left out from then on. An image that only Pillow can decode is passed to DALI as
+    a bitmap.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class DaliLoader:
         self._current: object = None
 
     def epoch(self, batches: Sequence[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
-        """The decoded batches in order; an iterator of an earlier epoch that was broken off is of no use any more."""
+        """The decoded batches in order. An unfinished iterator of an earlier epoch can no longer be used."""
         self._current = token = object()
         self._drain()
         return self._run(self._feed.read(batches), epoch, token)
 
     def close(self) -> None:
-        """Frees the pipeline and the threads; the loader cannot be used afterwards."""
+        """Frees the pipeline and the threads. The loader cannot be used afterwards."""
         self._current = None
         self._in_flight.clear()
         self._pipeline = None
@@ -112,7 +113,9 @@ class DaliLoader:
             yield Batch(images, self._labels[torch.from_numpy(batch.indices)].to(self._device), batch.indices)
 
     def _fill(self, waiting: deque[EncodedBatch], arriving: Iterator[EncodedBatch], epoch: int) -> _DecodePipeline:
-        """Brings PREFETCH batches into flight, as far as there are any: first those waiting, then those arriving."""
+        """Schedules batches until PREFETCH are in flight or none is left: first the waiting ones, then the arriving
+        ones.
+        """
         while len(self._in_flight) < PREFETCH:
             batch = waiting.popleft() if waiting else next(arriving, None)
             if batch is None:
@@ -141,7 +144,7 @@ class DaliLoader:
         )
 
     def _drain(self) -> None:
-        """Forgets what a broken-off epoch left in flight."""
+        """Discards the batches in flight of an unfinished epoch."""
         try:
             while self._in_flight:
                 self._in_flight.popleft()
@@ -152,7 +155,7 @@ class DaliLoader:
             self._pipeline = None
 
     def _survivors(self, error: RuntimeError, epoch: int) -> list[EncodedBatch]:
-        """The batches that were in flight when the pipeline died of `error`, without their broken images."""
+        """The batches that were in flight when the pipeline failed with `error`, without their broken images."""
         batches = list(self._in_flight)
         self._in_flight.clear()
         self._pipeline = None
@@ -182,7 +185,9 @@ class DaliLoader:
             return {index: reason for (index, _), reason in zip(suspects, errors, strict=True) if reason is not None}
 
     def _undecodable_alone(self, batches: Sequence[EncodedBatch], epoch: int) -> dict[int, str]:
-        """The images that Pillow can decode and DALI can't (a PNG cut off at its end, say), tried one at a time."""
+        """The images that Pillow can decode and DALI cannot (for example a PNG without its end), tried one at a
+        time.
+        """
         reasons: dict[int, str] = {}
         pipeline = self._new_pipeline(1)
         for alone in (batch.only(position) for batch in batches for position in range(len(batch))):
@@ -196,7 +201,9 @@ class DaliLoader:
 
 
 class _DecodePipeline:
-    """A built pipeline: batches are scheduled and their pixels taken in the same order. RuntimeError: it is lost."""
+    """A built pipeline. Batches are scheduled, and their pixels taken in the same order. It is lost after a
+    RuntimeError.
+    """
 
     def __init__(
         self, config: DataConfig, *, training: bool, device: torch.device, max_batch: int, uint8: bool
@@ -225,9 +232,9 @@ class _DecodePipeline:
         self._pipeline.schedule_run()
 
     def take(self) -> torch.Tensor:
-        """The pixels (n, 3, image_size, image_size) of the batch scheduled longest ago, on the device."""
-        # On a GPU the output is bound to torch's stream, so that DALI reuses its memory only after what torch has
-        # queued there. An output of the dynamic executor lives for as long as a tensor holds it: no copy is needed.
+        """The pixels (n, 3, image_size, image_size) of the oldest scheduled batch, on the device."""
+        # On a GPU the output is bound to torch's stream, so DALI reuses its memory only after torch's queued work
+        # there. An output of the dynamic executor lives as long as a tensor refers to it, so no copy is needed.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (images,) = self._pipeline.outputs(cuda_stream=stream)
         return torch.from_dlpack(images.as_tensor())
@@ -243,8 +250,8 @@ class _DecodePipeline:
             feed("resized", np.asarray(placement.resized, np.float32))
 
     def _warm_up(self) -> None:
-        # A pipeline's first run stands for PREFETCH runs at once: they get a black image, so that from then on each
-        # batch fed is one run.
+        # The first run of a pipeline stands for PREFETCH runs at once. These get a black image, so that from then on
+        # each batch is one run.
         side = self._config.image_size
         file = io.BytesIO()
         Image.new("RGB", (side, side)).save(file, "PNG")
@@ -262,7 +269,7 @@ class _DecodePipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        # Fancy upsampling is what libjpeg does on a CPU; without it a GPU's decoder differs at the edges of colours.
+        # libjpeg on a CPU uses fancy upsampling. Without it a GPU's decoder differs at the edges of colours.
         decoding = {
             "device": decoder,
             "output_type": types.RGB,
@@ -297,12 +304,12 @@ def _takes(data: bytes) -> bool:
 
 
 def _resize(images: Any, size: Any) -> Any:
-    # An image that has the size already comes out as it went in.
+    # An image that already has the size is not changed.
     return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
 
 
 def _last_line(error: Exception) -> str:
-    """What DALI's long messages say in the end, without the pipeline's traceback."""
+    """The last line of DALI's long messages, without the pipeline's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "no longer valid" not in line and not line.startswith(("File ", "C++"))]
     return telling[-1] if telling else type(error).__name__

@@ -1,4 +1,4 @@
-"""Decoding and augmenting with Pillow and torchvision, in threads: where DALI has no wheel."""
+"""Decoding and augmentation with Pillow and torchvision, in threads, for platforms without a DALI wheel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DECODED_AHEAD = 1
 
 
 class TorchvisionLoader:
-    """Batches through Pillow; see loader.make_loader."""
+    """Batches through Pillow (see registry.make_loader)."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class TorchvisionLoader:
         self._current: object = None
 
     def epoch(self, batches: Sequence[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
-        """The decoded batches in order; an iterator of an earlier epoch that was broken off is of no use any more."""
+        """The decoded batches in order. An unfinished iterator of an earlier epoch can no longer be used."""
         self._current = token = object()
         return self._run(self._feed.read(batches), epoch, token)
 
     def close(self) -> None:
-        """Ends the threads; the loader cannot be used afterwards."""
+        """Ends the threads. The loader cannot be used afterwards."""
         self._current = None
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._feed.close()
@@ -83,7 +83,7 @@ class TorchvisionLoader:
             batch.indices, batch.sizes, config=self._config, training=self._training, seed=self._seed, epoch=epoch
         )
         side = self._config.image_size
-        with torch.inference_mode(False):  # the threads that write into it do not share the caller's mode
+        with torch.inference_mode(False):  # inference mode is per thread, and other threads write into this tensor
             pixels = torch.empty((len(batch), 3, side, side), dtype=torch.uint8)
         positions = np.array_split(np.arange(len(batch)), min(self._config.threads, len(batch)))
         return _Decoding(
@@ -93,7 +93,7 @@ class TorchvisionLoader:
     def _decode(
         self, batch: EncodedBatch, placement: Placement, pixels: torch.Tensor, positions: np.ndarray
     ) -> dict[int, str]:
-        """Writes the images at `positions` into `pixels`; returns why those failed that did, by position."""
+        """Writes the images at `positions` into `pixels`. Returns the reasons of failures by position."""
         failures: dict[int, str] = {}
         for position in map(int, positions):
             try:
@@ -103,7 +103,7 @@ class TorchvisionLoader:
         return failures
 
     def _pixels(self, data: bytes, placement: Placement, position: int) -> torch.Tensor:
-        """(3, image_size, image_size) uint8."""
+        """The pixels of the image at `position`: (3, image_size, image_size) uint8."""
         image = decode_rgb(data)
         windows, side = placement.windows, self._config.image_size
         window = [int(value[position]) for value in (windows.y, windows.x, windows.height, windows.width)]

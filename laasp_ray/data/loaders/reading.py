@@ -1,4 +1,4 @@
-"""Encoded images, read ahead in threads, with the unreadable ones left out: what both loaders start from."""
+"""Reads encoded images ahead in threads and leaves out unreadable ones. Both loaders use it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ logger = logging.getLogger(__name__)
 
 BATCHES_READ_AHEAD = 2
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)
-"""How long it is waited before each further try of what could not be read."""
+"""The seconds before each further attempt to read an image."""
 
 OTHERS = 5
-"""How many other images are tried before one is blamed that could not be read; most of them must be given."""
+"""The number of other images that are tried before an image is blamed for a failed read. Most of them must be
+readable.
+"""
 
 _PLACES = 64
 _NEVER_AN_IMAGES_FAULT = frozenset(
@@ -39,15 +41,15 @@ _NEVER_AN_IMAGES_FAULT = frozenset(
     if hasattr(errno, name)
 )
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
-"""How files begin -> what is found within their last _END bytes, if they are whole."""
+"""First bytes of a file -> the bytes that a complete file has within its last _END bytes."""
 _END = 64
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Decoded images, NCHW on the loader's device: float32 and normalised, or uint8; `labels` int64 (n,) beside them.
+    """Decoded images, NCHW on the loader's device: float32 and normalised, or uint8. `labels` are int64 (n,).
 
-    `indices` (int64, (n,)) says which images of the source these are, unreadable ones being left out.
+    `indices` (int64, (n,)) are the images' numbers in the source. Unreadable images are left out.
     """
 
     images: torch.Tensor
@@ -57,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Files as they were read: `indices` (n,), their bytes, and `sizes` (n, 2), heights and widths in pixels."""
+    """Files as read: `indices` (n,), their bytes, and `sizes` (n, 2), heights and widths in pixels."""
 
     indices: np.ndarray
     encoded: list[bytes]
@@ -67,21 +69,21 @@ class EncodedBatch:
         return len(self.encoded)
 
     def without(self, indices: Collection[int]) -> EncodedBatch:
-        """The same batch with the images `indices` left out."""
+        """The batch without the images `indices`."""
         keep = [position for position, index in enumerate(self.indices) if int(index) not in indices]
         return EncodedBatch(self.indices[keep], [self.encoded[position] for position in keep], self.sizes[keep])
 
     def only(self, position: int) -> EncodedBatch:
-        """The image at `position` alone."""
+        """A batch of only the image at `position`."""
         one = slice(position, position + 1)
         return EncodedBatch(self.indices[one], self.encoded[one], self.sizes[one])
 
 
 class UnreadableImages:
-    """The images of `source` that are left out: those `excluded` by name from the start, and those found on the way.
+    """The images of `source` that are left out: those `excluded` by name from the start, and those found later.
 
-    Each one found is logged with its reason and passed to `on_unreadable` by name. More than `bound` in all raise
-    DataError.
+    Each image found is logged with its reason, and its name is passed to `on_unreadable`. Raises DataError for more
+    than `bound` images in all.
     """
 
     def __init__(
@@ -94,13 +96,13 @@ class UnreadableImages:
         self._check_bound()
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Those of `indices` that are not left out, in their order."""
+        """The `indices` that are not left out, in their order."""
         if not self._names:
             return indices
         return indices[[self._source.name(int(index)) not in self._names for index in indices]]
 
     def leave_out(self, index: int, reason: str) -> None:
-        """From now on without image `index`."""
+        """Leaves out image `index` from now on."""
         name = self._source.name(index)
         if name in self._names:
             return
@@ -119,7 +121,7 @@ class UnreadableImages:
 
 
 class ImageFeed:
-    """Reads the files of batches ahead of their use, in `threads` threads; lives for many epochs."""
+    """Reads the files of batches ahead of their use, in `threads` threads. It lives for many epochs."""
 
     def __init__(
         self,
@@ -131,8 +133,10 @@ class ImageFeed:
         longest: int | None = None,
         takes: Callable[[bytes], bool] = lambda data: True,
     ) -> None:
-        """`longest`: longer images than this many times their shorter side are cut to their centre. `takes` says of a
-        file whether the decoder knows its format. Both come as bitmaps, decoded here."""
+        """An image whose longer side is more than `longest` times its shorter side is cut to its centre. `takes` says
+        whether the decoder knows a file's format. Images that are cut, or that the decoder does not know, are decoded
+        here and passed on as bitmaps.
+        """
         self._longest, self._takes = longest, takes
         self._as_bitmaps: set[int] = set()
         self._source = source
@@ -140,15 +144,15 @@ class ImageFeed:
         self._threads = threads
         self._max_batch = max_batch
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-reader")
-        # Height and width of every image seen so far (0: not yet), so that headers are parsed in the first epoch only.
+        # Height and width of every image seen so far (0: not yet), so headers are parsed only in the first epoch.
         self._sizes = np.zeros((len(source), 2), np.int32)
 
     def read(self, batches: Sequence[np.ndarray]) -> Iterator[EncodedBatch]:
-        """The batches in order, without their unreadable images; a batch of which nothing is left is skipped.
+        """The batches in order, without their unreadable images. A batch without any readable image is skipped.
 
-        A storage's hiccup is no broken image: what cannot be read is tried again, and is left out only while other
-        images can be read. Raises DataError when the storage is at fault, and when too many images are unreadable;
-        ValueError for a batch larger than `max_batch`.
+        A short failure of the storage does not mean a broken image. So a failed read is repeated, and the image is left
+        out only if other images can be read. Raises DataError if the storage fails, and if too many images are
+        unreadable; raises ValueError for a batch larger than `max_batch`.
         """
         ahead: deque[list[Future[_Chunk]]] = deque()
         remaining = iter(batches)
@@ -203,7 +207,7 @@ class ImageFeed:
         return chunk
 
     def _prepared(self, index: int, data: bytes) -> bytes:
-        """The file as the decoder is given it; OSError if it is broken."""
+        """The file in the form that the decoder gets. Raises OSError if it is broken."""
         if self._sizes[index, 0] == 0:
             size = checked_size(data)
             kept = size if self._longest is None else centre_size(size, self._longest)
@@ -216,7 +220,7 @@ class ImageFeed:
         return bitmap_of(data, (int(height), int(width)))
 
     def decode_here(self, batch: EncodedBatch, indices: Collection[int]) -> EncodedBatch:
-        """`batch` with bitmaps for the images `indices`, which from now on always come so."""
+        """`batch` with bitmaps for the images `indices`, which are passed as bitmaps from now on."""
         self._as_bitmaps.update(indices)
         encoded = [
             bitmap_of(data, (int(size[0]), int(size[1]))) if int(index) in indices else data
@@ -225,7 +229,7 @@ class ImageFeed:
         return EncodedBatch(batch.indices, encoded, batch.sizes)
 
     def decodes_here(self, index: int) -> bool:
-        """Whether the image comes as a bitmap already."""
+        """Whether the image is already passed as a bitmap."""
         return index in self._as_bitmaps
 
     def _finish(self, futures: list[Future[_Chunk]]) -> EncodedBatch:
@@ -235,13 +239,15 @@ class ImageFeed:
         for index, error in chunk.failures.items():
             self._unreadable.leave_out(index, str(error))
         found = np.array([index for index in chunk.wanted if index in chunk.files], np.int64)
-        # Without what was found unreadable while these files were being read.
+        # Other threads may have found images unreadable while these files were read.
         indices = self._unreadable.readable(found)
         encoded = [chunk.files[int(index)] for index in indices]
         return EncodedBatch(indices, encoded, self._sizes[indices].astype(np.int64))
 
     def _blamed(self, chunk: _Chunk) -> _Chunk:
-        """`chunk` with those failures only that are the images' own: others could be read, before and after."""
+        """`chunk` with only the failures that are the images' own fault: other images could be read before and
+        after.
+        """
         self._check_storage(chunk)
         chunk = chunk.after(self._try(list(chunk.failures)))
         if chunk.failures:
@@ -264,14 +270,14 @@ class ImageFeed:
         )
 
     def _others(self, failures: Mapping[int, OSError]) -> list[int]:
-        """A few images that have not failed so far, from all over the source."""
+        """A few images that have not failed so far, spread over the source."""
         count, first = len(self._source), next(iter(failures))
         places = (first + np.arange(1, min(count, _PLACES)) * max(1, count // _PLACES)) % count
         candidates = self._unreadable.readable(places[[int(index) not in failures for index in places]])
         return candidates[:: max(1, len(candidates) // OTHERS)][:OTHERS].tolist()
 
     def _gives(self, index: int) -> bool:
-        """Whether the storage gives anything for an image, be it broken or not."""
+        """Whether the storage returns any bytes for an image, even if they are broken."""
         try:
             return len(self._source.read(index)) > 0
         except OSError:
@@ -280,7 +286,9 @@ class ImageFeed:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The images `wanted`, each in one of: `files`, `unread` (not given by the storage), `broken` (given, no image)."""
+    """The images `wanted`. Each is in one of `files`, `unread` (the read failed) or `broken` (read, but not an
+    image).
+    """
 
     wanted: list[int]
     files: dict[int, bytes] = field(default_factory=dict)
@@ -301,16 +309,16 @@ class _Chunk:
         return self.unread | self.broken
 
     def after(self, again: _Chunk) -> _Chunk:
-        """What is known when some of the images have been tried `again`."""
+        """The result after some of the images were tried `again`."""
         unread = {index: error for index, error in self.unread.items() if index not in again.wanted}
         broken = {index: error for index, error in self.broken.items() if index not in again.wanted}
         return _Chunk(self.wanted, self.files | again.files, unread | again.unread, broken | again.broken)
 
 
 def checked_size(data: bytes) -> tuple[int, int]:
-    """`header_size`, of a file that does not end too early: decoders differ in what of such a file they still show.
+    """`header_size` for a complete file. Decoders differ in which part of an incomplete file they show.
 
-    Where the end does not tell, it is decoded. OSError if it is broken.
+    If the end does not show that the file is complete, the file is decoded. Raises OSError if it is broken.
     """
     size = header_size(data)
     if not any(data.startswith(start) and end in data[-_END:] for start, end in _ENDS.items()):
@@ -321,24 +329,24 @@ def checked_size(data: bytes) -> tuple[int, int]:
 
 
 def header_size(data: bytes) -> tuple[int, int]:
-    """Height and width that an image file's header tells (EXIF orientation ignored); OSError if it cannot be read."""
+    """Height and width from an image file's header (EXIF orientation ignored). Raises OSError if it cannot be read."""
     with open_image(data) as image:
         return image.height, image.width
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The fully decoded RGB image (EXIF orientation ignored); OSError if the file is broken."""
+    """The fully decoded RGB image (EXIF orientation ignored). Raises OSError if the file is broken."""
     with open_image(data) as image:
         try:
             return _eight_bits(image).convert("RGB")
         except (MemoryError, OSError):
             raise
-        except Exception as error:  # Pillow's decoders meet junk with any exception: ValueError, IndexError, ...
+        except Exception as error:  # Pillow's decoders raise many kinds of errors for broken files
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8, which Pillow would cut off at 255; OSError for pixels whose range is not known."""
+    """Scales 16-bit grey to 8 bits; Pillow would clip it at 255. Raises OSError for pixels whose range is not known."""
     if image.mode == "F":
         raise OSError("its pixels are floating point numbers, of no known range: save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -350,9 +358,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def centre_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Height and width of the centre of an image, at most `longest` times as long as its shorter side.
+    """Height and width of an image's centre; the longer side is at most `longest` times the shorter side.
 
-    As many rows or columns go on both sides, so that the middle stays the middle.
+    The same number of rows or columns is cut on both sides, so the middle stays the middle.
     """
     bound = longest * min(size)
     height, width = (side if side <= bound else bound - (side - bound) % 2 for side in size)
@@ -360,7 +368,7 @@ def centre_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def bitmap_of(data: bytes, size: tuple[int, int]) -> bytes:
-    """A BMP file of the centre of `size` (height, width) of an image file's pixels; OSError if that is broken."""
+    """A BMP file of the centre of `size` (height, width) of an image. Raises OSError if the image file is broken."""
     image = decode_rgb(data)
     top, left = (image.height - size[0]) // 2, (image.width - size[1]) // 2
     file = io.BytesIO()
@@ -369,7 +377,7 @@ def bitmap_of(data: bytes, size: tuple[int, int]) -> bytes:
 
 
 def decode_error(data: bytes) -> str | None:
-    """Why an image file cannot be decoded, or None if it can."""
+    """The reason why an image file cannot be decoded, or None if it can."""
     try:
         decode_rgb(data)
     except OSError as error:
@@ -378,14 +386,14 @@ def decode_error(data: bytes) -> str | None:
 
 
 def normalise(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to float32: (pixel / 255 - mean) / std of each channel, on the same device."""
+    """Converts uint8 (N, 3, H, W) to float32: (pixel / 255 - mean) / std for each channel, on the same device."""
     mean = torch.tensor(config.mean, device=images.device).view(1, 3, 1, 1) * 255
     std = torch.tensor(config.std, device=images.device).view(1, 3, 1, 1) * 255
     return (images.float() - mean).div_(std)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image with its header parsed and its pixels not yet decoded; OSError if that fails."""
+    """The image with its header parsed and its pixels not yet decoded. Raises OSError if that fails."""
     if not data:
         raise OSError("the file is empty")
     try:

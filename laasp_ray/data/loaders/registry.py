@@ -1,4 +1,4 @@
-"""Which loader a run uses, and the one way to make it."""
+"""Chooses the loader of a run, and makes it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ __all__ = ["Batch", "Loader", "check_available", "make_loader", "normalise"]
 
 
 class Loader(Protocol):
-    """Decodes batches of a source; lives for many epochs. `name` is "dali-cpu", "dali-gpu" or "torchvision"."""
+    """Decodes batches of a source, for many epochs. `name` is "dali-cpu", "dali-gpu" or "torchvision"."""
 
     name: str
 
     def epoch(self, batches: Sequence[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
-        """The images of `batches` (index arrays), in order; `epoch` matters for the training augmentation only.
+        """The images of `batches` (index arrays), in order. `epoch` affects only the training augmentation.
 
-        Unreadable images are left out; a batch of which nothing is left is skipped. An iterator may be broken off:
-        the next call starts afresh. Raises DataError when more than data.max_unreadable images are unreadable.
+        Unreadable images are left out, and a batch without any readable image is skipped. An iterator need not be
+        finished; the next call starts from the beginning. Raises DataError if more than data.max_unreadable images are
+        unreadable.
         """
         ...
 
     def close(self) -> None:
-        """Frees threads and memory; the loader cannot be used afterwards."""
+        """Frees threads and memory. The loader cannot be used afterwards."""
         ...
 
 
@@ -53,11 +54,11 @@ def make_loader(
 ) -> Loader:
     """A loader over `source` for batches of at most `max_batch` images, delivered on `device`.
 
-    With `training` each image is augmented as a function of (`seed`, epoch, image); otherwise the centre is taken.
-    Images come as normalised float32, with `uint8` as they were before. Images named in `excluded` are left out from
-    the start, and `on_unreadable` gets the name of each further one. DALI is used where it can be imported unless
-    `data.loader` says otherwise; the log says which. Raises ConfigError for `data.loader` dali without DALI, DataError
-    when too many images are excluded.
+    With `training` each image is augmented as a function of (`seed`, epoch, image). Otherwise the centre is cropped.
+    Images are normalised float32, or with `uint8` not normalised. Images named in `excluded` are left out from the
+    start. `on_unreadable` is called with the name of each image found later. DALI is used if it can be imported, unless
+    `data.loader` says otherwise; a log line names the loader. Raises ConfigError if `data.loader` is dali and DALI is
+    missing, DataError if too many images are excluded.
     """
     unreadable = UnreadableImages(source, config.max_unreadable, excluded, on_unreadable)
     make: Callable[..., Loader] = _loader_class(config.loader)
@@ -69,7 +70,7 @@ def make_loader(
 
 
 def check_available(wanted: LoaderName) -> None:
-    """Raises ConfigError if `wanted`, as in `data.loader`, cannot be had in this process."""
+    """Raises ConfigError if the loader `wanted`, as in `data.loader`, is not available in this process."""
     _loader_class(wanted)
 
 
@@ -91,10 +92,10 @@ def _loader_class(wanted: str) -> Callable[..., Loader]:
 
 @functools.cache
 def _dali_problem() -> str | None:
-    """Why DALI cannot be used, or None if it can."""
+    """The reason why DALI cannot be used, or None if it can."""
     try:
         import laasp_ray.data.loaders.dali  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a shared library that the wheel needs is missing
+    except (ImportError, OSError) as error:  # an OSError means that a shared library is missing
         return str(error)
     return None
 

@@ -1,4 +1,4 @@
-"""What every format of a data set gives, and what is checked of it."""
+"""The interface of every data format, and the checks of a data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from laasp_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Those of torchvision's ImageFolder, in any case; DALI and Pillow decode all of them."""
+"""The suffixes of torchvision's ImageFolder, in any case. DALI and Pillow decode all of them."""
 _JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "System Volume Information"}
 
 Split = Literal["train", "test"]
@@ -24,26 +24,26 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class ImageSource(Protocol):
-    """The images of one split: `labels` int64 (n,), `classes` the names that labels index."""
+    """The images of one split. `labels` are int64 (n,); `classes` are the names that labels index."""
 
     labels: np.ndarray
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
-        """How many images there are; a subclass need not say it."""
+        """The number of images. A subclass need not define it."""
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        """The encoded image, in a format that DALI and Pillow decode; OSError if it cannot be read."""
+        """The encoded image, in a format that DALI and Pillow decode. Raises OSError if it cannot be read."""
         ...
 
     def name(self, index: int) -> str:
-        """What the image is called in logs and in lists of excluded images; differs between splits too."""
+        """The image's name in logs and in lists of excluded images. It is unique over both splits."""
         ...
 
 
 def check_labels(labels: np.ndarray, classes: tuple[str, ...], *, split: Split, where: str) -> None:
-    """Raises DataError when there are no images, a label is no class, or a class has no training image."""
+    """Raises DataError if there are no images, a label is not a class, or a class has no training image."""
     if len(labels) == 0:
         raise DataError(f"{where} has no images")
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -63,9 +63,9 @@ def check_labels(labels: np.ndarray, classes: tuple[str, ...], *, split: Split, 
 
 
 def check_splits(train: ImageSource, test: ImageSource, where: str) -> None:
-    """Raises DataError when a label means another class in the one split than in the other, or one that it lacks.
+    """Raises DataError if a label means another class in one split than in the other, or exists only in one.
 
-    Classes that a format keeps no names of are called by their numbers: of them the ranges alone can be compared.
+    Classes without stored names are called by their numbers. For them only the ranges can be compared.
     """
     most = int(test.labels.max())
     if most >= len(train.classes):
@@ -86,7 +86,7 @@ def check_splits(train: ImageSource, test: ImageSource, where: str) -> None:
 
 
 def check_outputs(test: ImageSource, outputs: int, where: str) -> None:
-    """Raises DataError when the images' classes are not those that a network of so many outputs tells apart."""
+    """Raises DataError if the classes of the images do not match a network with so many `outputs`."""
     most = int(test.labels.max())
     if most >= outputs or (len(test.classes) != outputs and not _numbered(test.classes)):
         classes = max(len(test.classes), most + 1)
@@ -97,8 +97,10 @@ def check_outputs(test: ImageSource, outputs: int, where: str) -> None:
 
 
 def check_classes(test: ImageSource, classes: tuple[str, ...] | None, where: str) -> None:
-    """Raises DataError when test images' labels mean other classes than those that a network was trained on, if both
-    are known by name."""
+    """Raises DataError if the test images' classes differ from `classes`, those that a network was trained on.
+
+    The check is made only if both are known by name.
+    """
     if classes is None or _numbered(classes) or _numbered(test.classes) or test.classes == classes:
         return
     raise DataError(
@@ -108,17 +110,19 @@ def check_classes(test: ImageSource, classes: tuple[str, ...] | None, where: str
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is what systems leave behind (hidden, as `._x.jpg`, or such as `__MACOSX`), no data."""
+    """Whether a file or folder belongs to the system and is not data: hidden (`._x.jpg`), or a name such as
+    `__MACOSX`.
+    """
     return name.startswith(".") or name in _JUNK
 
 
 def is_image(name: str) -> bool:
-    """By its suffix, in any case."""
+    """Whether a file is an image by its suffix, in any case."""
     return name.lower().endswith(SUFFIXES)
 
 
 def tell_skipped(where: str, names: Sequence[str]) -> None:
-    """Logs, once a process, how many files are no images that are read, of which suffixes, and the first ones."""
+    """Logs once per process how many files are not images that can be read, with their suffixes and the first names."""
     if names:
         kinds = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))

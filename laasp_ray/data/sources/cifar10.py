@@ -1,4 +1,4 @@
-"""CIFAR-10 as it is distributed: the folder `cifar-10-batches-py` of pickled arrays (Krizhevsky 2009)."""
+"""CIFAR-10 as distributed: the folder `cifar-10-batches-py` of pickled arrays (Krizhevsky 2009)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _ADMITTED = {
 
 
 class CifarBatchesSource:
-    """`root`, or `cifar-10-batches-py` in it. `read` gives a bitmap file made in memory, so nothing is lost."""
+    """CIFAR-10's images in `root` or in `root/cifar-10-batches-py`. `read` returns a lossless bitmap file made in
+    memory.
+    """
 
     def __init__(self, root: Path, split: Split) -> None:
         folder = batches_folder(root)
@@ -54,12 +56,14 @@ class CifarBatchesSource:
 
 
 def batches_folder(root: Path) -> Path | None:
-    """Where CIFAR-10's batches lie: `root` itself or the folder of the original archive in it; None if in neither."""
+    """The folder of CIFAR-10's batches: `root`, or the folder of the original archive in it. None if neither
+    has them.
+    """
     return next((folder for folder in (root, root / BATCHES_FOLDER) if (folder / "data_batch_1").is_file()), None)
 
 
 def bitmap(pixels: np.ndarray) -> bytes:
-    """A BMP file of `pixels` (3, H, W) uint8 RGB: 24 bits a pixel, rows from the bottom, padded to 4 bytes."""
+    """A BMP file of `pixels` (3, H, W) uint8 RGB: 24 bits per pixel, rows from bottom to top, padded to 4 bytes."""
     _, height, width = pixels.shape
     rows = np.zeros((height, (3 * width + 3) // 4 * 4), np.uint8)
     rows[:, : 3 * width] = pixels[::-1, ::-1].transpose(1, 2, 0).reshape(height, 3 * width)
@@ -97,7 +101,7 @@ def _load(file: Path) -> dict[bytes, Any]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Admits plain values and numpy arrays: a pickle can name any function to be called, a download is not trusted."""
+    """Loads only plain values and numpy arrays. A pickle can call any function, and a download is not trusted."""
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__(stream, encoding="bytes")

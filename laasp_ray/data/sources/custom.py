@@ -1,4 +1,4 @@
-"""A data set of a user's own: what the import path in `data.format` names opens it."""
+"""A user's own data set, opened by the class or function that the import path in `data.format` names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from laasp_ray.errors import ConfigError, LaaspError
 
 
 def open_custom(config: DataConfig, split: Split) -> ImageSource:
-    """What the class or function that `data.format` names gives for the config and the split, checked.
+    """Calls the class or function that `data.format` names with the config and the split, and checks the result.
 
-    Raises ConfigError if it cannot be imported, fails, or gives no ImageSource; DataError as `check_labels` does. An
-    OSError is let through: it is the storage's.
+    Raises ConfigError if it cannot be imported, fails, or does not return an ImageSource; raises DataError as
+    `check_labels` does. An OSError is not converted, because it comes from the storage.
     """
     where = f"data.format {config.format!r}"
     opener = imported(config.format, "data.format")
@@ -24,7 +24,7 @@ def open_custom(config: DataConfig, split: Split) -> ImageSource:
         source = opener(config, split)
     except (LaaspError, OSError):
         raise
-    except Exception as error:  # a user's code can fail in any way
+    except Exception as error:  # a user's code can raise any error
         raise ConfigError(f"{where} failed to open the {split} images: {type(error).__name__}: {error}") from error
     wrong = _lacking(source)
     if wrong:
@@ -37,7 +37,7 @@ def open_custom(config: DataConfig, split: Split) -> ImageSource:
 
 
 def _lacking(source: object) -> str:
-    """What keeps an object from being an ImageSource; empty if nothing does."""
+    """The reason why an object is not an ImageSource; empty if it is one."""
     for method in ("__len__", "read", "name"):
         if not callable(getattr(source, method, None)):
             return f"it has no method {method}"

@@ -17,7 +17,7 @@ from laasp_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 FOLDER = "digits-v1"
-"""Changes with anything that changes the files' content."""
+"""Must change whenever the content of the files changes."""
 
 SIDE = 64
 _FILE = Path(__file__).with_name("digits.npz")
@@ -25,7 +25,7 @@ _EVERY = 5
 
 
 def ensure_digits(cache: Path | None = None) -> Path:
-    """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, written if it is not there yet.
+    """The folder with `train/<class>/*.JPEG` and `val/<class>/*.JPEG`. It is written if it does not exist yet.
 
     Every fifth image of each class is in `val` (355 of 1,797), always the same. Images are 64 x 64 RGB JPEG files of
     quality 95, upscaled bicubically from 8 x 8. `cache` is by default $LAASP_RAY_CACHE, else
@@ -56,7 +56,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def default_cache() -> Path:
-    """Where things are kept that can be made again."""
+    """The folder for files that can be made again."""
     chosen = os.environ.get("LAASP_RAY_CACHE")
     if chosen:
         return Path(chosen).expanduser()

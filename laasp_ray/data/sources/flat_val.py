@@ -1,4 +1,6 @@
-"""A flat validation set, as ImageNet's is distributed: images of all classes in one tar or folder, and a label list."""
+"""A flat validation set, as ImageNet's is distributed: images of all classes in one tar or folder, with a label
+list.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,13 @@ class FlatFolder:
 
 
 def open_flat(root: Path, classes: tuple[str, ...]) -> ImageSource | None:
-    """The test images of a flat tar or folder in `root`, sorted by class, then name; None if there is neither.
+    """The test images of a flat tar or folder in `root`, sorted by class, then name. None if there is neither.
 
-    `classes` are the training set's. The label list is one of LABEL_LISTS, in `root`, beside the images or in the
-    folder of ImageNet's devkit: a line for every image, `FILE CLASS`, or lines in the order of the sorted file names,
-    with the class or its number alone, as the devkit has it; numbers need the file class_numbers.txt with lines
-    `NUMBER CLASS`. Tiny-ImageNet's val/images is such a folder, and its val_annotations.txt such a list. Raises
-    DataError where list and images do not fit.
+    `classes` are the training set's. The label list is one of LABEL_LISTS, in `root`, next to the images or in the
+    folder of ImageNet's devkit. It has a line `FILE CLASS` for every image, or one line per image in the order of the
+    sorted file names. Such a line is the class or, as in the devkit, its number. Numbers need the file
+    class_numbers.txt with lines `NUMBER CLASS`. Tiny-ImageNet's val/images is such a folder, and its
+    val_annotations.txt such a list. Raises DataError if the list and the images do not fit.
     """
     folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if folder is not None and not _is_flat(folder, classes):
@@ -77,7 +79,7 @@ def open_flat(root: Path, classes: tuple[str, ...]) -> ImageSource | None:
 
 
 def _is_flat(folder: Path, classes: tuple[str, ...]) -> bool:
-    """Whether `folder` has no class folders: Tiny-ImageNet's validation images lie in a subfolder of it."""
+    """Whether `folder` has no class folders. Tiny-ImageNet's validation images are in a subfolder of it."""
     below = class_names(folder)
     return not below or (below == [TINY_FOLDER] and TINY_FOLDER not in classes)
 
@@ -85,7 +87,7 @@ def _is_flat(folder: Path, classes: tuple[str, ...]) -> bool:
 def _labelled(
     files: Sequence[bytes], folders: Sequence[Path], where: Path, classes: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The places of `files` in the order of class, then name, as class folders would have it; and their labels."""
+    """The positions of `files` sorted by class, then name, as class folders would have them, and their labels."""
     root = folders[0]
     path = next(
         (

@@ -1,4 +1,4 @@
-"""A data set as class folders, the layout of the unpacked ILSVRC2012 archives."""
+"""A data set of class folders, the layout of the unpacked ILSVRC2012 archives."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TEST_FOLDERS = ("val", "test")
 
 
 class FolderSource:
-    """`<root>/train/<class>/*.JPEG`, and `<root>/val` or `<root>/test` likewise: the test split.
+    """Images in `<root>/train/<class>/*.JPEG`; the test split is in `<root>/val` or `<root>/test` with the same layout.
 
-    Classes are the sorted names of the training folders, unless `classes` says them; images are sorted by class, then
-    name; those in a class's subfolders are read too. Opening lists the folders and looks at no file; files that are no
-    images are counted in the log.
+    Classes are the sorted names of the training folders, unless `classes` is given. Images are sorted by class, then
+    name; images in subfolders of a class are included. Opening lists the folders and reads no file. A log line counts
+    the files that are not images.
     """
 
     def __init__(self, root: Path, split: Split, classes: tuple[str, ...] | None = None) -> None:
@@ -34,7 +34,7 @@ class FolderSource:
             names.extend(files)
             skipped.extend(f"{name}/{os.fsdecode(other)}" for other in others)
         tell_skipped(str(folder), skipped)
-        # An array of bytes takes a quarter of the memory of Python strings, and every worker opens the data set.
+        # An array of bytes needs a quarter of the memory of Python strings, and every worker opens the data set.
         self._names = np.array(names, dtype=np.bytes_)
         self.labels = np.repeat(np.arange(len(self.classes), dtype=np.int64), counts)
         check_labels(self.labels, self.classes, split=split, where=str(folder))
@@ -53,7 +53,7 @@ class FolderSource:
 
 
 def train_folders(root: Path) -> tuple[str, ...]:
-    """The classes of a data set of folders; raises DataError if there are none."""
+    """The classes of a data set of folders. Raises DataError if there are none."""
     train = _split_folder(root, "train")
     classes = tuple(class_names(train))
     if not classes:
@@ -62,13 +62,13 @@ def train_folders(root: Path) -> tuple[str, ...]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The sorted names of the folders in `folder`, without those that systems leave behind."""
+    """The sorted names of the folders in `folder`, without those of the system (`is_junk`)."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not is_junk(entry.name) and entry.is_dir())
 
 
 def _beside_folders(folder: Path) -> list[str]:
-    """What lies among the class folders and is none."""
+    """The files and other entries of `folder` that are not class folders."""
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries if not is_junk(entry.name) and not entry.is_dir()]
 
@@ -97,10 +97,10 @@ def _check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
 
 
 def image_files(folder: Path) -> tuple[list[bytes], list[bytes]]:
-    """The sorted names of the images in `folder` and its subfolders, relative to it; and those of the other files.
+    """The sorted names of the images in `folder` and its subfolders, relative to it, and those of the other files.
 
-    What systems leave behind is in neither. Both are empty if the folder is not there. A link to a folder that it lies
-    in is not followed.
+    Files of the system (`is_junk`) are in neither list. Both are empty if the folder does not exist. A link to a folder
+    that contains it is not followed.
     """
     images: list[bytes] = []
     others: list[bytes] = []

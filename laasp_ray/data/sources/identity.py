@@ -1,4 +1,4 @@
-"""Which images a run began with, in a few kilobytes, so that a resumed run notices that they have changed."""
+"""Records which images a run began with, in a few kilobytes, so that a resumed run detects changes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _SAMPLE = 100
 
 
 def identify(source: ImageSource) -> dict[str, Any]:
-    """`images`, their number; a `digest` of names, labels and order; `classes`, a row (name, images, digest) for each;
-    and a `sample`, rows (number, digest of the file), of one image each of up to 100 classes.
+    """The identity of a source's images.
 
-    Names count without the folder or tar that they begin with. What cannot be decoded is not in the sample.
+    `images` is their number. `digest` is over names, labels and order. `classes` has a row (name, images, digest) for
+    each class. `sample` has rows (number, digest of the file) for one image each of up to 100 classes. Names are
+    compared without the folder or tar that they begin with. Images that cannot be decoded are not in the sample.
     """
     return {**_names_of(source), "sample": _sample(source)}
 
 
 def check_identity(known: Mapping[str, Any], source: ImageSource, split: Split, excluded: Collection[str]) -> None:
-    """Raises DataError if `source` does not have the images of the identity `known`, `excluded` ones apart.
+    """Raises DataError if `source` does not have the images of the identity `known`, except for `excluded` ones.
 
-    An identity of a run that did not write down more has `images` alone.
+    The identity of an older run may have only `images`.
     """
     change = _change(known, source, frozenset(excluded))
     if change is not None:
@@ -40,7 +41,7 @@ def check_identity(known: Mapping[str, Any], source: ImageSource, split: Split, 
 
 
 def _change(known: Mapping[str, Any], source: ImageSource, excluded: frozenset[str]) -> str | None:
-    """What has changed, by an example."""
+    """Describes the change by an example; None if nothing changed."""
     if "digest" not in known:
         return None if len(source) == known["images"] else "images were added or removed"
     found = _names_of(source)
@@ -55,7 +56,7 @@ def _change(known: Mapping[str, Any], source: ImageSource, excluded: frozenset[s
 
 
 def _names_of(source: ImageSource) -> dict[str, Any]:
-    """An identity without its sample: no file is read."""
+    """The identity without its sample. It reads no file."""
     classes = _classes(source)
     whole = hashlib.sha256(source.labels.astype("<i8").tobytes())
     for row in classes:
@@ -92,7 +93,7 @@ def _classes(source: ImageSource) -> list[list[Any]]:
 
 
 def _within(name: str) -> str:
-    """A tar and the folder it was unpacked into hold the same."""
+    """A name without the folder or tar that it begins with: a tar and its unpacked folder have the same content."""
     return name.partition("/")[2] or name
 
 
@@ -106,7 +107,7 @@ def _sample(source: ImageSource) -> list[list[Any]]:
 def _content(source: ImageSource, index: int) -> bytes | None:
     try:
         return source.read(index)
-    except OSError:  # whether it is the image or the storage is found out by who needs the image
+    except OSError:  # the code that needs the image finds out whether the image or the storage is at fault
         return None
 
 

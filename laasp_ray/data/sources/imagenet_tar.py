@@ -1,7 +1,7 @@
-"""ImageNet as it is distributed: the training tar of class tars, and images by their place in a tar, without unpacking.
+"""ImageNet as distributed: the training tar of class tars, and images read from a tar without unpacking it.
 
-A tar is indexed once: where each image lies, kept in the cache folder, so that workers and later runs need not go
-through a million headers again. Reading an image is then one read at an offset.
+A tar is indexed once. The index has the position of each image and is stored in the cache folder, so workers and later
+runs need not read a million headers again. Reading an image is then one read at an offset.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The images of a tar, sorted by class, then name: `names` bytes (n,), `offsets` and `sizes` int64 (n,) in bytes of
-    the tar, `labels` int64 (n,) into `classes`. A tar without class tars has one class, of no name."""
+    """The images of a tar, sorted by class, then name.
+
+    `names` are bytes (n,); `offsets` and `sizes` are int64 (n,) in bytes of the tar; `labels` are int64 (n,) into
+    `classes`. A tar without class tars has one class, with an empty name.
+    """
 
     names: np.ndarray
     offsets: np.ndarray
@@ -44,7 +47,9 @@ class TarIndex:
 
 
 class TarImages:
-    """The images of a tar, where an index says they lie; each read opens the file anew, so it pickles and forks."""
+    """The images of a tar at the positions of an index. Each read opens the file again, so it can be pickled and
+    forked.
+    """
 
     def __init__(self, path: Path, index: TarIndex, labels: np.ndarray, classes: tuple[str, ...], split: Split) -> None:
         self._path, self._index = path, index
@@ -70,9 +75,9 @@ class TarImages:
 
 
 def open_train_tar(root: Path) -> TarImages:
-    """`ILSVRC2012_img_train.tar` (or `train.tar`): `<class>.tar` members, each with the class's images.
+    """Opens `ILSVRC2012_img_train.tar` (or `train.tar`): `<class>.tar` members, each with the images of the class.
 
-    Raises DataError if it is not there or not so made.
+    Raises DataError if it does not exist or has another structure.
     """
     path = _wanted(root)
     index = tar_index(path, nested=True)
@@ -80,14 +85,16 @@ def open_train_tar(root: Path) -> TarImages:
 
 
 def train_classes(root: Path) -> tuple[str, ...]:
-    """The sorted names of the class tars in the training tar, by its own headers alone; raises as `open_train_tar`."""
+    """The sorted names of the class tars in the training tar, from its own headers only. Raises the errors of
+    `open_train_tar`.
+    """
     path = _wanted(root)
     with path.open("rb", buffering=0) as stream:
         return tuple(sorted(_class_tars(path, stream)))
 
 
 def train_tar(root: Path) -> Path | None:
-    """The training tar in `root`, if there is one."""
+    """The training tar in `root`, or None."""
     return next((root / name for name in TRAIN_TARS if (root / name).is_file()), None)
 
 
@@ -99,9 +106,9 @@ def _wanted(root: Path) -> Path:
 
 
 def tar_index(path: Path, *, nested: bool) -> TarIndex:
-    """From the cache, or made and put there. `nested`: the members are tars of one class each.
+    """The index from the cache, or a new one that is stored there. `nested`: each member is the tar of one class.
 
-    A tar of another size or time of change is another tar. A cache that cannot be written is logged.
+    A tar with another size or modification time gets a new index. A cache that cannot be written gives a log line.
     """
     status = path.stat()
     key = f"{_VERSION}/{nested}/{path.absolute()}/{status.st_size}/{status.st_mtime_ns}"
@@ -171,8 +178,11 @@ def _made(path: Path, nested: bool) -> TarIndex:
 
 
 def _images(path: Path, stream: BinaryIO, start: int, end: int, skipped: list[str]) -> list[tuple[bytes, int, int]]:
-    """Name, offset and size of the images of the tar that begins at `start` of `path` and must stay before `end`; the
-    names of its other members are added to `skipped`. Of members of one name the last counts, as in unpacking."""
+    """Name, offset and size of the images of the tar that begins at `start` of `path` and must end before `end`.
+
+    The names of its other members are added to `skipped`. If members have the same name the last one counts, as in
+    unpacking.
+    """
     images: dict[bytes, tuple[int, int]] = {}
     for member in _members(path, stream, start):
         if member.offset_data + member.size > end:
@@ -182,14 +192,16 @@ def _images(path: Path, stream: BinaryIO, start: int, end: int, skipped: list[st
         else:
             skipped.append(member.name)
     short = {name: name.rpartition(b"/")[2] for name in images}
-    if len(set(short.values())) < len(images):  # folders tell them apart
+    if len(set(short.values())) < len(images):  # images in different folders may have the same name
         short = {name: name for name in images}
     return [(short[name], *place) for name, place in images.items()]
 
 
 def _members(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarInfo]:
-    """What the tar that begins at `start` holds but for folders and what systems leave behind; `offset_data` counts
-    from the beginning of `path`."""
+    """The members of the tar that begins at `start`, without folders and files of the system (`is_junk`).
+
+    `offset_data` of a member counts from the beginning of `path`.
+    """
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -197,7 +209,7 @@ def _members(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarIn
                 parts = PurePosixPath(member.name).parts
                 if not member.isdir() and not any(is_junk(part) for part in parts):
                     yield member
-            stream.seek(archive.offset)  # tarfile takes whatever is no header for the end, which is a block of zeros
+            stream.seek(archive.offset)  # tarfile takes any invalid header as the end, but the end is a block of zeros
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("no header where one must be")
     except tarfile.TarError as error:
@@ -205,7 +217,7 @@ def _members(path: Path, stream: BinaryIO, start: int) -> Iterator[tarfile.TarIn
 
 
 def _class_tars(path: Path, stream: BinaryIO) -> dict[str, tarfile.TarInfo]:
-    """The members of the training tar by their classes."""
+    """The members of the training tar by class."""
     parts: dict[str, tarfile.TarInfo] = {}
     for member in _members(path, stream, 0):
         name = _class_of(path, member)

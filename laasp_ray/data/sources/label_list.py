@@ -1,4 +1,4 @@
-"""A list that says of which class each image of a flat validation set is."""
+"""A list with the class of each image of a flat validation set."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SEPARATORS = re.compile(r"[\s,]+")
 
 
 class LabelList:
-    """The list at `path`, beside the data set's folder `root`, of training `classes`. Names may have spaces."""
+    """The list at `path`, next to the data set's folder `root`, of training `classes`. Names may have spaces."""
 
     def __init__(self, path: Path, root: Path, classes: Sequence[str]) -> None:
         self._path, self._root, self._classes = path, root, frozenset(classes)
 
     def of(self, files: Sequence[str]) -> list[str]:
-        """The class of each image, by its name, else by its name without suffix; or by the order of the sorted names.
+        """The class of each image, by its name, or by its name without suffix, or by the order of the sorted names.
 
-        Raises DataError where list and images do not fit.
+        Raises DataError if the list and the images do not fit.
         """
         lines = read_lines(self._path)
         if lines and _SEPARATORS.split(lines[0])[0] == "ImageId":
@@ -73,7 +73,8 @@ class LabelList:
         absent = sorted(name for name in listed if name not in known and _stem(name) not in known)
         if absent:
             logger.warning("%d images in %s are not there: %s", len(absent), self._path, ", ".join(absent[:5]))
-        # A stem of the list stands for one image: of two, the second would get the label of the first.
+        # A name without suffix in the list must stand for one image; otherwise a second image would get the first one's
+        # label.
         self._check_unique([_stem(name) for name in others])
         return [listed[name] if name in listed else by_stem[_stem(name)] for name in names]
 
@@ -88,25 +89,26 @@ class LabelList:
         """The file that a line names, without its folders, and the class."""
         cuts = list(_SEPARATORS.finditer(line))
         heads = [(_base(_unquoted(line[: cut.start()])), cut.end()) for cut in cuts]
-        # The longest beginning that is a file: its name may have spaces. Of a file that is not there, the first word.
+        # A file name may have spaces, so the longest beginning that is a file is taken. If none is a file, the first
+        # word is.
         name, end = next((head for head in reversed(heads) if head[0] in files or _stem(head[0]) in files), heads[0])
         return name, self._class(line[end:])
 
     def _class(self, text: str) -> str:
-        """What a line has behind the file: the class, perhaps with more behind it, such as a box."""
+        """The class in the part of a line after the file. More may follow the class, such as a box."""
         ends = [*(cut.start() for cut in _SEPARATORS.finditer(text)), len(text)]
         heads = [_unquoted(text[:end]) for end in ends]
         return next((head for head in reversed(heads) if head in self._classes), heads[0])
 
     def _classes_of_numbers(self, named: list[str]) -> list[str]:
-        """Class numbers turned into names; names as they are."""
+        """Converts class numbers to names. Names are unchanged."""
         path, root = self._path, self._root
         if not all(name.isdecimal() for name in named):
             return named
         places = (path.with_name(CLASS_NUMBERS), root / CLASS_NUMBERS)
         map_file = next((place for place in places if place.is_file()), None)
         if map_file is None and self._classes.issuperset(named):
-            return named  # class folders that are called by numbers
+            return named  # the class folders are named by numbers
         if map_file is None:
             raise DataError(
                 f"{path} gives classes by number, and the order of the numbers is not that of the names: put a file "
@@ -126,8 +128,10 @@ class LabelList:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text that are not blank, stripped; UTF-8, or UTF-16 with its mark, as Windows writes. DataError
-    if it is neither."""
+    """The stripped lines of a text file, without blank ones.
+
+    The encoding is UTF-8, or UTF-16 with a byte order mark, as Windows writes. Raises DataError for another one.
+    """
     content = path.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -148,5 +152,5 @@ def _base(path: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """`name` without an image's suffix."""
+    """`name` without the suffix of an image."""
     return name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name

@@ -1,4 +1,4 @@
-"""A data set as Parquet files, in the column layout of Hugging Face image data sets."""
+"""A data set of Parquet files, in the column layout of Hugging Face image data sets."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _PATTERNS = {
 
 
 class ParquetSource:
-    """`<root>/train.parquet` or `train-*.parquet` (sorted), and `test` likewise (else `val` or `validation`, also where
-    `test` has no labels); in `root` or in the one folder of it that has them, such as `data`.
+    """Images in `<root>/train.parquet` or `train-*.parquet` (sorted), and `test` likewise.
 
-    Images are a column `img` or `image` of struct<bytes, path>, labels a column `label` or `labels` of integers; class
-    names come from the schema's metadata, and are the labels themselves where it has none. The encoded images are held
-    in memory, so files of more than 16 GiB are refused.
+    `val` or `validation` is the test split if there is no `test` or if `test` has no labels. The files are in `root`,
+    or in its only folder with such files, for example `data`. Images are a column `img` or `image` of struct<bytes,
+    path>, and labels are a column `label` or `labels` of integers. Class names come from the schema's metadata; without
+    them the labels are the names. The encoded images are held in memory, so files of more than 16 GiB are refused.
     """
 
     def __init__(self, root: Path, split: Split) -> None:
@@ -81,19 +81,19 @@ class ParquetSource:
 
 
 def parquet_files(root: Path, split: Split, *, below: bool = True) -> list[Path]:
-    """The files of `split`, sorted: those of the first naming that is there at all, unlabelled ones last.
+    """The sorted files of `split`, by the first name pattern that has files. A pattern without labels is tried last.
 
-    They lie in `root`, or (`below`) in the one folder of it that has training files.
+    The files are in `root`, or with `below` in its only folder that has training files.
     """
     folder = _folder(root) if below else root
     found = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
-    if split == "test" and len(found) > 1:  # ImageNet's test files on the Hub have no labels, its validation files do
+    if split == "test" and len(found) > 1:  # the Hub's ImageNet has labels for validation files only
         return next((files for files in found if _labelled(files)), found[0])
     return found[0] if found else []
 
 
 def check_shards(files: list[Path]) -> None:
-    """Raises DataError when of files called `NAME-00000-of-00002.parquet` one is missing."""
+    """Raises DataError if one of the files named `NAME-00000-of-00002.parquet` is missing."""
     numbers: dict[tuple[str, int], list[int]] = {}
     for file in files:
         match = _SHARD.match(file.name)
@@ -115,7 +115,9 @@ def check_shards(files: list[Path]) -> None:
 
 
 def _folder(root: Path) -> Path:
-    """Where the files lie: `root` itself, or its one folder with training files (`data`, or a configuration's name)."""
+    """The folder of the files: `root`, or its only folder with training files (`data`, or the name of a
+    configuration).
+    """
     if any(_matching(root, names) for names in _PATTERNS["train"]):
         return root
     with os.scandir(root) as entries:
@@ -132,7 +134,7 @@ def _matching(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def _labelled(files: list[Path]) -> bool:
-    """Whether any row has a label: the Hub's unlabelled files have -1 in all, or no such column."""
+    """Whether any row has a label. Unlabelled files on the Hub have only -1, or no such column."""
     for file in files:
         with _readable(file):
             column = next((name for name in LABEL_COLUMNS if name in pq.read_schema(file).names), None)
@@ -146,7 +148,7 @@ def _labelled(files: list[Path]) -> bool:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One file's encoded images and labels; the names of its classes, if it has them."""
+    """The encoded images and labels of one file, and its class names if it has them."""
 
     images: pa.ChunkedArray
     labels: np.ndarray
@@ -191,7 +193,7 @@ def _columns(schema: pa.Schema, file: Path) -> tuple[str, str]:
 
 
 def _encoded(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """The images' bytes; 64-bit offsets, since more than 2 GiB may come together."""
+    """The images' bytes, with 64-bit offsets, because the total may be more than 2 GiB."""
     chunks = [chunk.field("bytes").cast(pa.large_binary()) for chunk in table[column].chunks]
     return pa.chunked_array(chunks, type=pa.large_binary())
 
@@ -204,7 +206,7 @@ def _labels(table: pa.Table, column: str, file: Path) -> np.ndarray:
 
 
 def _check_bytes(images: pa.ChunkedArray, file: Path) -> None:
-    """Raises DataError where rows have a path in place of bytes: the files that they name are not looked for."""
+    """Raises DataError if rows have a path instead of bytes. The files at these paths are not read."""
     if images.type.get_field_index("path") < 0:
         return
     bytes_, paths = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")

@@ -1,4 +1,4 @@
-"""Images that were left out and are gone since: their places are kept, so that all others keep theirs."""
+"""Images that were left out and later deleted: their places are kept, so that all other images keep theirs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from laasp_ray.records import Place
 
 
 class WithPlaces:
-    """`source` with images that it has no more, at the `missing` indices of the whole; these cannot be read."""
+    """`source` with deleted images at the `missing` indices of the whole. Deleted images cannot be read."""
 
     def __init__(self, source: ImageSource, missing: Iterable[Place]) -> None:
         self._source = source
@@ -42,13 +42,15 @@ class WithPlaces:
 
 
 def with_places(source: ImageSource, split: Split, places: Iterable[Place]) -> ImageSource:
-    """`source` as it was before images were removed from it that had been left out; `places` are theirs at the start.
+    """`source` with placeholders for images that were left out and then deleted. `places` are their places at the run's
+    start.
 
-    Order, augmentation and the choice of the calibration set go by an image's number, which a removal would change.
+    Order, augmentation and the choice of the calibration set depend on an image's number, which a deletion would
+    change.
     """
     missing: list[Place] = []
     for place in sorted((place for place in places if place.split == split), key=lambda place: place.index):
-        # Places beyond the end: more is gone than what was left out, which the identity's check will tell.
+        # The place can be beyond the end if other images were deleted too. The check of the identity reports that.
         here = min(place.index - len(missing), len(source))
         if here == len(source) or source.name(here) != place.name:
             missing.append(replace(place, index=here + len(missing)))
@@ -56,7 +58,7 @@ def with_places(source: ImageSource, split: Split, places: Iterable[Place]) -> I
 
 
 def find_places(names: Collection[str], sources: Mapping[Split, ImageSource]) -> dict[str, Place]:
-    """Where the images called `names` are in the splits; a name that is in none is left out."""
+    """The places of the images called `names` in the splits. A name that is in no split is omitted."""
     wanted = set(names)
     found: dict[str, Place] = {}
     for split, source in sources.items():

@@ -1,4 +1,4 @@
-"""Opens a data set, whatever it is stored in: layouts by name, or a source of one's own by import path."""
+"""Opens a data set: a layout by name, or a user's own source by import path."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def _never(root: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a data set lies in a folder.
+    """A layout of a data set in a folder.
 
-    `fits` tells whether a folder is so laid out, `fits_too` whether it is where no layout fits; `fits_test` whether its
-    test images lie there, in a layout that says their classes beside them, without the training images. `train_classes`
-    gives the classes where the test images do not say them. `looked_for` describes the layout, with {root}.
+    `fits` says whether a folder has this layout. `fits_too` says so if no layout fits. `fits_test` says whether the
+    folder has the test images in this layout, without the training images; the layout must store the classes with them.
+    `says_classes` is False if the test images' classes are known only from the training images. `looked_for` describes
+    the layout, with {root}.
     """
 
     looked_for: str
@@ -45,11 +46,12 @@ class Layout:
 
 
 def open_source(config: DataConfig, split: Split) -> ImageSource:
-    """The images of `split`, checked: not empty, labels in range, in training at least one image a class.
+    """The images of `split`. They are checked: not empty, labels in range, and in training at least one image per
+    class.
 
-    `data.path` None is the embedded set of digits, written into a cache folder when it is first needed. Raises
-    ConfigError when `data.path` and `data.format` do not fit each other, or an import path gives no ImageSource;
-    DataError when the data set is not there or not laid out as expected. All say what was looked for.
+    With `data.path` None it is the built-in set of digits, which is written to a cache folder on first use. Raises
+    ConfigError if `data.path` and `data.format` contradict each other, or if an import path gives no ImageSource.
+    Raises DataError if the data set does not exist or has another layout. All messages say what was looked for.
     """
     if is_import_path(config.format):
         with _told_by_name(config):
@@ -65,9 +67,10 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
 
 
 def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> ImageSource:
-    """The test images alone, for training images that may not be there: `classes` are known from elsewhere.
+    """Opens the test images alone, when the training images may be absent and `classes` are known.
 
-    None, and formats whose test images say their classes themselves: as `open_source`, and raises as that does.
+    With `classes` None, and for formats whose test images have their own classes, it does and raises what `open_source`
+    does.
     """
     by_name = LAYOUTS.get(config.format)
     elsewhere = config.format != "auto" and (by_name is None or by_name.says_classes)
@@ -89,7 +92,7 @@ def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> Ima
 
 @contextlib.contextmanager
 def _told_by_name(config: DataConfig) -> Iterator[None]:
-    """Raises DataError with the place for what the file system refuses."""
+    """Raises DataError, naming the place, for an error of the file system."""
     try:
         yield
     except OSError as error:

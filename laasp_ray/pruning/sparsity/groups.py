@@ -1,7 +1,7 @@
-"""Group sparsity: of every `group` consecutive inputs of a layer, `prune` weights are zero.
+"""Group sparsity: `prune` weights are zero in every `group` consecutive inputs of a layer.
 
-Source: Kang, IEEE TCSVT 30(7) 2020. Its procedure is not public in full; this is our reading: the groups lie along the
-input channels, for each output channel and kernel position, and the smallest magnitudes of a group go.
+Source: Kang, IEEE TCSVT 30(7) 2020. Its procedure is not fully public, and this is our interpretation: groups lie along
+the input channels, for each output channel and kernel position, and the smallest magnitudes of a group are pruned.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from laasp_ray.errors import PruningError
 from laasp_ray.pruning.names import ignored_modules
 
 _CHUNK = 1 << 23
-"""Weights that are sorted at a time: the order of a large linear layer's would take gigabytes."""
+"""The number of weights that are sorted at a time. The sort indices of a large linear layer would need gigabytes."""
 
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Of every `group` consecutive inputs, `pruned_per_group` weights are zero."""
+    """In every group of `group` consecutive inputs `pruned_per_group` weights are zero."""
 
     group: int
     pruned_per_group: int
@@ -35,18 +35,18 @@ class GroupRule:
             )
 
     def kept_of(self, size: int) -> int:
-        """How many weights a group of `size` (the last may be short) keeps: the same share, rounded up."""
+        """The number of weights kept in a group of `size` (the last may be short): the same share, rounded up."""
         return -(-size * (self.group - self.pruned_per_group) // self.group)
 
     def kept_in(self, shape: Sequence[int]) -> int:
-        """How many weights stay of a weight of this shape, (N, C, *kernel) or (N, C)."""
+        """The number of weights kept in a weight of this shape, (N, C, *kernel) or (N, C)."""
         whole, rest = divmod(shape[1], self.group)
         return math.prod(shape) // shape[1] * (whole * self.kept_of(self.group) + self.kept_of(rest))
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers that can hold groups, each kind in network order; `dense`: those that cannot, with the reason."""
+    """The layers that can have groups, each kind in network order. `dense`: the other layers, with the reason."""
 
     convolutions: tuple[str, ...]
     linear: tuple[str, ...]
@@ -54,10 +54,10 @@ class Layers:
 
 
 def sort_layers(model: nn.Module, group: int, ignored: Sequence[str] = ()) -> Layers:
-    """Which convolutions and linear layers of `model` can hold groups of `group` inputs.
+    """Finds the convolutions and linear layers of `model` that can have groups of `group` inputs.
 
-    `ignored` names modules, which stay dense with all below them, or prefixes of them that end in a dot. Raises
-    ConfigError for one that names nothing.
+    `ignored` names modules, which stay dense with all their submodules, or prefixes that end in a dot. Raises
+    ConfigError for an entry that names nothing.
     """
     convolutions: list[str] = []
     linear: list[str] = []
@@ -87,11 +87,11 @@ def _why_dense(module: nn.Module, group: int) -> str:
 
 
 def group_mask(weight: torch.Tensor, rule: GroupRule, held: torch.Tensor | None = None) -> torch.Tensor:
-    """True where a weight stays; of the shape of `weight`, (N, C, *kernel) or (N, C).
+    """True where a weight is kept; of the shape of `weight`, (N, C, *kernel) or (N, C).
 
-    C is what one filter reads: in a grouped convolution the inputs of its own group. For each filter and kernel
-    position the smallest magnitudes of each group go; of equal ones the higher index stays. What `held`, an earlier
-    mask, has pruned already goes first.
+    C is the number of inputs of one filter: in a grouped convolution those of its own group. For each filter and kernel
+    position the smallest magnitudes of each group are pruned; of equal ones the higher index is kept. Weights that
+    `held`, an earlier mask, has pruned are pruned first.
     """
     magnitudes = weight.detach().abs()
     if held is not None:
@@ -114,13 +114,15 @@ def _row_mask(rows: torch.Tensor, rule: GroupRule) -> torch.Tensor:
 
 
 def _largest(values: torch.Tensor, kept: int) -> torch.Tensor:
-    """True at the `kept` largest values along the last axis, later ones before equal earlier ones."""
+    """True at the `kept` largest values along the last axis. Of equal values the later ones are taken."""
     lowest = values.argsort(dim=-1, stable=True)[..., : values.shape[-1] - kept]
     return torch.ones_like(values, dtype=torch.bool).scatter_(-1, lowest, False)
 
 
 def group_counts(mask: torch.Tensor, group: int) -> np.ndarray:
-    """How many weights stay in each group: (N, kernel positions x groups), the last group of a row perhaps short."""
+    """The number of kept weights in each group: (N, kernel positions x groups). The last group of a row may be
+    short.
+    """
     rows = mask.movedim(1, -1).flatten(1, -2) if mask.ndim > 2 else mask[:, None, :]
     missing = -rows.shape[-1] % group
     padded = nn.functional.pad(rows.to(torch.uint8), (0, missing))
@@ -128,7 +130,7 @@ def group_counts(mask: torch.Tensor, group: int) -> np.ndarray:
 
 
 def satisfies(weight: torch.Tensor, rule: GroupRule) -> bool:
-    """Whether no group of `weight` has more non-zero weights than `rule` leaves it."""
+    """Whether no group of `weight` has more non-zero weights than `rule` allows."""
     groups = -(-weight.shape[1] // rule.group)
     allowed = np.full(groups, rule.kept_of(rule.group))
     if weight.shape[1] % rule.group:
@@ -138,12 +140,12 @@ def satisfies(weight: torch.Tensor, rule: GroupRule) -> bool:
 
 
 def pack_mask(mask: torch.Tensor) -> bytes:
-    """One bit a weight, in the order of the tensor's elements."""
+    """Packs a mask: one bit per weight, in the order of the tensor's elements."""
     return np.packbits(mask.cpu().numpy().reshape(-1)).tobytes()
 
 
 def unpack_mask(packed: bytes, shape: Sequence[int]) -> torch.Tensor:
-    """The mask that `pack_mask` packed. Raises PruningError if it is not of that many elements."""
+    """The inverse of `pack_mask`. Raises PruningError if the number of elements differs."""
     elements = math.prod(shape)
     if len(packed) != -(-elements // 8):
         raise PruningError(
@@ -155,7 +157,9 @@ def unpack_mask(packed: bytes, shape: Sequence[int]) -> torch.Tensor:
 
 
 def masked(tensors: Mapping[str, torch.Tensor], masks: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
-    """`tensors` with what the masks (by tensor name, packed) prune set to zero. Raises PruningError for a misfit."""
+    """Sets the weights that the masks (tensor name -> packed mask) prune to zero. Raises PruningError if a mask does
+    not fit.
+    """
     for name in masks:
         if name not in tensors:
             raise PruningError(f"there is a mask for {name}, but the network has no such weight")

@@ -1,4 +1,4 @@
-"""2:4 sparse layers on NVIDIA's sparse tensor cores, through torch's semi-structured tensors; for inference only."""
+"""Runs 2:4 sparse layers on NVIDIA's sparse tensor cores with torch's semi-structured tensors, for inference only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TWO_OF_FOUR = GroupRule(4, 2)
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLES = (32, 64)
-"""What rows and columns of a weight must be multiples of: the stricter of torch's two backends, in 16 bits."""
+"""The numbers that rows and columns must be multiples of: the stricter of torch's two backends, in 16 bits."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """`converted`: the layers that now run sparse, in network order; `left`: the others, with the reason."""
+    """`converted`: the layers that now run sparse, in network order. `left`: the other layers, with the reason."""
 
     converted: tuple[str, ...]
     left: Mapping[str, str]
@@ -42,10 +42,10 @@ class SparsePointwise(nn.Module):
 
 
 def to_semi_structured(model: nn.Module) -> Conversion:
-    """Has the 2:4 sparse linear layers and 1x1 convolutions of `model` run sparse; changes it in place.
+    """Makes the 2:4 sparse linear layers and 1x1 convolutions of `model` run sparse, in place.
 
     `model` is on a CUDA device of compute capability 8.0 or more, in float16 or bfloat16. Afterwards it can neither be
-    trained nor saved. Raises PruningError if the device or the element type is another.
+    trained nor saved. Raises PruningError for another device or dtype.
     """
     first = next(model.parameters())
     if not first.is_cuda or torch.cuda.get_device_capability(first.device) < MIN_CAPABILITY:
@@ -73,7 +73,7 @@ def to_semi_structured(model: nn.Module) -> Conversion:
 
 
 def why_not(module: nn.Conv2d | nn.Linear) -> str:
-    """Why a layer cannot run through the 2:4 kernels; empty if it can."""
+    """The reason why a layer cannot run with the 2:4 kernels; empty if it can."""
     if isinstance(module, nn.Conv2d):
         if module.kernel_size != (1, 1) or module.padding not in ((0, 0), "valid"):
             return "no 1x1 convolution without padding"
