@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test exhaustive lint docs options clean
+.PHONY: install quickstart test test-here test-ray exhaustive lint docs options clean
 
 install: $(STAMP)
 
@@ -17,9 +17,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/python jobs/prune_resnet50.py
 
+# The tests on Ray mostly wait, so they run beside the others; each of the two fails on its own.
 test: install lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ray and not exhaustive and not job and not gpu'
-	$(BIN)/python -m pytest -m 'ray and not exhaustive'
+	@$(MAKE) --no-print-directory -j2 test-here test-ray
+
+test-here: install
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20 -m 'not ray and not exhaustive and not job and not gpu'
+
+# Its output comes in one piece when it ends, not between the lines of the others.
+test-ray: install
+	@$(BIN)/python -m pytest --durations=20 -m 'ray and not exhaustive' >$(VENV)/test-ray.log 2>&1; \
+	status=$$?; cat $(VENV)/test-ray.log; exit $$status
 
 exhaustive: install
 	$(BIN)/python -m pytest -m 'exhaustive or job or gpu'

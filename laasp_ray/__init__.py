@@ -1,7 +1,7 @@
 """laasp_ray: pruning of convolutional networks while they train, spread over a Ray cluster.
 
-What is named in `__all__` is the whole public surface, and is imported on first use: whoever only loads a pruned
-network needs neither Ray nor torchvision.
+`__all__` names the whole public API. Each name is imported on first use, so a program that only loads a pruned network
+needs neither Ray nor torchvision.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _HOMES = {
     "rank": "search.ranking",
     "recipe": "recipes.registry",
 }
-"""What is public -> the module that it is imported from; whatever ends in Error is of `errors`."""
+"""Public name -> the module that defines it. Names that end in Error are not listed; they come from `errors`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -73,7 +73,9 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """The version that pyproject.toml gave the installed package; a submitted job's copy may not be installed."""
+    """The version of the installed package, from pyproject.toml. A submitted job may run from a copy that is not
+    installed.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     try:

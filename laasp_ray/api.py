@@ -1,4 +1,4 @@
-"""What `from laasp_ray import prune` gives: a whole run, from preflight to the pruned network."""
+"""`from laasp_ray import prune`: a whole run, from preflight to the pruned network."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PruneResult:
-    """`model` is the pruned network on the CPU, in eval mode; `folder` the run's; `summary` what `finish` recorded."""
+    """`model` is the pruned network, on the CPU and in eval mode. `folder` is the run's folder. `summary` is the data
+    of the run's last event.
+    """
 
     model: nn.Module
     folder: str
@@ -73,16 +75,16 @@ def prune(
     progress: Observer | None = None,
     method: PruningMethod[Any] | None = None,
 ) -> PruneResult:
-    """Carries out a run, or goes on with the one of that name; a finished one is only loaded.
+    """Carries out a run. Resumes the run of that name if it is unfinished, and only loads it if it is finished.
 
-    `model` is the unpruned network (any `nn.Module` that the dependency graph can trace), or None to have
-    `config.model` built. `distributed` False keeps everything in this process, without Ray. `ray_address` None joins
-    the cluster of RAY_ADDRESS, or else starts one on this machine for the length of the run.
-    `method` says what goes next, instead of what `config.prune.method` names; like `model`, it is given again to go on
-    with a run. `config.prune` must be a section that it takes (its `config_class`).
+    `model` is the unpruned network: any `nn.Module` that the dependency graph can trace. None builds `config.model`.
+    With `distributed` False everything runs in this process, without Ray. With `ray_address` None the run joins the
+    cluster of RAY_ADDRESS; without that variable it starts a cluster on this machine, which ends with the run. `method`
+    replaces the method that `config.prune.method` names. `config.prune` must be an instance of its `config_class`. A
+    resumed run needs the same `model` and `method` again.
 
-    Raises ConfigError, DataError or StoreError before anything expensive; SearchError or TrainingError on the way,
-    with everything up to the last epoch or iteration in the store.
+    Raises ConfigError, DataError or StoreError before anything expensive. Raises SearchError or TrainingError later;
+    the store then has everything up to the last finished epoch or iteration.
     """
     _check_given(config, model)
     if method is not None and not config.prunes:
@@ -95,7 +97,7 @@ def prune(
         logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
         unpruned = _copied(model) if model is not None else models.build(config.model)
         return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
-    # An import path that names no method, or one for another section, is refused before anything else.
+    # An import path that names no method, or a method with another section, is refused before anything else.
     check_section(config, method or method_of(config))
     if distributed:
         check_address(ray_address)
@@ -133,7 +135,7 @@ def _check_given(config: object, model: object) -> None:
 
 
 def _summary(finish: Mapping[str, Any]) -> dict[str, Any]:
-    """The last event's data, the method's own among them."""
+    """The last event's data, merged with the method's details."""
     return {key: value for key, value in finish.items() if key != "details"} | dict(finish.get("details", {}))
 
 
@@ -177,7 +179,7 @@ def _run_on_ray(
     method: PruningMethod[Any] | None,
     address: str | None,
 ) -> nn.Module:
-    from laasp_ray.distributed import cluster  # Ray takes seconds to import; whoever runs without it need not wait
+    from laasp_ray.distributed import cluster  # Ray takes seconds to import, and a run without Ray does not need it
     from laasp_ray.distributed.executor import RayExecutor
     from laasp_ray.distributed.trainer import RayTrainer, put_network
 
@@ -206,7 +208,7 @@ def _control(
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[CalibrationImages], Executor],
 ) -> nn.Module:
-    """Starts the journal if there is none, folds it, and lets the controller go on from there."""
+    """Starts the journal if there is none, folds it, and runs the controller from that state."""
     config = prepared.config
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
@@ -245,7 +247,9 @@ def _control(
 
 
 def _close(parts: Iterable[Any]) -> None:
-    """Closes all of them. What goes wrong is logged: it must not hide why the run ended, or spoil that it did well."""
+    """Closes all parts. Logs errors instead of raising them: they must not hide the run's own error or fail a finished
+    run.
+    """
     for part in parts:
         try:
             part.close()
@@ -269,10 +273,11 @@ def _name_of(method: PruningMethod[Any] | None) -> str | None:
 
 
 def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None) -> None:
-    """The initial weights are kept, so that a resumed run does not depend on the file they came from.
+    """Stores the initial weights, writes the journal's first event, then config.json.
 
-    They have a name of their own, and config.json comes last: of two drivers that start a run at once, one finds the
-    other's event and leaves nothing that is then taken for that one's.
+    The weights are stored so that a resumed run does not depend on their source file. Their name is unique and
+    config.json comes last: if two drivers start the same run at once, the slower one finds the other's event, and none
+    of its own files is mistaken for the other's.
     """
     config, baseline = prepared.config, prepared.baseline
     settings = public_data(config.to_dict())
@@ -300,7 +305,9 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
 
 
 def _keep_unpruned(from_run: str, storage: Storage) -> None:
-    """The network to compare with in the end is the one that was never pruned, not the one this run begins with."""
+    """Copies the checkpoint of the never-pruned network, which the final comparison uses, from the run that this one
+    begins with.
+    """
     if not has_checkpoint(storage, UNPRUNED):
         save_checkpoint(storage, UNPRUNED, model=load_checkpoint(Storage.open(from_run), UNPRUNED).model)
 
@@ -308,7 +315,10 @@ def _keep_unpruned(from_run: str, storage: Storage) -> None:
 def _calibration(
     prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
 ) -> CalibrationImages:
-    """Drawn anew on a resume, from the same seed and with the same images left out, and checked to be the same."""
+    """Draws the calibration set. A resumed run draws it again, with the same seed and the same images left out.
+
+    Raises DataError if the digest of the images differs from the first drawing's.
+    """
     config = prepared.config
     last = journal.last(CalibrationDrawn.NAME)
     known = None if last is None else read_event(last, journal.uri)

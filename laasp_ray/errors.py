@@ -1,17 +1,17 @@
-"""The exceptions of laasp_ray. Every message names the value, the place and what the user can do about it.
+"""The exceptions of laasp_ray. Every message names the value, the place and what the user can do.
 
-All of them carry a single message argument, so they survive pickling between Ray processes.
+Each exception takes one message argument, so it can be pickled between Ray processes.
 """
 
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class LaaspError(Exception):
-    """Base of everything that laasp_ray raises on purpose."""
+    """Base class of all errors that laasp_ray raises on purpose."""
 
 
 class ConfigError(LaaspError):
-    """A setting is unknown, out of range, or does not fit another; raised before anything expensive starts."""
+    """A setting is unknown, out of range, or contradicts another one. Raised before anything expensive starts."""
 
 
 class DataError(LaaspError):
@@ -27,23 +27,23 @@ class SearchError(LaaspError):
 
 
 class MemoryShortError(SearchError):
-    """Memory ran out in the search, again and again: the device's fault, or of who shares it, not a candidate's."""
+    """Memory ran out repeatedly in the search. The cause is the device or another program on it, not a candidate."""
 
 
 class UnmaskedError(SearchError):
-    """A prune that came without its plan cannot be masked by the process that was given it."""
+    """A prune that was sent without its plan cannot be masked by the process that received it."""
 
 
 class ExhaustedError(SearchError):
-    """No layer has a filter left to give."""
+    """No layer has a filter left to prune."""
 
 
 class TrainingError(LaaspError):
-    """Training could not go on; the message names the epoch and the last good checkpoint."""
+    """Training cannot continue. The message names the epoch and the last good checkpoint."""
 
 
 class StoreError(LaaspError):
-    """A run's folder cannot be read or written, or holds something else than expected."""
+    """A run's folder cannot be read or written, or its content is not as expected."""
 
 
 class ArtifactError(LaaspError):
@@ -51,9 +51,16 @@ class ArtifactError(LaaspError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device; CPU allocators raise a RuntimeError of many words."""
-    import torch  # whoever only names an error does without it
+    """Whether an error says that memory ran out, on any device. CPU allocators raise a RuntimeError with varying
+    messages.
+    """
+    import torch  # a program that only uses these names does not need torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def describe_error(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"

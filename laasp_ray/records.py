@@ -1,7 +1,7 @@
-"""The plain values that travel between the rooms, each with a JSON form.
+"""Plain values that the packages exchange, each with a JSON form.
 
-Nothing here knows torch, Ray, a clock or a disk. Indices of filters are in the coordinates of the network as it stands
-before the prune they describe, unless a name says `original`.
+This module does not use torch, Ray, a clock or a disk. Filter indices refer to the network just before the prune that
+they describe, unless a name says `original`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One prune that could be made: these filters of this layer, with all that is coupled to them.
+    """A possible prune: filters of one layer, with all channels that are coupled to them.
 
-    `also` names the other (layer, criterion) pairs whose prune removes the same channels everywhere, of the same layer
-    or of one that is coupled to it: they are the same candidate, evaluated once.
+    `also` lists the other (layer, criterion) pairs that propose the same prune: the same channels are removed
+    everywhere. Their layer is this one or one coupled to it. The candidate is evaluated once for all of them.
     """
 
     layer: str
@@ -36,11 +34,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """A network's mean cross-entropy over `images` of the calibration set's images; NaN or inf is never chosen.
+    """The mean cross-entropy of a network over `images` of the calibration set. A loss of NaN or inf is never chosen.
 
-    If a race dropped it in round `dropped_at` (from 1), or was decided before all images were needed, `loss` is a
-    stratified estimate from these. `error`: why there is no loss (NaN). `copied`: why a pruned copy was measured
-    instead of a mask.
+    `loss` is an estimate if a race dropped the candidate in round `dropped_at` (from 1), or if the race was decided
+    before all images were used. `error` says why there is no loss (NaN). `copied` says why a pruned copy was measured
+    instead of a masked network.
     """
 
     loss: float
@@ -72,7 +70,7 @@ class CandidateLoss:
 
     @property
     def flops_reduction(self) -> float:
-        """Share of the unpruned network's multiply-accumulates that is gone after this prune."""
+        """Share of the unpruned network's multiply-accumulates that is removed after this prune."""
         return self.candidate.flops_reduction
 
     @property
@@ -101,13 +99,13 @@ class CandidateLoss:
 
 
 class Ranking(Sequence[CandidateLoss]):
-    """Candidates with their losses, least loss first; ties keep the order in which they were proposed.
+    """Candidates with their losses, lowest loss first. Ties keep the order of proposal.
 
-    Those that a race dropped come after those that it did not.
+    Candidates that a race dropped come last.
     """
 
     def __init__(self, entries: Sequence[CandidateLoss]) -> None:
-        """`entries` in the order of proposal: layers in network order, criteria in the pool's order."""
+        """`entries` are in the order of proposal: layers in network order, and criteria in the pool's order."""
 
         def key(position: int) -> tuple[bool, bool, float, int]:
             loss = entries[position].loss
@@ -130,7 +128,7 @@ class Ranking(Sequence[CandidateLoss]):
         return iter(self._entries)
 
     def rank_of(self, layer: str, criterion: str) -> int:
-        """1-based rank of the candidate that this layer and criterion proposed, shared proposals included.
+        """1-based rank of the candidate that this layer and criterion proposed; a shared proposal counts for each pair.
 
         Raises KeyError if there is none.
         """
@@ -142,7 +140,7 @@ class Ranking(Sequence[CandidateLoss]):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPrune:
-    """These filters of one layer, and the criterion that picked them."""
+    """The pruned filters of one layer, and the criterion that chose them."""
 
     layer: str
     criterion: str
@@ -153,9 +151,9 @@ class LayerPrune:
 class Decision:
     """The prune that an iteration chose.
 
-    `filters` of `layer`, picked by `criterion`, and what is pruned together with them: with method pls the other
-    layers, in network order, with several prunes in an iteration the next best. The losses, before and after, and
-    `flops_reduction` are those of all of it.
+    `criterion` chose the `filters` of `layer`. `further` are the prunes made together with it: the other layers in
+    network order (method pls), or the next best candidates (several prunes in an iteration). The losses before and
+    after and `flops_reduction` are for all of them together.
     """
 
     iteration: int
@@ -170,13 +168,13 @@ class Decision:
 
     @property
     def prunes(self) -> tuple[LayerPrune, ...]:
-        """All of it, layer by layer."""
+        """All prunes of the decision, one per layer."""
         return (LayerPrune(layer=self.layer, criterion=self.criterion, filters=self.filters), *self.further)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What an evaluation over a data set gave; `images` counts each image once."""
+    """The result of an evaluation on a data set. `images` counts each image once."""
 
     loss: float
     top1: float
@@ -186,7 +184,7 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """An image that was left out: its number `index` among those that the `split` had at the run's start."""
+    """The place of an image that was left out: its `index` in the `split`, as the split was at the run's start."""
 
     name: str
     split: Literal["train", "test"]
@@ -199,14 +197,14 @@ Phase = Literal["train", "prune", "fine-tune", "final", "done"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands: the fold of its journal (see run/controller.py).
+    """The state of a run: the fold of its journal (see run/state.py).
 
-    `plan` is the JSON form of the composed plan (pruning/plan.py) against the unpruned network. `checkpoint` names the
-    weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
-    since, to be replayed onto them. `phase_epochs_done` counts the finished epochs of the
-    training phase that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
-    augmentation of the next one. `excluded` names the images that are left out, `places` says where they are: they
-    may be removed. The reductions of parameters and latency are 0 as long as they are no targets.
+    `plan` is the JSON form of the composed plan (pruning/plan.py), relative to the unpruned network. `checkpoint` names
+    the weights in the store, and `checkpoint_plan` is the plan of the network that they belong to. `steps` are the
+    prunes made since then, which are replayed on these weights. `phase_epochs_done` counts the finished epochs of the
+    current training phase. `epochs_trained` counts all epochs since the start; it seeds the order and augmentation of
+    the next epoch. `excluded` names the images that are left out, and `places` says where they are, because they may be
+    deleted later. The reductions of parameters and latency are 0 unless they are targets.
     """
 
     phase: Phase = "train"
@@ -227,7 +225,7 @@ class RunState:
 
     @property
     def reached(self) -> dict[str, float]:
-        """What is gone of the unpruned network, by what a target may be of (config.TARGETS)."""
+        """The reduction so far for each quantity that a target can have (config.TARGETS)."""
         return {
             "FLOPs": self.flops_reduction,
             "parameters": self.parameters_reduction,
@@ -236,7 +234,9 @@ class RunState:
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as what `json.dumps` takes; non-finite floats as strings ('nan', 'inf')."""
+    """Converts dataclasses, mappings and sequences to values that `json.dumps` accepts. Non-finite floats become the
+    strings 'nan', 'inf' and '-inf'.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from whole_runs import Silent, events_of
+from fakes import Silent
+from whole_runs import events_of
 
 from laasp_ray import prune
 from laasp_ray.api import PruneResult

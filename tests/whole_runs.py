@@ -1,4 +1,4 @@
-"""Whole runs in this process: on tiny pictures, watched, and cut off at an event of the journal."""
+"""Whole runs in this process: on tiny pictures, and cut off at an event of the journal."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ import pytest
 from helpers import small_run
 
 from laasp_ray.config import RunConfig
-from laasp_ray.records import RunState
-from laasp_ray.run.events import Happening, RunEvent, read_events
+from laasp_ray.run.events import RunEvent, read_events
 from laasp_ray.store.journal import Event, Journal
 from laasp_ray.store.storage import Storage
-
-
-class Silent:
-    """An observer that shows nothing and remembers what happened, with the state after it."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Happening, RunState]] = []
-
-    def on_event(self, event: Happening, state: RunState) -> None:
-        self.seen.append((event, state))
-
-    def close(self) -> None:
-        return None
-
-    def of(self, kind: type) -> list[Any]:
-        """The events of this type, in order."""
-        return [event for event, _ in self.seen if isinstance(event, kind)]
 
 
 def on_pictures(storage: Path, pictures: Path, **changes: Any) -> RunConfig:
@@ -49,6 +31,17 @@ def on_pictures(storage: Path, pictures: Path, **changes: Any) -> RunConfig:
     }
     if changes.get("prune__method", "laasp") == "laasp":
         settings["prune__criteria"] = ["l1"]
+    return small_run(storage, **(settings | changes))
+
+
+def on_digits(storage: Path, digits: Path, **changes: Any) -> RunConfig:
+    """`small_run` on a folder of three classes' handwritten digits at 16 x 16 (`helpers.write_digits`)."""
+    settings = {
+        "data__path": str(digits),
+        "data__format": "folder",
+        "model__arguments": {"num_classes": 3},
+        "train__batch_size": 20,
+    }
     return small_run(storage, **(settings | changes))
 
 

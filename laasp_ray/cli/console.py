@@ -1,4 +1,4 @@
-"""The console script `laasp-ray`: subcommands that take exactly what the scripts of their names in jobs/ take."""
+"""The console script `laasp-ray`. Each subcommand takes the same arguments as the script of that name in jobs/."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ COMMANDS = {
     "sparsify": "make a network's weights sparse in groups, and train it on",
     "evaluate": "measure a run's pruned and unpruned network",
 }
-"""Subcommand, a function of cli/main.py -> what it does."""
+"""Subcommand (a function of cli/main.py) -> its description."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`laasp-ray COMMAND ...`. Gives the exit status of the command (see cli/stopping.py)."""
+    """Runs `laasp-ray COMMAND ...` and returns the exit status of the command (see cli/stopping.py)."""
     listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="laasp-ray",
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"laasp-ray {laasp_ray.__version__}")
     parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND", help="one of the commands above")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given[:1])  # what follows is the command's own to read
+    options = parser.parse_args(given[:1])  # the command parses the remaining arguments itself
 
-    from laasp_ray.cli import main as commands  # its imports take seconds, which --version need not wait for
+    from laasp_ray.cli import main as commands  # these imports take seconds, and --version does not need them
 
     return getattr(commands, options.command)(given[1:], prog=f"laasp-ray {options.command}")

@@ -1,4 +1,4 @@
-"""Flags, and the config that they make of a recipe's. What a flag is for is in the docs of its key's field."""
+"""Flags, and how they change a recipe's config. The help of a flag is the Doc of its config key."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(frozen=True)
 class Flag:
-    """The config key that a flag sets, how its text is read, and what its help adds to the key's own doc.
+    """The config key that a flag sets, the parser of its text, and what its help adds to the key's Doc.
 
-    `only`: it is for methods whose section is of this class.
+    The flag is only for methods whose section is an instance of `only`.
     """
 
     key: str
@@ -88,14 +88,14 @@ FLAGS: Flags = {
     "--workers": Flag("cluster.workers", int),
     "--seed": Flag("seed", int),
 }
-"""All there are; a command takes those that its methods can use."""
+"""All flags. A command takes those that its methods can use."""
 
 _RENAMED_FLAGS = {"--loss-images": "--calibration-images"}
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
 
 
 def flags_of(*methods: type[PruningMethod[Any]]) -> Flags:
-    """The flags whose keys one of these methods has a use for."""
+    """The flags whose keys at least one of these methods uses."""
 
     def is_used(flag: Flag, method: type[PruningMethod[Any]]) -> bool:
         section, _, name = flag.key.partition(".")
@@ -111,7 +111,7 @@ SPARSITY_FLAGS = flags_of(GroupSparsity)
 
 
 def at_least_1(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
+    """An argparse type: a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}, must be at least 1")
@@ -119,8 +119,8 @@ def at_least_1(text: str) -> int:
 
 
 def run_parser(prog: str, description: str, flags: Flags = FILTER_FLAGS) -> argparse.ArgumentParser:
-    """The parser of a command that starts a run: a flag for each of `flags`, and how to run."""
-    # Abbreviations would have jobs/prune.py take --prune, which jobs/sparsify.py has, for --prune-epoch.
+    """The parser of a command that starts a run: one flag for each of `flags`, and the flags that say how to run."""
+    # With abbreviations jobs/prune.py would read --prune, a flag of jobs/sparsify.py, as --prune-epoch.
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     parser.set_defaults(flags=flags)
     for flag, entry in flags.items():
@@ -154,7 +154,7 @@ def run_parser(prog: str, description: str, flags: Flags = FILTER_FLAGS) -> argp
 
 
 class _Renamed(argparse.Action):
-    """A flag of an earlier version: its value is taken, and its new name said."""
+    """A flag name of an earlier version. Its value is used, and a log line gives the new name."""
 
     def __call__(
         self, parser: object, namespace: argparse.Namespace, values: Any, option_string: str | None = None
@@ -164,9 +164,9 @@ class _Renamed(argparse.Action):
 
 
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """`config` with the flags that were given. Raises ConfigError for an unknown key or a value that does not fit.
+    """`config` changed by the given flags. Raises ConfigError for an unknown key or a value that does not fit.
 
-    With another method the section `prune` becomes that one's, and keeps what both have.
+    If the method changes, the section `prune` becomes the new method's section. Keys that both sections have are kept.
     """
     settings = config.to_dict()
     given = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in options.flags}
@@ -185,7 +185,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     prune = config.prune
     if isinstance(prune, GroupSparsityConfig):
         prune = dataclasses.replace(prune, from_run=absolute(prune.from_run, "prune.from_run"))
-    # Ray workers and jobs change their working directory: what was meant relative to here must say so.
+    # Ray workers and jobs change their working directory, so relative paths become absolute here.
     return dataclasses.replace(
         config,
         storage=_absolute_storage(config.storage),
@@ -196,7 +196,7 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    """The key, by its name of now, and the value of `--set KEY=VALUE`."""
+    """The current name of the key and the value of `--set KEY=VALUE`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text!r} has no '=': write --set KEY=VALUE, such as --set prune.step=0.02")
@@ -219,10 +219,10 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def absolute(path: str | None, named: str = "data.path") -> str | None:
-    """The path as meant from here, or an address as it is; `named` is what a ConfigError calls it."""
+    """The absolute path, relative to the current folder; an address is unchanged. A ConfigError calls it `named`."""
     if path is None or "://" in path:
         return path
-    if not path.strip():  # which would be the current folder
+    if not path.strip():  # an empty path would mean the current folder
         raise ConfigError(f"{named} is empty: name a path, or leave it out")
     return str(_expanded(path, named).absolute())
 
@@ -241,7 +241,11 @@ def _absolute_weights(source: str | None) -> str | None:
 
 
 def _absolute_storage(storage: str) -> str:
-    """A submitted job's working directory is a folder of Ray's that is removed some day: no place for a run."""
+    """The absolute storage path; an address is unchanged.
+
+    In a submitted job a relative path is put under the home folder, because Ray later removes the job's working
+    directory.
+    """
     if storage == "" or "://" in storage:
         return storage
     path = _expanded(storage, "storage")

@@ -1,4 +1,4 @@
-"""Flags to config to api: the commands that `laasp-ray` and the scripts in jobs/ are."""
+"""The commands of `laasp-ray` and of the scripts in jobs/: they turn flags into a config and call the API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RECIPE_HELP = f"one of {', '.join(sorted(RECIPES))}, or an import path package.
 
 
 def prune_resnet50(arguments: Sequence[str] | None = None) -> int:
-    """`jobs/prune_resnet50.py`: ImageNet's recipe with --data, the embedded digits' without."""
+    """`jobs/prune_resnet50.py`: the ImageNet recipe with --data, the recipe for the built-in digits without it."""
 
     def base(options: argparse.Namespace) -> RunConfig:
         if options.data is not None:

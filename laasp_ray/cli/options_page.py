@@ -1,4 +1,4 @@
-"""docs/options.md from the docs of the config's fields: `python -m laasp_ray.cli.options_page` writes it."""
+"""Makes docs/options.md from the Docs of the config's fields: `python -m laasp_ray.cli.options_page` writes it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def page() -> str:
 
 
 def _of_methods() -> Iterator[str]:
-    """The section `prune`: what all methods have, what those that remove filters have, and what is each one's own."""
+    """The section `prune`: keys of all methods, keys of methods that remove filters, and each method's own keys."""
     filters = [name for name, section in SECTIONS.items() if issubclass(section, FilterPruneConfig)]
     yield from _section("`prune`, of every method", "prune", PruneConfig)
     title = f"`prune`, of methods that remove filters: {', '.join(filters)}"
@@ -53,7 +53,7 @@ def _of_methods() -> Iterator[str]:
 
 
 def _section(title: str, name: str, section: Any, said: Collection[str] = ()) -> Iterator[str]:
-    """A section's heading, text and table; without the keys that were `said` before."""
+    """A section's heading, text and table, without the keys in `said`, which an earlier table has."""
     yield f"## {title}\n"
     yield inspect.cleandoc(section.__doc__ or "") + "\n"
     yield _table(section, f"{name}.", [field.name for field in dataclasses.fields(section) if field.name not in said])

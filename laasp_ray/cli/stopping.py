@@ -1,7 +1,7 @@
-"""How a command ends: the exit status, one line for what is raised on purpose, signals, and what a terminal lacks.
+"""How a command ends: its exit status, its error line, signals, and characters that a terminal cannot print.
 
-Exit status 0: done; 2: what was given is wrong (settings, data, store); 1: the run failed; 130 and 143: stopped, by
-Ctrl-C and by SIGTERM.
+Exit status 0: done. 2: the input is wrong (settings, data, store). 1: the run failed. 130: stopped by Ctrl-C. 143:
+stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from laasp_ray.store.addresses import public_text
 
 
 def guarded(run: Callable[[], None], stopped: str = "stopped; the same command goes on with the run") -> int:
-    """Runs it; gives the exit status. What it raises on purpose, and being stopped, is one line on standard error."""
+    """Runs a command and returns the exit status. A LaaspError or a stop prints one line on standard error."""
     _replace_what_cannot_be_printed()
     try:
         with _sigterm_as_interrupt() as received:
@@ -38,7 +38,7 @@ def _ended(line: str, status: int) -> int:
 
 
 def _replace_what_cannot_be_printed() -> None:
-    """A terminal's encoding may lack a character of a name: it is printed as '?', and ends nothing."""
+    """Makes the output print '?' for a character that the terminal's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -46,15 +46,17 @@ def _replace_what_cannot_be_printed() -> None:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[list[int]]:
-    """SIGTERM is raised as a KeyboardInterrupt, the one exception of a signal's that Ray's C++ core lets through; the
-    list then holds its number."""
+    """Raises SIGTERM as a KeyboardInterrupt; the yielded list then holds the signal's number.
+
+    Ray's C++ core lets no other exception of a signal handler through.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def raise_it(number: int, *_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was started is being stopped
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         received.append(number)
         raise KeyboardInterrupt
 

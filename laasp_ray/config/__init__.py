@@ -1,4 +1,4 @@
-"""A run's settings, as frozen dataclasses: one file a section. Whoever uses them imports them from here."""
+"""The settings of a run as frozen dataclasses, one file for each section. Other code imports them from here."""
 
 from __future__ import annotations
 

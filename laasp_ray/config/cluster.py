@@ -10,10 +10,11 @@ from laasp_ray.config.fields import Doc, check
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """How much of the cluster a run uses. It may change between a run's start and its resumption.
+    """The part of the cluster that a run uses. These settings may change when a run is resumed.
 
-    Another number of workers changes which images share a batch in BatchNorm, and so may change later decisions. A
-    trainer and an evaluation task share each GPU; a trainer takes more than half, so that no two meet on one.
+    The number of workers decides which images share a batch in BatchNorm, so another number may change later decisions.
+    One trainer and one evaluation task share each GPU. A trainer takes more than half of it, so two trainers never
+    share one.
     """
 
     workers: Annotated[int, Doc("Ray Train workers; 0: one per GPU, or without GPUs two, if there are two CPUs")] = 0

@@ -1,4 +1,4 @@
-"""Settings that were renamed, and those that may differ between a run's start and its resumption."""
+"""Settings that were renamed, and settings that may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RENAMED_KEYS = {
     "sparsity.stages": "prune.stages",
     "sparsity.from_run": "prune.from_run",
 }
-"""Dotted key of an earlier version -> its name now."""
+"""Dotted key of an earlier version -> its current name."""
 RESUMABLE_KEYS = (
     "storage",
     "cluster",
@@ -35,12 +35,13 @@ RESUMABLE_KEYS = (
     "search.memory_mb",
     "train.test_every",
 )
-"""Settings that may differ between a run's start and its resumption: where things lie, how much is used, what changes
-losses by rounding only, and what is only reported."""
+"""Settings that may change when a run is resumed: locations, amounts of resources, settings that change losses only by
+rounding, and settings of reports.
+"""
 
 
 def current_name(name: str, renamed: Mapping[str, str]) -> str:
-    """What a key or flag is called now; logs, once a process, that it has another name if it has."""
+    """The current name of a key or flag. Logs once per process if the name is an old one."""
     if name in renamed:
         _say_renamed(name, renamed[name])
     return renamed.get(name, name)
@@ -52,10 +53,10 @@ def _say_renamed(old: str, new: str) -> None:
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's `to_dict` form with the keys that were renamed under their names of now.
+    """A config's `to_dict` form with renamed keys under their current names.
 
-    Where both are there the old one stays, and is refused as unknown. A section `sparsity` of before is the section
-    `prune` of method group_sparsity now.
+    If the old and the new key are both present, the old one stays, and is later refused as unknown. The earlier section
+    `sparsity` becomes the section `prune` of method group_sparsity.
     """
     current = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
     for old, new in RENAMED_KEYS.items():
@@ -71,9 +72,10 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_one_method(prune: Mapping[str, Any], sparsity: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The section of its method, of a config that had all methods' keys in `prune` and of group sparsity in `sparsity`.
+    """Converts an old config to the section of one method.
 
-    Keys of methods that are not the run's had no use, and are left out.
+    The old `prune` had the keys of all methods, and the old `sparsity` those of group sparsity. Keys of other built-in
+    methods had no effect and are dropped.
     """
     _say_renamed("the section sparsity", "prune, with prune.method group_sparsity")
     method = prune.get("method", DEFAULT_METHOD) if sparsity is None else GroupSparsityConfig.method
@@ -82,9 +84,9 @@ def _of_one_method(prune: Mapping[str, Any], sparsity: Mapping[str, Any] | None)
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Dotted keys, sorted, whose values differ between two `to_dict` forms, those of RESUMABLE_KEYS left out.
+    """Sorted dotted keys whose values differ between two `to_dict` forms, except those of RESUMABLE_KEYS.
 
-    A key that only one of them has counts, whichever it is: that one was written by another version.
+    A key that only one form has always counts, RESUMABLE_KEYS included: another version wrote that form.
     """
     mine, other = flatten(ours), flatten(theirs)
     missing = object()

@@ -9,18 +9,20 @@ from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.names import is_import_path
 
 DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar")
-"""What `data.format` may be, import paths aside: the layouts of data/sources/registry.py, the digits, or `auto`."""
+"""Built-in values of `data.format`: the layouts of data/sources/registry.py, `digits` and `auto`. Import paths are also
+allowed.
+"""
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and what is done to them.
+    """Where the images are, and how they are cropped and normalised.
 
-    Training images are cropped by `train_transform` and flipped at random. Of an image to evaluate the shorter side is
-    resized to `eval_resize` and the centre of `image_size` cropped. An import path as `format`, package.module:name, is
-    called with this config and the split, and gives an ImageSource (data/sources/base.py).
+    Training images are cropped by `train_transform` and flipped at random. Evaluation images are resized so that the
+    shorter side is `eval_resize`; then the centre of `image_size` is cropped. `format` may be an import path,
+    package.module:name: it is called with this config and the split, and returns an ImageSource (data/sources/base.py).
     """
 
     path: Annotated[str | None, Doc("the data set's folder; none: the embedded set of handwritten digits")] = None

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to and from plain dictionaries, with every wrong key or value named."""
+"""Converts frozen dataclasses to and from plain dictionaries. Errors name the wrong key or value."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from laasp_ray.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Doc:
-    """What a config key is for, in one line, with its unit and range: `key: Annotated[int, Doc("...")]`."""
+    """One line of help for a config key, with its unit and range: `key: Annotated[int, Doc("...")]`."""
 
     text: str
 
 
 def check(holds: bool, key: str, value: object, wanted: str) -> None:
-    """Raises ConfigError naming the key, its value and what is wanted, unless it `holds`."""
+    """Raises ConfigError unless `holds`. The message names the key, its value and what is wanted."""
     if not holds:
         raise ConfigError(f"{key} is {value!r}, must be {wanted}")
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as dictionaries and tuples as lists, all the way down: what JSON holds."""
+    """Converts nested dataclasses to dictionaries and tuples to lists, as JSON needs."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -36,7 +36,7 @@ def to_plain(value: Any) -> Any:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, of dotted keys."""
+    """Flattens nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
@@ -47,7 +47,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def docs(cls: Any) -> dict[str, str]:
-    """Every key of the dataclass `cls` that has a Doc -> its line."""
+    """Every key of the dataclass `cls` that has a Doc -> the text of the Doc."""
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {
         key: [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Doc)]
@@ -57,15 +57,15 @@ def docs(cls: Any) -> dict[str, str]:
 
 
 def doc_of(cls: Any, key: str) -> str:
-    """The line of a dotted key. Empty: none."""
+    """The Doc text of a dotted key; empty if there is none."""
     first, _, rest = key.partition(".")
     return doc_of(typing.get_type_hints(cls)[first], rest) if rest else docs(cls).get(first, "")
 
 
 def build(cls: Any, data: Any, where: str) -> Any:
-    """The dataclass `cls` from a dictionary; `where` is the dotted prefix of its keys.
+    """Builds the dataclass `cls` from a dictionary. `where` is the dotted prefix of its keys.
 
-    Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it.
+    Raises ConfigError for an unknown or missing key or a value of the wrong type. The message names the key.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")

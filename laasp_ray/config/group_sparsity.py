@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSparsityConfig(PruneConfig):
-    """Group sparsity: of every `group` consecutive inputs of a convolution, `pruned_per_group` weights are zero.
+    """Group sparsity: `pruned_per_group` weights are zero in every group of `group` consecutive inputs of a
+    convolution.
 
-    After each stage but the last `fine_tune_epochs` of training follow, after the last the rest of the schedule.
-    Linear layers rise in proportion, rounded down. No filters are removed, and no losses measured.
+    Each stage but the last is followed by `fine_tune_epochs` of training. The last stage is followed by the rest of the
+    schedule. The number for linear layers rises in the same proportion, rounded down. No filters are removed, and no
+    losses are measured.
     """
 
     method: Annotated[str, Doc("group_sparsity, or your own that takes these keys, package.module:Class")] = (

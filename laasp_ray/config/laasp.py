@@ -15,13 +15,13 @@ DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class LaaspConfig(FitConfig, FilterPruneConfig):
-    """LAASP: an iteration carries out the cheapest prune of one layer.
+    """LAASP: each iteration carries out the cheapest prune of one layer.
 
-    Of `prunes_per_iteration` the best candidate is carried out, and the next best whose prune changes nothing that
-    another's does. Those that a race dropped do not count, and it drops most: `search.racing` off lets them all. A
-    race's bound (`search.racing_error`) holds for the best one only.
+    `prunes_per_iteration` candidates are carried out: the best one, and the next best whose prunes do not change what
+    another one changes. Candidates that a race dropped are not taken, and a race drops most of them. `search.racing`
+    off keeps them all. The error bound of a race (`search.racing_error`) holds for the best candidate only.
 
-    `components` and `pooling` are for the criterion pls, if it is in the pool.
+    `components` and `pooling` are settings of the criterion pls, if the pool has it.
     """
 
     method: Annotated[str, Doc("laasp, or your own that takes these keys, package.module:Class")] = "laasp"

@@ -1,4 +1,4 @@
-"""Which section `prune` a method has: built-in ones by name, one's own by the class that its method names."""
+"""The section `prune` of each method: by name for built-in methods, by `config_class` for a user's own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from laasp_ray.config.prune import PruneConfig
 from laasp_ray.errors import ConfigError
 
 SECTIONS: Mapping[str, type[PruneConfig]] = {cls.method: cls for cls in (LaaspConfig, PlsConfig, GroupSparsityConfig)}
-"""What `prune.method` may be, import paths aside -> its section."""
+"""Built-in values of `prune.method` -> the section. Import paths are also allowed."""
 DEFAULT_METHOD = LaaspConfig.method
 
 
 def section_class(method: str) -> type[PruneConfig]:
-    """The class of a method's section: what `config_class` of methods.PruningMethod says of one's own.
+    """The class of a method's section. A user's own method names it as `config_class` (methods.PruningMethod).
 
-    An import path is imported, so the code that it names runs. Raises ConfigError for a name that is not known and for
-    an import path that names no method.
+    An import path is imported, so its code runs. Raises ConfigError for an unknown name and for an import path that
+    names no method.
     """
     if is_import_path(method):
         section = getattr(imported(method, "prune.method", of_any_kind=True), "config_class", None)
@@ -37,7 +37,9 @@ def section_class(method: str) -> type[PruneConfig]:
 
 
 def build_section(data: Any) -> PruneConfig:
-    """The section of the method that a dictionary names. Raises ConfigError as `build` does, and for another's key."""
+    """Builds the section from a dictionary, which names the method. Raises ConfigError as `build` does, and for a key
+    of another method.
+    """
     if isinstance(data, PruneConfig):
         return data
     method = data.get("method", DEFAULT_METHOD) if isinstance(data, Mapping) else DEFAULT_METHOD
@@ -55,7 +57,9 @@ def build_section(data: Any) -> PruneConfig:
 
 
 def with_method(data: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """A section's dictionary as one of another method: what that one has too is kept, all else left out."""
+    """Converts a section's dictionary to another method. Keys that the other method has too are kept, others are
+    dropped.
+    """
     keys = keys_of(section_class(method))
     return {key: value for key, value in data.items() if key in keys} | {"method": method}
 

@@ -1,4 +1,4 @@
-"""The section `prune` of method pls, and the part of it that its criterion needs in any pool."""
+"""The section `prune` of method pls, and the keys that the criterion pls needs in any pool."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.prune import FilterPruneConfig, PruneConfig
 
 POOLING = re.compile(r"(max|avg)(?:([1-9]\d*)x([1-9]\d*))?")
-"""What `prune.pooling` may be: all of a filter's output at once, or windows of height x width."""
+"""The form of `prune.pooling`: a filter's whole output, or windows of height x width."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(PruneConfig):
-    """What is fitted, of partial least squares, to the filters' pooled outputs."""
+    """Settings of the partial least squares fit to the filters' pooled outputs."""
 
     components: Annotated[int, Doc("components of the partial least squares, at least 1")] = 2
     pooling: Annotated[str, Doc("max or avg of a filter's whole output, or of windows, such as max2x2")] = "max"
@@ -29,7 +29,7 @@ class FitConfig(PruneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PlsConfig(FitConfig, FilterPruneConfig):
-    """PLS: an iteration removes the filters that tell least of the classes, of all layers together."""
+    """PLS: each iteration removes the filters that are least informative about the classes, over all layers."""
 
     method: Annotated[str, Doc("pls, or your own that takes these keys, package.module:Class")] = "pls"
     percent: Annotated[float, Doc("percentage of the filters still prunable that an iteration removes, 0 to 100")] = (

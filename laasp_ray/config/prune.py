@@ -1,6 +1,7 @@
-"""The section `prune`: what every method's has, and what those that remove filters have besides.
+"""The section `prune`: the keys of every method, and the keys of methods that remove filters.
 
-A run has the section of its method: the classes of laasp.py, pls.py and group_sparsity.py, by name in methods.py.
+A run has the section of its method. The classes are in laasp.py, pls.py and group_sparsity.py; methods.py has them by
+name.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from laasp_ray.config.run import RunConfig
 
 TARGETS = {"FLOPs": "flops_reduction", "parameters": "parameters_reduction", "latency": "latency_reduction"}
-"""What a target may be of -> its key of `prune`."""
+"""Quantity that a target can have -> its key in `prune`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What every method has. A method of your own may have a subclass of this, with more keys, for its section."""
+    """The keys of every method. A user's own method may use a subclass with more keys as its section."""
 
     method: Annotated[str, Doc("laasp, pls, group_sparsity, or your own, package.module:Class")]
     ignored: Annotated[
@@ -31,7 +32,8 @@ class PruneConfig:
     fine_tune_epochs: Annotated[int, Doc("epochs of a fine-tune, at least 0")] = 1
 
     def __post_init__(self) -> None:
-        # A dataclass keeps plain defaults as class attributes: the built-in method whose section this is, if any.
+        # A dataclass keeps plain defaults as class attributes, so this is the name of the built-in method of this
+        # section, if there is one.
         own = getattr(type(self), "method", None)
         known = [repr(own)] if isinstance(own, str) else []
         fits = self.method == own or is_import_path(self.method)
@@ -46,36 +48,36 @@ class PruneConfig:
 
     @property
     def targets(self) -> dict[str, float]:
-        """The targets that are given: what of (a key of TARGETS) -> the share of the unpruned network's to be gone."""
+        """The given targets: quantity (a key of TARGETS) -> share of the unpruned network's value to remove."""
         return {}
 
     @property
     def begins_with(self) -> str | None:
-        """The folder of the finished run whose pruned network this one begins with, if it does."""
+        """The folder of the finished run whose pruned network this run begins with, or None."""
         return None
 
     def is_reached(self, gone: Mapping[str, float], iterations: int) -> bool:
-        """Whether pruning ends after so many iterations, these shares being gone by what they are of.
+        """Whether pruning ends after `iterations`, with these reductions by quantity (a key of TARGETS).
 
-        False: it ends by the method's own word.
+        False here: only the method itself ends pruning.
         """
         return False
 
     def fine_tunes_after(self, gone: float) -> bool:
-        """Whether a fine-tune follows, this share of FLOPs being gone since the last one."""
+        """Whether a fine-tune follows when this share of FLOPs was removed since the last one."""
         return False
 
     def check_beside(self, run: RunConfig) -> None:
-        """Raises ConfigError where other sections of the run do not go with this one."""
+        """Raises ConfigError if another section of the run contradicts this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterPruneConfig(PruneConfig):
-    """What methods that remove filters have.
+    """The keys of methods that remove filters.
 
-    Pruning ends when all targets that are given are reached, after `iterations`, or when no filter is left to give.
-    Without a target nothing is pruned. Latency is measured after every prune beside the unpruned network's: it is a
-    clock's, so such a run is not repeatable, and one lucky measurement ends pruning.
+    Pruning ends when all given targets are reached, after `iterations`, or when no layer has a filter left to prune.
+    Nothing is pruned without a target. Latency is measured after every prune, together with the unpruned network's. A
+    measured latency varies, so such a run is not repeatable, and one low measurement ends pruning.
     """
 
     flops_reduction: Annotated[float, Doc("target share of multiply-accumulates to remove, 0 to 1; 0: no such target")]
@@ -122,7 +124,7 @@ class FilterPruneConfig(PruneConfig):
 
 
 def check_left(section: Any, key: str, why: str) -> None:
-    """Raises ConfigError unless the dotted `key` of `section` is left at its default; `why` ends the sentence."""
+    """Raises ConfigError unless the dotted `key` of `section` has its default value. `why` ends the sentence."""
     name = key.rpartition(".")[2]
     default = next(field.default for field in dataclasses.fields(section) if field.name == name)
     value = getattr(section, name)

@@ -1,6 +1,6 @@
-"""A run, as frozen dataclasses. Shapes and ranges are checked here; an unknown key is an error.
+"""A run's config as frozen dataclasses. Shapes and ranges are checked here; an unknown key is an error.
 
-`RunConfig.to_dict` and `from_dict` are inverse to each other; the dictionary is what a run's `config.json` holds.
+`RunConfig.to_dict` and `from_dict` are inverses. The dictionary is the content of a run's `config.json`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from laasp_ray.config.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. When it is resumed some keys may differ (config/compat.py), nothing else may.
+    """Everything that determines a run. A resumed run may change some keys (config/compat.py), but no others.
 
-    `prune` is the section of its method (config/methods.py). A run of a method that removes filters prunes nothing
-    without a target: it trains by the whole schedule, or given weights from the prune epoch on.
+    `prune` is the section of the run's method (config/methods.py). Without a target, a method that removes filters
+    prunes nothing: the network is trained for the whole schedule, or from the prune epoch on if weights are given.
     """
 
     name: Annotated[str, Doc("the run's name; the same name goes on with the run")]
@@ -59,7 +59,9 @@ class RunConfig:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> RunConfig:
-        """Raises ConfigError for an unknown or missing key or a value of the wrong type, naming it."""
+        """Builds the config. Raises ConfigError for an unknown or missing key or a value of the wrong type; the message
+        names the key.
+        """
         if isinstance(data, Mapping):
             data = with_current_names(data)
             if "prune" in data:
@@ -68,7 +70,9 @@ class RunConfig:
 
 
 def doc_of_key(key: str) -> str:
-    """The line of a dotted key of a run; of a key of `prune`, as the first method that has it says it. Empty: none."""
+    """The Doc text of a dotted key of a run; empty if there is none. For `prune`, the first method that has the key
+    gives the text.
+    """
     section, _, name = key.partition(".")
     owners = known_to(name) if section == "prune" else []
     return docs(SECTIONS[owners[0]])[name] if owners else doc_of(RunConfig, key)

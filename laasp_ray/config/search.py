@@ -10,9 +10,10 @@ from laasp_ray.config.fields import Doc, check
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How the candidates' losses are measured: on training images that are drawn once.
+    """How the candidates' losses are measured: on training images that are drawn once per run.
 
-    Reestimated BatchNorm statistics (search/batchnorm.py) are for an iteration's losses; the network keeps its own.
+    Reestimated BatchNorm statistics (search/batchnorm.py) are used for the losses of an iteration only; the network
+    keeps its own.
     """
 
     images: Annotated[int, Doc("training images that a candidate's loss is measured on; all there are if fewer")] = 5000

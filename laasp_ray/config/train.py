@@ -1,4 +1,4 @@
-"""The section `train`: SGD's schedule."""
+"""The section `train`: the schedule of SGD."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Schedule = Literal["steps", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """SGD's schedule. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
+    """The schedule of SGD. `prune_epoch` (t_p) splits it: epochs 0..t_p, then pruning, then t_p..epochs.
 
     The learning rate is `learning_rate` times `drop_factor` for every entry of `drop_epochs` that the epoch has
-    reached; with `schedule` cosine it falls from `learning_rate` towards 0 in half a cosine instead.
+    reached. With `schedule` cosine it falls from `learning_rate` towards 0 as half a cosine.
 
-    Test images are evaluated by `train.test_every` before and after pruning, but not in fine-tunes, and at the end of
-    each training phase in any case. Nothing is decided by it.
+    `train.test_every` sets how often the test images are evaluated before and after pruning; it does not apply to
+    fine-tunes. They are always evaluated at the end of each training phase. No decision depends on them.
     """
 
     epochs: Annotated[int, Doc("epochs of the whole schedule, at least 1")]
@@ -86,11 +86,11 @@ class TrainConfig:
         )
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The schedule's learning rate in `epoch` (0-based)."""
+        """The learning rate of the schedule in `epoch` (0-based)."""
         if self.schedule == "cosine":
             return self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
 
     def is_tested(self, epoch: int) -> bool:
-        """Whether `test_every` asks for an evaluation after `epoch` (0-based) of the schedule."""
+        """Whether `test_every` requires an evaluation after `epoch` (0-based) of the schedule."""
         return self.test_every > 0 and (epoch + 1) % self.test_every == 0

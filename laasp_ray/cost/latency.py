@@ -28,22 +28,6 @@ class Latency:
     repeats: int
 
 
-def measure_latency(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    *,
-    batch_size: int = 1,
-    device: str | torch.device,
-    repeats: int = 20,
-    warmup: int = 3,
-) -> Latency:
-    """Times `model` in eval mode on `device` with random inputs (batch_size, *input_shape).
-
-    A copy is measured there. Raises ValueError unless repeats >= 2 and warmup >= 0.
-    """
-    return _measure([model], input_shape, batch_size, torch.device(device), repeats, warmup)[0]
-
-
 def measure_pair(
     first: nn.Module,
     second: nn.Module,
@@ -54,26 +38,17 @@ def measure_pair(
     repeats: int = 20,
     warmup: int = 3,
 ) -> tuple[Latency, Latency]:
-    """`measure_latency` of two networks by turns, so that a drift of the machine does not favour either."""
-    first_latency, second_latency = _measure(
-        [first, second], input_shape, batch_size, torch.device(device), repeats, warmup
-    )
-    return first_latency, second_latency
+    """Times two networks in eval mode on `device` with random inputs (batch_size, *input_shape), by turns, so that a
+    drift of the machine does not favour either.
 
-
-def _measure(
-    models: list[nn.Module],
-    input_shape: Sequence[int],
-    batch_size: int,
-    device: torch.device,
-    repeats: int,
-    warmup: int,
-) -> list[Latency]:
+    Copies are measured there. Raises ValueError unless repeats >= 2, warmup >= 0 and batch_size >= 1.
+    """
     if repeats < 2 or warmup < 0 or batch_size < 1:
         raise ValueError(f"repeats={repeats}, warmup={warmup}, batch_size={batch_size}: must be at least 2, 0 and 1")
-    copies = [deep_copy(model).to(device).eval() for model in models]  # a module may count its calls
+    device = torch.device(device)
+    copies = [deep_copy(model).to(device).eval() for model in (first, second)]  # a module may count its calls
     inputs = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[], []]
     # Training in this process may have asked for deterministic kernels, which whoever runs the network does not.
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=_tf32()):
         for iteration in range(warmup + repeats):
@@ -81,7 +56,7 @@ def _measure(
                 elapsed = _time_once(model, inputs, device)
                 if iteration >= warmup:
                     taken.append(elapsed)
-    return [_summary(taken, batch_size, device) for taken in times]
+    return _summary(times[0], batch_size, device), _summary(times[1], batch_size, device)
 
 
 def _time_once(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> float:

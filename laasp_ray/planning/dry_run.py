@@ -11,7 +11,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.distributed.address import check_address
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.planning.workload import Workload, network_of, workload_of
-from laasp_ray.report.eta import format_duration
+from laasp_ray.report.durations import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare

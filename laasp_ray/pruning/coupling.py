@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.errors import PruningError, is_out_of_memory
+from laasp_ray.errors import PruningError, describe_error, is_out_of_memory
 from laasp_ray.pruning.channels import CannotPrune, ChannelAxis, describe, parameter_side
 from laasp_ray.pruning.flow import Flow, Follower, Meeting, tensors_of
 from laasp_ray.pruning.labels import along
@@ -263,7 +263,7 @@ def _run(
             where = f" in {follower.module}" if follower.module else ""
             raise PruningError(
                 f"the network cannot be traced with an input of shape {tuple(example.shape)}: it fails{where} "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0][:300]})"
+                f"({describe_error(error)})"
             ) from error
     outputs = list(tensors_of(output))
     if not outputs:

@@ -1,4 +1,4 @@
-"""Named runs: `recipe(name)` gives the whole config of one."""
+"""Named runs: `recipe(name)` returns the whole config of one."""
 
 from __future__ import annotations
 

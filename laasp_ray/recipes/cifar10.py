@@ -1,6 +1,6 @@
-"""LAASP on CIFAR-10: VGG16 and ResNets, by the paper's schedules and by its authors' logs and script.
+"""LAASP on CIFAR-10: VGG16 and ResNets. The schedules come from the paper and from its authors' logs and script.
 
-Where logs and script differ, a recipe follows the logs and the variant `2023` the script.
+Where the logs and the script differ, a recipe follows the logs, and its variant `2023` follows the script.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def vgg16_cifar10() -> RunConfig:
-    """VGG16 on CIFAR-10, 60.5% fewer FLOPs: a prune takes 10% of a layer's filters, fine-tunings of 3 epochs per 3%."""
+    """VGG16 on CIFAR-10, 60.5% fewer FLOPs. A prune takes 10% of a layer's filters; a fine-tune of 3 epochs follows
+    every 3% of FLOPs.
+    """
     return _cifar10(
         "vgg16",
         LaaspConfig(flops_reduction=0.605, step=0.1, step_rule="layer_share", fine_tune_every=0.03, fine_tune_epochs=3),
@@ -23,7 +25,7 @@ def vgg16_cifar10() -> RunConfig:
 
 
 def resnet20_cifar10() -> RunConfig:
-    """ResNet-20 on CIFAR-10: 160 epochs, half of the FLOPs (our choice: the paper has no row for it)."""
+    """ResNet-20 on CIFAR-10: 160 epochs, 50% fewer FLOPs (our choice: the paper has no row for it)."""
     return _cifar10_resnet(20, 0.5, epochs=160, drop_epochs=(40, 80, 120))
 
 
@@ -45,7 +47,7 @@ def resnet110_cifar10() -> RunConfig:
 def _cifar10_resnet(
     depth: int, flops_reduction: float, *, epochs: int = 200, drop_epochs: tuple[int, ...] = (60, 120, 160, 190)
 ) -> RunConfig:
-    """Pruning at epoch 60, a fine-tuning of one epoch after every prune, as the logs have it."""
+    """Pruning begins at epoch 60, and a fine-tune of one epoch follows every prune, as in the logs."""
     return _cifar10(
         f"resnet{depth}",
         LaaspConfig(flops_reduction=flops_reduction, fine_tune_every=0.0, fine_tune_epochs=1),
@@ -86,10 +88,11 @@ def _cifar_schedule(*, epochs: int, prune_epoch: int, drop_epochs: tuple[int, ..
 
 
 def _script_of_2023(config: RunConfig) -> RunConfig:
-    """A CIFAR ResNet's recipe as the authors' script of 2023 has it: x0.1, batch 128, fine-tunings of 6 epochs per
-    2%."""
+    """A CIFAR ResNet's recipe as in the authors' script of 2023: learning rate x0.1, batch 128, 6 epochs of fine-tuning
+    per 2% of FLOPs.
+    """
     prune = config.prune
-    assert isinstance(prune, LaaspConfig)  # as its recipe has it
+    assert isinstance(prune, LaaspConfig)  # all recipes with this variant have this section
     return replace(
         config,
         name=f"{config.name}-2023",
@@ -112,4 +115,4 @@ VARIANTS = {
         for recipe in (resnet20_cifar10, resnet32_cifar10, resnet56_cifar10, resnet110_cifar10)
     }
 }
-"""Variant -> the recipes that have it, each with what makes it of the recipe's config."""
+"""Variant -> the recipes that have it, each with the function that changes the recipe's config."""

@@ -1,4 +1,4 @@
-"""The quickstart: ImageNet's network and path, small enough for a laptop."""
+"""The quickstart: ImageNet's network and code path, small enough for a laptop."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from laasp_ray.config import DataConfig, LaaspConfig, ModelConfig, RunConfig, Se
 
 
 def resnet50_digits() -> RunConfig:
-    """The same network and path at a size for two CPU cores, on the embedded handwritten digits.
+    """The same network and code path as on ImageNet, on the embedded handwritten digits, sized for two CPU cores.
 
-    Our own schedule; digits are not mirrored, since a mirrored 2 is not a 2.
+    The schedule is our own. Digits are not flipped, since a mirrored 2 is not a 2.
     """
     size = 16
     return RunConfig(
         name="resnet50_digits",
         model=ModelConfig(
             builder="torchvision.resnet50",
-            # Residual branches that begin as nothing let a network this deep learn from so few images at once.
+            # With residual branches that start at zero, a network this deep learns from few images.
             arguments={"num_classes": 10, "zero_init_residual": True},
             input_shape=(3, size, size),
         ),

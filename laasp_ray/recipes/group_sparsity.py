@@ -1,8 +1,9 @@
-"""Recipes of group sparsity (methods/group_sparsity.py) on ImageNet; the rows of Kang's table are reached by flags.
+"""Recipes of group sparsity (methods/group_sparsity.py) on ImageNet. Flags set the other rows of Kang's table.
 
-The paper's schedules are not public. All figures here are our choice: the network is trained for 90 epochs as its
-authors have it, or is given (--pretrained, --from-run); the sparse one is trained on for 30, at the last learning rate
-of the 90 and, from the twentieth, a tenth of it. MobileNet v1's base, too, is trained so, instead of by RMSprop.
+The paper's schedules are not public, so all figures here are our choice. The network is trained for 90 epochs with its
+authors' settings, or is given (--pretrained, --from-run). The sparse network is then trained for 30 epochs, at the last
+learning rate of the 90; from the twentieth epoch on the rate is a tenth of it. MobileNet v1 is trained the same way,
+instead of by RMSprop.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from laasp_ray.config import DataConfig, GroupSparsityConfig, ModelConfig, RunCo
 
 
 def alexnet_grouped_aap() -> RunConfig:
-    """The original AlexNet with grouped convolutions, without LRN, as the paper has it."""
+    """The original AlexNet with grouped convolutions, without LRN, as in the paper."""
     return _imagenet("alexnet_grouped", "zoo.alexnet_grouped", learning_rate=0.01, weight_decay=5e-4)
 
 

@@ -1,4 +1,4 @@
-"""LAASP on ImageNet: ResNets and MobileNetV2, by the schedules of the LAASP paper (Ghimire, Lee, Kim 2023)."""
+"""LAASP on ImageNet: ResNets and MobileNetV2, with the schedules of the LAASP paper (Ghimire, Lee, Kim 2023)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def resnet50_imagenet() -> RunConfig:
 def mobilenet_v2_imagenet() -> RunConfig:
     """MobileNetV2 on ImageNet, 54.5% fewer FLOPs.
 
-    The paper gives results but no schedule; all of this is our choice: weight decay 4e-5 and a learning rate that falls
-    every epoch, as usual for this network, here by 0.96 from 0.05, to 1e-4 in 150 epochs of batch 256; pruning at
-    epoch 37, a quarter of the schedule, and fine-tunings of 2 epochs per 3%, both as for the ResNets.
+    The paper gives results but no schedule, so the schedule is our choice. Weight decay is 4e-5. The learning rate
+    falls every epoch, as usual for this network: by 0.96 from 0.05, to 1e-4 in 150 epochs of batch 256. Pruning begins
+    at epoch 37, a quarter of the schedule. A fine-tune of 2 epochs follows every 3% of FLOPs; both are as for the
+    ResNets.
     """
     epochs = 150
     schedule = TrainConfig(
@@ -43,7 +44,7 @@ def mobilenet_v2_imagenet() -> RunConfig:
 
 
 def _imagenet(network: str, flops_reduction: float) -> RunConfig:
-    """100 epochs, x0.1 every 30, pruning at epoch 25, fine-tunings of 2 epochs per 3%."""
+    """100 epochs, learning rate x0.1 every 30, pruning at epoch 25, a fine-tune of 2 epochs per 3% of FLOPs."""
     return RunConfig(
         name=f"{network}_imagenet",
         model=ModelConfig(builder=f"torchvision.{network}", arguments={"num_classes": 1000}, input_shape=(3, 224, 224)),

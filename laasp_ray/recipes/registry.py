@@ -1,12 +1,11 @@
-"""Recipes by name: each is a function that gives a whole config.
+"""Recipes by name. A recipe is a function that returns a whole config.
 
-Sources of the figures: the LAASP paper (Ghimire, Lee, Kim 2023), its code and the logs published with it; for what they
-leave open, the choice is named at the recipe. Targets are the stronger of the paper's: --flops-reduction reaches its
-other rows.
+Sources of the figures: the LAASP paper (Ghimire, Lee, Kim 2023), its code and its published logs. A recipe's docstring
+says which figures are our choice. The targets are the paper's strongest; --flops-reduction sets its other rows.
 
-Every recipe trains from scratch. With --pretrained it begins with pruning: --prune-epoch says at which epoch of the
-schedule the weights stand, and so the learning rate of fine-tuning and of what follows. For a network trained to its
-end an epoch late in the schedule tunes it finely; an early one trains it again.
+Every recipe trains from scratch. With --pretrained it begins with pruning. --prune-epoch then says which epoch of the
+schedule the weights belong to, and so sets the learning rate of the fine-tunes and of the final training. If the given
+network is fully trained, a late epoch means fine-tuning it and an early epoch means training it again.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ VARIANTS: dict[str, dict[str, Callable[[RunConfig], RunConfig]]] = {**cifar10.VA
 
 
 def with_sparsity(config: RunConfig) -> RunConfig:
-    """`config` as a run of group sparsity, on its own schedule, under a name of its own; one that is stays as it is."""
+    """`config` as a run of group sparsity, with another name and the same schedule. A run of group sparsity is
+    unchanged.
+    """
     if isinstance(config.prune, GroupSparsityConfig):
         return config
     kept = GroupSparsityConfig(ignored=config.prune.ignored, fine_tune_epochs=config.prune.fine_tune_epochs)
@@ -34,10 +35,11 @@ def with_sparsity(config: RunConfig) -> RunConfig:
 
 
 def recipe(name: str, variant: str | None = None) -> RunConfig:
-    """A recipe's config, or that of a variant of it, under a name of its own.
+    """The config of a recipe, or of a variant of it under its own name.
 
-    `name` may be the import path `package.module:function` of a function that takes nothing and gives a RunConfig.
-    Raises ConfigError, with the known names, for an unknown one, and for a variant that the recipe does not have.
+    `name` may be the import path `package.module:function` of a function that takes no arguments and returns a
+    RunConfig. Raises ConfigError, with the known names, for an unknown recipe and for a variant that the recipe does
+    not have.
     """
     config = _imported(name) if is_import_path(name) else _known(name)
     if variant is None:
@@ -62,7 +64,7 @@ def _imported(path: str) -> RunConfig:
         config = make()
     except ConfigError:
         raise
-    except Exception as error:  # a user's function can fail in any way
+    except Exception as error:  # a user's function can raise any error
         raise ConfigError(f"the recipe {path!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"the recipe {path!r} gave a {type(config).__name__}, must give a RunConfig")

@@ -7,19 +7,17 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, cast
 
-from rich.console import Console, Group, RenderableType
+from rich import progress as bars
+from rich.console import Console, RenderableType
 from rich.file_proxy import FileProxy
-from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
-from laasp_ray.report.eta import EtaEstimator, format_duration
+from laasp_ray.report.durations import format_duration
 from laasp_ray.run.events import (
     BaselineMeasured,
     CandidatesMeasured,
@@ -53,21 +51,50 @@ def make_progress(
     return LineProgress(targets, stream, clock)
 
 
-class _RunView:
-    """Where the run stands, and when it will have come to the end of what it is doing."""
+class _TimeLeft(bars.ProgressColumn):
+    """When a bar will be full."""
 
-    def __init__(self, targets: Mapping[str, float], clock: Clock) -> None:
+    def render(self, task: bars.Task) -> Text:
+        left = _seconds_left(task)
+        return Text("" if left is None else f"{format_duration(left)} left", style="progress.remaining")
+
+
+class _RunView(bars.Progress):
+    """Where the run stands: a bar for each target, and one for the epochs or candidates that are under way.
+
+    Shown on `console`, once it is started; without one it only estimates the time that is left.
+    """
+
+    def __init__(self, targets: Mapping[str, float], clock: Clock, console: Console | None = None) -> None:
         self.targets = targets
         self.phase, self.detail = "starting", ""
         self.iteration = 0
-        self.reached = dict.fromkeys(targets, 0.0)
-        self.epoch, self.epochs = 0, 0
-        self.done, self.total = 0, 0
         self.least: CandidateLoss | None = None
         self.losses: dict[str, float] = {}
-        self._clock = clock
-        self._paces = {of: EtaEstimator(clock) for of in targets}
-        self._epoch_pace = EtaEstimator(clock)
+        self._comparing = False
+        super().__init__(
+            "{task.description}",
+            bars.BarColumn(_BAR_WIDTH),
+            "{task.fields[share]}",
+            _TimeLeft(),
+            console=console,
+            get_time=clock,
+            speed_estimate_period=math.inf,  # the mean pace so far: iterations take minutes
+            refresh_per_second=_REFRESHES_PER_S,
+            transient=True,
+            disable=console is None,
+        )
+        self._bars = {
+            of: self.add_task(f"{of} reduction", total=target, share=_share(0.0, target))
+            for of, target in targets.items()  # none where weights, not filters, are pruned
+        }
+        self._current = self.add_task("", total=None, visible=False, share="")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What the display shows now."""
+        yield Text.assemble((self.phase, "bold cyan"), f"  {self.detail}" if self.detail else "")
+        yield self.make_tasks_table(self.tasks)
+        yield Text(_joined(_metrics(self.losses), self.least_loss()), style="dim")
 
     def resume(self, state: RunState) -> None:
         self.iteration = state.iteration
@@ -75,48 +102,63 @@ class _RunView:
 
     def begin(self, phase: str, detail: str) -> None:
         self.phase, self.detail = phase, detail
-        self.epoch = self.epochs = self.done = self.total = 0
-        self.losses = {}
-        self._epoch_pace = EtaEstimator(self._clock)
+        self.losses, self._comparing = {}, False
+        self.reset(self._current, visible=False)
 
     def note_epoch(self, event: EpochDone) -> None:
-        self.phase, self.epoch, self.epochs = event.phase, event.position, event.epochs
+        self.phase = event.phase
         self.losses = shown_metrics(event)
-        self._epoch_pace.update(event.position)
+        self._note_current("epochs", event.position, event.epochs)
 
     def note_candidates(self, event: CandidatesMeasured) -> None:
         if event.iteration != self.iteration:
             self.iteration, self.least = event.iteration, None
-        self.done, self.total = event.done, event.total
         latest = event.latest
         if latest is not None and math.isfinite(latest.loss) and (self.least is None or latest.loss < self.least.loss):
             self.least = latest
+        self._comparing = True
+        self._note_current("candidates", event.done, event.total)
 
     def note_decision(self, decision: Decision, reached: Mapping[str, float]) -> None:
         self.iteration, self.losses = decision.iteration, {"loss": decision.loss}
         self._note_reached(reached)
 
-    def _note_reached(self, reached: Mapping[str, float]) -> None:
-        for of, pace in self._paces.items():
-            self.reached[of] = reached[of]
-            pace.update(reached[of])
+    def least_loss(self) -> str:
+        """The best of the candidates that are being compared; empty where none are."""
+        least = self.least if self._comparing else None
+        return "" if least is None else f"least loss {least.loss:.4f} ({least.candidate.name})"
 
     def remaining(self) -> str:
         """For example `target in 3 min 05 s`; empty as long as there is no pace to tell it from."""
         if self.phase == "prune":
-            waits = [pace.seconds_until(self.targets[of]) for of, pace in self._paces.items()]
+            waits = [_seconds_left(self._task(bar)) for bar in self._bars.values()]
             what = "target in" if len(waits) < 2 else "targets in"
         else:
-            what, waits = f"{self.phase} done in", [self._epoch_pace.seconds_until(self.epochs)]
+            what, waits = f"{self.phase} done in", [_seconds_left(self._task(self._current))]
         known = [seconds for seconds in waits if seconds is not None]
         return f"{what} {format_duration(max(known))}" if waits and len(known) == len(waits) else ""
+
+    def _note_reached(self, reached: Mapping[str, float]) -> None:
+        for of, bar in self._bars.items():
+            if reached[of] < self._task(bar).completed:  # a clock's figure may fall: there is no pace to go by
+                self.reset(bar)
+            self.update(bar, completed=reached[of], share=_share(reached[of], self.targets[of]))
+
+    def _note_current(self, what: str, done: int, total: int) -> None:
+        self.update(
+            self._current, description=what, completed=done, total=total, share=f"{done} of {total}", visible=True
+        )
+
+    def _task(self, bar: bars.TaskID) -> bars.Task:
+        return next(task for task in self.tasks if task.id == bar)
 
 
 class Progress(ABC):
     """An observer that shows a run; what it looks like is its subclasses' part. Shares are from 0 to 1."""
 
-    def __init__(self, targets: Mapping[str, float], clock: Clock) -> None:
-        self._view, self._targets = _RunView(targets, clock), targets
+    def __init__(self, targets: Mapping[str, float], clock: Clock, console: Console | None = None) -> None:
+        """`console` is where bars are shown, if they are."""
+        self._view, self._targets = _RunView(targets, clock, console), targets
         self._loader_told = False
 
     def on_event(self, event: Happening, state: RunState) -> None:
@@ -207,7 +249,8 @@ class LineProgress(Progress):
 
     def _show_candidates(self, event: CandidatesMeasured) -> None:
         if event.done == event.total:
-            self._print(f"iteration {event.iteration}: {event.total} candidates measured{_least(self._view)}")
+            line = f"iteration {event.iteration}: {event.total} candidates measured"
+            self._print(_joined(line, self._view.least_loss()))
 
     def _show_epoch(self, line: str) -> None:
         self._print(_joined(line, self._view.remaining()))
@@ -229,31 +272,14 @@ class LiveProgress(Progress):
     """One display at the foot of the terminal; epochs, decisions and notes scroll by above it."""
 
     def __init__(self, targets: Mapping[str, float], console: Console, clock: Clock) -> None:
-        super().__init__(targets, clock)
+        super().__init__(targets, clock, console)
         self._console = console
-        self._live = Live(
-            get_renderable=self.render, console=console, refresh_per_second=_REFRESHES_PER_S, transient=True
-        )
         self._above = cast(TextIO, FileProxy(console, console.file))
         self._diverted: list[logging.StreamHandler] = []
 
-    def render(self) -> RenderableType:
-        """What the display shows now."""
-        view = self._view
-        bars = Table.grid(padding=(0, 2))
-        for of, target in view.targets.items():  # none where weights, not filters, are pruned
-            reached = view.reached[of]
-            bars.add_row(f"{of} reduction", _bar(reached, target), f"{reached:.2%} of {target:.2%}")
-        if view.epochs:
-            bars.add_row("epochs", _bar(view.epoch, view.epochs), f"{view.epoch} of {view.epochs}")
-        elif view.total:
-            bars.add_row("candidates", _bar(view.done, view.total), f"{view.done} of {view.total}")
-        title = Text.assemble((view.phase, "bold cyan"), f"  {view.detail}" if view.detail else "")
-        facts = _joined(_metrics(view.losses), _least(view).removeprefix(", "), view.remaining())
-        return Group(title, bars, Text(facts, style="dim"))
-
     def close(self) -> None:
-        self._live.stop()
+        if self._view.live.is_started:
+            self._view.stop()
         while self._diverted:
             self._diverted.pop().setStream(self._console.file)
 
@@ -280,8 +306,8 @@ class LiveProgress(Progress):
         self._print(f"[bold green]{escape(text)}[/]")
 
     def _show(self) -> None:
-        if not self._live.is_started:
-            self._live.start()
+        if not self._view.live.is_started:
+            self._view.start()
             self._divert_logs()
 
     def _divert_logs(self) -> None:
@@ -295,7 +321,7 @@ class LiveProgress(Progress):
     def _print(self, markup: str) -> None:
         self._show()
         self._console.print(markup, highlight=False, soft_wrap=True)
-        self._live.refresh()
+        self._view.refresh()
 
 
 def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
@@ -353,13 +379,13 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     )
 
 
-def _least(view: _RunView) -> str:
-    least = view.least
-    return "" if least is None or not view.total else f", least loss {least.loss:.4f} ({least.candidate.name})"
+def _share(reached: float, target: float) -> str:
+    return f"{reached:.2%} of {target:.2%}"
 
 
-def _bar(value: float, goal: float) -> ProgressBar:
-    return ProgressBar(total=goal, completed=min(value, goal), width=_BAR_WIDTH)
+def _seconds_left(task: bars.Task) -> float | None:
+    """Seconds until the bar is full, at the mean pace so far; None until it has grown twice."""
+    return max(0.0, task.remaining / task.speed) if task.speed else None
 
 
 def _joined(*parts: str) -> str:

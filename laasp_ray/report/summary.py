@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Decision, Metrics
-from laasp_ray.report.eta import format_duration
+from laasp_ray.report.durations import format_duration
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     BaselineMeasured,

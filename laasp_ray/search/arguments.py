@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import SearchConfig
-from laasp_ray.errors import ConfigError, LaaspError, is_out_of_memory
+from laasp_ray.errors import ConfigError, LaaspError, describe_error, is_out_of_memory
 from laasp_ray.search.evaluate import CalibrationSet, ready_with
 
 _KINDS_OF_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -56,8 +56,8 @@ def taken_by(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, 
             raise
         shape, kind = tuple(calibration.images.shape[1:]), calibration.images.dtype
         raise ConfigError(
-            f"the network does not take these images, {kind} of shape {shape} each ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0][:200]}): give what it takes, or `prepare` that makes it of them"
+            f"the network does not take these images, {kind} of shape {shape} each ({describe_error(error)}): "
+            "give what it takes, or `prepare` that makes it of them"
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = (

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError
+from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError, describe_error
 from laasp_ray.pruning.masking import CannotMask, Mask
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, describe_error, pruned_copy
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision
 from laasp_ray.search.program import BranchPoint, CannotTrace, Program

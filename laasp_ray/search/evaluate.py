@@ -1,25 +1,18 @@
-"""What a prune costs the network: its mean cross-entropy on the calibration set.
-
-`measure` is the plain procedure, on a physically pruned copy, that the faster one (engine.py) is tested against.
-"""
+"""What losses are measured on and of: the calibration set, the tasks, and networks made ready for both."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from laasp_ray.errors import SearchError, UnmaskedError
-from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.pruning.masking import CannotMask, Mask
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
-from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -83,11 +76,6 @@ class LossTask:
         return self.step.is_empty and not (isinstance(self.mask, Mapping) and self.mask)
 
 
-def describe_error(error: Exception) -> str:
-    """The kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
-
-
 def in_format(images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """Pictures (n, C, H, W) in a memory format; anything else as it is."""
     return images.contiguous(memory_format=memory_format) if images.ndim == 4 else images
@@ -126,18 +114,6 @@ def _try(model: nn.Module, calibration: CalibrationSet) -> None:
     retried(lambda: model(image), "one image, in the network,")
 
 
-@full_precision()
-@torch.inference_mode()
-def mean_loss(model: nn.Module, calibration: CalibrationSet) -> float:
-    """Mean cross-entropy of `model` in eval mode; model and calibration set on one device. Its modules' modes are put
-    back."""
-    total = torch.zeros((), dtype=torch.float64, device=calibration.labels.device)
-    with in_eval_mode(model):
-        for images, labels in calibration.batches():
-            total += functional.cross_entropy(model(images).float(), labels, reduction="none").double().sum()
-    return float(total) / len(calibration)
-
-
 def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
     """The network after a task's prune; tensors that it leaves alone are shared: inference does not write to them.
 
@@ -148,28 +124,3 @@ def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
     pruned = clone_sharing_parameters(model)
     apply_plan(pruned, task.step)
     return pruned
-
-
-def measure(model: nn.Module, task: LossTask, calibration: CalibrationSet) -> MeasuredLoss:
-    """The loss of a physically pruned copy of `model`. Raises SearchError naming the candidate that failed."""
-    started = time.perf_counter()
-    try:
-        loss = mean_loss(pruned_copy(model, task), calibration)
-    except Exception as error:
-        raise SearchError(f"the loss of {task.name} could not be measured: {type(error).__name__}: {error}") from error
-    return MeasuredLoss(loss, len(calibration), time.perf_counter() - started)
-
-
-def measure_all(
-    model: nn.Module,
-    tasks: Sequence[LossTask],
-    calibration: CalibrationSet,
-    on_result: Callable[[int, MeasuredLoss], None] | None = None,
-) -> list[MeasuredLoss]:
-    """The losses of `tasks`, one after the other, in their order; `on_result` gets each with its position."""
-    results = []
-    for position, task in enumerate(tasks):
-        results.append(measure(model, task, calibration))
-        if on_result is not None:
-            on_result(position, results[-1])
-    return results

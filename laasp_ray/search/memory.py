@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laasp_ray.errors import MemoryShortError, is_out_of_memory
+from laasp_ray.errors import MemoryShortError, describe_error, is_out_of_memory
 
 ATTEMPTS = 3
 """How often what does not fit into memory, and cannot be made smaller, is tried: others may let go of theirs."""
@@ -75,7 +75,7 @@ def _attempt(run: Callable[[], Any]) -> str:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return describe_error(error)
     return ""
 
 

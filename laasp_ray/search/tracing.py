@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from laasp_ray.errors import is_out_of_memory
+from laasp_ray.errors import describe_error, is_out_of_memory
 from laasp_ray.pruning.masking import is_bare
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
@@ -62,13 +62,13 @@ def trace(model: nn.Module, example: torch.Tensor) -> Program | CannotTrace:
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code and can fail in any way
-        return CannotTrace(f"its forward pass cannot be traced ({_told(error)})")
+        return CannotTrace(f"its forward pass cannot be traced ({describe_error(error)})")
     try:
         return _program_of(graph, network, in_place, example)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return CannotTrace(f"its traced operations do not run ({_told(error)})")
+        return CannotTrace(f"its traced operations do not run ({describe_error(error)})")
 
 
 def _program_of(
@@ -112,7 +112,7 @@ def _fault(model: nn.Module, program: Program, images: torch.Tensor, wanted: Any
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return f"its traced operations do not run ({_told(error)})"
+        return f"its traced operations do not run ({describe_error(error)})"
     return "" if _same(found, wanted) else "its traced operations do not give what it gives"
 
 
@@ -127,10 +127,6 @@ def _same(found: Any, wanted: Any) -> bool:
 def _format_of(tensor: torch.Tensor) -> torch.memory_format:
     last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 class _Tracer(fx.Tracer):

@@ -21,12 +21,14 @@ from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ArtifactError, LaaspError, StoreError
 from laasp_ray.models.suitable import EXTRA_STATE
 from laasp_ray.pruning.plan import Plan, apply_plan
-from laasp_ray.records import SCHEMA_VERSION, to_json
+from laasp_ray.records import to_json
 from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
 from laasp_ray.store.sparse import compact, expand
 from laasp_ray.store.storage import Storage
 
 _WEIGHTS, _ARCH, _PLAN, _METRICS = "model.safetensors", "arch.json", "plan.json", "metrics.json"
+ARCH_VERSION = 1
+"""Of `arch.json`; a reader of another version refuses it."""
 _FOLDER = "pruned"
 _SHOWN = 5
 
@@ -80,7 +82,7 @@ def save_pruned(
         _ARCH,
         _json_bytes(
             {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": ARCH_VERSION,
                 "laasp_ray": _own_version(),
                 "builder": model_config.builder,
                 "arguments": model_config.arguments,
@@ -161,10 +163,10 @@ def _find(folder: str | Path | Storage) -> Storage:
 def _read_arch(storage: Storage) -> Arch:
     content = _read_json(storage, _ARCH)
     version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version != ARCH_VERSION:
         raise ArtifactError(
             f"{_ARCH} in {storage.uri} has schema version {version!r}, this laasp_ray reads "
-            f"{SCHEMA_VERSION}; it was written by laasp_ray {content.get('laasp_ray')}: use that one"
+            f"{ARCH_VERSION}; it was written by laasp_ray {content.get('laasp_ray')}: use that one"
         )
     try:
         config = ModelConfig(

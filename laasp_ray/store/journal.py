@@ -6,7 +6,6 @@ candidates with their losses, as one Parquet file an iteration: `candidates/NNNN
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from laasp_ray.errors import StoreError
-from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking, to_json
+from laasp_ray.records import Ranking, to_json
 from laasp_ray.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -201,35 +200,6 @@ def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> None
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_candidates_schema()), buffer)
     storage.write(_candidates_file(iteration), buffer.getvalue())
-
-
-def read_candidates(storage: Storage, iteration: int) -> Ranking:
-    """The ranking that `write_candidates` wrote. Raises StoreError if the file is missing or not such a table."""
-    import pyarrow
-    from pyarrow import parquet
-
-    raw = storage.read(_candidates_file(iteration))
-    try:
-        table = parquet.read_table(io.BytesIO(raw)).cast(_candidates_schema())
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise StoreError(
-            f"{_candidates_file(iteration)} in {storage.uri} is no table of candidates ({error}); restore it "
-            "from a copy"
-        ) from error
-    return Ranking([_candidate_loss(row) for row in table.to_pylist()])
-
-
-def _candidate_loss(row: dict[str, Any]) -> CandidateLoss:
-    also = tuple((pair["layer"], pair["criterion"]) for pair in row["also"])
-    candidate = Candidate(
-        layer=row["layer"],
-        criterion=row["criterion"],
-        filters=tuple(row["filters"]),
-        flops_reduction=row["flops_reduction"],
-        also=also,
-    )
-    measured = MeasuredLoss(**{column.name: row[column.name] for column in dataclasses.fields(MeasuredLoss)})
-    return CandidateLoss(candidate=candidate, measured=measured)
 
 
 def _candidates_schema() -> pyarrow.Schema:

@@ -137,6 +137,7 @@ def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, e
     assert math.isfinite(results[1].loss)
 
 
+@pytest.mark.exhaustive
 def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(
     config, network, share, calibration, reference
 ):
@@ -171,6 +172,7 @@ def training_phase(number, epochs, **more):
     return TrainingPhase(number=number, phase="train", epochs=plans, **more)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_trainer_costs_nothing_but_time_and_a_further_training_phase_is_cheap(
     config, network, share, tmp_path
 ):
@@ -221,6 +223,7 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_training_phase_is
         trainer.close()
 
 
+@pytest.mark.exhaustive
 def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, network, share, tmp_path):
     options = dataclasses.replace(config.train, label_smoothing=0.1, ema=0.9, distill=0.5)
     trainer = RayTrainer(put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path))
@@ -259,14 +262,35 @@ def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, netw
         trainer.close()
 
 
-def test_an_error_in_training_reaches_the_driver_as_what_it_is(config, network, share, tmp_path):
+def test_a_phase_goes_on_from_its_middle_and_an_error_in_training_reaches_the_driver_as_what_it_is(
+    config, network, share, tmp_path
+):
+    """Two things of one trainer, for it takes long to start; the tests of kills have more of the first."""
+    options = dataclasses.replace(config.train, label_smoothing=0.1, ema=0.9, distill=0.5)
+    trainer = RayTrainer(put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path))
+    state = capture(network, Plan.empty())
+    torch.manual_seed(1)
+    teacher = capture(randomise_batchnorm(models.build(config.model), seed=1), Plan.empty())
     broken = randomise_batchnorm(models.build(config.model))
     with torch.no_grad():
         broken.conv1.weight[0, 0, 0, 0] = math.nan
-    trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
     try:
+        untaught, undisturbed, resumed = [], [], []
+        trainer.run(state, {}, training_phase(0, 1), untaught.append)
+        trainer.set_teacher(teacher)
+        whole = trainer.run(state, {}, training_phase(1, 2), undisturbed.append)
+        assert not torch.equal(untaught[0].tensors["conv1.weight"], undisturbed[0].tensors["conv1.weight"])
+        # Every training image was seen once an epoch, whatever the ranks, and every test image after it.
+        assert {epoch.images for epoch in undisturbed} == {len(open_source(config.data, "train"))}
+        assert undisturbed[0].metrics.images == whole.metrics.images == len(open_source(config.data, "test"))
+        middle = undisturbed[0]
+        going_on = dataclasses.replace(state, tensors=middle.tensors)
+        after = trainer.run(going_on, middle.optimizer_state, training_phase(2, 2, done=1), resumed.append)
+        assert [epoch.position for epoch in resumed] == [1] and after.metrics == whole.metrics
+        for name, tensor in undisturbed[-1].tensors.items():
+            assert torch.equal(tensor, resumed[-1].tensors[name]), name
         with pytest.raises(TrainingError, match=r"epoch 0 .*not finite"):
-            trainer.run(capture(broken, Plan.empty()), {}, training_phase(0, 1), lambda epoch: None)
+            trainer.run(capture(broken, Plan.empty()), {}, training_phase(3, 1), lambda epoch: None)
     finally:
         trainer.close()
 

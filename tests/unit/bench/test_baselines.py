@@ -10,6 +10,7 @@ import baselines
 import pytest
 import torch
 from baselines import Room
+from fakes import FakeExecutor
 from helpers import first_standing, iterations_of, randomise_batchnorm
 
 from laasp_ray import criteria, models
@@ -20,7 +21,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.candidates import measure_baseline
 
-EXAMPLE = torch.zeros(1, 3, 32, 32)
+EXAMPLE = torch.zeros(1, 3, 8, 8)
 CONFIG = LaaspConfig(flops_reduction=0.2, step=0.04)
 FIRST_OF_THE_COUPLED = ["conv1", "layer2.0.conv2", "layer3.0.conv2"]
 INSIDE_BLOCKS = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)]
@@ -117,12 +118,9 @@ def test_scores_beyond_what_may_go_are_infinite():
 # ------------------------------------------------------------------------------------------------------------
 
 
-class FixedScores:
+class FixedScores(FakeExecutor):
     """An executor that scores every filter by a number that does not change from iteration to iteration, and measures
     nothing."""
-
-    def for_scoring(self, network):
-        return network
 
     def importance(self, network, wanted):
         return {name: network.tensors[f"{name}.weight"].flatten(1)[:, 0].clone() for name in wanted.layers}

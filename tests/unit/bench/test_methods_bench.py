@@ -8,9 +8,9 @@ import methods
 import pytest
 import torch
 from baselines import UniformPruning
-from helpers import small_run
+from helpers import write_digits
 from methods import Chain, Method, Place
-from whole_runs import events_of
+from whole_runs import events_of, on_digits
 
 from laasp_ray import prune
 from laasp_ray.config.compat import differing_keys
@@ -95,9 +95,9 @@ def test_what_is_in_the_file_is_not_run_again():
     ]
 
 
-def small(storage, target, name):
+def small(storage, digits, target, name):
     changes = {"train__prune_epoch": 0, "train__epochs": 1, "prune__flops_reduction": target, "name": name}
-    return small_run(storage, **changes)
+    return on_digits(storage, digits, **changes)
 
 
 def decided(config):
@@ -105,7 +105,8 @@ def decided(config):
 
 
 def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_further(tmp_path):
-    first, further = (small(tmp_path / "forked", target, f"to-{target}") for target in (0.02, 0.05))
+    digits = write_digits(tmp_path / "digits", side=16, train=60, test=12)
+    first, further = (small(tmp_path / "forked", digits, target, f"to-{target}") for target in (0.02, 0.05))
     log = io.StringIO()
     prune(first, distributed=False, progress=methods.Forking(first, further, log), method=UniformPruning())
     assert "final: 1 epochs" in log.getvalue()
@@ -113,7 +114,7 @@ def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_furt
     assert [event.data for event in copied[1:]] == [event.data for event in events_of(first)[1 : len(copied)]]
     assert copied[0].data["config"] == further.to_dict() and copied[-1].name in ("iteration", "training_phase")
     forked = prune(further, distributed=False, progress=methods.Forking(further, None, log), method=UniformPruning())
-    alone = small(tmp_path / "alone", 0.05, "to-0.05")
+    alone = small(tmp_path / "alone", digits, 0.05, "to-0.05")
     whole = prune(alone, distributed=False, progress=methods.Forking(alone, None, log), method=UniformPruning())
     assert len(decided(first)) < len(decided(further)) and decided(further) == decided(alone)
     for name, tensor in whole.model.state_dict().items():
@@ -121,7 +122,8 @@ def test_a_copy_made_before_the_final_epochs_goes_on_as_the_run_that_prunes_furt
 
 
 def test_a_run_that_is_in_its_final_epochs_is_not_copied(tmp_path):
-    first, further = (small(tmp_path, target, f"to-{target}") for target in (0.02, 0.05))
+    digits = write_digits(tmp_path / "digits", side=16, train=60, test=12)
+    first, further = (small(tmp_path, digits, target, f"to-{target}") for target in (0.02, 0.05))
     journal = Journal(Storage.open(first.storage).child(first.name))
     journal.append("start", {"config": first.to_dict()})
     journal.append("epoch", {"phase": "final"})

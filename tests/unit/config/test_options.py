@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import Silent
 from helpers import small_run, write_pictures
-from whole_runs import Silent, events_of, on_pictures, power_cut, read_events_of
+from whole_runs import events_of, on_pictures, power_cut, read_events_of
 
 from laasp_ray import models, prune
 from laasp_ray.cost.latency import Latency

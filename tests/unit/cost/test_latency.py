@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.cost.latency import measure_latency, measure_pair
+from laasp_ray.cost.latency import measure_pair
 
 
 class Log(list):
@@ -30,9 +30,9 @@ class Sleeper(nn.Module):
 
 
 def test_number_and_circumstances():
-    model = Sleeper(0.004)
+    model, other = Sleeper(0.004), Sleeper(0.0)
     model.dropout.eval()
-    latency = measure_latency(model, (3, 2, 2), batch_size=5, device="cpu", repeats=7, warmup=2)
+    latency, _ = measure_pair(model, other, (3, 2, 2), batch_size=5, device="cpu", repeats=7, warmup=2)
     assert [shape for _, shape in model.log] == [(5, 3, 2, 2)] * 9
     assert 4 <= latency.spread[0] <= latency.median_ms <= latency.spread[1]
     assert latency.median_ms < 100
@@ -57,18 +57,18 @@ def test_kernels_are_those_that_whoever_runs_the_network_gets(monkeypatch):
 
     found: list[tuple[bool, bool]] = []
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as training in this process leaves it
-    measure_latency(Asks(), (1,), device="cpu", repeats=2, warmup=0)
-    assert found == [(False, True)] * 2 and torch.backends.cudnn.deterministic
+    measure_pair(Asks(), Asks(), (1,), device="cpu", repeats=2, warmup=0)
+    assert found == [(False, True)] * 4 and torch.backends.cudnn.deterministic
 
 
 def test_mode_comes_back_when_the_network_fails():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
     with pytest.raises(RuntimeError):
-        measure_latency(model, (4,), device="cpu")
+        measure_pair(model, model, (4,), device="cpu")
     assert model.training
     assert model[1].training
 
 
 def test_too_few_repeats():
     with pytest.raises(ValueError, match="repeats=1"):
-        measure_latency(nn.Identity(), (1,), device="cpu", repeats=1)
+        measure_pair(nn.Identity(), nn.Identity(), (1,), device="cpu", repeats=1)

@@ -172,14 +172,14 @@ def test_config_keys_that_are_named_exist(page):
 
 @by_page
 def test_files_tests_and_make_targets_that_are_named_exist(page):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pytests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for text in code(page):
         for path in re.findall(r"\b((?:laasp_ray|tests|bench|jobs|docs)/[\w/]+\.(?:py|md|json))\b", text):
             assert (ROOT / path).is_file(), path
         for name in re.findall(r"(?<![.\w])(test_\w+)\b(?!\.py)", text):
             assert f"def {name}(" in pytests, name
-        for target in re.findall(r"(?:^|`| )make (?:PYTHON=\S+ )?([a-z]+)\b", text):
+        for target in re.findall(r"(?:^|`| )make (?:PYTHON=\S+ )?([a-z]+(?:-[a-z]+)*)\b", text):
             assert target in targets, text
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import Silent
 from helpers import write_pictures
 from torch import nn
-from whole_runs import Silent
 
 from laasp_ray import models, prune
 from laasp_ray.config import DataConfig, ModelConfig

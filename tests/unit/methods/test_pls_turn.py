@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from fakes import FakeExecutor
 from helpers import first_standing, iterations_of, randomise_batchnorm, shared_data, vip_by_scikit_learn
 from torch import nn
 
@@ -30,14 +31,11 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 CONFIG = PlsConfig(flops_reduction=0.9)
 
 
-class RandomScores:
+class RandomScores(FakeExecutor):
     """An executor whose scores are random numbers, and who measures nothing."""
 
     def __init__(self):
         self._generator = torch.Generator().manual_seed(0)
-
-    def for_scoring(self, network):
-        return network
 
     def importance(self, network, wanted):
         filters = {name: network.tensors[f"{name}.weight"].shape[0] for name in wanted.layers}
@@ -69,7 +67,8 @@ def removed_in_all(found):
 
 def test_resnet56_loses_as_many_filters_as_published_iteration_by_iteration():
     model = models.build(recipe("resnet56_cifar10").model).eval()
-    found = list(iterations(model, RandomScores(), 9))
+    example = EXAMPLE[:, :, :8, :8]  # what is coupled does not depend on the images' size
+    found = list(iterations(model, RandomScores(), 9, example))
     totals = removed_in_all(found)
     assert (totals[0], totals[4], totals[8]) == (101, 413, 618)
     allowed = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9)}
@@ -77,16 +76,16 @@ def test_resnet56_loses_as_many_filters_as_published_iteration_by_iteration():
     # What is left of the network is what the decisions say, and runs.
     last_iteration, last = found[-1]
     assert sum(last.get_submodule(name).out_channels for name in allowed) == 1008 - 618
-    macs = count_macs(models.build(recipe("resnet56_cifar10").model).eval(), EXAMPLE).total
+    macs = count_macs(models.build(recipe("resnet56_cifar10").model).eval(), example).total
     assert last_iteration.decision.flops_reduction == pytest.approx(
-        1 - count_macs(last, EXAMPLE).total / macs, abs=1e-12
+        1 - count_macs(last, example).total / macs, abs=1e-12
     )
 
 
 def test_resnet50_loses_a_tenth_of_the_filters_inside_its_blocks():
     torch.manual_seed(0)
     model = randomise_batchnorm(models.build(recipe("resnet50_imagenet").model)).eval()
-    example = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     # Two of each bottleneck's three convolutions are coupled to nothing, of stages of 3, 4, 6 and 3 blocks.
     widths = {
         f"layer{stage}.{block}.conv{number}": 32 * 2**stage
@@ -190,8 +189,10 @@ def test_the_filter_that_tells_nothing_goes_first_and_the_prune_is_measured():
             assert loss == pytest.approx(float(nn.functional.cross_entropy(network(images), labels)), abs=1e-4)
 
 
-def test_vip_of_real_activations_equals_scikit_learn(resnet56):
-    model, calibration = resnet56
+@pytest.mark.parametrize("images", [200, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_vip_of_real_activations_equals_scikit_learn(resnet56, images):
+    model, drawn = resnet56
+    calibration = CalibrationSet(drawn.images[:images], drawn.labels[:images], images // 4, drawn.prepare)
     layers = tuple(f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(9))
     outputs = {name: [] for name in layers}
 
@@ -201,12 +202,12 @@ def test_vip_of_real_activations_equals_scikit_learn(resnet56):
     wanted = ImportanceRequest(layers, "pls", Pls(1, "max"))
     look = measure_first_batch(model, calibration, wanted)
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    chunks = chunks_of(1000, 250)
+    chunks = chunks_of(images, images // 4)
     moments = [state_of(model, calibration, wanted, look, chunk) for chunk in chunks]
     for hook in hooks:
         hook.remove()
     features = torch.cat([torch.cat(outputs[name]) for name in layers], dim=1)
-    assert features.shape == (1000, 1008) and len(moments) == 4
+    assert features.shape == (images, 1008) and len(moments) == 4
     for components in (1, 2, 5):
         found = scores_of(moments, look, dataclasses.replace(wanted, criterion=Pls(components, "max")))
         joint = torch.cat([found[name] for name in layers])

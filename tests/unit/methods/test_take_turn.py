@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fakes import FakeExecutor
 from helpers import first_standing
 from torch import nn
 
@@ -17,14 +18,11 @@ from laasp_ray.records import MeasuredLoss
 CONFIG = LaaspConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
 
 
-class TellingExecutor:
+class TellingExecutor(FakeExecutor):
     """Tells what it was given: `script` are shares (floats) and (position, result) pairs, in the order of telling."""
 
     def __init__(self, script):
         self._script = script
-
-    def for_scoring(self, network):
-        return network
 
     def measure(self, network, tasks, on_result, on_share):
         results = [MeasuredLoss(1.0, 10, 0.0)] * len(tasks)
@@ -35,9 +33,6 @@ class TellingExecutor:
                 results[item[0]] = item[1]
                 on_result(*item)
         return results
-
-    def close(self):
-        return None
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from fakes import FakeExecutor
 from helpers import first_standing
+from plain_losses import mean_loss
 from torch import nn
 
 from laasp_ray.config import LaaspConfig, SearchConfig
@@ -13,7 +15,7 @@ from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import LayerPrune, MeasuredLoss
-from laasp_ray.search.evaluate import CalibrationSet, mean_loss
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -25,15 +27,12 @@ def last(weights):
     return -torch.arange(len(weights), dtype=torch.float32)
 
 
-class Scripted:
+class Scripted(FakeExecutor):
     """An executor that tells the losses it was given, by (layer, criterion), and `joint` for all at once."""
 
     def __init__(self, losses, joint=0.75):
         self._losses, self._together = losses, joint
         self.asked = []
-
-    def for_scoring(self, network):
-        return network
 
     def measure(self, network, tasks, on_result, on_share):
         self.asked.append(tasks)

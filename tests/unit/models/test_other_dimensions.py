@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from plain_losses import mean_loss
 from torch import nn
 
-from laasp_ray.cost.latency import measure_latency
+from laasp_ray.cost.latency import measure_pair
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models.format import in_format_of, to_channels_last, to_fast_format
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
-from laasp_ray.search.evaluate import CalibrationSet, mean_loss, ready
+from laasp_ray.search.evaluate import CalibrationSet, ready
 from laasp_ray.train.trainer import rebuild_on
 
 CPU = torch.device("cpu")
@@ -46,7 +47,8 @@ def test_multiply_accumulates_and_latency(kind):
     build, shape = NETWORKS[kind]
     model = build().train()
     assert count_macs(model, torch.zeros(2, *shape)).per_layer == MACS[kind]
-    assert measure_latency(model, shape, device="cpu", batch_size=2, repeats=2, warmup=0).median_ms > 0
+    latency, _ = measure_pair(model, model, shape, device="cpu", batch_size=2, repeats=2, warmup=0)
+    assert latency.median_ms > 0
     assert model.training
 
 

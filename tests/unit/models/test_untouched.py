@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from fakes import Silent
 from helpers import small_run
 from torch import nn
-from whole_runs import Silent
 
 from laasp_ray import prune
-from laasp_ray.cost.latency import measure_latency
+from laasp_ray.cost.latency import measure_pair
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models.untouched import in_eval_mode, random_state_kept
 from laasp_ray.planning.dry_run import dry_run
@@ -126,6 +126,6 @@ def test_counting_timing_and_tracing_leave_modes_and_flags_alone():
     PruningGraph(model, torch.zeros(1, 3, 16, 16))
     now = everything(model)
     assert torch.equal(now["tensors"]["calls"], before["tensors"]["calls"])
-    measure_latency(model, (3, 16, 16), device="cpu", repeats=2)
+    measure_pair(model, model, (3, 16, 16), device="cpu", repeats=2)
     now = everything(model)
     assert (now["modes"], now["wanted"]) == (before["modes"], before["wanted"])

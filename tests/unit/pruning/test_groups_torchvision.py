@@ -1,4 +1,5 @@
-"""Every convolution of torchvision's networks: a spread of layers here, all of them under the marker `exhaustive`."""
+"""Every convolution of torchvision's networks: a spread of layers, by default of one network a family, of the others
+and of all layers under the marker `exhaustive`."""
 
 import functools
 import json
@@ -26,6 +27,8 @@ CONVOLUTIONS = {
     "resnext50_32x4d": 53,
 }
 BLOCKS = {"resnext50_32x4d": {1, 32}, "regnet_y_400mf": {1, 6, 13, 26, 55}}
+OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d"}
+"""Of the families of resnet18, mobilenet_v2 and regnet_y_400mf."""
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -73,7 +76,10 @@ def check_layer(name, layer):
     assert macs_after(macs, plan) == count_macs(pruned, EXAMPLE).total, layer
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if name in OTHERS_OF_A_FAMILY else ()) for name in CONVOLUTIONS],
+)
 def test_a_spread_of_layers(name, affine_only):
     model, graph, _ = prepared(name)
     assert graph.skipped == {}
@@ -97,9 +103,10 @@ def test_every_layer(name, affine_only):
     ("builder", "layers"),
     [
         ("cifar.resnet20", ["conv1", "layer2.0.conv1", "layer2.0.downsample.0", "layer3.2.conv2"]),
-        (
+        pytest.param(
             "torchvision.mobilenet_v2",
             ["features.1.conv.0.0", "features.3.conv.1.0", "features.18.0", "features.4.conv.2"],
+            marks=pytest.mark.exhaustive,
         ),
         (
             "torchvision.regnet_y_400mf",
@@ -110,7 +117,9 @@ def test_every_layer(name, affine_only):
                 "trunk_output.block1.block1-0.f.se.fc1",
             ],
         ),
-        ("torchvision.convnext_tiny", ["features.0.0", "features.3.0.block.0"]),
+        pytest.param(
+            "torchvision.convnext_tiny", ["features.0.0", "features.3.0.block.0"], marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_steps_replayed_on_a_fresh_network(builder, layers):

@@ -48,8 +48,17 @@ ROWS = {
     "mobilenet_v2_imagenet": (0.300, 0.545),
 }
 DIGITS = "resnet50_digits"
-HEAVY = {"resnet110_cifar10", "resnet34_imagenet", "resnet50_imagenet", "resnet50_imagenet-pls", DIGITS}
-"""Their iterations take longest; resnet56_cifar10 and resnet18_imagenet are of the same make."""
+HEAVY = {
+    "resnet20_cifar10-2023",
+    "resnet32_cifar10",
+    "resnet56_cifar10",
+    "resnet110_cifar10",
+    "resnet34_imagenet",
+    "resnet50_imagenet",
+    "resnet50_imagenet-pls",
+    DIGITS,
+}
+"""Of the same make as resnet20_cifar10, resnet18_imagenet and resnet56_cifar10-pls, which run by default."""
 # A tenth of the filters that no other layer's are coupled to: of ResNet-56 9 x (16 + 32 + 64); of ResNet-50, whose
 # blocks have two such convolutions and whose first one is another, 2 x (3 x 64 + 4 x 128 + 6 x 256 + 3 x 512) + 64.
 BY_PLS = {"resnet56_cifar10-pls": 101, "resnet50_imagenet-pls": 762}

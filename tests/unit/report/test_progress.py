@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import sys
 
 import pytest
 from rich.console import Console
@@ -45,6 +46,13 @@ def decision(iteration, reduction, filters=(1, 4)):
 
 def gone(flops, parameters=0.0, latency=0.0):
     return {"FLOPs": flops, "parameters": parameters, "latency": latency}
+
+
+def displayed(progress):
+    """The lines of the display."""
+    with progress._console.capture() as capture:
+        progress._console.print(progress._view.get_renderable())
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 FLOPS = {"FLOPs": 0.25}
@@ -175,9 +183,7 @@ def test_what_was_reached_before_counts_for_the_display_and_the_remaining_time(c
     progress = LiveProgress(HALF, Console(file=io.StringIO(), width=100), clock)
     try:
         resume(progress, cut_off("prune", 11, 0.3, 9))
-        with progress._console.capture() as capture:
-            progress._console.print(progress.render())
-        assert "30.00% of 50.00%" in capture.get()
+        assert displayed(progress)[1] == f"FLOPs reduction {'━' * 19}{' ' * 13} 30.00% of 50.00%"  # 38 halves of 64
         clock.now = 60
         phase(progress, "prune", "iteration 12")
         decide(progress, decision(12, 0.4), gone(0.4), 60.0)
@@ -243,24 +249,55 @@ def test_a_terminal_gets_a_live_display_with_lines_above(clock):
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor comes back
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_the_terminal_clean(clock, monkeypatch, error):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = make_progress(FLOPS, clock=clock)
+    with pytest.raises(error):
+        try:
+            tell(progress, clock)
+            raise error
+        finally:
+            progress.close()
+    assert sys.stderr is stream and not progress._view.live.is_started
+    drawn, _, wiped = stream.getvalue().rpartition("FLOPs reduction")
+    assert drawn and wiped.endswith("\x1b[2K") and wiped.count("\x1b[2K") == 4  # lines: the phase, two bars, the facts
+    print("Traceback", file=sys.stderr)
+    assert stream.getvalue().endswith("\x1b[2KTraceback\n")
+
+
 def test_what_the_display_holds(clock):
     console = Console(file=io.StringIO(), width=100)
     progress = LiveProgress(FLOPS, console, clock)
     try:
         tell(progress, clock)
-        console.file.truncate(0)
         phase(progress, "prune", "iteration 3")
         measure(progress, 30, 40, loss(0.5, "x"), 3)
-        with console.capture() as capture:
-            console.print(progress.render())
+        assert displayed(progress) == [
+            "prune  iteration 3",
+            f"FLOPs reduction {'━' * 12}╸{' ' * 19} 10.00% of 25.00% 3 min 00 s left",
+            f"candidates      {'━' * 24}{' ' * 8} 30 of 40",
+            "least loss 0.5000 (x by l1 (2 filters))",
+        ]
+        clock.now = 110
+        measure(progress, 35, 40, loss(0.75, "y"), 3)  # 5 took 10 s
+        assert displayed(progress)[2] == f"candidates      {'━' * 28}{' ' * 4} 35 of 40         10 s left"
+        phase(progress, "fine-tune", "4 epochs")
+        assert displayed(progress) == [
+            "fine-tune  4 epochs",
+            f"FLOPs reduction {'━' * 12}╸{' ' * 19} 10.00% of 25.00% 3 min 00 s left",
+            "",
+        ]
+        for epoch in (1, 2):
+            clock.now += 20
+            train(progress, "fine-tune", epoch, 4, {"loss": 1.0 / epoch, "top1": 0.5}, 0.1)
+        assert displayed(progress)[2:] == [
+            f"epochs          {'━' * 16}{' ' * 16} 2 of 4           40 s left",
+            "loss 0.5000, top1 50.00%",
+        ]
     finally:
         progress.close()
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    assert lines[0] == "prune  iteration 3"
-    assert lines[1].startswith("FLOPs reduction") and lines[1].endswith("10.00% of 25.00%")
-    assert lines[2].startswith("candidates") and lines[2].endswith("30 of 40")
-    assert lines[1].count("━") > 0
-    assert lines[3] == "least loss 0.5000 (x by l1 (2 filters)), target in 3 min 00 s"
 
 
 def further(criterion):
@@ -297,13 +334,11 @@ def test_every_target_is_shown_that_is_given_and_flops_always(clock):
     progress = LiveProgress(other, console, clock)
     try:
         decide(progress, decision(2, 0.1), gone(0.1, 0.3, -0.05), 5.0)
-        with console.capture() as capture:
-            console.print(progress.render())
+        lines = displayed(progress)
     finally:
         progress.close()
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    assert lines[1].startswith("parameters reduction") and lines[1].endswith("30.00% of 40.00%")
-    assert lines[2].startswith("latency reduction") and lines[2].endswith("-5.00% of 20.00%")
+    assert lines[1] == f"parameters reduction {'━' * 23}╸{' ' * 8} 30.00% of 40.00%"
+    assert lines[2] == f"latency reduction    {' ' * 32} -5.00% of 20.00%"
 
 
 def test_the_remaining_time_is_that_of_the_target_that_is_furthest(clock):

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import small_run
-from whole_runs import Silent, events_of, power_cut, read_events_of
+from fakes import Silent
+from helpers import small_run, write_digits
+from whole_runs import events_of, on_digits, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.errors import ConfigError
@@ -20,17 +21,23 @@ from laasp_ray.store.checkpoint import load_checkpoint
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.speed import TrainingSpeed
 
+THREE_EPOCHS = {
+    "train__epochs": 3,
+    "train__prune_epoch": 1,
+    "train__learning_rate": 0.1,
+    "train__drop_epochs": [2],
+    "prune__flops_reduction": 0.0,
+}
+"""At 0.1, 0.1 and 0.02; the prune epoch is 1."""
+
 
 def base_run(storage, **changes):
-    """Three epochs at 0.1, 0.1 and 0.02; the prune epoch is 1."""
-    settings = {
-        "train__epochs": 3,
-        "train__prune_epoch": 1,
-        "train__learning_rate": 0.1,
-        "train__drop_epochs": [2],
-        "prune__flops_reduction": 0.0,
-    }
-    return small_run(storage, **{**settings, **changes})
+    return small_run(storage, **{**THREE_EPOCHS, **changes})
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), side=16, train=60, test=12)
 
 
 def run(config):
@@ -38,8 +45,8 @@ def run(config):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    config = base_run(tmp_path_factory.mktemp("base"))
+def trained(tmp_path_factory, digits):
+    config = on_digits(tmp_path_factory.mktemp("base"), digits, **THREE_EPOCHS)
     return config, run(config)
 
 
@@ -87,9 +94,9 @@ def test_a_run_that_is_cut_off_comes_to_the_same_weights(trained, tmp_path, monk
     assert found.summary | {"seconds": 0} == expected.summary | {"seconds": 0}
 
 
-def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch(trained, tmp_path):
+def test_weights_that_are_given_are_measured_and_trained_on_from_the_prune_epoch(trained, digits, tmp_path):
     weights = f"{trained[0].storage}/{trained[0].name}/pruned/model.safetensors"
-    config = base_run(tmp_path, train__pretrained=weights, train__prune_epoch=2)
+    config = on_digits(tmp_path, digits, **THREE_EPOCHS | {"train__pretrained": weights, "train__prune_epoch": 2})
     run(config)
     assert [event.name for event in events_of(config)] == ["start", "baseline", "epoch", "training_phase", "finish"]
     baseline, epoch = (next(e.data for e in events_of(config) if e.name == name) for name in ("baseline", "epoch"))

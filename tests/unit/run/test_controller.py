@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_run, write_pictures
+from fakes import Silent
+from helpers import small_run, write_digits, write_pictures
 from safetensors.torch import load_file, save_file
-from whole_runs import Silent, events_of, power_cut, read_events_of
+from whole_runs import events_of, on_digits, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
@@ -32,8 +33,13 @@ def decisions(config: RunConfig):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    config, lines = small_run(tmp_path_factory.mktemp("undisturbed")), io.StringIO()
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), side=16, train=60, test=12)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits):
+    config, lines = on_digits(tmp_path_factory.mktemp("undisturbed"), digits), io.StringIO()
     result = run(config, progress=LineProgress(config.prune.targets, lines, lambda: 0.0))
     assert "going on" not in lines.getvalue()
     # Every training phase says it to the journal; who watches is told once.
@@ -101,10 +107,10 @@ def my_network(num_classes):
     return build(ModelConfig(builder="cifar.resnet20", arguments={"num_classes": num_classes}))
 
 
-def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, tmp_path):
+def test_a_finished_run_of_a_builder_by_import_path_is_loaded(undisturbed, digits, tmp_path):
     config, result = undisturbed
     shutil.copytree(config.storage, tmp_path / "runs")
-    mine = small_run(tmp_path / "runs", model__builder=f"{__name__}:my_network", model__arguments={"num_classes": 10})
+    mine = on_digits(tmp_path / "runs", digits, model__builder=f"{__name__}:my_network")
     start = tmp_path / "runs" / "small" / "journal" / "000001-start.json"
     event = json.loads(start.read_text())
     event["data"]["config"] = mine.to_dict()
@@ -123,16 +129,16 @@ def test_a_iteration_is_written_down_with_what_is_left_of_each_layer(undisturbed
     assert all("plan" not in iteration for iteration in iterations)
 
 
-def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed):
+def test_another_config_under_the_same_name_is_refused_with_the_keys(undisturbed, digits):
     config, _ = undisturbed
-    other = small_run(Path(config.storage), prune__step=0.04, seed=1)
+    other = on_digits(Path(config.storage), digits, prune__step=0.04, seed=1)
     with pytest.raises(ConfigError, match=r"prune\.step: 0\.03 there, 0\.04 here; seed: 0 there, 1 here"):
         run(other)
 
 
-def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_path, monkeypatch):
+def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, digits, tmp_path, monkeypatch):
     reference, result = undisturbed
-    config = small_run(tmp_path)
+    config = on_digits(tmp_path, digits)
     for position in range(len(events_of(reference))):
         with power_cut(monkeypatch, position):
             run(config)
@@ -154,12 +160,12 @@ def test_a_run_cut_off_at_every_event_ends_as_if_it_never_was(undisturbed, tmp_p
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_given_weights_are_measured_first_and_the_first_training_left_out(undisturbed, tmp_path):
+def test_given_weights_are_measured_first_and_the_first_training_left_out(undisturbed, digits, tmp_path):
     reference, _ = undisturbed
     weights = tmp_path / "weights.safetensors"
     unpruned = load_file(Path(reference.storage) / reference.name / "checkpoints" / "unpruned.safetensors")
     save_file({name.removeprefix("model/"): tensor for name, tensor in unpruned.items()}, weights)
-    config = small_run(tmp_path / "runs", train__pretrained=str(weights), prune__flops_reduction=0.02)
+    config = on_digits(tmp_path / "runs", digits, train__pretrained=str(weights), prune__flops_reduction=0.02)
     run(config)
     names = [event.name for event in events_of(config)]
     assert names[:4] == ["start", "baseline", "calibration", "iteration"]
@@ -213,8 +219,8 @@ def test_a_part_that_cannot_be_closed_keeps_none_of_the_others_open(caplog):
     assert "closing Part failed" in caplog.text and "a hangs" in caplog.text and "c hangs" in caplog.text
 
 
-def test_training_that_diverges_names_the_epoch_and_the_last_good_checkpoint(tmp_path):
-    config = small_run(tmp_path, train__learning_rate=1e20)
+def test_training_that_diverges_names_the_epoch_and_the_last_good_checkpoint(digits, tmp_path):
+    config = on_digits(tmp_path, digits, train__learning_rate=1e20)
     with pytest.raises(TrainingError, match=r"epoch [01] .*not finite.*last good checkpoint: .*checkpoints/"):
         run(config)
 
@@ -235,8 +241,8 @@ class ByL2(laasp.Laasp):
         return super().iterate(dataclasses.replace(context, config=config))
 
 
-def test_a_method_that_is_given_decides(tmp_path, monkeypatch):
-    config = small_run(tmp_path, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
+def test_a_method_that_is_given_decides(digits, tmp_path, monkeypatch):
+    config = on_digits(tmp_path, digits, train__prune_epoch=0, train__epochs=1, prune__flops_reduction=0.02)
     prune(config, distributed=False, progress=Silent(), method=ByL2())
     assert {decision["criterion"] for decision in decisions(config)} == {"l2"}
     assert "l2" not in config.prune.criteria
@@ -266,8 +272,8 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path):
         run(small_run(tmp_path))
 
 
-def test_the_subset_is_checked_to_be_the_one_the_run_began_with(tmp_path, monkeypatch):
-    config = small_run(tmp_path)
+def test_the_subset_is_checked_to_be_the_one_the_run_began_with(digits, tmp_path, monkeypatch):
+    config = on_digits(tmp_path, digits)
     with power_cut(monkeypatch, 6):  # the calibration set is drawn and journaled before the first iteration
         run(config)
     path = next((tmp_path / "small" / "journal").glob("*-calibration.json"))
@@ -290,8 +296,8 @@ PLS = {
 
 
 @pytest.fixture(scope="module")
-def by_pls(tmp_path_factory):
-    config = small_run(tmp_path_factory.mktemp("pls"), **PLS)
+def by_pls(tmp_path_factory, digits):
+    config = on_digits(tmp_path_factory.mktemp("pls"), digits, **PLS)
     return config, run(config)
 
 
@@ -321,9 +327,9 @@ def test_a_run_by_pls_prunes_many_layers_a_iteration_and_ends_after_its_iteratio
         assert torch.equal(load_pruned(Path(config.storage) / config.name)(images), result.model(images))
 
 
-def test_a_run_by_pls_cut_off_at_its_iterations_ends_as_if_it_never_was(by_pls, tmp_path, monkeypatch):
+def test_a_run_by_pls_cut_off_at_its_iterations_ends_as_if_it_never_was(by_pls, digits, tmp_path, monkeypatch):
     reference, result = by_pls
-    config = small_run(tmp_path, **PLS)
+    config = on_digits(tmp_path, digits, **PLS)
     names = [event.name for event in events_of(reference)]
     second_iteration = len(names) - 1 - names[::-1].index("iteration")
     for position in (second_iteration, second_iteration + 1, len(names) - 1):
@@ -336,17 +342,17 @@ def test_a_run_by_pls_cut_off_at_its_iterations_ends_as_if_it_never_was(by_pls, 
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_a_run_by_pls_ends_at_its_target_if_that_comes_first(tmp_path):
+def test_a_run_by_pls_ends_at_its_target_if_that_comes_first(digits, tmp_path):
     changes = PLS | {"prune__iterations": 9, "prune__flops_reduction": 0.02, "train__prune_epoch": 0}
-    config = small_run(tmp_path, **changes)
+    config = on_digits(tmp_path, digits, **changes)
     run(config)
     assert len(decisions(config)) == 1 and decisions(config)[0]["flops_reduction"] >= 0.02
 
 
 @pytest.mark.parametrize("name", ["pls", "own_criteria:MeanActivation"])
-def test_a_criterion_of_data_can_be_one_of_the_pool(tmp_path, name):
+def test_a_criterion_of_data_can_be_one_of_the_pool(digits, tmp_path, name):
     changes = {"prune__criteria": [name], "prune__flops_reduction": 0.02, "train__prune_epoch": 0, "train__epochs": 1}
-    config = small_run(tmp_path, **changes)
+    config = on_digits(tmp_path, digits, **changes)
     run(config)
     assert {decision["criterion"] for decision in decisions(config)} == {name}
     assert (tmp_path / "small" / "candidates" / "000001.parquet").is_file()

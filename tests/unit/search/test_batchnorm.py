@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import randomise_batchnorm
+from plain_losses import mean_loss
 from torch import nn
 
 from laasp_ray.config import SearchConfig
@@ -14,7 +15,7 @@ from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search import batchnorm
 from laasp_ray.search.batchnorm import norms_of, reestimate
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, mean_loss, ready
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import InProcessExecutor
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise_batchnorm
+from plain_losses import loss_of_copy
 
 from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
@@ -11,7 +12,7 @@ from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import CalibrationSet, measure, ready
+from laasp_ray.search.evaluate import CalibrationSet, ready
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,5 +39,5 @@ def test_losses_are_those_of_pruned_copies_within_the_memory_allowed(builder, mo
     assert torch.cuda.max_memory_allocated() - held <= 2 * bound  # the library's own workspace comes on top
     assert not found.errors
     for position in range(0, len(tasks), 7):
-        expected = measure(network, tasks[position], calibration).loss
+        expected = loss_of_copy(network, tasks[position], calibration)
         assert found.values[position].mean() == pytest.approx(expected, rel=1e-5)

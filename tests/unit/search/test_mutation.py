@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from plain_losses import loss_of_copy
 from program_networks import IMAGES, Body, made
 from torch import nn
 from torch.nn import functional
@@ -13,7 +14,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.search import rank
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import BranchPoints, Engine
-from laasp_ray.search.evaluate import CalibrationSet, measure
+from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.program import CannotTrace, Program
 from laasp_ray.search.tracing import trace, verdict
 
@@ -96,7 +97,7 @@ def test_losses_are_those_of_cut_networks_behind_a_blank_first_image(kind):
     assert any(engine.branch_points.cost(task).copied for task in tasks) == (kind in KINDS)
     found = engine.losses(tasks, np.arange(5))
     for task, losses in zip(tasks, found.values, strict=True):
-        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, calibration).loss, rel=1e-5), (
+        assert losses.mean(dtype=np.float64) == pytest.approx(loss_of_copy(model, task, calibration), rel=1e-5), (
             task.name
         )
 

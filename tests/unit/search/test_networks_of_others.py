@@ -72,7 +72,7 @@ NETWORKS = [
     ("timm", "cs3darknet_s", 64, 19, 32),
     ("timm", "gernet_s", 64, 45, 45),
 ]
-FEW = ("mobilenet_v3_small", "shufflenet_v2_x1_0", "resnest14d", "convnextv2_atto", "lcnet_050", "ghostnet_100")
+FEW = ("mobilenet_v3_small", "shufflenet_v2_x1_0", "resnest14d", "convnextv2_atto")
 SPREAD = 6
 
 

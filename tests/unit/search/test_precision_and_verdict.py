@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise_batchnorm
+from plain_losses import loss_of_copy
 from torch import nn
 from torch.nn import functional
 
@@ -15,13 +16,13 @@ from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.distributed import executor as on_ray
 from laasp_ray.distributed import tasks as ray_tasks
-from laasp_ray.errors import SearchError, UnmaskedError
+from laasp_ray.errors import UnmaskedError
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import BranchPoints, Cost, Engine
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure, pruned_copy, ready
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy, ready
 from laasp_ray.search.precision import full_precision
 from laasp_ray.search.schedule import Unit
 
@@ -76,7 +77,7 @@ def test_a_worker_that_rounds_masks_what_the_driver_masked(builder, tf32):
     assert not found.errors
     losses = found.values.mean(1, dtype=np.float64)
     for task, loss in zip(tasks, losses, strict=True):
-        assert loss == pytest.approx(measure(model, task, calibration).loss, rel=0.02), task.name
+        assert loss == pytest.approx(loss_of_copy(model, task, calibration), rel=0.02), task.name
     # Not one is the network as it stands.
     assert np.abs(losses[:-1] - losses[-1]).min() > 0
 
@@ -90,8 +91,6 @@ def test_a_prune_without_a_plan_is_never_measured_as_the_unpruned_network():
     engine = Engine(model, CalibrationSet(IMAGES, torch.arange(4), 4), untraced="the driver says so")
     with pytest.raises(UnmaskedError, match="came without the plan"):
         engine.losses([light, tasks[-1]], ALL)
-    with pytest.raises(SearchError, match="came without the plan"):
-        measure(model, light, CalibrationSet(IMAGES, torch.arange(4), 4))
 
 
 class Reference:
@@ -177,6 +176,6 @@ def test_losses_are_measured_in_full_precision():
     engine = Engine(model, calibration, untraced="to be seen")
     model.seen.clear()
     engine.losses([LossTask("as it stands", Plan.empty(), {})], ALL)
-    measure(model, LossTask("as it stands", Plan.empty(), {}), calibration)
+    loss_of_copy(model, LossTask("as it stands", Plan.empty(), {}), calibration)
     assert set(model.seen) == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -1,5 +1,7 @@
-"""300 networks drawn at random: every layer is prunable or refused with a reason, and a candidate's loss is its cut
-network's."""
+"""300 networks drawn at random, 100 of them by default and the others `exhaustive`.
+
+Every layer is prunable or refused with a reason, and a candidate's loss is its cut network's.
+"""
 
 import resource
 
@@ -18,7 +20,7 @@ from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, ready
 
-CHUNKS, NETWORKS = 15, 300
+CHUNKS, NETWORKS, BY_DEFAULT = 15, 300, 5
 LABELS = torch.arange(len(IMAGES)) % 5
 MOST_BYTES = 4_000_000_000
 
@@ -52,7 +54,10 @@ def checked(seed):
     return len(graph.layers), masked
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk",
+    [pytest.param(chunk, marks=pytest.mark.exhaustive if chunk >= BY_DEFAULT else ()) for chunk in range(CHUNKS)],
+)
 def test_every_candidate_of_random_networks(chunk):
     counts = [checked(seed) for seed in range(chunk, NETWORKS, CHUNKS)]
     layers, masked = np.sum(counts, axis=0)

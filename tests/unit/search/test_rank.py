@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import randomise_batchnorm
+from plain_losses import mean_loss
 from torch import nn
 from torch.nn import functional
 
@@ -13,9 +14,8 @@ from laasp_ray import models
 from laasp_ray.config import ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError, SearchError
-from laasp_ray.pruning.plan import Plan
 from laasp_ray.search import rank
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, mean_loss, measure, measure_all
+from laasp_ray.search.evaluate import CalibrationSet
 
 
 class TwoLayers(nn.Module):
@@ -132,21 +132,6 @@ def test_prepare_is_applied_to_every_batch(network, labels):
     pixels = torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8)
     loss = mean_loss(network, CalibrationSet(pixels, labels, 5, lambda batch: batch.float() / 255))
     assert loss == pytest.approx(functional.cross_entropy(network(pixels.float() / 255), labels).item(), rel=1e-6)
-
-
-def test_a_candidate_that_fails_names_itself(network, images, labels):
-    broken = Plan(tensors={"first.weight": {0: ((0, 9),)}})
-    with pytest.raises(SearchError, match=r"the loss of conv 9 could not be measured: PruningError"):
-        measure(network, LossTask("conv 9", broken), CalibrationSet(images, labels, 12))
-
-
-def test_results_are_told_as_they_come(network, images, labels):
-    heard = []
-    tasks = [LossTask("as it stands", Plan.empty())] * 3
-    results = measure_all(
-        network, tasks, CalibrationSet(images, labels, 12), lambda i, result: heard.append((i, result))
-    )
-    assert heard == list(enumerate(results))
 
 
 def test_bad_arguments_are_refused(network, images, labels):

@@ -5,13 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from plain_losses import mean_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laasp_ray.errors import ConfigError, PruningError, SearchError
 from laasp_ray.models.untouched import in_eval_mode
 from laasp_ray.search import rank
-from laasp_ray.search.evaluate import CalibrationSet, mean_loss
+from laasp_ray.search.evaluate import CalibrationSet
 
 IMAGES = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 2

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from plain_losses import loss_of_copy
 from program_networks import IMAGES, Body, InPlaceModule, made, program_of
 from torch import nn
 from torch.nn import functional
@@ -12,7 +13,7 @@ from laasp_ray.pruning.masking import CannotMask, mask_of
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, measure
+from laasp_ray.search.evaluate import CalibrationSet, LossTask
 from laasp_ray.search.program import CannotTrace
 from laasp_ray.search.tracing import trace
 
@@ -148,7 +149,7 @@ def test_then_the_engine_measures_copies(kind):
     assert [engine.branch_points.cost(task).copied.startswith(reason) for task in tasks[:-1]] == [True, True]
     assert engine.branch_points.cost(tasks[-1]).copied == ""
     for task, losses in zip(tasks, found.values, strict=True):
-        assert losses.mean(dtype=np.float64) == pytest.approx(measure(model, task, calibration).loss, rel=1e-5)
+        assert losses.mean(dtype=np.float64) == pytest.approx(loss_of_copy(model, task, calibration), rel=1e-5)
 
 
 def test_copies_take_other_ways_when_values_say_so():

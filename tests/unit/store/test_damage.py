@@ -4,8 +4,9 @@ import errno
 import os
 
 import pytest
+from fakes import Silent
 from helpers import write_pictures
-from whole_runs import Silent, on_pictures
+from whole_runs import on_pictures
 
 from laasp_ray import prune
 from laasp_ray.errors import ArtifactError, StoreError

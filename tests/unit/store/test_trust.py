@@ -9,8 +9,9 @@ import urllib.request
 
 import pytest
 import torch
+from fakes import Silent
 from helpers import write_pictures
-from whole_runs import Silent, on_pictures
+from whole_runs import on_pictures
 
 from laasp_ray import load_pruned, models, prune
 from laasp_ray.cli import main as cli
