@@ -17,11 +17,12 @@ from laasp_ray.distributed.process import PROCESS, device
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: its Ray node, the node's address, its process, its device there."""
+    """Where a worker is: its Ray node, the node's address, its process, the GPUs that Ray gave it, its device there."""
 
     node_id: str
     address: str
     pid: int
+    gpus: tuple[str, ...]
     device: str
 
     def __str__(self) -> str:
@@ -37,7 +38,11 @@ class SearchWorker:
 
     def place(self) -> Place:
         return Place(
-            ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid(), str(device())
+            node_id=ray.get_runtime_context().get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            gpus=tuple(map(str, ray.get_gpu_ids())),
+            device=str(device()),
         )
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

@@ -30,9 +30,13 @@ PATIENCE_S = 60.0
 NO_WORKER_S = 1800.0
 """After so long without any worker the search ends."""
 LATE_FACTOR, LATE_S, FIRST_LATE_S = 10.0, 60.0, 900.0
-"""A job is late after so many times what its like took, at least LATE_S; one of a kind of which none is done yet, and
-which brings the network and the images to its worker, after FIRST_LATE_S."""
+"""A job is late after so many times what its like took, at least LATE_S; the first of its kind, and the first of a
+worker, which brings it the network and the images, after FIRST_LATE_S."""
+SLOW_FACTOR, SLOW_S = 3.0, 5.0
+"""After so many times what its like took a job is repeated by a worker that has nothing else to do."""
 REST_S = 60.0
+GROW_S = 10.0
+"""How often the cluster is asked for devices that came since."""
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 _TICK_S = 5.0
 
@@ -74,6 +78,7 @@ class _Worker:
     place: Place | None = None
     given: deque[tuple[Any, Job]] = field(default_factory=deque)
     since: float = 0.0
+    is_new: bool = True
 
 
 class SearchWorkers:
@@ -86,6 +91,7 @@ class SearchWorkers:
         self._finished: deque[Job] = deque()
         self._seconds: dict[Callable[..., Any], list[float]] = defaultdict(list)  # by cost
         self._failed_starts = 0
+        self._grown_at = 0.0
 
     @property
     def slots(self) -> int:
@@ -93,7 +99,7 @@ class SearchWorkers:
         return slots_of(ray.cluster_resources(), self._share)
 
     def submit(self, job: Job) -> Job:
-        if not self._workers or len(self._workers) < self.slots:
+        if not self._workers or self._clock() - self._grown_at > GROW_S:
             self._grow()
         self._todo.append(job)
         self._hand_out()
@@ -168,6 +174,7 @@ class SearchWorkers:
 
     def _grow(self) -> None:
         """Starts as many workers as there are devices without one."""
+        self._grown_at = self._clock()
         for number in range(len(self._workers), self.slots):
             # Beside a trainer there is room for a task's share. On a GPU without one a worker takes a trainer's, so
             # that no second worker is put there.
@@ -184,7 +191,8 @@ class SearchWorkers:
         self._workers.append(_Worker(actor, gpu_share, actor.place.remote()))
 
     def _hand_out(self) -> None:
-        """Gives jobs to those who have fewest; an idle worker repeats one that waits behind another's."""
+        """Gives jobs to those who have fewest; idle workers repeat what waits behind a job, or takes suspiciously
+        long."""
         while self._todo:
             worker = min((w for w in self._workers if w.place), key=lambda w: len(w.given), default=None)
             if worker is None or len(worker.given) >= AHEAD:
@@ -192,13 +200,24 @@ class SearchWorkers:
             self._give(worker, self._todo.popleft())
         for worker in self._workers:
             if worker.place and not worker.given:
-                waiting = (other.given[1][1] for other in self._workers if len(other.given) > 1)
-                job = next((job for job in waiting if not job.done and not self._is_repeated(job)), None)
+                job = next((job for job in self._behind() if not job.done and self._is_given(job) == 1), None)
                 if job is not None:
                     self._give(worker, job)
 
-    def _is_repeated(self, job: Job) -> bool:
-        return sum(job is other for worker in self._workers for _, other in worker.given) > 1
+    def _behind(self) -> Iterator[Job]:
+        """Jobs that may well be done sooner elsewhere."""
+        for worker in self._workers:
+            if worker.given:
+                (_, first), *waiting = worker.given
+                yield from (job for _, job in waiting)
+                known = self._seconds[first.function]
+                usual = first.cost * statistics.median(known) if known else FIRST_LATE_S
+                if self._clock() - worker.since > max(SLOW_S, SLOW_FACTOR * usual):
+                    yield first
+
+    def _is_given(self, job: Job) -> int:
+        """To how many workers."""
+        return sum(job is other for worker in self._workers for _, other in worker.given)
 
     def _give(self, worker: _Worker, job: Job) -> None:
         if not worker.given:
@@ -235,7 +254,8 @@ class SearchWorkers:
         try:
             value = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
+            cause = error.cause if isinstance(error.cause, Exception) else error.as_instanceof_cause()
+            cause.__cause__ = error  # which has the worker's own traceback
             self._take(worker, reference)
             if isinstance(cause, MemoryShortError) and job.losses < JOB_RETRIES:
                 job.losses += 1  # another device, or this one later, may have more
@@ -247,6 +267,7 @@ class SearchWorkers:
         else:
             seconds = self._clock() - worker.since
             self._take(worker, reference)
+            worker.is_new = False
             self._seconds[job.function].append(seconds / job.cost)
             self._finish(job, value=value)
 
@@ -265,7 +286,7 @@ class SearchWorkers:
         self._replace(worker)
         for position, (_, job) in enumerate(worker.given):
             job.losses += position == 0
-            if job.done or self._is_repeated(job):
+            if job.done or self._is_given(job):
                 continue
             if job.losses > JOB_RETRIES:
                 lost = SearchError(
@@ -287,7 +308,7 @@ class SearchWorkers:
             if worker.place is None or not worker.given:
                 continue
             _, job = worker.given[0]
-            late = self._late_after(job)
+            late = FIRST_LATE_S if worker.is_new else self._late_after(job)
             if now - worker.since > late:
                 # A process that hangs, or is stopped, does not hear that its actor is to end.
                 here = NodeAffinitySchedulingStrategy(worker.place.node_id, soft=False)

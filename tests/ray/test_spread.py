@@ -4,10 +4,9 @@ import dataclasses
 import math
 import os
 import time
-
-import interruptions
 from contextlib import closing
 
+import interruptions
 import pytest
 import ray
 import torch
@@ -138,9 +137,7 @@ def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, e
 
 
 @pytest.mark.exhaustive
-def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(
-    config, network, share, calibration, reference
-):
+def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(config, network, share, calibration, reference):
     search = dataclasses.replace(config.search, racing="off", candidates_per_task=1)
     spread = RayExecutor(reference, network, calibration, dataclasses.replace(config, search=search), share)
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(60)]
