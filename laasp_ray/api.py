@@ -151,7 +151,7 @@ def _run_here(
     check_workers(config, len(prepared.train), 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def executor(calibration: CalibrationImages) -> Executor:
+    def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
         images = CalibrationSet(
             calibration.images,
             calibration.labels,
@@ -188,6 +188,14 @@ def _run_on_ray(
         share = cluster.plan_resources(resources, config.cluster)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
+
+        def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
+            if share.gpus:  # or the search's workers could take the room of trainers that are still to come
+                started = trainer()
+                assert isinstance(started, RayTrainer)
+                started.start()
+            return RayExecutor(network, prepared.unpruned, calibration, config, share)
+
         return _control(
             prepared,
             storage,
@@ -195,7 +203,7 @@ def _run_on_ray(
             progress,
             method,
             lambda: RayTrainer(network, config, share, scratch),
-            lambda calibration: RayExecutor(network, prepared.unpruned, calibration, config, share),
+            executor,
         )
 
 
@@ -206,7 +214,7 @@ def _control(
     progress: Observer,
     method: PruningMethod[Any] | None,
     make_trainer: Callable[[], Trainer],
-    make_executor: Callable[[CalibrationImages], Executor],
+    make_executor: Callable[[CalibrationImages, Callable[[], Trainer]], Executor],
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and runs the controller from that state."""
     config = prepared.config
@@ -224,7 +232,7 @@ def _control(
 
     def executor(excluded: tuple[str, ...], on_unreadable: Callable[[str], None]) -> Executor:
         if "executor" not in made:
-            made["executor"] = make_executor(_calibration(prepared, journal, excluded, on_unreadable))
+            made["executor"] = make_executor(_calibration(prepared, journal, excluded, on_unreadable), trainer)
         return made["executor"]
 
     made["scalars"] = scalars = ScalarWriter(storage)

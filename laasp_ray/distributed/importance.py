@@ -8,7 +8,7 @@ scores are equal to the last bit for any number of workers.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from laasp_ray.criteria import FirstBatch
 from laasp_ray.distributed.process import PROCESS, device
-from laasp_ray.distributed.tasks import answer
+from laasp_ray.distributed.search_workers import Job, SearchWorkers
 from laasp_ray.distributed.transfer import pack_object, unpack_object
 from laasp_ray.errors import ConfigError
 from laasp_ray.search.activations import ImportanceRequest, measure_first_batch, scores_of, state_of
@@ -28,35 +28,24 @@ AHEAD = 2
 
 
 def spread(
-    inputs: list[Any], wanted: ImportanceRequest, chunks: Sequence[np.ndarray], slots: int, options: Mapping[str, Any]
+    workers: SearchWorkers, inputs: list[Any], wanted: ImportanceRequest, chunks: Sequence[np.ndarray]
 ) -> dict[str, torch.Tensor]:
     """Scores (N,) of every wanted layer's filters.
 
-    `inputs` are references to the unpruned network, the iteration's network (plan and tensors) and the calibration set.
-    Raises the errors of `search.activations.importance`, and SearchError if tasks are lost.
+    `inputs` are references to the unpruned network, the iteration's (plan and tensors) and the calibration set. Raises
+    what `search.activations.importance` does, SearchError if a chunk's workers are lost.
     """
     request = (wanted.name, cloudpickle.dumps(wanted))
-    first: FirstBatch = _answer(ray.remote(first_batch_task).options(**options).remote(inputs, request))
+    first: FirstBatch = workers.call(_job(first_batch_task, inputs, request))
     shared = ray.put(first)
-    task = ray.remote(chunk_task).options(**options)
+    jobs = (_job(chunk_task, inputs, request, [shared], chunk) for chunk in chunks)
+    states = workers.in_order(jobs, AHEAD * workers.slots)
+    return scores_of(map(unpack_object, states), first, wanted)
 
-    def states() -> Iterator[Any]:
-        pending: list[Any] = []
-        todo = iter(chunks)
-        try:
-            while True:
-                pending += [
-                    task.remote(inputs, request, [shared], chunk)
-                    for _, chunk in zip(range(AHEAD * slots - len(pending)), todo, strict=False)
-                ]
-                if not pending:
-                    return
-                yield unpack_object(_answer(pending.pop(0)))
-        finally:
-            for reference in pending:
-                ray.cancel(reference, force=False)
 
-    return scores_of(states(), first, wanted)
+def _job(function: Callable[..., Any], *arguments: Any) -> Job:
+    remedy = "lower search.batch_size or pool in larger windows (prune.pooling)"
+    return Job(function, arguments, "a look at filters' outputs", remedy)
 
 
 def first_batch_task(inputs: list[Any], request: tuple[str, bytes]) -> FirstBatch:
@@ -92,11 +81,3 @@ def _unpacked(name: str, request: bytes) -> ImportanceRequest:
             f"a worker cannot load criterion {name!r}: {type(error).__name__}: {error}; workers must be able to import "
             "its module: install it on every node, or submit the job with a --working-dir that has it"
         ) from error
-
-
-def _answer(reference: Any) -> Any:
-    return answer(
-        reference,
-        "a task that looks at filters' outputs",
-        "lower search.batch_size or pool in larger windows (prune.pooling)",
-    )

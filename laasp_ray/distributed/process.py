@@ -38,6 +38,11 @@ class Process:
         images, _ = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
         return self._once("network", iteration, lambda: _network(base, images, *ray.get(iteration)))
 
+    def forget_iteration(self) -> None:
+        """Lets go of the iteration's network; the unpruned one and the images stay."""
+        for name in ("iteration", "network"):
+            self._kept.pop(name, None)
+
     def _once(self, name: str, reference: Any, make: Any) -> Any:
         key = f"{reference.hex()} on {device()}"  # a process may get another GPU for the next task
         known = self._kept.get(name)

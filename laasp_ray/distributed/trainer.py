@@ -73,6 +73,10 @@ class RayTrainer:
         self._commands = 0
         self._teacher: Any = None
 
+    def start(self) -> None:
+        """Starts the worker group, unless there is one. Its workers then hold their shares of the GPUs."""
+        self._group = self._group or self._start()
+
     def set_teacher(self, teacher: NetworkState) -> None:
         self._teacher = ray.put((teacher.plan, pack(teacher.tensors)))
 

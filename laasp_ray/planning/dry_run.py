@@ -157,7 +157,7 @@ def _here(prepared: Prepared) -> Machine:
 
 def _on_ray(prepared: Prepared, address: str | None) -> Machine:
     from laasp_ray.distributed import cluster, probe  # Ray takes seconds to import
-    from laasp_ray.distributed.executor import slots_of
+    from laasp_ray.distributed.search_workers import slots_of
     from laasp_ray.distributed.trainer import put_network
 
     config = prepared.config

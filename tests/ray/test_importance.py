@@ -1,6 +1,7 @@
 """The importance of filters and the statistics for scoring on Ray tasks, against the serial ones."""
 
 import dataclasses
+from contextlib import closing
 
 import pytest
 import ray
@@ -13,7 +14,7 @@ from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.registry import normalise
 from laasp_ray.data.sources.registry import open_source
-from laasp_ray.distributed import executor
+from laasp_ray.distributed import search_workers
 from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import put_network
@@ -39,10 +40,11 @@ def setting(storage, **search):
     return config, network, drawn, calibration
 
 
-def test_the_spread_importance_is_the_serial_one(session, tmp_path):
+def test_the_spread_importance_is_the_serial_one(session, tmp_path, request):
     config, network, drawn, calibration = setting(tmp_path, images=60, batch_size=10)
     share = plan_resources(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
+    request.addfinalizer(spread.close)
     serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
     for wanted in (WANTED, ImportanceRequest(WANTED.layers, "own_criteria:MeanActivation", MeanActivation())):
@@ -60,18 +62,20 @@ def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, 
     found = []
     # Of two tasks that want more than half of the memory each, one waits for the other.
     for slots, task in ((1, {"memory": int(0.6 * memory)}), (2, {}), (4, {"num_cpus": 0.45})):
-        monkeypatch.setattr(executor, "slots_of", lambda resources, share, slots=slots: slots)
+        monkeypatch.setattr(search_workers, "slots_of", lambda resources, share, slots=slots: slots)
         cut = dataclasses.replace(share, task_options={**share.task_options, **task})
-        found.append(RayExecutor(reference, network, drawn, config, cut).importance(state, WANTED))
+        with closing(RayExecutor(reference, network, drawn, config, cut)) as executor:
+            found.append(executor.importance(state, WANTED))
     for other in found[1:]:
         assert all(torch.equal(found[0][layer], other[layer]) for layer in WANTED.layers)
     assert all(values.std() > 0 for values in found[0].values())
 
 
-def test_the_statistics_for_scoring_are_the_serial_ones(session, tmp_path):
+def test_the_statistics_for_scoring_are_the_serial_ones(session, tmp_path, request):
     config, network, drawn, calibration = setting(tmp_path, images=300, reestimate_batchnorm=True)
     share = plan_resources(ray.cluster_resources(), config.cluster)
     spread = RayExecutor(put_network(network), network, drawn, config, share)
+    request.addfinalizer(spread.close)
     serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
     state = capture(network, Plan.empty())
     found, expected = (one.for_scoring(state).tensors for one in (spread, serial))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import time
+from contextlib import closing
 
 import interruptions
 import pytest
@@ -52,9 +53,14 @@ def reference(network):
 
 
 @pytest.fixture(scope="module")
-def executor(config, network, reference, share):
-    calibration = draw_calibration_images(open_source(config.data, "train"), config.data, images=300, seed=0)
-    return RayExecutor(reference, network, calibration, config, share), calibration
+def calibration(config):
+    return draw_calibration_images(open_source(config.data, "train"), config.data, images=300, seed=0)
+
+
+@pytest.fixture
+def executor(config, network, reference, share, calibration):
+    with closing(RayExecutor(reference, network, calibration, config, share)) as made:
+        yield made
 
 
 def iteration_by(who, config, network):
@@ -76,23 +82,23 @@ def serial_of(config, network, calibration):
 
 
 @pytest.fixture(scope="module", params=["on", "off"])
-def serial_iteration(request, config, network, executor):
+def serial_iteration(request, config, network, calibration):
     """What the spread search is compared with, once for racing on and off."""
     search = dataclasses.replace(config.search, racing=request.param, batch_size=120)
     config = dataclasses.replace(config, search=search)
-    iteration, heard = iteration_by(serial_of(config, network, executor[1]), config, network)
+    iteration, heard = iteration_by(serial_of(config, network, calibration), config, network)
     return config, iteration, heard
 
 
 @pytest.mark.parametrize("candidates_per_task", [0, 1, 3])
 def test_the_spread_search_gives_the_serial_losses_and_choice(
-    serial_iteration, network, reference, share, executor, candidates_per_task
+    serial_iteration, network, reference, share, calibration, candidates_per_task
 ):
     config, serial, heard_serial = serial_iteration
     search = dataclasses.replace(config.search, candidates_per_task=candidates_per_task)
-    spread, heard_spread = iteration_by(
-        RayExecutor(reference, network, executor[1], dataclasses.replace(config, search=search), share), config, network
-    )
+    settings = dataclasses.replace(config, search=search)
+    with closing(RayExecutor(reference, network, calibration, settings, share)) as executor:
+        spread, heard_spread = iteration_by(executor, config, network)
     assert (serial.decision.layer, serial.decision.filters) == (spread.decision.layer, spread.decision.filters)
     entries = [{(entry.layer, entry.filters): entry for entry in iteration.ranking} for iteration in (serial, spread)]
     assert len(serial.ranking) == len(entries[0]) > 30
@@ -116,14 +122,14 @@ def test_the_network_is_put_into_the_object_store_once_a_iteration(network, exec
     put = ray.put
     monkeypatch.setattr(ray, "put", lambda value: puts.append(type(value)) or put(value))
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(5)]
-    executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
+    executor.measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
     assert len(puts) == 1
 
 
 def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, executor):
     broken = Plan(tensors={"conv1.weight": {0: ((0, 99),)}})
     tasks = [LossTask("the broken one", broken), LossTask("as it stands", Plan.empty(), {})]
-    results = executor[0].measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
+    results = executor.measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
     assert math.isnan(results[0].loss)
     assert results[0].error.startswith("PruningError: ")
     assert results[1].error == ""
@@ -131,9 +137,9 @@ def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, e
 
 
 @pytest.mark.exhaustive
-def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(config, network, share, executor):
+def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(config, network, share, calibration, reference):
     search = dataclasses.replace(config.search, racing="off", candidates_per_task=1)
-    spread = RayExecutor(put_network(network), network, executor[1], dataclasses.replace(config, search=search), share)
+    spread = RayExecutor(reference, network, calibration, dataclasses.replace(config, search=search), share)
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(60)]
     killed = []
 
@@ -141,20 +147,21 @@ def test_a_worker_lost_in_the_middle_of_a_search_costs_nothing_but_time(config, 
         if len(killed) < 2:
             killed.append(_kill_a_task_worker())
 
-    results = spread.measure(capture(network, Plan.empty()), tasks, kill_one_worker, lambda share: None)
+    with closing(spread):
+        results = spread.measure(capture(network, Plan.empty()), tasks, kill_one_worker, lambda share: None)
     assert len(killed) == 2
     assert len(results) == 60
     assert len({result.loss for result in results}) == 1
 
 
 def _kill_a_task_worker():
-    """SIGKILL to one process that is running `measure_losses`."""
+    """SIGKILL to one process of the search that is at work."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if interruptions.kill_one(os.getpid(), "ray::measure_losses"):
+        if interruptions.kill_one(os.getpid(), "ray::SearchWorker.run"):
             return True
         time.sleep(0.002)
-    raise AssertionError("no process is running measure_losses")
+    raise AssertionError("no search worker is at work")
 
 
 def training_phase(number, epochs, **more):

@@ -139,7 +139,6 @@ def test_the_task_of_a_cluster_measures_the_same_to_the_last_bit(network, monkey
             return network, calibration
 
     monkeypatch.setattr(on_ray, "PROCESS", Process())
-    monkeypatch.setattr(on_ray, "device", lambda: torch.device("cpu"))
     arrays, serial = on_ray.statistics_task(["unpruned", "iteration", "calibration"]), reestimate(network, calibration)
     assert arrays.keys() == serial.keys()
     assert all(torch.equal(torch.from_numpy(arrays[name]), tensor) for name, tensor in serial.items())

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from torch.nn import functional
 from laasp_ray.config import LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.distributed import executor as on_ray
-from laasp_ray.distributed import tasks as ray_tasks
 from laasp_ray.errors import UnmaskedError
 from laasp_ray.models import build
 from laasp_ray.pruning.graph import PruningGraph
@@ -93,41 +91,31 @@ def test_a_prune_without_a_plan_is_never_measured_as_the_unpruned_network():
         engine.losses([light, tasks[-1]], ALL)
 
 
-class Reference:
-    """What a task gave, or raised."""
+class InstantWorkers:
+    """Workers that can measure where `able` says so of the inputs they are given; `asked` is what they were given."""
 
-    def __init__(self, outcome):
-        self.outcome = outcome
+    slots = 2
 
+    def __init__(self, able):
+        self._able, self._done, self.asked = able, [], []
 
-def backend(monkeypatch, able):
-    """Workers that can measure where `able` says so of the inputs they are given, and what they were given."""
+    def submit(self, job):
+        inputs = job.arguments[0]
+        self.asked.append(inputs)
+        job.value, job.error = ("losses", None) if self._able(inputs) else (None, UnmaskedError("no mask here"))
+        self._done.append(job)
 
-    def get(reference):
-        if isinstance(reference.outcome, Exception):
-            raise reference.outcome
-        return reference.outcome
-
-    ray = SimpleNamespace(
-        exceptions=SimpleNamespace(RayTaskError=KeyError, RayError=OSError),
-        wait=lambda references, num_returns, timeout: (references[:1], references[1:]),
-        get=get,
-        cluster_resources=lambda: {"CPU": 2},
-    )
-    monkeypatch.setattr(on_ray, "ray", ray)
-    monkeypatch.setattr(ray_tasks, "ray", ray)
-    asked = []
-
-    def remote(inputs, tasks, images):
-        asked.append(inputs)
-        return Reference("losses" if able(inputs) else UnmaskedError("no mask here"))
-
-    task, share = SimpleNamespace(remote=remote), SimpleNamespace(gpus=0)
-    return on_ray.TaskBackend(task, ["light"], lambda: ["with plans"], [Cost(1, 1)], share), asked
+    def collect(self):
+        return self._done.pop(0)
 
 
-def test_a_worker_that_cannot_mask_is_sent_the_plans(monkeypatch, caplog):
-    made, asked = backend(monkeypatch, lambda inputs: inputs == ["with plans"])
+def backend(able):
+    workers = InstantWorkers(able)
+    return on_ray.WorkersBackend(workers, ["light"], lambda: ["with plans"], [Cost(1, 1)] * 3), workers.asked
+
+
+def test_a_worker_that_cannot_mask_is_sent_the_plans(caplog):
+    made, asked = backend(lambda inputs: inputs == ["with plans"])
     units = [Unit((number,), ALL) for number in range(3)]
     for unit in units:
         made.submit(unit)
@@ -137,8 +125,8 @@ def test_a_worker_that_cannot_mask_is_sent_the_plans(monkeypatch, caplog):
     assert sum("cannot mask what the driver can" in record.message for record in caplog.records) == 1
 
 
-def test_one_that_cannot_do_it_with_plans_ends_the_search(monkeypatch):
-    made, asked = backend(monkeypatch, lambda inputs: False)
+def test_one_that_cannot_do_it_with_plans_ends_the_search():
+    made, asked = backend(lambda inputs: False)
     made.submit(Unit((0,), ALL))
     with pytest.raises(UnmaskedError):
         made.collect()

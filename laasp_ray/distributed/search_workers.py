@@ -1,0 +1,331 @@
+"""The search's workers as the driver sees them, one a device, and the queue of what they are asked.
+
+A worker that is lost, or late, is replaced, and its work given to others. How many there are follows the cluster: a
+replacement that finds no room waits for it while the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from laasp_ray.distributed.cluster import ResourcePlan
+from laasp_ray.distributed.search_worker import Place, SearchWorker, kill_process
+from laasp_ray.errors import MemoryShortError, SearchError
+
+JOB_RETRIES = 5
+"""How often a job whose worker was lost, or short of memory, is given to another."""
+AHEAD = 2
+"""Jobs that a worker has at a time: the next one is there when the first is done."""
+PATIENCE_S = 60.0
+"""After so long without a worker the driver says what it waits for, and says so again as often."""
+NO_WORKER_S = 1800.0
+"""After so long without any worker the search ends."""
+LATE_FACTOR, LATE_S, FIRST_LATE_S = 10.0, 60.0, 900.0
+"""A job is late after so many times what its like took, at least LATE_S; the first of its kind, and the first of a
+worker, which brings it the network and the images, after FIRST_LATE_S."""
+SLOW_FACTOR, SLOW_S = 3.0, 5.0
+"""After so many times what its like took a job is repeated by a worker that has nothing else to do."""
+REST_S = 60.0
+GROW_S = 10.0
+"""How often the cluster is asked for devices that came since."""
+SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+_TICK_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Job:
+    """A call for any worker. `what` and `remedy` are what an error says; `cost` is in the unit of its function's jobs.
+
+    When it is collected it has its `value`, or the `error` that its function raised or that no worker was left for it.
+    """
+
+    function: Callable[..., Any]
+    arguments: Sequence[Any]
+    what: str
+    remedy: str
+    cost: float = 1.0
+    value: Any = None
+    error: Exception | None = None
+    done: bool = False
+    losses: int = 0
+
+    def result(self) -> Any:
+        """Its value; raises its error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@dataclass(eq=False)
+class _Worker:
+    """`coming` is the reference of its place until it is up. `given` are its jobs, the first under way since
+    `since`."""
+
+    actor: Any
+    gpu_share: float
+    coming: Any
+    place: Place | None = None
+    given: deque[tuple[Any, Job]] = field(default_factory=deque)
+    since: float = 0.0
+    is_new: bool = True
+
+
+class SearchWorkers:
+    """As many workers as the cluster has devices, started when there is first something to do."""
+
+    def __init__(self, share: ResourcePlan, clock: Callable[[], float] = time.monotonic) -> None:
+        self._share, self._clock = share, clock
+        self._workers: list[_Worker] = []
+        self._todo: deque[Job] = deque()
+        self._finished: deque[Job] = deque()
+        self._seconds: dict[Callable[..., Any], list[float]] = defaultdict(list)  # by cost
+        self._failed_starts = 0
+        self._grown_at = 0.0
+
+    @property
+    def slots(self) -> int:
+        """How many jobs are worked on at a time."""
+        return slots_of(ray.cluster_resources(), self._share)
+
+    def submit(self, job: Job) -> Job:
+        if not self._workers or self._clock() - self._grown_at > GROW_S:
+            self._grow()
+        self._todo.append(job)
+        self._hand_out()
+        return job
+
+    def collect(self) -> Job:
+        """The next job that is done, in any order. Raises SearchError where no worker comes up."""
+        idle_since, said = self._clock(), self._clock()
+        while not self._finished:
+            self._hand_out()
+            self._wait()
+            now = self._clock()
+            if any(worker.place for worker in self._workers):
+                idle_since = said = now
+            elif now - idle_since > NO_WORKER_S:
+                raise SearchError(
+                    f"no search worker came up for {NO_WORKER_S / 60:.0f} min; one wants {self._wants()}, free in the "
+                    f"cluster: {ray.available_resources()}; start the same command again once there is room"
+                )
+            elif now - said > PATIENCE_S:
+                said = now
+                logger.warning(
+                    "no search worker has come up for %.0f s; one wants %s, free in the cluster: %s",
+                    now - idle_since,
+                    self._wants(),
+                    ray.available_resources(),
+                )
+        return self._finished.popleft()
+
+    def in_order(self, jobs: Iterator[Job], ahead: int) -> Iterator[Any]:
+        """The values of `jobs` in their order, at most `ahead` of them asked for at a time."""
+        asked: deque[Job] = deque()
+        try:
+            while True:
+                while len(asked) < ahead and (job := next(jobs, None)) is not None:
+                    asked.append(self.submit(job))
+                if not asked:
+                    return
+                first = asked.popleft()
+                while not first.done:
+                    self.collect()
+                self._finished = deque(job for job in self._finished if job is not first)
+                yield first.result()
+        finally:
+            self.drop()
+
+    def call(self, job: Job) -> Any:
+        """The value of one job."""
+        return next(self.in_order(iter([job]), 1))
+
+    def drop(self) -> None:
+        """Forgets the jobs that are not done; what is under way is let run."""
+        for job in (*self._todo, *(job for worker in self._workers for _, job in worker.given)):
+            job.done = True
+        self._todo.clear()
+        self._finished.clear()
+
+    def rest(self) -> None:
+        """Has the workers give up the iteration's network and its memory; a minute at most is waited."""
+        resting = [worker.actor.rest.remote() for worker in self._workers if worker.place]
+        if resting:
+            ray.wait(resting, num_returns=len(resting), timeout=REST_S)
+
+    def close(self) -> None:
+        self.drop()
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers.clear()
+
+    def _wants(self) -> Mapping[str, Any]:
+        return self._share.task_options
+
+    def _grow(self) -> None:
+        """Starts as many workers as there are devices without one."""
+        self._grown_at = self._clock()
+        for number in range(len(self._workers), self.slots):
+            # Beside a trainer there is room for a task's share. On a GPU without one a worker takes a trainer's, so
+            # that no second worker is put there.
+            task_share = self._share.task_options.get("num_gpus", 0.0)
+            alone = self._share.gpus and number >= self._share.workers
+            self._start(self._share.trainer_resources["GPU"] if alone else task_share)
+
+    def _start(self, gpu_share: float) -> None:
+        options = dict(self._share.task_options)
+        if self._share.gpus:
+            # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it sees all GPUs, and is given one.
+            options |= {"num_gpus": gpu_share, "runtime_env": {"env_vars": SEE_ALL_GPUS}}
+        actor = ray.remote(SearchWorker).options(scheduling_strategy="SPREAD", max_restarts=0, **options).remote()
+        self._workers.append(_Worker(actor, gpu_share, actor.place.remote()))
+
+    def _hand_out(self) -> None:
+        """Gives jobs to those who have fewest; idle workers repeat what waits behind a job, or takes suspiciously
+        long."""
+        while self._todo:
+            worker = min((w for w in self._workers if w.place), key=lambda w: len(w.given), default=None)
+            if worker is None or len(worker.given) >= AHEAD:
+                return
+            self._give(worker, self._todo.popleft())
+        for worker in self._workers:
+            if worker.place and not worker.given:
+                job = next((job for job in self._behind() if not job.done and self._is_given(job) == 1), None)
+                if job is not None:
+                    self._give(worker, job)
+
+    def _behind(self) -> Iterator[Job]:
+        """Jobs that may well be done sooner elsewhere."""
+        for worker in self._workers:
+            if worker.given:
+                (_, first), *waiting = worker.given
+                yield from (job for _, job in waiting)
+                known = self._seconds[first.function]
+                usual = first.cost * statistics.median(known) if known else FIRST_LATE_S
+                if self._clock() - worker.since > max(SLOW_S, SLOW_FACTOR * usual):
+                    yield first
+
+    def _is_given(self, job: Job) -> int:
+        """To how many workers."""
+        return sum(job is other for worker in self._workers for _, other in worker.given)
+
+    def _give(self, worker: _Worker, job: Job) -> None:
+        if not worker.given:
+            worker.since = self._clock()
+        worker.given.append((worker.actor.run.remote(job.function, job.arguments), job))
+
+    def _wait(self) -> None:
+        """Until something is known of a worker or a job, or for a moment."""
+        coming = {worker.coming: worker for worker in self._workers if worker.place is None}
+        given = {reference: worker for worker in self._workers for reference, _ in worker.given}
+        ready, _ = ray.wait([*coming, *given], num_returns=1, timeout=_TICK_S) if coming or given else ([], [])
+        for reference in ready:
+            if reference in coming:
+                self._came_up(coming[reference])
+            else:
+                self._answered(given[reference], reference)
+        self._replace_late()
+
+    def _came_up(self, worker: _Worker) -> None:
+        try:
+            worker.place = ray.get(worker.coming)
+            self._failed_starts = 0
+        except ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts > JOB_RETRIES:
+                raise SearchError(
+                    f"search workers cannot be started ({self._failed_starts} in a row): {error}"
+                ) from error
+            logger.warning("a search worker did not come up (%s): starting another", error)
+            self._replace(worker)
+
+    def _answered(self, worker: _Worker, reference: Any) -> None:
+        job = next(job for known, job in worker.given if known == reference)
+        try:
+            value = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error.as_instanceof_cause()
+            cause.__cause__ = error  # which has the worker's own traceback
+            self._take(worker, reference)
+            if isinstance(cause, MemoryShortError) and job.losses < JOB_RETRIES:
+                job.losses += 1  # another device, or this one later, may have more
+                self._todo.append(job)
+            else:
+                self._finish(job, error=cause)
+        except ray.exceptions.RayError as error:
+            self._lose(worker, error)
+        else:
+            seconds = self._clock() - worker.since
+            self._take(worker, reference)
+            worker.is_new = False
+            self._seconds[job.function].append(seconds / job.cost)
+            self._finish(job, value=value)
+
+    def _take(self, worker: _Worker, reference: Any) -> None:
+        worker.given = deque(pair for pair in worker.given if pair[0] != reference)
+        worker.since = self._clock()
+
+    def _finish(self, job: Job, value: Any = None, error: Exception | None = None) -> None:
+        if not job.done:
+            job.value, job.error, job.done = value, error, True
+            self._finished.append(job)
+
+    def _lose(self, worker: _Worker, error: Exception) -> None:
+        """Its jobs go to others, and another worker is started; the job that it was at counts one loss more."""
+        logger.warning("a search worker is lost (%s): %s; its work goes to others", worker.place, _first_line(error))
+        self._replace(worker)
+        for position, (_, job) in enumerate(worker.given):
+            job.losses += position == 0
+            if job.done or self._is_given(job):
+                continue
+            if job.losses > JOB_RETRIES:
+                lost = SearchError(
+                    f"{job.what} was not finished (what a lost worker was at is tried {JOB_RETRIES + 1} times): "
+                    f"{error}; if its worker ran out of memory, {job.remedy}"
+                )
+                self._finish(job, error=lost)
+            else:
+                self._todo.appendleft(job)
+
+    def _replace(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        ray.kill(worker.actor)
+        self._start(worker.gpu_share)
+
+    def _replace_late(self) -> None:
+        now = self._clock()
+        for worker in list(self._workers):
+            if worker.place is None or not worker.given:
+                continue
+            _, job = worker.given[0]
+            late = FIRST_LATE_S if worker.is_new else self._late_after(job)
+            if now - worker.since > late:
+                # A process that hangs, or is stopped, does not hear that its actor is to end.
+                here = NodeAffinitySchedulingStrategy(worker.place.node_id, soft=False)
+                ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=here).remote(worker.place.pid)
+                self._lose(
+                    worker, TimeoutError(f"no answer for {now - worker.since:.0f} s, where {late:.0f} s are long")
+                )
+
+    def _late_after(self, job: Job) -> float:
+        known = self._seconds[job.function]
+        return max(LATE_S, LATE_FACTOR * job.cost * statistics.median(known)) if known else FIRST_LATE_S
+
+
+def slots_of(resources: Mapping[str, float], share: ResourcePlan) -> int:
+    """How many devices a cluster with these resources has for the search."""
+    return max(1, int(resources.get("GPU" if share.gpus else "CPU", 0)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
