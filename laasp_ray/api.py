@@ -190,11 +190,12 @@ def _run_on_ray(
         network = put_network(prepared.unpruned)
 
         def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
+            made = RayExecutor(network, prepared.unpruned, calibration, config, share)
             if share.gpus:  # or the search's workers could take the room of trainers that are still to come
                 started = trainer()
                 assert isinstance(started, RayTrainer)
-                started.start()
-            return RayExecutor(network, prepared.unpruned, calibration, config, share)
+                started.start(made.make_room)
+            return made
 
         return _control(
             prepared,

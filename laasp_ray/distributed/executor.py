@@ -90,6 +90,10 @@ class RayExecutor:
         chunks = chunks_of(self._images, self._search.batch_size)
         return importance.spread(self._workers, [self._network, iteration, self._calibration], wanted, chunks)
 
+    def make_room(self) -> None:
+        """Frees the GPUs that the search has to itself, for trainers that wait for one."""
+        self._workers.make_room()
+
     def close(self) -> None:
         self._workers.close()
 

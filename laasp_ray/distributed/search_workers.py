@@ -35,6 +35,7 @@ worker, which brings it the network and the images, after FIRST_LATE_S."""
 SLOW_FACTOR, SLOW_S = 3.0, 5.0
 """After so many times what its like took a job is repeated by a worker that has nothing else to do."""
 REST_S = 60.0
+WHOLE = 1.0
 GROW_S = 10.0
 """How often the cluster is asked for devices that came since."""
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -163,6 +164,12 @@ class SearchWorkers:
         if resting:
             ray.wait(resting, num_returns=len(resting), timeout=REST_S)
 
+    def make_room(self) -> None:
+        """Ends the workers that have a GPU whole, for trainers that wait for one. They start again when asked."""
+        for worker in [worker for worker in self._workers if worker.gpu_share == WHOLE]:
+            ray.kill(worker.actor)
+            self._workers.remove(worker)
+
     def close(self) -> None:
         self.drop()
         for worker in self._workers:
@@ -176,11 +183,10 @@ class SearchWorkers:
         """Starts as many workers as there are devices without one."""
         self._grown_at = self._clock()
         for number in range(len(self._workers), self.slots):
-            # Beside a trainer there is room for a task's share. On a GPU without one a worker takes a trainer's, so
-            # that no second worker is put there.
-            task_share = self._share.task_options.get("num_gpus", 0.0)
+            # Beside a trainer there is room for a task's share. A GPU without one is taken whole, so that no second
+            # worker is put there.
             alone = self._share.gpus and number >= self._share.workers
-            self._start(self._share.trainer_resources["GPU"] if alone else task_share)
+            self._start(WHOLE if alone else self._share.task_options.get("num_gpus", 0.0))
 
     def _start(self, gpu_share: float) -> None:
         options = dict(self._share.task_options)

@@ -70,12 +70,17 @@ class RayTrainer:
         """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`."""
         self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
         self._group: _Group | None = None
+        self._make_room: Callable[[], None] = lambda: None
         self._commands = 0
         self._teacher: Any = None
 
-    def start(self) -> None:
-        """Starts the worker group, unless there is one. Its workers then hold their shares of the GPUs."""
+    def start(self, make_room: Callable[[], None]) -> None:
+        """Starts the worker group, unless there is one. Its workers then hold their shares of the GPUs.
+
+        `make_room` is called when a later group waits long for its GPUs.
+        """
         self._group = self._group or self._start()
+        self._make_room = make_room
 
     def set_teacher(self, teacher: NetworkState) -> None:
         self._teacher = ray.put((teacher.plan, pack(teacher.tensors)))
@@ -185,6 +190,7 @@ class RayTrainer:
         return group
 
     def _say_waiting(self) -> None:
+        self._make_room()
         logger.warning(
             "no trainer has come up for %d s; %d are wanted, each with %s, free in the cluster: %s",
             PATIENCE_S,
