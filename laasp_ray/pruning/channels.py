@@ -195,7 +195,7 @@ def _axes(name: str, module: nn.Module, axis: int, *, bias: bool, per_block: boo
 
 
 def _checked(module: nn.Module, side: ChannelAxis) -> ChannelAxis | CannotPrune:
-    """The side, or why not: tensors that a parametrisation computes anew cannot be cut."""
+    """The side, or a reason: tensors that a parametrisation computes cannot be cut."""
     for axis in side.axes:
         leaf = axis.tensor.rpartition(".")[2]
         if leaf not in module._parameters and leaf not in module._buffers:

@@ -76,7 +76,7 @@ class Couplings:
                 self._stuck.setdefault(found, reason)
 
     def of(self, layer: str) -> Coupling | CannotPrune:
-        """What the layer's filters reach, or why they cannot be removed."""
+        """The channels that are coupled to the layer's filters, or the reason why these cannot be removed."""
         own = self._own[layer]
         if isinstance(own, CannotPrune):
             return own
@@ -107,7 +107,7 @@ class Couplings:
         return Coupling(sides, blocks, classes)
 
     def _blocks_of(self, classes: np.ndarray) -> int | CannotPrune:
-        """The blocks into which a layer's filters fall; or why none do what is asked of them."""
+        """The number of blocks of a layer's filters, or the reason why no number fits."""
         blocks = 1
         counts: dict[int, dict[int, np.ndarray]] = {}
         for index, found in enumerate(classes.tolist()):

@@ -32,7 +32,7 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def mask_of(removal: Removal) -> Mask | CannotMask:
-    """The mask that does what cutting `removal` does, or why there is none."""
+    """The mask with the same effect as cutting `removal`, or the reason why there is none."""
     for side, channels in removal.items():
         if channels and side.normalises:
             return CannotMask(f"{side.module} normalises over its channels")

@@ -71,7 +71,7 @@ class BranchPoints:
         self._known: dict[frozenset[str], BranchPoint | CannotMask] = {}
 
     def find(self, task: LossTask) -> BranchPoint | CannotMask:
-        """Where a task branches off, or why it sees a physically pruned copy."""
+        """The branch point of a task, or the reason why a physically pruned copy is measured."""
         if self.program is None:
             return CannotMask(self.untraced)
         if isinstance(task.mask, CannotMask):

@@ -108,7 +108,7 @@ def _read_again(
     example: torch.Tensor,
     order: Mapping[fx.Node, int],
 ) -> CannotTrace | None:
-    """Which value that was changed in place is looked at afterwards through other memory than the result's."""
+    """A reason if a value that was changed in place is read afterwards through other memory than the result's."""
     values = _values(graph, network, example)
     for write in writes:
         target = values.get(write.target)

@@ -91,7 +91,7 @@ class Program:
         self.macs = sum(operation.macs for operation in operations)
 
     def branch_point(self, layers: Collection[str]) -> BranchPoint | CannotMask:
-        """Where a prune branches off that makes `layers` masked; or why it cannot."""
+        """The branch point of a prune that masks `layers`, or the reason why there is none."""
         changed = frozenset(p for p, operation in enumerate(self._operations) if operation.module in layers)
         missing = set(layers) - {self._operations[position].module for position in changed}
         if missing or not changed:

@@ -53,7 +53,9 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
 @full_precision()
 @torch.inference_mode()
 def trace(model: nn.Module, example: torch.Tensor) -> Program | CannotTrace:
-    """The program of a network in eval mode, not compared with it (`verdict` does that); or why there is none."""
+    """The program of a network in eval mode, or the reason why there is none. `verdict` compares it with the
+    network.
+    """
     network = clone_sharing_parameters(model).eval()
     in_place = [
         name
