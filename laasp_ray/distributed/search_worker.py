@@ -1,4 +1,4 @@
-"""The search's home on a device: an actor that keeps what the search needs from call to call."""
+"""The search worker: an actor on one device that keeps the network and the images between calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from laasp_ray.distributed.process import PROCESS, device
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: its Ray node, the node's address, its process, the GPUs that Ray gave it, its device there."""
+    """The place of a worker: Ray node, address, process, the GPUs that Ray assigned, and torch's device."""
 
     node_id: str
     address: str
@@ -30,10 +30,10 @@ class Place:
 
 
 class SearchWorker:
-    """Carries out calls, one after the other, on the device that Ray gave it.
+    """Carries out calls, one after the other, on the device that Ray assigned to it.
 
-    The functions are those of executor.py and importance.py. They find the unpruned network, the calibration set and
-    the iteration's network in `process.PROCESS`, where a call before left them.
+    The functions of executor.py and importance.py keep the unpruned network, the calibration set and the iteration's
+    network in `process.PROCESS` between calls.
     """
 
     def place(self) -> Place:
@@ -46,17 +46,17 @@ class SearchWorker:
         )
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        """References inside a list among the arguments are not fetched by Ray: the function keeps what they name."""
+        """Calls the function. Ray does not fetch references inside a list argument; the function does, once."""
         return function(*arguments)
 
     def rest(self) -> None:
-        """Gives up the iteration's network and the memory that torch holds: the trainers share this device."""
+        """Frees the iteration's network and torch's cached memory, because the trainers share this device."""
         PROCESS.forget_iteration()
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
 
 def kill_process(pid: int) -> None:
-    """The task that ends a worker which answers nobody, on that worker's node."""
+    """Kills a worker that does not answer. It runs as a task on that worker's node."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

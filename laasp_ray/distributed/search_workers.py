@@ -1,7 +1,7 @@
-"""The search's workers as the driver sees them, one a device, and the queue of what they are asked.
+"""The driver's side of the search workers, one per device: a queue of jobs, and who works on which.
 
-A worker that is lost, or late, is replaced, and its work given to others. How many there are follows the cluster: a
-replacement that finds no room waits for it while the others go on.
+A worker that is lost or late is replaced, and its jobs go to other workers. The number of workers follows the cluster:
+a replacement without room waits for it, while the others work on.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from laasp_ray.distributed.search_worker import Place, SearchWorker, kill_proces
 from laasp_ray.errors import MemoryShortError, SearchError
 
 JOB_RETRIES = 5
-"""How often a job whose worker was lost, or short of memory, is given to another."""
+"""How often a job is given to another worker, after its worker was lost or short of memory."""
 AHEAD = 2
-"""Jobs that a worker has at a time: the next one is there when the first is done."""
+"""The jobs that a worker has at a time, so that it need not wait for the next one."""
 PATIENCE_S = 60.0
-"""After so long without a worker the driver says what it waits for, and says so again as often."""
+"""The driver logs what it waits for after so many seconds without a worker, and again as often."""
 NO_WORKER_S = 1800.0
-"""After so long without any worker the search ends."""
+"""The search ends after so many seconds without any worker."""
 LATE_FACTOR, LATE_S, FIRST_LATE_S = 10.0, 60.0, 900.0
-"""A job is late after so many times what its like took, at least LATE_S; the first of its kind, and the first of a
-worker, which brings it the network and the images, after FIRST_LATE_S."""
+"""A job is late after LATE_FACTOR times the usual seconds, at least LATE_S. The first job of a kind, and the first of a
+worker, which loads the network and the images, is late after FIRST_LATE_S."""
 SLOW_FACTOR, SLOW_S = 3.0, 5.0
-"""After so many times what its like took a job is repeated by a worker that has nothing else to do."""
+"""An idle worker repeats a job that takes SLOW_FACTOR times the usual seconds, at least SLOW_S."""
 REST_S = 60.0
 WHOLE = 1.0
 GROW_S = 10.0
-"""How often the cluster is asked for devices that came since."""
+"""Seconds between two looks for new devices."""
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 _TICK_S = 5.0
 
@@ -46,9 +46,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Job:
-    """A call for any worker. `what` and `remedy` are what an error says; `cost` is in the unit of its function's jobs.
+    """A call of `function(*arguments)` for any worker.
 
-    When it is collected it has its `value`, or the `error` that its function raised or that no worker was left for it.
+    `what` and `remedy` are for error messages. `cost` is relative to other jobs of the same function. A job that was
+    collected has a `value` or an `error`: what its function raised, or a SearchError after too many lost workers.
     """
 
     function: Callable[..., Any]
@@ -70,8 +71,8 @@ class Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """`coming` is the reference of its place until it is up. `given` are its jobs, the first under way since
-    `since`."""
+    """`place` is None until the worker is up, which `coming` tells. `given` are its jobs; it works on the first one
+    since `since`."""
 
     actor: Any
     gpu_share: float
@@ -83,7 +84,7 @@ class _Worker:
 
 
 class SearchWorkers:
-    """As many workers as the cluster has devices, started when there is first something to do."""
+    """One worker per device of the cluster. They are started with the first job."""
 
     def __init__(self, share: ResourcePlan, clock: Callable[[], float] = time.monotonic) -> None:
         self._share, self._clock = share, clock
@@ -96,7 +97,7 @@ class SearchWorkers:
 
     @property
     def slots(self) -> int:
-        """How many jobs are worked on at a time."""
+        """The number of devices, and so of jobs that run at the same time."""
         return slots_of(ray.cluster_resources(), self._share)
 
     def submit(self, job: Job) -> Job:
@@ -107,7 +108,7 @@ class SearchWorkers:
         return job
 
     def collect(self) -> Job:
-        """The next job that is done, in any order. Raises SearchError where no worker comes up."""
+        """Waits for the next finished job, in any order. Raises SearchError if no worker comes up."""
         idle_since, said = self._clock(), self._clock()
         while not self._finished:
             self._hand_out()
@@ -131,7 +132,7 @@ class SearchWorkers:
         return self._finished.popleft()
 
     def in_order(self, jobs: Iterator[Job], ahead: int) -> Iterator[Any]:
-        """The values of `jobs` in their order, at most `ahead` of them asked for at a time."""
+        """Yields the values of `jobs` in their order. At most `ahead` jobs are submitted at a time."""
         asked: deque[Job] = deque()
         try:
             while True:
@@ -148,24 +149,24 @@ class SearchWorkers:
             self.drop()
 
     def call(self, job: Job) -> Any:
-        """The value of one job."""
+        """The value of one job. Raises its error."""
         return next(self.in_order(iter([job]), 1))
 
     def drop(self) -> None:
-        """Forgets the jobs that are not done; what is under way is let run."""
+        """Forgets the jobs that are not done. Running ones end by themselves; their values are ignored."""
         for job in (*self._todo, *(job for worker in self._workers for _, job in worker.given)):
             job.done = True
         self._todo.clear()
         self._finished.clear()
 
     def rest(self) -> None:
-        """Has the workers give up the iteration's network and its memory; a minute at most is waited."""
+        """Frees the memory of the iteration's network in all workers. Waits at most REST_S."""
         resting = [worker.actor.rest.remote() for worker in self._workers if worker.place]
         if resting:
             ray.wait(resting, num_returns=len(resting), timeout=REST_S)
 
     def make_room(self) -> None:
-        """Ends the workers that have a GPU whole, for trainers that wait for one. They start again when asked."""
+        """Ends the workers that hold a whole GPU, for trainers that wait for one. The next job starts them again."""
         for worker in [worker for worker in self._workers if worker.gpu_share == WHOLE]:
             ray.kill(worker.actor)
             self._workers.remove(worker)
@@ -180,11 +181,11 @@ class SearchWorkers:
         return self._share.task_options
 
     def _grow(self) -> None:
-        """Starts as many workers as there are devices without one."""
+        """Starts a worker for every device without one."""
         self._grown_at = self._clock()
         for number in range(len(self._workers), self.slots):
-            # Beside a trainer there is room for a task's share. A GPU without one is taken whole, so that no second
-            # worker is put there.
+            # A worker beside a trainer takes a task's share. One on a GPU without a trainer takes all of it, so that Ray
+            # places no second worker there.
             alone = self._share.gpus and number >= self._share.workers
             self._start(WHOLE if alone else self._share.task_options.get("num_gpus", 0.0))
 
@@ -197,8 +198,7 @@ class SearchWorkers:
         self._workers.append(_Worker(actor, gpu_share, actor.place.remote()))
 
     def _hand_out(self) -> None:
-        """Gives jobs to those who have fewest; idle workers repeat what waits behind a job, or takes suspiciously
-        long."""
+        """Gives jobs to the workers with the fewest. Idle workers repeat jobs that wait at others or are slow there."""
         while self._todo:
             worker = min((w for w in self._workers if w.place), key=lambda w: len(w.given), default=None)
             if worker is None or len(worker.given) >= AHEAD:
@@ -211,7 +211,7 @@ class SearchWorkers:
                     self._give(worker, job)
 
     def _behind(self) -> Iterator[Job]:
-        """Jobs that may well be done sooner elsewhere."""
+        """Jobs that another worker may finish sooner: those that wait, and those that are slow."""
         for worker in self._workers:
             if worker.given:
                 (_, first), *waiting = worker.given
@@ -222,7 +222,7 @@ class SearchWorkers:
                     yield first
 
     def _is_given(self, job: Job) -> int:
-        """To how many workers."""
+        """The number of workers that have this job."""
         return sum(job is other for worker in self._workers for _, other in worker.given)
 
     def _give(self, worker: _Worker, job: Job) -> None:
@@ -231,7 +231,7 @@ class SearchWorkers:
         worker.given.append((worker.actor.run.remote(job.function, job.arguments), job))
 
     def _wait(self) -> None:
-        """Until something is known of a worker or a job, or for a moment."""
+        """Waits for news of a worker or a job, at most _TICK_S, and handles it."""
         coming = {worker.coming: worker for worker in self._workers if worker.place is None}
         given = {reference: worker for worker in self._workers for reference, _ in worker.given}
         ready, _ = ray.wait([*coming, *given], num_returns=1, timeout=_TICK_S) if coming or given else ([], [])
@@ -264,7 +264,7 @@ class SearchWorkers:
             cause.__cause__ = error  # which has the worker's own traceback
             self._take(worker, reference)
             if isinstance(cause, MemoryShortError) and job.losses < JOB_RETRIES:
-                job.losses += 1  # another device, or this one later, may have more
+                job.losses += 1  # another device may have more memory, or this one later
                 self._todo.append(job)
             else:
                 self._finish(job, error=cause)
@@ -287,7 +287,7 @@ class SearchWorkers:
             self._finished.append(job)
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
-        """Its jobs go to others, and another worker is started; the job that it was at counts one loss more."""
+        """Replaces a worker and queues its jobs again. The loss counts for the job that it worked on."""
         logger.warning("a search worker is lost (%s): %s; its work goes to others", worker.place, _first_line(error))
         self._replace(worker)
         for position, (_, job) in enumerate(worker.given):
@@ -316,7 +316,7 @@ class SearchWorkers:
             _, job = worker.given[0]
             late = FIRST_LATE_S if worker.is_new else self._late_after(job)
             if now - worker.since > late:
-                # A process that hangs, or is stopped, does not hear that its actor is to end.
+                # ray.kill does not end a process that is stopped or hangs in native code.
                 here = NodeAffinitySchedulingStrategy(worker.place.node_id, soft=False)
                 ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=here).remote(worker.place.pid)
                 self._lose(
@@ -329,7 +329,7 @@ class SearchWorkers:
 
 
 def slots_of(resources: Mapping[str, float], share: ResourcePlan) -> int:
-    """How many devices a cluster with these resources has for the search."""
+    """The number of devices for the search in a cluster with these resources."""
     return max(1, int(resources.get("GPU" if share.gpus else "CPU", 0)))
 
 
