@@ -184,8 +184,8 @@ class SearchWorkers:
         """Starts a worker for every device without one."""
         self._grown_at = self._clock()
         for number in range(len(self._workers), self.slots):
-            # A worker beside a trainer takes a task's share. One on a GPU without a trainer takes all of it, so that Ray
-            # places no second worker there.
+            # A worker beside a trainer takes a task's share. One on a GPU without a trainer takes all of it, so that
+            # Ray places no second worker there.
             alone = self._share.gpus and number >= self._share.workers
             self._start(WHOLE if alone else self._share.task_options.get("num_gpus", 0.0))
 
