@@ -43,7 +43,7 @@ WORKER_PORTS_FROM = 20
 RAY_WITHOUT_CLIENT_PORT = (
     "from ray.scripts import scripts; scripts.get_ray_client_dependency_error = lambda: 'not wanted'; scripts.main()"
 )
-"""The command `ray`, which otherwise opens port 10001 for Ray Client where grpcio is installed: TensorBoard brings it."""
+"""The command `ray`, which otherwise opens port 10001 for Ray Client where grpcio is installed: TensorBoard has it."""
 START_SECONDS = 120
 STOP_SECONDS = 40
 LEAST_OBJECT_STORE = 100 * 2**20
@@ -79,7 +79,7 @@ def check_ports(nodes: int, first: int) -> None:
     taken = [port for port in fixed if not _is_free(port)]
     if taken:
         raise ClusterError(
-            f"port {', '.join(map(str, taken))} of this machine is taken: give another --port "
+            f"taken already on this machine: port {', '.join(map(str, taken))}. Give another --port "
             f"(the cluster uses {nodes * PORTS_A_NODE} from it on)"
         )
 
