@@ -1,15 +1,13 @@
 """The mission's command: the main job, submitted to a cluster that was started on this machine."""
 
-import os
 import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from local_cluster import local_cluster
 
 from laasp_ray import load_pruned
 from laasp_ray.store.journal import Journal
@@ -17,50 +15,15 @@ from laasp_ray.store.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
-PORT, DASHBOARD = 6479, 8475
 
 pytestmark = [pytest.mark.job, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A head of two CPUs, in the foreground so that stopping it stops this cluster and no other; its environment."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    head = subprocess.Popen(
-        [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            f"--port={PORT}",
-            f"--dashboard-port={DASHBOARD}",
-            "--num-cpus=2",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-agent-listen-port={DASHBOARD + 1}",
-            "--disable-usage-stats",
-        ],
-        env=environment,
-        stdout=(tmp_path / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while not _answers(f"http://127.0.0.1:{DASHBOARD}/api/version"):
-            assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
-            time.sleep(1)
+def cluster():
+    """Two nodes of one CPU, as cluster/local.py brings them up; the environment that it prints."""
+    with local_cluster(nodes=2) as environment:
         yield environment
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-
-
-def _answers(address):
-    try:
-        with urllib.request.urlopen(address, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
@@ -68,11 +31,10 @@ def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
         RAY,
         "job",
         "submit",
-        f"--address=http://127.0.0.1:{DASHBOARD}",
         "--working-dir",
         str(ROOT),
         "--",
-        sys.executable,
+        "python",
         "jobs/prune_resnet50.py",
         "--storage",
         str(tmp_path / "runs"),

@@ -142,7 +142,7 @@ def test_flags_that_are_named_exist(page):
     known = OTHERS_FLAGS.union(*map(flags_of, JOBS))
     in_commands = [flag for script, given in commands(page) if script.startswith("bench") for flag in given]
     named = {flag for text in code(page) for flag in FLAG.findall(text)}
-    bench = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+    bench = "".join(path.read_text() for folder in ("bench", "cluster") for path in (ROOT / folder).glob("*.py"))
     of_bench = {flag for flag in (*in_commands, *named) if f'"{flag}"' in bench and page.name != "README.md"}
     assert named - known - of_bench == set()
 
