@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -11,3 +13,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_ray_unasked(request):
+    """Fails a test that is not marked `ray` but leaves a Ray session: some calls of Ray start one by themselves."""
+    yield
+    ray = sys.modules.get("ray")
+    if request.node.get_closest_marker("ray") is None and ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("this test started Ray and is not marked so")

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from fakes import Silent
 from helpers import small_run
 from own_methods import First, FirstConfig
 from torch import nn
-from whole_runs import Silent, events_of
+from whole_runs import events_of
 
 from laasp_ray import prune
 from laasp_ray.config import RunConfig
