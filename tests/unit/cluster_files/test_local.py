@@ -116,7 +116,7 @@ def test_a_long_folder_is_refused(monkeypatch, tmp_path, capsys):
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(folder, capsys):
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    assert local.main(["up", "--nodes", "1", "--port", "30000", "--folder", str(folder)]) == 1
+    assert local.main(["up", "--nodes", "1", "--port", "31000", "--folder", str(folder)]) == 1
     assert "is not empty" in capsys.readouterr().err
     assert (folder / "mine.txt").read_text() == "mine"
 
