@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 SCHEMA_VERSION = 1
@@ -206,7 +206,8 @@ class RunState:
     since, to be replayed onto them. `phase_epochs_done` counts the finished epochs of the
     training phase that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
     augmentation of the next one. `excluded` names the images that are left out, `places` says where they are: they
-    may be removed. The reductions of parameters and latency are 0 as long as they are no targets.
+    may be removed. `digests` (file -> sha256) are of the checkpoints and masks that the run stands on, as far as its
+    events tell them. The reductions of parameters and latency are 0 as long as they are no targets.
     """
 
     phase: Phase = "train"
@@ -224,6 +225,7 @@ class RunState:
     steps: tuple[Mapping[str, Any], ...] = ()
     excluded: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reached(self) -> dict[str, float]:

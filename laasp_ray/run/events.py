@@ -22,7 +22,8 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
     """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
-    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits."""
+    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. Here as in other
+    events, `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -39,6 +40,7 @@ class RunStarted:
     images: Mapping[Literal["train", "test"], Mapping[str, Any]] = field(default_factory=dict)
     method: str | None = None
     plan: Mapping[str, Any] | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class EpochDone:
     test_seconds: float
     checkpoint: str
     metrics: Metrics | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,7 @@ class IterationDone:
     ends_pruning: bool | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
