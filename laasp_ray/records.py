@@ -199,13 +199,13 @@ Phase = Literal["train", "prune", "fine-tune", "final", "done"]
 class RunState:
     """The state of a run: the fold of its journal (see run/state.py).
 
-    `plan` is the JSON form of the composed plan (pruning/plan.py) against the unpruned network. `checkpoint` names the
-    weights in the store; `checkpoint_plan` is the plan of the network they belong to, and `steps` are the prunes made
-    since, to be replayed onto them. `phase_epochs_done` counts the finished epochs of the
-    training phase that is under way; `epochs_trained` all epochs since the start, and thereby numbers the order and
-    augmentation of the next one. `excluded` names the images that are left out, `places` says where they are: they
-    may be removed. `digests` (file -> sha256) are of the checkpoints and masks that the run stands on, as far as its
-    events tell them. The reductions of parameters and latency are 0 as long as they are no targets.
+    `plan` is the JSON form of the composed plan (pruning/plan.py), relative to the unpruned network. `checkpoint` names
+    the weights in the store, and `checkpoint_plan` is the plan of the network that they belong to. `steps` are the
+    prunes made since then, which are replayed on these weights. `phase_epochs_done` counts the finished epochs of the
+    current training phase. `epochs_trained` counts all epochs since the start; it seeds the order and augmentation of
+    the next epoch. `excluded` names the images that are left out, and `places` says where they are, because they may be
+    deleted later. `digests` (file -> sha256) are those of the checkpoints and masks in use, as far as events tell them.
+    The reductions of parameters and latency are 0 unless they are targets.
     """
 
     phase: Phase = "train"
