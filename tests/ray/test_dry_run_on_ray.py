@@ -5,7 +5,7 @@ from helpers import small_run
 
 from laasp_ray.planning.dry_run import dry_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def test_a_dry_run_measures_on_the_workers(session, tmp_path):

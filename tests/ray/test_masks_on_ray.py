@@ -14,7 +14,7 @@ from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
 from laasp_ray.train.loop import EpochPlan, TrainingPhase
 from laasp_ray.train.trainer import InProcessTrainer
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 KEPT = ("2.weight", "5.weight")
 

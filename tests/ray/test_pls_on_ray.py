@@ -10,7 +10,7 @@ from laasp_ray.run.events import read_event
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def run(config, *, distributed):

@@ -28,7 +28,7 @@ from laasp_ray.search.evaluate import CalibrationSet, LossTask
 from laasp_ray.search.executor import InProcessExecutor
 from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
