@@ -41,7 +41,8 @@ CREDENTIALS = Fault(
     "check them (the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or Google's application default)",
 )
 PERMISSION = Fault(
-    "permission is denied", "have whoever owns it allow reading, writing, listing and deleting, or name another folder"
+    "permission is denied",
+    "have whoever owns it allow reading, writing, listing and deleting, or name another folder",
 )
 NO_BUCKET = Fault("there is no such bucket", "make the bucket or correct its name")
 UNREACHABLE = Fault(
@@ -87,6 +88,8 @@ def fault_of(error: BaseException) -> Fault:
         return FULL
     if number in _TRANSIENT or isinstance(error, (ConnectionError, TimeoutError)):
         return UNREACHABLE
+    if number in (errno.EACCES, errno.EPERM):
+        return PERMISSION
     if number is not None:  # the local disk's own word
         return OTHER
     text = _NAMES.sub("''", str(error))

@@ -13,6 +13,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ class S3Writer:
             self._store, self._bucket = self._connected(bucket), bucket
         try:
             obstore.put(self._store, key, data, mode="create", use_multipart=False)
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError) as error:
             raise FileExistsError(errno.EEXIST, "exists", path) from error
-        except exceptions.NotFoundError as error:
+        except (exceptions.NotFoundError, FileNotFoundError) as error:
             raise OSError(f"NoSuchBucket: there is no bucket {bucket!r} ({_short(error)})") from error
         except exceptions.NotSupportedError as error:
             raise UnsupportedError(_short(error)) from error
@@ -125,10 +126,11 @@ class GoogleWriter:
     def put_new(self, path: str, data: bytes) -> None:
         """Writes `data` at `path` (bucket/key). Raises FileExistsError or another OSError."""
         bucket, _, key = path.partition("/")
-        query = urllib.parse.urlencode({"uploadType": "media", "name": key, "ifGenerationMatch": "0"})
+        query = urllib.parse.urlencode({"uploadType": "multipart", "ifGenerationMatch": "0"})
         url = f"{self._endpoint}/upload/storage/v1/b/{urllib.parse.quote(bucket, safe='')}/o?{query}"
-        headers = {"Content-Type": "application/octet-stream", **self._authorization()}
-        request = urllib.request.Request(url, data=data, headers=headers, method="POST")
+        content_type, body = _multipart(key, data)
+        headers = {"Content-Type": content_type, **self._authorization()}
+        request = urllib.request.Request(url, data=body, headers=headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
                 answer.read()
@@ -159,6 +161,17 @@ class GoogleWriter:
         except GoogleAuthError as error:
             raise OSError(f"Unauthenticated: {_short(error)}") from error
         return {"Authorization": f"Bearer {self._credentials.token}"}
+
+
+def _multipart(key: str, data: bytes) -> tuple[str, bytes]:
+    """A request's type and body: the object's name, then what is in it."""
+    mark = uuid.uuid4().hex
+    parts = [
+        ("application/json; charset=UTF-8", json.dumps({"name": key}).encode()),
+        ("application/octet-stream", data),
+    ]
+    body = b"".join(f"--{mark}\r\nContent-Type: {kind}\r\n\r\n".encode() + part + b"\r\n" for kind, part in parts)
+    return f"multipart/related; boundary={mark}", body + f"--{mark}--\r\n".encode()
 
 
 def _google_error(error: urllib.error.HTTPError, path: str) -> OSError:
