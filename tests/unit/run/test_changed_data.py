@@ -102,7 +102,7 @@ def test_of_two_drivers_at_once_the_second_leaves_nothing_that_counts(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "_start", late)
-        with pytest.raises(StoreError, match="another driver writes the run"):
+        with pytest.raises(StoreError, match="another driver has the run"):
             run(second)
     folder = tmp_path / "runs" / "small"
     (start,) = events_of(first)
