@@ -9,7 +9,8 @@ from typing import Any
 
 from laasp_ray.config.fields import flatten
 from laasp_ray.config.group_sparsity import GroupSparsityConfig
-from laasp_ray.config.methods import DEFAULT_METHOD, known_to, with_method
+from laasp_ray.config.methods import DEFAULT_METHOD, SECTIONS, keys_of, known_to
+from laasp_ray.config.prune import FilterPruneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ def _of_one_method(prune: Mapping[str, Any], sparsity: Mapping[str, Any] | None)
     """
     _say_renamed("the section sparsity", "prune, with prune.method group_sparsity")
     method = prune.get("method", DEFAULT_METHOD) if sparsity is None else GroupSparsityConfig.method
-    own = with_method(prune, method)
+    # A stored config is read here too, so a method's import path must not be imported.
+    keys = keys_of(SECTIONS.get(str(method), FilterPruneConfig))
+    own = {key: value for key, value in prune.items() if key in keys} | {"method": method}
     return {key: value for key, value in prune.items() if not known_to(key)} | dict(sparsity or {}) | own
 
 

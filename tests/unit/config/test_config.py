@@ -12,7 +12,7 @@ from laasp_ray.config import (
     RunConfig,
     TrainConfig,
 )
-from laasp_ray.config.compat import differing_keys, value_at
+from laasp_ray.config.compat import differing_keys, value_at, with_current_names
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import RECIPES, recipe
 
@@ -256,3 +256,9 @@ def test_a_config_from_before_each_method_had_a_section_is_read():
         RunConfig.from_dict(settings(prune=BEFORE, sparsity={"grup": 4}))
     with pytest.raises(ConfigError, match=r"unknown config key prune\.stap; did you mean prune\.step"):
         RunConfig.from_dict(settings(prune=BEFORE | {"stap": 1}, sparsity=None))
+
+
+def test_a_stored_config_from_before_imports_no_method():
+    found = with_current_names(settings(prune=BEFORE | {"method": "no_such_module:Method"}, sparsity=None))
+    assert found["prune"]["method"] == "no_such_module:Method"
+    assert "step" not in found["prune"] and found["prune"]["fine_tune_epochs"] == 5 and "sparsity" not in found
