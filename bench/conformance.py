@@ -21,7 +21,7 @@ from machine import machine
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.recipes import recipe

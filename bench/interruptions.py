@@ -21,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from machine import machine
 
@@ -50,6 +52,10 @@ SETTINGS = {
     "train.learning_rate": 0.05,
     "cluster.workers": 2,
 }
+Settings = Mapping[str, object]
+"""Config keys and values, over those of SETTINGS."""
+
+NOTHING_ELSE: Settings = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Moment:
     target: str
 
 
-def command(storage: Path, name: str, ray: bool) -> list[str]:
+def command(storage: Path, name: str, ray: bool, settings: Settings) -> list[str]:
     arguments = [
         sys.executable,
         str(ROOT / "jobs" / "prune.py"),
@@ -72,7 +78,7 @@ def command(storage: Path, name: str, ray: bool) -> list[str]:
         "--name",
         name,
     ]
-    for key, value in SETTINGS.items():
+    for key, value in {**SETTINGS, **settings}.items():
         arguments += ["--set", f"{key}={json.dumps(value)}"]
     return arguments if ray else [*arguments, "--no-ray"]
 
@@ -153,9 +159,9 @@ def kill_one(root: int, title: str) -> bool:
     return False
 
 
-def start(storage: Path, name: str, ray: bool, log: Path) -> subprocess.Popen[bytes]:
+def start(storage: Path, name: str, ray: bool, log: Path, settings: Settings = NOTHING_ELSE) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
-        return subprocess.Popen(command(storage, name, ray), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command(storage, name, ray, settings), stdout=file, stderr=file, start_new_session=True)
 
 
 def main() -> None:
@@ -186,9 +192,9 @@ def main() -> None:
             raise SystemExit("the disturbed run came out differently")
 
 
-def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path) -> float:
+def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path, settings: Settings = NOTHING_ELSE) -> float:
     begun = time.monotonic()
-    process = start(storage, "disturbed", ray, log)
+    process = start(storage, "disturbed", ray, log, settings)
     for number, moment in enumerate(moments, 1):
         alive = wait_for(lambda m=moment: len(journal(storage, "disturbed")) > m.event, process)
         if not alive:
@@ -204,7 +210,7 @@ def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path) -> float
             f"{number:3}  {moment.delay_s:5.2f} s after {moment.kind} ({moment.event}): driver killed at event {lost}",
             flush=True,
         )
-        process = start(storage, "disturbed", ray, log)
+        process = start(storage, "disturbed", ray, log, settings)
     if process.wait() != 0:
         raise SystemExit(log.read_text()[-4000:])
     return time.monotonic() - begun

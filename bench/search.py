@@ -36,7 +36,7 @@ from torch import nn
 from laasp_ray.config import LaaspConfig, ModelConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.pruning.graph import PruningGraph

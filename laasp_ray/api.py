@@ -16,7 +16,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.identity import identify
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address

@@ -28,6 +28,11 @@ class SearchConfig:
         bool, Doc("measure BatchNorm statistics anew on these images, in every iteration")
     ] = False
 
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_mb` in bytes; 0 stays 0."""
+        return self.memory_mb * 1_000_000
+
     def __post_init__(self) -> None:
         check(self.images >= 1, "search.images", self.images, "at least 1")
         check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")

@@ -14,7 +14,7 @@ from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed import importance
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.process import PROCESS

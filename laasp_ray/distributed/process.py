@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laasp_ray.config import DataConfig, SearchConfig
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed.cluster import usable_cpus
 from laasp_ray.distributed.transfer import unpack
 from laasp_ray.pruning.network import NetworkState, rebuild
@@ -85,7 +85,7 @@ def _engine(
     masks.
     """
     model, calibration = _network(unpruned, calibration, plan, arrays)
-    return Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000, untraced=untraced), tasks
+    return Engine(model, calibration, memory_bytes=search.memory_bytes, untraced=untraced), tasks
 
 
 def _network(

@@ -21,7 +21,7 @@ from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
 from laasp_ray.methods.estimate import Estimate, Rows
-from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline, section_of
 from laasp_ray.methods.sparsity_report import measure_sparsity, sparsity_to_json
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
@@ -105,7 +105,7 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
     measures_losses = False
 
     def prepare(self, network: UnprunedNetwork) -> Preparation:
-        config, section = network.config, _section(network.config)
+        config, section = network.config, section_of(network.config, GroupSparsityConfig)
         begun_with, model = None, network.model
         if section.from_run is not None and not network.started:
             arch, model = _finished_run(config, section.from_run, network.model)
@@ -151,7 +151,7 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
         )
 
     def report(self, finished: FinishedNetwork) -> MethodReport:
-        model, section = finished.model, _section(finished.config)
+        model, section = finished.model, section_of(finished.config, GroupSparsityConfig)
         layers = layer_rules(model, section, section.pruned_per_group)
         macs = count_macs(model, finished.example_input).per_layer
         rows = measure_sparsity(model, layers.rules, layers.dense, finished.masks, macs, seed=finished.config.seed)
@@ -171,7 +171,7 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
         )
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> StagesEstimate:
-        config, section = network.config, _section(network.config)
+        config, section = network.config, section_of(network.config, GroupSparsityConfig)
         model = network.model if prepared.begun_with is None else rebuild(network.model, prepared.begun_with)
         *earlier, _ = section.all_stages
         following = [*(section.fine_tune_epochs for _ in earlier), config.train.epochs - config.train.prune_epoch]
@@ -195,11 +195,6 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
             stages=tuple(stages),
             dense=layers.dense,
         )
-
-
-def _section(config: RunConfig) -> GroupSparsityConfig:
-    assert isinstance(config.prune, GroupSparsityConfig)  # the method is chosen by its section
-    return config.prune
 
 
 def _finished_run(config: RunConfig, folder: str, unpruned: nn.Module) -> tuple[Arch, nn.Module]:

@@ -24,7 +24,7 @@ from laasp_ray.errors import ConfigError, LaaspError
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.methods.estimate import Estimate, assumed, described
 from laasp_ray.methods.joint import with_next_best
-from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import parameters_after
@@ -54,7 +54,7 @@ class Laasp(PruningMethod[LaaspConfig]):
     config_class = LaaspConfig
 
     def prepare(self, network: UnprunedNetwork) -> Preparation:
-        config, model, prune = network.config, network.model, _section(network.config)
+        config, model, prune = network.config, network.model, section_of(network.config, LaaspConfig)
         for name in prune.criteria:
             criteria.get(name)
         prepared, graph = prepare_filters(network, max_pruned=prune.max_pruned)
@@ -111,7 +111,7 @@ class Laasp(PruningMethod[LaaspConfig]):
         return IterationResult(decision=decision, step=step, ranking=ranking, seconds=context.clock.seconds)
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> LaaspEstimate:
-        config, prune = network.config, _section(network.config)
+        config, prune = network.config, section_of(network.config, LaaspConfig)
         started = time.perf_counter()
         graph, macs = network.graph(), count_macs(network.model, network.example_input)
         drawn = {name: _drawn_scores(graph, name, config.seed) for name in _of_data(prune)}
@@ -156,11 +156,6 @@ class Laasp(PruningMethod[LaaspConfig]):
             candidates=len(proposals),
             removes=removes,
         )
-
-
-def _section(config: RunConfig) -> LaaspConfig:
-    assert isinstance(config.prune, LaaspConfig)  # the method is chosen by its section
-    return config.prune
 
 
 def _of_data(config: LaaspConfig) -> list[str]:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from laasp_ray import criteria
-from laasp_ray.config import PlsConfig, RunConfig
+from laasp_ray.config import PlsConfig
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.methods.estimate import Estimate, assumed, described
-from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters
+from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph, reachable, reachable_parameters
 from laasp_ray.pruning.joint import independent_layers
@@ -50,7 +50,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
 
     def prepare(self, network: UnprunedNetwork) -> Preparation:
         prepared, graph = prepare_filters(network, independent=True)
-        request = ImportanceRequest.of(independent_layers(graph), "pls", _section(network.config))
+        request = ImportanceRequest.of(independent_layers(graph), "pls", section_of(network.config, PlsConfig))
         check_request(deep_copy(network.model), network.example_input, request)
         return prepared
 
@@ -71,7 +71,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
         return context.prune(choose(scores, blocks, context.config.percent, context.config.round_to), "pls")
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> PlsEstimate:
-        config, prune = network.config, _section(network.config)
+        config, prune = network.config, section_of(network.config, PlsConfig)
         started = time.perf_counter()
         graph = network.graph()
         layers = independent_layers(graph)
@@ -110,11 +110,6 @@ class PlsPruning(PruningMethod[PlsConfig]):
             first=first,
             removes=removes,
         )
-
-
-def _section(config: RunConfig) -> PlsConfig:
-    assert isinstance(config.prune, PlsConfig)  # the method is chosen by its section
-    return config.prune
 
 
 def choose(

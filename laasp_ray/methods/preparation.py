@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +25,15 @@ from laasp_ray.search.candidates import Baseline, measure_baseline
 from laasp_ray.train.check import check_training
 
 logger = logging.getLogger(__name__)
+
+
+Section = TypeVar("Section", bound=PruneConfig)
+
+
+def section_of(config: RunConfig, kind: type[Section]) -> Section:
+    """`config.prune` as the `kind` of section that a method has. The method is chosen by its section, so it is one."""
+    assert isinstance(config.prune, kind)
+    return config.prune
 
 
 @dataclass(frozen=True, kw_only=True)

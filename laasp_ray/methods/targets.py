@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,6 @@ from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan, parameters_after
-from laasp_ray.records import to_json
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,6 @@ class Reached:
 
     shares: Mapping[str, float]
     latency: tuple[Latency, Latency] | None = None
-
-    def journaled(self) -> dict[str, Any]:
-        """The part that an iteration's event holds; empty if nothing was measured."""
-        latency = {} if self.latency is None else {"latency": to_json(self.latency)}
-        return {"reached": dict(self.shares), **latency} if self.shares else {}
 
 
 def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfig) -> Reached:

@@ -81,7 +81,7 @@ class InProcessExecutor:
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        backend = SerialBackend(Engine(*self._ready(network), memory_bytes=self._search.memory_mb * 1_000_000), tasks)
+        backend = SerialBackend(Engine(*self._ready(network), memory_bytes=self._search.memory_bytes), tasks)
         settings = settings_of(self._search, len(self._calibration), self._seed)
         return measure(backend, len(tasks), settings, on_result, on_share)
 

@@ -122,6 +122,6 @@ def _rank(
     }
     proposals = propose(model, graph, macs, baseline, config, given)
     tasks = tasks_of(proposals)
-    backend = SerialBackend(Engine(model, calibration, memory_bytes=search.memory_mb * 1_000_000), tasks)
+    backend = SerialBackend(Engine(model, calibration, memory_bytes=search.memory_bytes), tasks)
     results = measure(backend, len(tasks), settings_of(search, len(calibration), seed), lambda position, result: None)
     return ranking_of(proposals, results)

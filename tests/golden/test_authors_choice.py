@@ -7,7 +7,7 @@ from helpers import shared_data
 
 from laasp_ray.config import ModelConfig
 from laasp_ray.data.calibration import draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.recipes import recipe

@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import ray
 
+# Ray starts its workers with nice 15: beside the tests without Ray they would get next to nothing of two cores.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @pytest.fixture(scope="session")
 def session():

@@ -12,7 +12,7 @@ from own_criteria import MeanActivation
 from laasp_ray import models
 from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.distributed import search_workers
 from laasp_ray.distributed.cluster import plan_resources

@@ -11,10 +11,14 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
-def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, kills):
+SHORT = {"prune.flops_reduction": 0.05, "prune.fine_tune_every": 0.03, "train.epochs": 2, "train.prune_epoch": 1}
+"""One epoch, two iterations with two epochs of fine-tuning after each, and one last epoch."""
+
+
+@pytest.mark.parametrize(("kills", "settings"), [(1, SHORT), pytest.param(3, {}, marks=pytest.mark.exhaustive)])
+def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, kills, settings):
     log = tmp_path / "log"
-    process = interruptions.start(tmp_path, "peace", ray=True, log=log)
+    process = interruptions.start(tmp_path, "peace", ray=True, log=log, settings=settings)
     assert process.wait() == 0, log.read_text()[-4000:]
     kinds = [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "peace")]
     iteration, fine_tune = kinds.index("iteration"), kinds.index("epoch", kinds.index("iteration"))
@@ -23,7 +27,7 @@ def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, kills):
         interruptions.Moment(iteration, "iteration", 0.1, "driver"),
         interruptions.Moment(fine_tune, "epoch", 0.1, "trainer"),
     ]
-    interruptions.disturb(tmp_path, moments[-kills:], ray=True, log=log)
+    interruptions.disturb(tmp_path, moments[-kills:], ray=True, log=log, settings=settings)
     assert interruptions.outcome(tmp_path, "disturbed") == interruptions.outcome(tmp_path, "peace")
     assert [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "disturbed")] == kinds
 

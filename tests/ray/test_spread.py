@@ -15,7 +15,7 @@ from helpers import first_standing, randomise_batchnorm, small_run
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig
 from laasp_ray.data.calibration import draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor

@@ -20,7 +20,8 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages, decode_error
+from laasp_ray.data.loaders.decoding import decode_error
+from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.ordering import Windows
 from laasp_ray.data.sources.base import ImageSource
 from laasp_ray.errors import DataError

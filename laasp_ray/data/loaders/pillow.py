@@ -15,7 +15,8 @@ from torchvision.transforms import functional as transforms
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages, decode_rgb, normalise
+from laasp_ray.data.loaders.decoding import decode_rgb, normalise
+from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.sources.base import ImageSource
 
 DECODED_AHEAD = 1

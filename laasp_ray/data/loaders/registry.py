@@ -12,13 +12,13 @@ import torch
 
 from laasp_ray.config import DataConfig, LoaderName
 from laasp_ray.data.loaders.pillow import TorchvisionLoader
-from laasp_ray.data.loaders.reading import Batch, UnreadableImages, normalise
+from laasp_ray.data.loaders.reading import Batch, UnreadableImages
 from laasp_ray.data.sources.base import ImageSource
 from laasp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Batch", "Loader", "check_available", "make_loader", "normalise"]
+__all__ = ["Batch", "Loader", "check_available", "make_loader"]
 
 
 class Loader(Protocol):

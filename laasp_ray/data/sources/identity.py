@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from laasp_ray.data.loaders.reading import decode_error
+from laasp_ray.data.loaders.decoding import decode_error
 from laasp_ray.data.sources.base import ImageSource, Split
 from laasp_ray.errors import DataError
 

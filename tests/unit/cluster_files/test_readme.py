@@ -35,8 +35,10 @@ def test_links_lead_to_its_headings_and_lines_are_short():
 
 
 def test_flags_of_the_script_exist():
-    for action, given in re.findall(r"python cluster/local\.py (up|down)([^`\n]*)", README.read_text()):
-        local.parse([action, *given.split()])
+    printed = re.findall(r"python cluster/local\.py (up|down)([^`\n]*)", README.read_text())
+    assert {action for action, _ in printed} == {"up", "down"}
+    for action, given in printed:
+        assert local.parse([action, *given.split()]).action == action
 
 
 def test_what_it_says_of_rocksdb_is_what_the_operator_takes():

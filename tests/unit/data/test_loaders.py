@@ -14,7 +14,7 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.loaders import registry as loader_module
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.ordering import eval_batches, rank_share, windows
 from laasp_ray.errors import ConfigError
 

@@ -10,6 +10,7 @@ import pytest
 from image_folders import BOTH, COUNT, Opened, configured, encoded, epoch_of, file_of, index_of, picture, same
 from PIL import Image
 
+from laasp_ray.data.loaders import decoding
 from laasp_ray.data.loaders import pillow as torchvision_loader
 from laasp_ray.data.loaders import reading as feed_module
 from laasp_ray.data.loaders.reading import UnreadableImages
@@ -267,10 +268,10 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path, name):
 def test_pixels_of_no_known_range_are_refused():
     numbers = Image.fromarray(np.full((4, 4), 0.5, np.float32))
     with pytest.raises(OSError, match=r"floating point numbers, of no known range: save it with 8 or 16 bits"):
-        feed_module.decode_rgb(encoded(numbers, "TIFF"))
+        decoding.decode_rgb(encoded(numbers, "TIFF"))
     large = Image.fromarray(np.full((4, 4), 70_000, np.int32))
     with pytest.raises(OSError, match="more than 16 bits"):
-        feed_module.decode_rgb(encoded(large, "TIFF"))
+        decoding.decode_rgb(encoded(large, "TIFF"))
 
 
 @BOTH
@@ -295,12 +296,12 @@ def test_a_line_of_pixels_is_evaluated_without_blowing_it_up(tmp_path, name, hei
 
 
 def test_the_centre_of_a_long_image_has_its_middle():
-    assert feed_module.centre_size((1, 8000), 16) == (1, 16)
-    assert feed_module.centre_size((1, 8001), 16) == (1, 15)
-    assert feed_module.centre_size((33, 2), 16) == (31, 2)
-    assert feed_module.centre_size((32, 2), 16) == (32, 2)
+    assert decoding.centre_size((1, 8000), 16) == (1, 16)
+    assert decoding.centre_size((1, 8001), 16) == (1, 15)
+    assert decoding.centre_size((33, 2), 16) == (31, 2)
+    assert decoding.centre_size((32, 2), 16) == (32, 2)
     numbers = np.arange(40, dtype=np.uint8).reshape(1, 40)
-    strip = feed_module.bitmap_of(encoded(Image.fromarray(numbers), "PNG"), feed_module.centre_size((1, 40), 16))
+    strip = decoding.bitmap_of(encoded(Image.fromarray(numbers), "PNG"), decoding.centre_size((1, 40), 16))
     assert np.asarray(Image.open(io.BytesIO(strip)))[0, :, 0].tolist() == list(range(12, 28))
 
 

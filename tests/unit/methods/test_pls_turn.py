@@ -15,7 +15,7 @@ from laasp_ray.config import ModelConfig, PlsConfig, SearchConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria.pls import Pls
 from laasp_ray.data.calibration import draw_calibration_images
-from laasp_ray.data.loaders.registry import normalise
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.pls import PlsPruning, choose
