@@ -48,6 +48,7 @@ from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import UNPRUNED, has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal
+from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
 
@@ -92,33 +93,50 @@ def prune(
     storage = open_run(config)
     restore_config(storage)
     journal = Journal(storage)
-    finish = journal.last(RunFinished.NAME)
-    if finish is not None:
-        logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
-        unpruned = _copied(model) if model is not None else models.build(config.model)
-        return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
-    # An import path that names no method, or a method with another section, is refused before anything else.
+    if journal.last(RunFinished.NAME) is not None:
+        return _finished(config, model, storage, journal)
+    # An import path that names no method, or one for another section, is refused before anything else.
     check_section(config, method or method_of(config))
     if distributed:
         check_address(ray_address)
+    owner = take(storage, at_least=journal.last_attempt() + 1)
+    try:
+        storage, journal = storage.guarded(owner.ensure), Journal(storage, owner)
+        if journal.last(RunFinished.NAME) is not None:  # by the driver that had the run until now
+            return _finished(config, model, storage, journal)
+        prepared = _prepared(config, model, journal, method)
+        progress = progress or make_progress(config.prune.targets, sys.stderr)
+        try:
+            if distributed:
+                run = _run_on_ray(prepared, storage, journal, progress, method, ray_address)
+            else:
+                run = _run_here(prepared, storage, journal, progress, method)
+            finish = journal.last(RunFinished.NAME)
+            assert finish is not None
+            return PruneResult(run, storage.uri, _summary(finish.data))
+        finally:
+            _close([progress])
+    finally:
+        owner.release()
+
+
+def _finished(config: RunConfig, model: nn.Module | None, storage: Storage, journal: Journal) -> PruneResult:
+    finish = journal.last(RunFinished.NAME)
+    assert finish is not None
+    logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
+    unpruned = _copied(model) if model is not None else models.build(config.model)
+    return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
+
+
+def _prepared(
+    config: RunConfig, model: nn.Module | None, journal: Journal, method: PruningMethod[Any] | None
+) -> Prepared:
     start = started(journal)
     if start is None:
-        prepared = prepare(config, model, method=method)
-    else:
-        _check_method(start, method)
-        state = folded(journal, config)
-        prepared = prepare(config, model, started=True, images=start.images, state=state, method=method)
-    progress = progress or make_progress(config.prune.targets, sys.stderr)
-    try:
-        if distributed:
-            run = _run_on_ray(prepared, storage, journal, progress, method, ray_address)
-        else:
-            run = _run_here(prepared, storage, journal, progress, method)
-        finish = journal.last(RunFinished.NAME)
-        assert finish is not None
-        return PruneResult(run, storage.uri, _summary(finish.data))
-    finally:
-        _close([progress])
+        return prepare(config, model, method=method)
+    _check_method(start, method)
+    state = folded(journal, config)
+    return prepare(config, model, started=True, images=start.images, state=state, method=method)
 
 
 def _check_given(config: object, model: object) -> None:
@@ -218,7 +236,8 @@ def _control(
     make_executor: Callable[[CalibrationImages, Callable[[], Trainer]], Executor],
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and runs the controller from that state."""
-    config = prepared.config
+    config, owner = prepared.config, journal.owner
+    assert owner is not None
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
         _start(prepared, storage, journal, method)
@@ -246,12 +265,14 @@ def _control(
             journal,
             (progress, scalars),
             locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
+            attempt=owner.attempt,
         )
         state = folded(journal, config)
         if resumed:
             progress.on_event(RunResumed(), state)
         return Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
     finally:
+        owner.release()  # first: whoever is being stopped may have seconds only
         _close(reversed(made.values()))
 
 
@@ -292,7 +313,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
     settings = public_data(config.to_dict())
     begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
     initial = f"initial-{uuid.uuid4().hex[:8]}"
-    save_checkpoint(storage, initial, model=begun_with.tensors)
+    digests = save_checkpoint(storage, initial, model=begun_with.tensors)
     event = RunStarted(
         config=settings,
         method=_name_of(method),
@@ -308,6 +329,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
         images={"train": identify(prepared.train), "test": identify(prepared.test)},
         checkpoint=initial,
         plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
+        digests=digests,
     )
     journal.append(event.NAME, data_of(event))
     write_config(storage, config.to_dict())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 
@@ -204,7 +204,8 @@ class RunState:
     prunes made since then, which are replayed on these weights. `phase_epochs_done` counts the finished epochs of the
     current training phase. `epochs_trained` counts all epochs since the start; it seeds the order and augmentation of
     the next epoch. `excluded` names the images that are left out, and `places` says where they are, because they may be
-    deleted later. The reductions of parameters and latency are 0 unless they are targets.
+    deleted later. `digests` (file -> sha256) are those of the checkpoints and masks in use, as far as events tell them.
+    The reductions of parameters and latency are 0 unless they are targets.
     """
 
     phase: Phase = "train"
@@ -222,6 +223,7 @@ class RunState:
     steps: tuple[Mapping[str, Any], ...] = ()
     excluded: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reached(self) -> dict[str, float]:

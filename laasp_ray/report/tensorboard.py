@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import uuid
@@ -16,8 +17,9 @@ from laasp_ray.store.storage import Storage
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_FOLDER = "tensorboard"
+logger = logging.getLogger(__name__)
 
+_FOLDER = "tensorboard"
 
 _SYNC_S = 300
 """The seconds between two copies into the run's folder during a long training phase. Each copy adds files."""
@@ -31,13 +33,23 @@ class ScalarWriter:
     """
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage.child(_FOLDER)
+        self._storage = storage.brief().child(_FOLDER)
+        self._troubled = False
         self._scratch = tempfile.TemporaryDirectory(prefix="laasp_ray-tensorboard-")
         self._writer: SummaryWriter | None = None
         self._synced = time.monotonic()
 
     def on_event(self, event: Happening, state: RunState) -> None:
-        """Writes the event's values as scalars, and copies them into the run's folder at intervals."""
+        """Writes what is worth a curve, and copies it into the run's folder every so often. What goes wrong is logged,
+        once until it works again: curves never end a run."""
+        try:
+            self._draw(event, state)
+        except Exception as error:
+            if not self._troubled:
+                logger.warning("TensorBoard's files could not be written, they are tried again later: %s", error)
+            self._troubled = True
+
+    def _draw(self, event: Happening, state: RunState) -> None:
         match event:
             case EpochDone():
                 done = event.epochs_trained
@@ -76,6 +88,7 @@ class ScalarWriter:
         for file in sorted(Path(self._scratch.name).iterdir()):
             self._storage.write_new(file.name, file.read_bytes())
             file.unlink()
+        self._troubled = False
 
     def close(self) -> None:
         """Syncs, then removes the local files."""

@@ -47,12 +47,15 @@ from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import (
     UNPRUNED,
     delete_checkpoints,
+    digest_of_file,
     has_checkpoint,
     load_checkpoint,
+    numbered_name,
     save_checkpoint,
+    unpruned_file,
 )
 from laasp_ray.store.journal import Journal, write_candidates
-from laasp_ray.store.sparse import has_masks, load_masks, save_masks
+from laasp_ray.store.sparse import has_masks, load_masks, masks_file_of, save_masks
 from laasp_ray.store.storage import Storage
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import Trainer
@@ -62,8 +65,9 @@ from laasp_ray.train.trainer import Trainer
 class RunServices:
     """The services that the controller uses. `trainer` and `executor` are created on first use and then kept.
 
-    The executor needs the calibration set. Its function takes the images to leave out and a callback for images that
-    cannot be read. `method` chooses what to prune next. `locate` finds the places of named images in the data set.
+    The executor needs the calibration set drawn: it gets the images to leave out, and reports those that it could not
+    read. `method` says what to prune next. `locate` says where the images of these names are in the data set. `attempt`
+    is the driver's (store/ownership.py).
     """
 
     trainer: Callable[[], Trainer]
@@ -73,6 +77,7 @@ class RunServices:
     journal: Journal
     observers: Sequence[Observer]
     locate: Callable[[Sequence[str]], Mapping[str, Place]]
+    attempt: int = 1
 
 
 class Controller:
@@ -114,13 +119,14 @@ class Controller:
         the masks.
         """
         state, storage = self.state, self._parts.storage
-        checkpoint = load_checkpoint(storage, state.checkpoint)
+        checkpoint = load_checkpoint(storage, state.checkpoint, state.digests)
         network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
         optimizer_state = checkpoint.optimizer_state if state.phase_epochs_done else {}
         for step in state.steps:
             network = self._after(network, Plan.from_json(step))
-        masks = load_masks(storage, state.iteration) if has_masks(storage, state.iteration) else {}
-        # If the run stopped between an iteration and its first epoch, the checkpoint is older than the masks.
+        has = masks_file_of(state.digests) is not None or has_masks(storage, state.iteration)
+        masks = load_masks(storage, state.iteration, state.digests) if has else {}
+        # A run cut off between an iteration and its first epoch has the weights from before the masks.
         return NetworkState(network.plan, masked(network.tensors, masks)), optimizer_state, masks
 
     def _after(self, network: NetworkState, step: Plan) -> NetworkState:
@@ -152,8 +158,7 @@ class Controller:
         started = time.perf_counter()
         parts, number = self._parts, self.state.iteration + 1
         self._notify(PhaseStarted(phase="prune", detail=parts.method.title(self._config.prune, number)))
-        if number == 1 and not has_checkpoint(parts.storage, UNPRUNED):
-            save_checkpoint(parts.storage, UNPRUNED, model=self._network.tensors)
+        digests = self._keep_unpruned() if number == 1 else {}
         context = self._context(number)
         prepared = time.perf_counter() - started
         try:
@@ -164,7 +169,7 @@ class Controller:
             self._record(Exhausted(reason=str(error)))
             return
         applied = time.perf_counter()
-        self._apply(result, number)
+        digests |= self._apply(result, number)
         measured = measure_targets(self._unpruned, self._network, self._config)
         ended = time.perf_counter()
         seconds = {"prepare": prepared, **result.seconds, "apply": ended - applied, "total": ended - started}
@@ -181,8 +186,15 @@ class Controller:
                 ends_pruning=result.ends_pruning,
                 details=result.details,
                 text=result.text,
+                digests=digests,
             )
         )
+
+    def _keep_unpruned(self) -> dict[str, str]:
+        storage = self._parts.storage
+        if has_checkpoint(storage, UNPRUNED):
+            return digest_of_file(storage, unpruned_file())
+        return save_checkpoint(storage, UNPRUNED, model=self._network.tensors)
 
     def _context(self, number: int) -> IterationContext[Any]:
         parts = self._parts
@@ -203,19 +215,20 @@ class Controller:
             masks=self._masks,
         )
 
-    def _apply(self, result: IterationResult, number: int) -> None:
-        """Updates the network and the masks after an iteration. Masks and losses are stored before the iteration's
-        event.
-        """
+    def _apply(self, result: IterationResult, number: int) -> dict[str, str]:
+        """The network, the masks and the candidates' losses after an iteration; what is stored is before its event,
+        which has the digests."""
         storage = self._parts.storage
+        digests: dict[str, str] = {}
         self._network, self._optimizer_state = result.network or self._network, {}
         if result.step is not None:
             self._network = self._after(self._network, result.step)
         if result.masks is not None:
-            save_masks(storage, number, result.masks)
+            digests |= save_masks(storage, number, result.masks, self._parts.attempt)
             self._masks = result.masks
         if result.ranking:
-            write_candidates(storage, number, result.ranking)
+            digests |= write_candidates(storage, number, result.ranking)
+        return digests
 
     def _train(self) -> PhaseResult:
         started = time.perf_counter()
@@ -244,7 +257,8 @@ class Controller:
         """The trainer. If the run distils, its teacher is the network from before the first prune."""
         trainer = self._parts.trainer()
         if self._config.train.distill and self.state.iteration and not self._has_teacher:
-            trainer.set_teacher(NetworkState(Plan.empty(), load_checkpoint(self._parts.storage, UNPRUNED).model))
+            teacher = load_checkpoint(self._parts.storage, UNPRUNED, self.state.digests)
+            trainer.set_teacher(NetworkState(Plan.empty(), teacher.model))
             self._has_teacher = True
         return trainer
 
@@ -252,8 +266,8 @@ class Controller:
         state, plan, parts = self.state, done.plan, self._parts
         self._network = NetworkState(self._network.plan, done.tensors)
         self._optimizer_state = done.optimizer_state
-        name = f"{state.epochs_trained:06d}"
-        save_checkpoint(parts.storage, name, model=done.tensors, optimizer_state=done.optimizer_state)
+        name = numbered_name(state.epochs_trained, parts.attempt)
+        digests = save_checkpoint(parts.storage, name, model=done.tensors, optimizer_state=done.optimizer_state)
         self._exclude(done.unreadable)
         self._record(
             EpochDone(
@@ -271,9 +285,10 @@ class Controller:
                 seconds=done.seconds,
                 test_seconds=done.test_seconds,
                 checkpoint=name,
+                digests=digests,
             )
         )
-        delete_checkpoints(parts.storage, keep=[name, UNPRUNED])
+        delete_checkpoints(parts.storage, keep=[name, UNPRUNED], attempt=parts.attempt)
 
     def _exclude(self, names: tuple[str, ...]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]

@@ -21,11 +21,9 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
-    """The first event. `config` is the whole config in plain form. `checkpoint` is the name of the initial weights.
-
-    `plan` is the plan of the pruned network that the run begins with; None: it begins with the unpruned one. `images`
-    identify both splits.
-    """
+    """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
+    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. Here as in other
+    events, `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -42,6 +40,7 @@ class RunStarted:
     images: Mapping[Literal["train", "test"], Mapping[str, Any]] = field(default_factory=dict)
     method: str | None = None
     plan: Mapping[str, Any] | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +86,7 @@ class EpochDone:
     test_seconds: float
     checkpoint: str
     metrics: Metrics | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,7 @@ class IterationDone:
     ends_pruning: bool | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from laasp_ray.config import RunConfig, TrainConfig
@@ -17,6 +17,7 @@ from laasp_ray.run.events import (
     RunStarted,
     TrainingPhaseDone,
 )
+from laasp_ray.store.checkpoint import unpruned_file
 from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 
@@ -35,8 +36,9 @@ def initial_state(config: RunConfig) -> RunState:
 def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
     """The state after an event. An event that does not affect the state is ignored."""
     match event:
-        case RunStarted():  # `plan` is set if this run begins with the pruned network of another run
-            return replace(state, checkpoint=event.checkpoint, plan=event.plan, checkpoint_plan=event.plan)
+        case RunStarted():  # `plan` is that of the run whose pruned network this one goes on with
+            state = replace(state, checkpoint=event.checkpoint, plan=event.plan, checkpoint_plan=event.plan)
+            return replace(state, digests=event.digests)
         case EpochDone():
             return replace(
                 state,
@@ -45,6 +47,7 @@ def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
                 steps=(),
                 phase_epochs_done=state.phase_epochs_done + 1,
                 epochs_trained=state.epochs_trained + 1,
+                digests=_replaced(state.digests, event.digests, "checkpoints/"),
             )
         case TrainingPhaseDone():
             following: Phase = "done" if state.phase == "final" else _after_training(state, config)
@@ -72,6 +75,12 @@ def fold(events: Iterable[Happening], config: RunConfig) -> RunState:
     return state
 
 
+def _replaced(known: Mapping[str, str], new: Mapping[str, str], folder: str) -> dict[str, str]:
+    """The digests after an event: those of `folder` are the event's, but for the unpruned network's, which stays."""
+    stays = {file: digest for file, digest in known.items() if not file.startswith(folder) or file == unpruned_file()}
+    return stays | {file: digest for file, digest in new.items() if not file.startswith("candidates/")}
+
+
 def _place_of(event: ImageExcluded) -> tuple[Place, ...]:
     if event.split is None or event.index is None or event.label is None:
         return ()
@@ -83,7 +92,8 @@ def _after_training(state: RunState, config: RunConfig) -> Phase:
 
 
 def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -> RunState:
-    state = replace(state, iteration=state.iteration + 1)
+    digests = _replaced(state.digests, event.digests, "masks/")
+    state = replace(state, iteration=state.iteration + 1, digests=digests)
     if event.step is not None:
         before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
         plan = before.then(Plan.from_json(event.step))

@@ -1,8 +1,13 @@
-"""Checkpoints of a run: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer_state/...`."""
+"""Weights on the way: `checkpoints/NAME.safetensors`, with the keys `model/...` and `optimizer_state/...`.
+
+A name carries the attempt that wrote it (store/ownership.py), so that none overwrites another's.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ comparisons.
 _FOLDER = "checkpoints"
 _SUFFIX = ".safetensors"
 _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
+_ATTEMPT = re.compile(r"^\d{6,}-a(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,33 @@ def save_checkpoint(
     model: Mapping[str, torch.Tensor | np.ndarray],
     optimizer_state: Mapping[str, torch.Tensor | np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a checkpoint, completely or not at all. Tensors may be on any device, views of each other, or
-    0-dimensional.
+) -> dict[str, str]:
+    """Writes a checkpoint, whole or not at all, and gives its file with the digest (sha256) of what is in it. Tensors
+    may be on any device, views of each other, or 0-dimensional.
 
     Raises StoreError if it cannot be written, TypeError for a value that is not a tensor or an array.
     """
     tensors = {_MODEL + key: value for key, value in model.items()}
     tensors.update({_OPTIMIZER_STATE + key: value for key, value in (optimizer_state or {}).items()})
-    storage.write(_file_name(name), pack_tensors(tensors, dict(metadata or {})))
+    packed = pack_tensors(tensors, dict(metadata or {}))
+    storage.write(_file_name(name), packed)
+    return {_file_name(name): digest_of(packed)}
+
+
+def numbered_name(number: int, attempt: int) -> str:
+    """The name of what `attempt` writes for an epoch or an iteration; the first attempt's is the bare number."""
+    return f"{number:06d}-a{attempt}" if attempt > 1 else f"{number:06d}"
 
 
 def has_checkpoint(storage: Storage, name: str) -> bool:
     return storage.exists(_file_name(name))
 
 
-def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
-    """Reads a checkpoint. Raises StoreError, naming it, if it does not exist or its file is damaged."""
+def load_checkpoint(storage: Storage, name: str, digests: Mapping[str, str] | None = None) -> Checkpoint:
+    """Raises StoreError if there is no such checkpoint or its file is damaged, naming it: also if the file is not what
+    `digests`, of the event that speaks of it, has under its name."""
     file = _file_name(name)
-    tensors, metadata = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
+    tensors, metadata = unpack_tensors(checked_digest(storage, file, digests), f"{file} in {storage.uri}")
     parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER_STATE: {}}
     for key, tensor in tensors.items():
         part, _, rest = key.partition("/")
@@ -70,13 +84,53 @@ def load_checkpoint(storage: Storage, name: str) -> Checkpoint:
     return Checkpoint(parts[_MODEL], parts[_OPTIMIZER_STATE], metadata)
 
 
-def delete_checkpoints(storage: Storage, keep: Collection[str]) -> None:
-    """Removes every checkpoint whose name is not in `keep`, and unfinished files of killed processes."""
+def delete_checkpoints(storage: Storage, keep: Collection[str], attempt: int | None = None) -> None:
+    """Removes every checkpoint whose name is not in `keep`, and what killed processes left half written.
+
+    Those of attempts after `attempt` stay: another driver has taken over and needs them.
+    """
     kept = {_file_name(name) for name in keep}
     for file in storage.list(f"{_FOLDER}/"):
-        if file.endswith(_SUFFIX) and file not in kept:
+        name = file.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX)
+        later = attempt is not None and attempt_of(name) > attempt
+        if file.endswith(_SUFFIX) and file not in kept and not later:
             storage.delete(file)
     storage.delete_leftovers(_FOLDER)
+
+
+def attempt_of(name: str) -> int:
+    """The attempt that wrote a file of this name (without its ending)."""
+    match = _ATTEMPT.search(name)
+    return int(match.group(1)) if match else 1
+
+
+def digest_of(content: bytes) -> str:
+    """What events say of a file, to find it changed."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_of_file(storage: Storage, file: str) -> dict[str, str]:
+    """A file of the store with its digest, as it is there."""
+    return {file: digest_of(storage.read(file))}
+
+
+def checked_digest(storage: Storage, file: str, digests: Mapping[str, str] | None) -> bytes:
+    """What is in the file. Raises StoreError if that is not what `digests` has under its name; runs that were begun
+    before events had digests have none."""
+    content = storage.read(file)
+    wanted = (digests or {}).get(file)
+    if wanted is not None and digest_of(content) != wanted:
+        raise StoreError(
+            f"{file} in {storage.uri} is damaged or was replaced: its sha256 is {digest_of(content)[:12]}, the journal "
+            f"says {wanted[:12]} ({len(content)} bytes are there); restore it from a copy, or start the run under "
+            "another name"
+        )
+    return content
+
+
+def unpruned_file() -> str:
+    """The file of `UNPRUNED`."""
+    return _file_name(UNPRUNED)
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: dict[str, str]) -> bytes:

@@ -1,13 +1,15 @@
 """A run's journal: one immutable JSON object per event. An event that is not in it counts as not happened.
 
-Only the driver writes it. `append` detects another driver that writes the same run. This module also stores an
-iteration's candidates with their losses, in one Parquet file per iteration: `candidates/NNNNNN.parquet`.
+The driver that owns the run alone writes it; `append` notices another. An event says which attempt wrote it: what an
+attempt wrote that had lost the run by then does not count. A last event that was cut off is passed over. Beside it, an
+iteration's candidates with their losses, as one Parquet file an iteration: `candidates/NNNNNN.parquet`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -17,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from laasp_ray.errors import StoreError
 from laasp_ray.records import Ranking, to_json
+from laasp_ray.store.checkpoint import digest_of
+from laasp_ray.store.ownership import Owner
 from laasp_ray.store.storage import Storage
 
 if TYPE_CHECKING:
     import pyarrow
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = "journal/"
 _FILE = re.compile(r"^journal/(\d{6,})-([a-z][a-z0-9_]*)\.json$")
@@ -35,13 +41,15 @@ REMEDY = "restore it from a copy or start the run under another name"
 class Event:
     """`sequence` counts from 1; `time` is seconds since 1970 on the driver's clock.
 
-    Non-finite floats in `data` are strings ('nan', 'inf', '-inf'), as `records.to_json` writes them.
+    Non-finite floats in `data` are strings ('nan', 'inf', '-inf'), as `records.to_json` writes them. `attempt` is that
+    of the driver that owned the run (store/ownership.py), 0 where none is told.
     """
 
     sequence: int
     name: str
     data: Mapping[str, Any]
     time: float
+    attempt: int = 0
 
 
 class _Data(dict[str, Any]):
@@ -56,18 +64,27 @@ class _Data(dict[str, Any]):
 class Journal:
     """The events of the run in `storage`, as `journal/NNNNNN-EVENT.json`.
 
-    The first call that reads the folder determines the last event. After that, every new event must come from this
-    object; otherwise `append` raises StoreError.
+    The first call that looks at the folder fixes what this journal takes to be the last event. From then on every
+    event must come from this object, or `append` raises. With an `owner` each event carries its attempt, and `append`
+    raises, too, once that one has lost the run.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, owner: Owner | None = None) -> None:
+        self._storage = storage if owner is None else storage.guarded(owner.ensure)
+        self._owner = owner
+        self._attempt = 0 if owner is None else owner.attempt
         self._written: int | None = None
+        self._torn: str | None = None
 
     @property
     def uri(self) -> str:
         """The run's address, for messages."""
         return self._storage.uri
+
+    @property
+    def owner(self) -> Owner | None:
+        """Who writes it, if that is told."""
+        return self._owner
 
     def append(self, name: str, data: Mapping[str, Any]) -> Event:
         """Writes the next event and returns it as a reader would see it.
@@ -76,35 +93,49 @@ class Journal:
         """
         if not _NAME.match(name):
             raise StoreError(f"{name!r} is no name of an event; use small letters, digits and '_'")
-        found = len(self._files())
-        if found != self._written:
-            raise self._other_driver(f"{found} events where this one left {self._written}")
-        sequence, now, values = found + 1, time.time(), to_json(data)
-        content = {"schema_version": JOURNAL_VERSION, "sequence": sequence, "name": name, "time": now, "data": values}
+        files = self._without_late(self._files())
+        if len(files) != self._written:
+            raise self._other_driver(f"{len(files)} events where this one left {self._written}")
+        if self._torn is not None:
+            logger.warning("%s in %s is removed: it was cut off", self._torn, self.uri)
+            self._storage.delete(self._torn)
+            self._torn = None
+        sequence, now, values = len(files) + 1, time.time(), to_json(data)
+        content: dict[str, Any] = {"schema_version": JOURNAL_VERSION, "sequence": sequence, "name": name, "time": now}
+        content |= {"attempt": self._attempt, "data": values} if self._attempt else {"data": values}
         file = _file_name(sequence, name)
         self._storage.write_new(file, json.dumps(content, separators=(",", ":"), allow_nan=False).encode())
-        rivals = [other for other in self._storage.list(f"{_FOLDER}{sequence:06d}-") if other != file]
+        others = self._storage.list(f"{_FOLDER}{sequence:06d}-")
+        rivals = self._without_late([other for other in others if other != file], after=0)
         if rivals:
             self._storage.delete(file)
             raise self._other_driver(f"{rivals[0]} appeared while this one wrote {file}, which was taken back")
+        if self._owner is not None:
+            self._owner.ensure()
         self._written = sequence
-        return Event(sequence, name, values, now)
+        return Event(sequence, name, values, now, self._attempt)
 
     def events(self) -> list[Event]:
-        """All events in order. Raises StoreError, naming the file, for a gap, a duplicate or an unreadable file."""
+        """All events in order, but for a last one that was cut off. Raises StoreError for a gap, a duplicate or an
+        unreadable file, naming it."""
         files = self._files()
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self._read, files))
 
     def last(self, name: str) -> Event | None:
-        """The latest event of that name, or None. Reads only one file."""
+        """The latest event of that name, or None; reads one or two files only."""
         files = [file for file in self._files() if file.endswith(f"-{name}.json")]
         return self._read(files[-1]) if files else None
+
+    def last_attempt(self) -> int:
+        """The attempt of the last event, 0 if there is none or it tells none."""
+        files = self._files()
+        return self._read(files[-1]).attempt if files else 0
 
     def _files(self) -> list[str]:
         # Names that start with a dot are not events: network filesystems and file managers create such files.
         visible = (file for file in self._storage.list(_FOLDER) if not file.rpartition("/")[2].startswith("."))
-        files = sorted(visible, key=_sequence_of)
+        files = self._of_the_owners(sorted(visible, key=_sequence_of))
         for expected, file in enumerate(files, 1):
             if _sequence_of(file) != expected:
                 trouble = "a number twice" if _sequence_of(file) < expected else "the one before is missing"
@@ -112,9 +143,62 @@ class Journal:
                     f"the journal of {self._storage.uri} is broken at {file}: {trouble} ({expected} "
                     "was due); restore the folder from a copy or start the run under another name"
                 )
+        if self._written is None and len(files) > 1 and self._is_cut_off(files[-1]):
+            self._torn = files[-1]
+            logger.warning(
+                "%s in %s is empty or cut off: it is passed over, the run stands at the event before",
+                self._torn,
+                self.uri,
+            )
+        files = [file for file in files if file != self._torn]
         if self._written is None:
             self._written = len(files)
         return files
+
+    def _of_the_owners(self, files: list[str]) -> list[str]:
+        """Of two events of one number those of the later attempt: the other's had lost the run by then."""
+        numbers = [_sequence_of(file) for file in files]
+        if len(set(numbers)) == len(numbers):
+            return files
+        kept: list[str] = []
+        for file in files:
+            if kept and _sequence_of(kept[-1]) == _sequence_of(file):
+                before, this = self._attempt_of(kept[-1]), self._attempt_of(file)
+                if before != this:
+                    kept[-1] = file if this > before else kept[-1]
+                    continue
+            kept.append(file)
+        return kept
+
+    def _without_late(self, files: list[str], after: int | None = None) -> list[str]:
+        """`files` without those, numbered beyond `after`, that an attempt wrote which had lost the run by then: the
+        owner removes them."""
+        beyond = (self._written or 0) if after is None else after
+        kept = []
+        for file in files:
+            late = self._attempt and _sequence_of(file) > beyond and 0 < self._attempt_of(file) < self._attempt
+            if not late:
+                kept.append(file)
+                continue
+            logger.warning("%s in %s is removed: its driver had lost the run to this one by then", file, self.uri)
+            self._storage.delete(file)
+        return kept
+
+    def _attempt_of(self, file: str) -> int:
+        try:
+            return self._read(file).attempt
+        except StoreError:
+            return 0
+
+    def _is_cut_off(self, file: str) -> bool:
+        """Whether it is no JSON at all, as a power cut or a full disk leaves it."""
+        try:
+            json.loads(self._storage.read(file))
+        except ValueError:
+            return True
+        except RecursionError:
+            return False
+        return False
 
     def _read(self, file: str) -> Event:
         content = self._storage.read_json(file, REMEDY)
@@ -123,7 +207,8 @@ class Journal:
             version = content["schema_version"]
             data = _Data(content["data"].items())
             data.place = place
-            event = Event(int(content["sequence"]), str(content["name"]), data, float(content["time"]))
+            attempt = int(content.get("attempt", 0))
+            event = Event(int(content["sequence"]), str(content["name"]), data, float(content["time"]), attempt)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{place} is no event of a journal ({error!r}); {REMEDY}") from error
         if version != JOURNAL_VERSION:
@@ -174,11 +259,9 @@ def _sequence_of(file: str) -> int:
     return int(match.group(1))
 
 
-def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> None:
-    """Writes the ranking of `iteration`, one row for each candidate, lowest loss first.
-
-    If the iteration is measured again, its file is replaced.
-    """
+def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> dict[str, str]:
+    """Writes the ranking of `iteration`, a row a candidate, least loss first; an iteration measured anew replaces its
+    file. Gives the file with its digest."""
     import pyarrow
     from pyarrow import parquet
 
@@ -202,6 +285,7 @@ def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> None
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_candidates_schema()), buffer)
     storage.write(_candidates_file(iteration), buffer.getvalue())
+    return {_candidates_file(iteration): digest_of(buffer.getvalue())}
 
 
 def _candidates_schema() -> pyarrow.Schema:

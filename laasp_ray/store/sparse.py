@@ -9,15 +9,19 @@ import torch
 
 from laasp_ray.errors import ArtifactError, PruningError
 from laasp_ray.pruning.sparsity.groups import unpack_mask
-from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
+from laasp_ray.store.checkpoint import checked_digest, digest_of, numbered_name, pack_tensors, unpack_tensors
 from laasp_ray.store.storage import Storage
 
-_PLACES = "places/"
+_PLACES, _MASKS = "places/", "masks/"
 
 
-def save_masks(storage: Storage, stage: int, masks: Mapping[str, bytes]) -> None:
-    """Writes a stage's packed masks as `masks/NNNNNN.safetensors`. If the stage is repeated, its file is replaced."""
-    storage.write(_masks_file(stage), pack_tensors({name: _as_tensor(mask) for name, mask in masks.items()}, {}))
+def save_masks(storage: Storage, stage: int, masks: Mapping[str, bytes], attempt: int = 1) -> dict[str, str]:
+    """Writes a stage's packed masks as `masks/NNNNNN.safetensors`, and gives the file with its digest. A stage that is
+    made anew replaces its file, that of a later attempt has a name of its own."""
+    packed = pack_tensors({name: _as_tensor(mask) for name, mask in masks.items()}, {})
+    file = _masks_file(stage, attempt)
+    storage.write(file, packed)
+    return {file: digest_of(packed)}
 
 
 def has_masks(storage: Storage, iteration: int) -> bool:
@@ -25,11 +29,17 @@ def has_masks(storage: Storage, iteration: int) -> bool:
     return iteration > 0 and storage.exists(_masks_file(iteration))
 
 
-def load_masks(storage: Storage, stage: int) -> dict[str, bytes]:
-    """Reads a stage's packed masks. Raises StoreError if there are none or their file is damaged."""
-    file = _masks_file(stage)
-    tensors, _ = unpack_tensors(storage.read(file), f"{file} in {storage.uri}")
+def load_masks(storage: Storage, stage: int, digests: Mapping[str, str] | None = None) -> dict[str, bytes]:
+    """The masks of a stage, from the file that `digests`, of its event, names, if it names one. Raises StoreError if
+    there are none or their file is damaged."""
+    file = masks_file_of(digests or {}) or _masks_file(stage)
+    tensors, _ = unpack_tensors(checked_digest(storage, file, digests), f"{file} in {storage.uri}")
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def masks_file_of(digests: Mapping[str, str]) -> str | None:
+    """The file of masks among those that an event names."""
+    return next((file for file in digests if file.startswith(_MASKS)), None)
 
 
 def compact(state: Mapping[str, torch.Tensor], masks: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
@@ -81,5 +91,5 @@ def _as_tensor(packed: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(packed, np.uint8).copy())
 
 
-def _masks_file(stage: int) -> str:
-    return f"masks/{stage:06d}.safetensors"
+def _masks_file(stage: int, attempt: int = 1) -> str:
+    return f"{_MASKS}{numbered_name(stage, attempt)}.safetensors"

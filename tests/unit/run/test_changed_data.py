@@ -87,28 +87,25 @@ def test_a_lost_config_does_not_admit_another(tmp_path, pictures, monkeypatch, c
     assert "config.json is not what the run was started with: it is written anew" in caplog.text
 
 
-def test_of_two_drivers_at_once_the_second_leaves_nothing_that_counts(tmp_path, pictures, monkeypatch):
-    first, second = (tiny(tmp_path / "runs", pictures, seed=seed) for seed in (0, 1))
+def test_of_two_drivers_at_once_the_second_is_refused_and_leaves_nothing(tmp_path, pictures, monkeypatch):
+    first, second = (tiny(tmp_path / "runs", pictures, seed=seed) for seed in (1, 0))
     begin = api._start
-    started = []
+    refused = []
 
     def late(prepared, storage, journal, method):
-        journal.events()  # it has seen that there are none
-        if not started:
-            started.append(True)
-            with power_cut(monkeypatch, 1):
-                run(first)
+        if not refused:
+            refused.append(True)
+            with pytest.raises(StoreError, match=r"another driver has the run in .* and it lives: stop that one first"):
+                run(second)
         begin(prepared, storage, journal, method)
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "_start", late)
-        with pytest.raises(StoreError, match="another driver writes the run"):
-            run(second)
+        result = run(first).model.state_dict()
     folder = tmp_path / "runs" / "small"
-    (start,) = events_of(first)
-    assert start.data["config"]["seed"] == json.loads((folder / "config.json").read_text())["seed"] == 0
-    alone = run(tiny(tmp_path / "alone", pictures)).model.state_dict()
-    result = run(first).model.state_dict()
+    start = events_of(first)[0]
+    assert start.data["config"]["seed"] == json.loads((folder / "config.json").read_text())["seed"] == 1
+    alone = run(tiny(tmp_path / "alone", pictures, seed=1)).model.state_dict()
     assert all(torch.equal(tensor, result[name]) for name, tensor in alone.items())
 
 

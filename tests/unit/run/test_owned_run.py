@@ -1,0 +1,115 @@
+"""Whole runs and what they stand on: digests, attempts, a full disk, a store that fails TensorBoard."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from helpers import write_pictures
+from whole_runs import Silent, events_of, on_pictures, power_cut
+
+from laasp_ray import prune
+from laasp_ray.errors import StoreError
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("images"), side=8, train=12, test=6)
+
+
+def run(config):
+    return prune(config, distributed=False, progress=Silent())
+
+
+def cut_after_an_epoch(config, monkeypatch):
+    with power_cut(monkeypatch, 2):
+        run(config)
+    return Storage.open(config.storage).child(config.name)
+
+
+def test_events_tell_the_digests_and_a_checkpoint_that_changed_is_named(tmp_path, pictures, monkeypatch):
+    config = on_pictures(tmp_path, pictures)
+    storage = cut_after_an_epoch(config, monkeypatch)
+    event = events_of(config)[-1]
+    (file,) = event.data["digests"]
+    assert event.name == "epoch" and event.attempt == 1 and file == "checkpoints/000000.safetensors"
+    whole = storage.read(file)
+    for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1])):
+        storage.write(file, damaged)
+        with pytest.raises(StoreError, match=rf"{file} in .* is damaged or was replaced: .*; restore it from a copy"):
+            run(config)
+    storage.delete(file)
+    with pytest.raises(StoreError, match=rf"cannot read {file} .*does not exist"):
+        run(config)
+    storage.write(file, whole)
+    run(config)
+    attempts = [event.attempt for event in events_of(config)]
+    assert attempts[:2] == [1, 1] and attempts == sorted(attempts) and attempts[-1] > 1
+    names = {name for event in events_of(config) for name in event.data.get("digests", {})}
+    assert any(name.endswith(f"-a{attempts[-1]}.safetensors") for name in names)
+    assert {"checkpoints/unpruned.safetensors", "candidates/000001.parquet"} <= names
+    assert len(storage.list("checkpoints/")) == 2
+
+
+def test_a_run_of_before_digests_and_attempts_goes_on(tmp_path, pictures, monkeypatch):
+    config = on_pictures(tmp_path, pictures)
+    storage = cut_after_an_epoch(config, monkeypatch)
+    for name in storage.list("journal/"):
+        content = json.loads(storage.read(name))
+        del content["attempt"], content["data"]["digests"]
+        storage.write(name, json.dumps(content).encode())
+    for name in storage.list("owner/"):
+        storage.delete(name)
+    run(config)
+    assert events_of(config)[-1].name == "finish"
+
+
+def test_a_last_event_that_was_cut_off_is_done_again(tmp_path, pictures, monkeypatch):
+    reference = on_pictures(tmp_path / "reference", pictures)
+    result = run(reference)
+    config = on_pictures(tmp_path / "cut", pictures)
+    with power_cut(monkeypatch, 5):
+        run(config)
+    storage = Storage.open(config.storage).child(config.name)
+    storage.write(storage.list("journal/")[-1], b"")
+    again = run(config)
+    assert [event.name for event in events_of(config)] == [event.name for event in events_of(reference)]
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_tensorboard_never_ends_a_run(tmp_path, pictures, caplog):
+    config = on_pictures(tmp_path, pictures)
+    folder = tmp_path / config.name
+    folder.mkdir()
+    (folder / "tensorboard").write_text("in the way")
+    run(config)
+    assert events_of(config)[-1].name == "finish" and "TensorBoard's files could not be written" in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_ends_a_run_that_goes_on_after_room_is_made(small_disk, pictures):
+    config = on_pictures(small_disk, pictures)
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(b"0" * (free - 1_800_000))  # room for the first weights, not for all that follows
+    with pytest.raises(StoreError, match=r"cannot write .*: it is full .*make room there, then the same command goes"):
+        run(config)
+    done = len(events_of(config))
+    assert not [name for name in os.listdir(small_disk / config.name / "checkpoints") if name.endswith(".tmp")]
+    ballast.unlink()
+    run(config)
+    assert done >= 1 and Journal(Storage.open(config.storage).child(config.name)).events()[-1].name == "finish"
