@@ -54,8 +54,11 @@ def iterations(config):
 
 
 def state_of(config):
+    return fold(read_events_of(config), config)
+
+
+def without_names(state):
     """But for the names of files, which tell the attempt that wrote them; what is in them must be the same."""
-    state = fold(read_events_of(config), config)
     return dataclasses.replace(state, checkpoint="", digests={}), sorted(state.digests.values())
 
 
@@ -124,7 +127,7 @@ def test_it_comes_to_the_same_when_it_was_cut_off(with_all, tmp_path, pictures, 
     assert [iteration["decision"] for iteration in iterations(config)] == [
         iteration["decision"] for iteration in iterations(reference)
     ]
-    assert state_of(config) == state_of(reference)
+    assert without_names(state_of(config)) == without_names(state_of(reference))
     assert state_of(config).reached["parameters"] == iterations(reference)[-1]["reached"]["parameters"]
     ours, theirs = again.model.state_dict(), result.model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
