@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 import torch
+from fakes import Silent
 from helpers import write_pictures
-from whole_runs import Silent, events_of, on_pictures, power_cut
+from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import prune
 from laasp_ray.errors import StoreError
