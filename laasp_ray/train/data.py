@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -17,7 +17,8 @@ from laasp_ray.records import Place
 class EvaluationData:
     """The images `test` for rank `rank` of `world`, on `device`.
 
-    `batch_size` is the global batch; `share` is the largest part of it that a rank gets.
+    `batch_size` is the global batch. In training it is cut into `parts` (by default one for each rank); `own_parts` are
+    this rank's, and `share` is the number of images in the largest part.
     """
 
     def __init__(
@@ -30,14 +31,20 @@ class EvaluationData:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        parts: int | None = None,
         excluded: Collection[str] = (),
     ) -> None:
         self.device, self.rank, self.world = device, rank, world
-        self.share = -(-batch_size // world)
+        self.parts = parts or world
+        self.share = -(-batch_size // self.parts)
         self._config, self._seed, self._excluded = config, seed, excluded
         self._unreadable: list[str] = []
         self.test_images = len(test)
         self.test_loader = self._loader(test, training=False)
+
+    @property
+    def own_parts(self) -> Sequence[int]:
+        return range(self.rank, self.parts, self.world)
 
     def take_unreadable(self) -> tuple[str, ...]:
         """The images found unreadable since the last call."""
@@ -73,6 +80,7 @@ class PhaseData(EvaluationData):
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        parts: int | None = None,
         excluded: Collection[str] = (),
         places: Collection[Place] = (),
     ) -> None:
@@ -86,6 +94,7 @@ class PhaseData(EvaluationData):
             device=device,
             rank=rank,
             world=world,
+            parts=parts,
             excluded=excluded,
         )
         self.train_images = len(train)

@@ -29,5 +29,6 @@ def distributed(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> 
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # the ranks agree on them once an epoch (train/loop.py)
         find_unused_parameters=any(everyone),
     )

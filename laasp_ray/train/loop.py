@@ -8,9 +8,10 @@ result as one that was not interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,15 +19,15 @@ from torch.nn import functional
 
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.loaders.reading import Batch
-from laasp_ray.data.ordering import derive_seed, epoch_batches, eval_batches, rank_share
+from laasp_ray.data.ordering import epoch_batches, eval_batches, rank_share
 from laasp_ray.errors import TrainingError
 from laasp_ray.models.format import in_format_of
 from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.data import EvaluationData, PhaseData
 from laasp_ray.train.ema import MovingAverage
-from laasp_ray.train.loss import training_loss
 from laasp_ray.train.mask_enforcement import MaskEnforcer
+from laasp_ray.train.step import EpochSums, PartDraws, Setup, take_step
 
 _MOMENTUM, _WEIGHTS = "momentum/", "weights/"
 _TESTED_PHASES = ("train", "final")
@@ -95,21 +96,6 @@ class PhaseResult:
     loader: str
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """The objects that all epochs of a training phase use. `wrapped` is `model`, made distributed."""
-
-    model: nn.Module
-    wrapped: nn.Module
-    optimizer: torch.optim.SGD
-    mask_enforcer: MaskEnforcer
-    average: MovingAverage | None
-    teacher: nn.Module | None
-    data: PhaseData
-    config: TrainConfig
-    seed: int
-
-
 def run_training_phase(
     model: nn.Module,
     optimizer_state: Mapping[str, torch.Tensor],
@@ -120,12 +106,14 @@ def run_training_phase(
     seed: int,
     teacher: nn.Module | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochResult | PhaseResult]:
     """Trains `model`, which is on `data.device`, in place. `optimizer_state` is that of the previous epoch; empty: a
     new one.
 
-    `teacher`, on the same device, is imitated as `config.distill` says. `wrap` makes the network distributed. Raises
-    TrainingError, naming the epoch, if the loss or the weights are not finite.
+    `teacher`, on the same device, is imitated as `config.distill` says. `wrap` makes the network distributed.
+    `heartbeat` is called at least twice a step. Raises TrainingError, naming the epoch, if the loss or the weights are
+    not finite.
     """
     if data.device.type == "cuda":
         # A resumed run must give the same result as an uninterrupted one.
@@ -146,14 +134,14 @@ def run_training_phase(
         wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
         if teacher is not None:
             teacher.eval()
-        setup = _Setup(model, wrapped, optimizer, mask_enforcer, average, teacher, data, config, seed)
+        setup = Setup(model, wrapped, optimizer, mask_enforcer, average, teacher, data, config, seed, heartbeat)
         for position, plan in enumerate(remaining, training_phase.done):
             done = _train_epoch(setup, position, plan)
             yield _test_epoch(setup, done) if _is_tested(training_phase, position, config) else done
         if average is not None:
             model.load_state_dict(average.tensors)
     started = time.perf_counter()
-    metrics = evaluate(model, data)
+    metrics = evaluate(model, data, heartbeat)
     yield PhaseResult(metrics, time.perf_counter() - started, data.take_unreadable(), data.test_loader.name)
 
 
@@ -186,24 +174,20 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
     return optimizer
 
 
-def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochResult:
+def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
     started = time.perf_counter()
     data, config, seed = setup.data, setup.config, setup.seed
-    torch.manual_seed(derive_seed(seed, f"dropout, epoch {plan.data_epoch}, rank {data.rank}"))
+    draws = PartDraws.of_epoch(setup, plan.data_epoch)
     for group in setup.optimizer.param_groups:
         group["lr"] = plan.learning_rate
     setup.model.train()
     batches = epoch_batches(data.train_images, batch_size=config.batch_size, seed=seed, epoch=plan.data_epoch)
-    sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, correct, images
-    shares = [rank_share(batch, data.rank, data.world) for batch in batches]
-    loaded = data.train_loader.epoch(shares, plan.data_epoch)
-    first = position * len(batches) + 1
-    for number, (share, images) in enumerate(zip(shares, map(len, batches), strict=True), first):
-        batch = next(loaded, None)  # a batch without readable images is skipped
-        if batch is None or not set(batch.indices.tolist()) <= set(share.tolist()):
-            raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
-        sums += _step(setup, batch, images, number)
-    _reduce(sums)
+    totals = EpochSums(torch.zeros(2, dtype=torch.float64, device=data.device))
+    shares = [rank_share(batch, part, data.parts) for batch in batches for part in data.own_parts]
+    loaded = _checked(data.train_loader.epoch(shares, plan.data_epoch), shares, plan)
+    for number, images in enumerate(map(len, batches), position * len(batches) + 1):
+        take_step(setup, loaded, images, number, draws, totals)
+    sums = totals.reduced(_reduce)
     _agree_on_buffers(setup)
     average = setup.average
     tensors = _on_cpu(setup.model.state_dict() if average is None else average.tensors)
@@ -221,51 +205,32 @@ def _train_epoch(setup: _Setup, position: int, plan: EpochPlan) -> EpochResult:
     )
 
 
-def _test_epoch(setup: _Setup, done: EpochResult) -> EpochResult:
+def _checked(loaded: Iterator[Batch], shares: Sequence[np.ndarray], plan: EpochPlan) -> Iterator[Batch]:
+    """The loaded batches. Raises TrainingError if the images of `shares` are not theirs."""
+    for share in shares:
+        batch = next(loaded, None)  # a batch without readable images is skipped
+        if batch is None or not set(batch.indices.tolist()) <= set(share.tolist()):
+            raise TrainingError(f"epoch {plan.epoch}: not one image of a batch of {len(share)} could be read")
+        yield batch
+
+
+def _test_epoch(setup: Setup, done: EpochResult) -> EpochResult:
     """Adds the metrics of the epoch's tensors to `done`. The network keeps its weights, and is left in eval mode."""
     started = time.perf_counter()
     model, average = setup.model, setup.average
     if average is None:
-        metrics = evaluate(model, setup.data)
+        metrics = evaluate(model, setup.data, setup.heartbeat)
     else:
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.load_state_dict(average.tensors)
-        metrics = evaluate(model, setup.data)
+        metrics = evaluate(model, setup.data, setup.heartbeat)
         model.load_state_dict(own)
     seconds = time.perf_counter() - started
     unreadable = (*done.unreadable, *setup.data.take_unreadable())
     return replace(done, metrics=metrics, test_seconds=seconds, unreadable=unreadable)
 
 
-def _step(setup: _Setup, batch: Batch, images: int, number: int) -> torch.Tensor:
-    """Optimizer step number `number` of the training phase, on this rank's share of a batch of `images`.
-
-    Returns the sums of loss, correct images and images.
-    """
-    data = setup.data
-    pictures = in_format_of(setup.wrapped, batch.images)
-    with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
-        output = setup.wrapped(pictures)
-        teacher_logits = _logits_of(setup.teacher, pictures)
-    losses = training_loss(output.float(), batch.labels, setup.config, teacher_logits)
-    setup.optimizer.zero_grad(set_to_none=True)
-    # DDP averages over ranks. This factor makes it the mean over the global batch for any share of a rank.
-    (losses * (data.world / images)).backward()
-    setup.optimizer.step()
-    setup.mask_enforcer.apply()
-    if setup.average is not None:
-        setup.average.update(number)
-    correct = (output.detach().argmax(1) == batch.labels).sum()
-    seen = torch.tensor(len(batch.labels), device=data.device)
-    return torch.stack([losses.detach().double(), correct.double(), seen.double()])
-
-
-@torch.no_grad()
-def _logits_of(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
-    return None if teacher is None else teacher(images).float()
-
-
-def _optimizer_state(setup: _Setup) -> dict[str, torch.Tensor]:
+def _optimizer_state(setup: Setup) -> dict[str, torch.Tensor]:
     state = setup.optimizer.state
     optimizer_state = {
         _MOMENTUM + name: state[parameter]["momentum_buffer"]
@@ -282,7 +247,7 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
+def evaluate(model: nn.Module, data: EvaluationData, heartbeat: Callable[[], None] = lambda: None) -> Metrics:
     """Loss, top-1 and top-5 on the test images, in float32. Each image counts once over all ranks. top-1 and top-5 are
     in 0..1.
     """
@@ -295,6 +260,7 @@ def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
         summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
         counts = torch.stack([best[:, :1].sum(), best.sum(), torch.tensor(len(output), device=data.device)])
         sums += torch.cat([summed[None], counts.double()])
+        heartbeat()
     _reduce(sums)
     images = int(sums[3])
     if images == 0:
@@ -303,7 +269,7 @@ def evaluate(model: nn.Module, data: EvaluationData) -> Metrics:
     return Metrics(loss=loss, top1=top1, top5=top5, images=images)
 
 
-def _agree_on_buffers(setup: _Setup) -> None:
+def _agree_on_buffers(setup: Setup) -> None:
     """Copies rank 0's BatchNorm statistics to all ranks: DDP does so before a training step, but not after the last.
 
     The averages of these statistics differ between ranks, too. The averages of the weights are equal, as the weights

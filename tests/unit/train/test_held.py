@@ -22,7 +22,7 @@ class Pictures:
     """What `run_training_phase` needs of a PhaseData: twelve random pictures of 8 x 8 pixels, of three classes."""
 
     device = torch.device("cpu")
-    rank, world, share, train_images, test_images = 0, 1, 4, 12, 12
+    rank, world, parts, own_parts, share, train_images, test_images = 0, 1, 1, (0,), 4, 12, 12
 
     class Loader:
         name = "in memory"

@@ -141,8 +141,10 @@ def folder_config(root, loader="torchvision"):
     return DataConfig(path=str(root), format="folder", image_size=8, eval_resize=8, threads=1, loader=loader)
 
 
-def opened(config, rank=0, world=1, excluded=(), batch_size=8):
-    return PhaseData(config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, excluded=excluded)
+def opened(config, rank=0, world=1, excluded=(), batch_size=8, parts=None):
+    return PhaseData(
+        config, batch_size=batch_size, seed=3, device=CPU, rank=rank, world=world, parts=parts, excluded=excluded
+    )
 
 
 def small_network(*more):
@@ -184,8 +186,8 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
-def run_alone(where, what, model, **options):
-    data = opened(where, excluded=what.excluded)
+def run_alone(where, what, model, parts=None, **options):
+    data = opened(where, excluded=what.excluded, parts=parts)
     try:
         return train(model, data, what, **options)
     finally:
@@ -198,7 +200,7 @@ def one_of_two(rank, root, out):
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=200)
     )
-    data = opened(folder_config(root), rank, 2)
+    data, in_three = opened(folder_config(root), rank, 2), opened(folder_config(root), rank, 2, parts=3)
 
     def result(model, what, **options):
         return train(model, data, what, wrap=nn.parallel.DistributedDataParallel, **options)
@@ -216,10 +218,18 @@ def one_of_two(rank, root, out):
                 training_phase(0.1, 0.05),
                 wrap=lambda model: distributed(model, (3, 8, 8), CONFIG),
             ),
+            "three parts": train(
+                with_batchnorm(),
+                in_three,
+                training_phase(0.1, 0.05),
+                config=OPTIONS,
+                wrap=lambda model: distributed(model, (3, 8, 8), OPTIONS),
+            ),
         }
         torch.save(results, f"{out}/{rank}.pt")
     finally:
         data.close()
+        in_three.close()
         dist.destroy_process_group()
 
 
@@ -291,6 +301,51 @@ def test_two_ranks_agree_on_batchnorms_statistics(folder, ranks, kind):
     _, alone = run_alone(folder_config(folder), training_phase(), saved)
     assert alone.metrics.loss == pytest.approx(measured.metrics.loss, rel=1e-6)
     assert alone.metrics.top1 == measured.metrics.top1
+
+
+@pytest.mark.parametrize(("kind", "parts", "config"), [("batchnorm", 2, CONFIG), ("three parts", 3, OPTIONS)])
+def test_parts_decide_what_is_trained_and_not_the_number_of_ranks(folder, ranks, kind, parts, config):
+    """BatchNorm sees the same images together, and dropout draws the same, on two ranks and on one."""
+    phase = training_phase(0.1) if parts == 2 else training_phase(0.1, 0.05)
+    epochs, done = run_alone(folder_config(folder), phase, with_batchnorm(), parts=parts, config=config)
+    theirs, their_done = ranks[0][kind]
+    for one, other in zip(theirs, epochs, strict=True):
+        for name, tensor in other.tensors.items():
+            torch.testing.assert_close(one.tensors[name], tensor, rtol=0, atol=1e-6)
+        assert (one.images, one.top1) == (other.images, other.top1)
+        assert one.loss == pytest.approx(other.loss, abs=1e-6)
+    assert their_done.metrics.loss == pytest.approx(done.metrics.loss, abs=1e-6)
+    whole, _ = run_alone(folder_config(folder), phase, with_batchnorm(), config=config)
+    assert not torch.allclose(whole[-1].tensors["1.running_mean"], epochs[-1].tensors["1.running_mean"], atol=1e-4)
+    assert not torch.allclose(whole[-1].tensors["0.weight"], epochs[-1].tensors["0.weight"], atol=1e-4)
+
+
+def test_a_part_is_a_batch_of_its_own_whose_gradients_are_added():
+    """Of four images in two parts each part's BatchNorm subtracts its own mean; with one part it is that of all."""
+    images, labels = [[0.0], [2.0], [10.0], [14.0]], [0, 1, 0, 1]
+    seen = []
+
+    class Seeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(1, affine=False, momentum=0.5), nn.Linear(1, 2)
+
+        def forward(self, x):
+            if self.training:
+                seen.append(sorted(x[:, 0].tolist()))
+            return self.linear(self.norm(x))
+
+    means = {}
+    for parts in (1, 2):
+        data = FakeData(images, labels)
+        data.parts, data.own_parts = parts, tuple(range(parts))
+        (epoch,), _ = train(Seeing(), data, training_phase(0.1), config=dataclasses.replace(PLAIN, batch_size=4))
+        means[parts] = float(epoch.tensors["norm.running_mean"])
+        assert int(epoch.tensors["norm.num_batches_tracked"]) == 1 and epoch.images == 4
+    whole, first, second = seen
+    assert whole == [0.0, 2.0, 10.0, 14.0] and sorted([*first, *second]) == whole
+    assert means[1] == pytest.approx(0.5 * 26 / 4)
+    assert means[2] == pytest.approx(0.5 * sum(first) / 2)  # part 0's alone
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

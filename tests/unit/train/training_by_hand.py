@@ -32,7 +32,7 @@ class FakeData:
 
     def __init__(self, images, labels, rank=0, world=1):
         self.images, self.labels = torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.parts, self.own_parts = rank, world, world, (rank,)
         self.train_images = self.test_images = len(labels)
         self.train_loader = self.test_loader = InMemory(self.images, self.labels)
         self.share = -(-len(labels) // 2)
