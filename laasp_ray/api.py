@@ -165,8 +165,8 @@ def _copied(model: nn.Module) -> nn.Module:
 def _run_here(
     prepared: Prepared, storage: Storage, journal: Journal, progress: Observer, method: PruningMethod[Any] | None
 ) -> nn.Module:
-    config = prepared.config
-    check_workers(config, len(prepared.train), 1)
+    config, parts = prepared.config, _batch_parts(journal) or 1
+    check_workers(config, len(prepared.train), parts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
@@ -184,8 +184,9 @@ def _run_here(
         journal,
         progress,
         method,
-        lambda: InProcessTrainer(prepared.unpruned, config, device),
+        lambda: InProcessTrainer(prepared.unpruned, config, device, parts),
         executor,
+        parts,
     )
 
 
@@ -203,7 +204,7 @@ def _run_on_ray(
 
     config = prepared.config
     with cluster.connected(address) as resources, tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch:
-        share = cluster.plan_resources(resources, config.cluster)
+        share = cluster.plan_resources(resources, config.cluster, _batch_parts(journal))
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
 
@@ -223,6 +224,7 @@ def _run_on_ray(
             method,
             lambda: RayTrainer(network, config, share, scratch),
             executor,
+            share.workers,
         )
 
 
@@ -234,13 +236,14 @@ def _control(
     method: PruningMethod[Any] | None,
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[CalibrationImages, Callable[[], Trainer]], Executor],
+    parts: int,
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and runs the controller from that state."""
     config, owner = prepared.config, journal.owner
     assert owner is not None
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
-        _start(prepared, storage, journal, method)
+        _start(prepared, storage, journal, method, parts)
     if config.prune.begins_with is not None:
         _keep_unpruned(config.prune.begins_with, storage)
     made: dict[str, Any] = {}
@@ -257,7 +260,7 @@ def _control(
 
     made["scalars"] = scalars = ScalarWriter(storage)
     try:
-        parts = RunServices(
+        services = RunServices(
             trainer,
             executor,
             method or method_of(config),
@@ -270,7 +273,7 @@ def _control(
         state = folded(journal, config)
         if resumed:
             progress.on_event(RunResumed(), state)
-        return Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, parts).run()
+        return Controller(config, prepared.unpruned, prepared.example_input, prepared.baseline, state, services).run()
     finally:
         owner.release()  # first: whoever is being stopped may have seconds only
         _close(reversed(made.values()))
@@ -302,7 +305,15 @@ def _name_of(method: PruningMethod[Any] | None) -> str | None:
     return f"{type(method).__module__}.{type(method).__qualname__}"
 
 
-def _start(prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None) -> None:
+def _batch_parts(journal: Journal) -> int | None:
+    """The parts of a global batch as the run began. They decide what BatchNorm sees together, so they stay."""
+    start = started(journal)
+    return None if start is None else start.batch_parts
+
+
+def _start(
+    prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None, parts: int
+) -> None:
     """Stores the initial weights, writes the journal's first event, then config.json.
 
     The weights are stored so that a resumed run does not depend on their source file. Their name is unique and
@@ -329,6 +340,7 @@ def _start(prepared: Prepared, storage: Storage, journal: Journal, method: Pruni
         images={"train": identify(prepared.train), "test": identify(prepared.test)},
         checkpoint=initial,
         plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
+        batch_parts=parts,
         digests=digests,
     )
     journal.append(event.NAME, data_of(event))

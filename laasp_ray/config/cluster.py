@@ -12,12 +12,16 @@ from laasp_ray.config.fields import Doc, check
 class ClusterConfig:
     """The part of the cluster that a run uses. These settings may change when a run is resumed.
 
-    The number of workers decides which images share a batch in BatchNorm, so another number may change later decisions.
+    The number of workers at the run's start is the number of parts of a global batch, which decides which images share
+    a batch in BatchNorm. It stays; while the cluster has room for fewer workers, each takes several parts.
     One trainer and one evaluation task share each GPU. A trainer takes more than half of it, so two trainers never
     share one.
     """
 
-    workers: Annotated[int, Doc("Ray Train workers; 0: one per GPU, or without GPUs two, if there are two CPUs")] = 0
+    workers: Annotated[
+        int,
+        Doc("Ray Train workers, fixed when a run begins; 0: one per GPU, or without GPUs two, if there are two CPUs"),
+    ] = 0
     trainer_gpu_share: Annotated[float, Doc("what a trainer takes of a GPU, above one half and below 1")] = 0.6
     task_gpu_share: Annotated[float, Doc("what an evaluation task takes of a GPU, at most 1 - trainer_gpu_share")] = 0.4
     worker_failures: Annotated[int, Doc("times that the trainers may be lost without an epoch finished in between")] = 3

@@ -33,7 +33,10 @@ LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """The resources that a run uses, in Ray's terms, per worker or task."""
+    """The resources that a run uses, in Ray's terms, per worker or task.
+
+    `workers` is the number of trainers that the run wants. It has fewer while there is less room.
+    """
 
     workers: int
     gpus: int
@@ -41,10 +44,13 @@ class ResourcePlan:
     task_options: Mapping[str, Any]
 
 
-def plan_resources(resources: Mapping[str, float], config: ClusterConfig) -> ResourcePlan:
+def plan_resources(
+    resources: Mapping[str, float], config: ClusterConfig, batch_parts: int | None = None
+) -> ResourcePlan:
     """Plans a run's resources. `resources` are the cluster's totals ('CPU', 'GPU').
 
-    Raises ConfigError for more workers than the cluster can hold.
+    A run that is resumed has the `batch_parts` of its start, and wants as many workers. Raises ConfigError if a new run
+    asks for more workers than the cluster can hold.
     """
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     room = gpus or cpus
@@ -52,20 +58,20 @@ def plan_resources(resources: Mapping[str, float], config: ClusterConfig) -> Res
         raise ConfigError(
             "the Ray cluster has no CPU and no GPU: start it with some, e.g. ray start --head --num-cpus=2"
         )
-    if config.workers > room:
+    if config.workers > room and batch_parts is None:
         kind = "GPUs, one for each worker" if gpus else "CPUs and no GPU, one for each worker"
         raise ConfigError(
             f"cluster.workers is {config.workers}, but the cluster has {room} {kind}: ask for at most {room}"
         )
     if gpus:
         return ResourcePlan(
-            workers=config.workers or gpus,
+            workers=batch_parts or config.workers or gpus,
             gpus=gpus,
             trainer_resources={"CPU": TRAINER_CPUS, "GPU": config.trainer_gpu_share},
             task_options={"num_cpus": TRAINER_CPUS, "num_gpus": config.task_gpu_share},
         )
     return ResourcePlan(
-        workers=config.workers or min(2, cpus),
+        workers=batch_parts or config.workers or min(2, cpus),
         gpus=0,
         trainer_resources={"CPU": TRAINER_CPUS},
         task_options={"num_cpus": TASK_CPUS},

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from laasp_ray.distributed.cluster import ResourcePlan
-from laasp_ray.distributed.search_worker import Place, SearchWorker, kill_process
+from laasp_ray.distributed.places import Place, kill_at
+from laasp_ray.distributed.search_worker import SearchWorker
 from laasp_ray.errors import MemoryShortError, SearchError
 
 JOB_RETRIES = 5
@@ -316,9 +316,7 @@ class SearchWorkers:
             _, job = worker.given[0]
             late = FIRST_LATE_S if worker.is_new else self._late_after(job)
             if now - worker.since > late:
-                # ray.kill does not end a process that is stopped or hangs in native code.
-                here = NodeAffinitySchedulingStrategy(worker.place.node_id, soft=False)
-                ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=here).remote(worker.place.pid)
+                kill_at(worker.place)
                 self._lose(
                     worker, TimeoutError(f"no answer for {now - worker.since:.0f} s, where {late:.0f} s are long")
                 )

@@ -4,8 +4,11 @@ stopped.
 
 from __future__ import annotations
 
+import threading
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +21,11 @@ from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import usable_cpus
+from laasp_ray.distributed.deadlines import BEAT_S
 from laasp_ray.distributed.mailbox import Command
+from laasp_ray.distributed.places import this_place
 from laasp_ray.distributed.transfer import pack, unpack
-from laasp_ray.errors import LaaspError
+from laasp_ray.errors import DataError, LaaspError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.train.data import PhaseData
@@ -44,7 +49,10 @@ class PhaseCommand:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """The loop of one rank. `settings` are its mailbox, the unpruned network's reference and the run's config."""
+    """The loop of one rank.
+
+    `settings` are its mailbox, the unpruned network's reference, the run's config and the parts of a global batch.
+    """
     context = ray.train.get_context()
     rank = context.get_world_rank()
     mailbox, config = settings["mailbox"], settings["config"]
@@ -52,45 +60,69 @@ def train_worker(settings: dict[str, Any]) -> None:
     unpruned = ray.get(settings["unpruned"][0])
     data: PhaseData | None = None
     teacher: NetworkState | None = None
+    heart = _Heart(mailbox, rank)
     finished = -1
     while (command := _next(mailbox, finished)) is not None:
-        _check_agreement(command)
+        heart.begin(command.number)
         try:
-            data = data or _open_data(config, command.payload.training_phase)
+            if data is None:
+                with _naming_the_node():
+                    data = _open_data(config, settings["parts"], command.payload.training_phase)
+                _check_same_data(data)
             teacher = teacher or _teacher(command.payload)
-            for kind, value in _carry_out(command, unpruned, teacher, config, data):
+            for kind, value in _carry_out(command, unpruned, teacher, config, data, heart):
                 if rank == 0:
                     ray.get(mailbox.post.remote(command.number, kind, value))
         except ray.exceptions.RayActorError:
             return  # the mailbox is gone (see _next)
         except LaaspError as error:
-            # A restart would fail the same way, so the driver gets the error and the group lives on.
+            # Another group would fail the same way, so the driver gets the error.
             ray.get(mailbox.post.remote(command.number, "failed", error))
         except Exception as error:
-            # A lost peer looks like this too, so the group restarts. The mailbox gives up if that does not help.
+            # A lost peer looks like this too, so the driver starts another group. It gives up if that does not help.
             last = traceback.format_exc(limit=-3)
-            ray.get(mailbox.complain.remote(command.number, f"rank {rank}: {type(error).__name__}: {error}\n{last}"))
+            text = f"rank {rank}: {type(error).__name__}: {error}\n{last}"
+            ray.get(mailbox.post.remote(command.number, "complaint", text))
             raise
         finished = command.number
+        heart.rest()
         del command  # this also frees its arrays in the object store
     if data is not None:
         data.close()
 
 
+class _Heart:
+    """Posts this rank's heartbeats (see Beat) from a thread of its own, for as long as the process lives."""
+
+    def __init__(self, mailbox: Any, rank: int) -> None:
+        self._mailbox, self._rank = mailbox, rank
+        self._place = this_place(str(ray.train.torch.get_device()))
+        self._command: int | None = None
+        self._work = 0
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def begin(self, command: int) -> None:
+        self._command, self._work = command, 0
+
+    def rest(self) -> None:
+        """No command is open: nothing has to advance."""
+        self._command = None
+
+    def beat(self) -> None:
+        """A piece of work is done."""
+        self._work += 1
+
+    def _run(self) -> None:
+        while True:
+            self._mailbox.beat.remote(self._rank, self._place, self._command, self._work)
+            time.sleep(BEAT_S)
+
+
 def _next(mailbox: Any, finished: int) -> Command | None:
     try:
-        return ray.get(mailbox.next.remote(finished, ray.train.get_context().get_world_rank()))
+        return ray.get(mailbox.next.remote(finished))
     except ray.exceptions.RayActorError:
         return None  # without its mailbox the group has no driver; the driver starts another group
-
-
-def _check_agreement(command: Command) -> None:
-    """Raises RuntimeError unless all ranks of a restarted group got the same command at the same epoch."""
-    done = command.resume[-1].position if command.resume is not None else -1
-    theirs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(theirs, (command.number, done))
-    if len(set(theirs)) != 1:
-        raise RuntimeError(f"the ranks were given different commands: {theirs}")
 
 
 def _teacher(payload: PhaseCommand) -> NetworkState | None:
@@ -101,7 +133,16 @@ def _teacher(payload: PhaseCommand) -> NetworkState | None:
     return NetworkState(plan, unpack(arrays, copy=False))
 
 
-def _open_data(config: RunConfig, training_phase: TrainingPhase) -> PhaseData:
+@contextmanager
+def _naming_the_node() -> Iterator[None]:
+    """Adds this node's address to an error in the data: other nodes may have the images."""
+    try:
+        yield
+    except LaaspError as error:
+        raise type(error)(f"on node {ray.util.get_node_ip_address()}: {error}") from error
+
+
+def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase) -> PhaseData:
     return PhaseData(
         config.data,
         batch_size=config.train.batch_size,
@@ -109,13 +150,35 @@ def _open_data(config: RunConfig, training_phase: TrainingPhase) -> PhaseData:
         device=ray.train.torch.get_device(),
         rank=dist.get_rank(),
         world=dist.get_world_size(),
+        parts=parts,
         excluded=training_phase.excluded,
         places=training_phase.places,
     )
 
 
+def _check_same_data(data: PhaseData) -> None:
+    """Raises DataError unless all ranks read the same images, as a node with another copy of them would not."""
+    if data.world == 1:
+        return
+    here = f"{ray.util.get_node_ip_address()} ({data.train_images:,} training and {data.test_images:,} test images)"
+    everyone: list[Any] = [None] * data.world
+    dist.all_gather_object(everyone, (here, data.digest()))
+    (first, expected), *others = everyone
+    for other, digest in others:
+        if digest != expected:
+            raise DataError(
+                f"the nodes have different images: {first} and {other} differ in names, labels or order; data.path "
+                "must hold the same images on every node"
+            )
+
+
 def _carry_out(
-    command: Command, unpruned: nn.Module, teacher: NetworkState | None, config: RunConfig, data: PhaseData
+    command: Command,
+    unpruned: nn.Module,
+    teacher: NetworkState | None,
+    config: RunConfig,
+    data: PhaseData,
+    heart: _Heart,
 ) -> Iterator[tuple[str, Any]]:
     """Yields the results that rank 0 posts. Weights are numpy arrays, which the object store does not copy.
 
@@ -123,11 +186,7 @@ def _carry_out(
     """
     payload: PhaseCommand = command.payload
     training_phase = payload.training_phase
-    if command.resume is None:
-        arrays, optimizer_state = ray.get(payload.arrays[0])
-    else:
-        arrays, optimizer_state, done = command.resume
-        training_phase = replace(training_phase, done=done.position + 1)
+    arrays, optimizer_state = ray.get(payload.arrays[0])
     ended: PhaseResult | None = None
     shape = config.model.input_shape
     for event in run_training_phase(
@@ -139,6 +198,7 @@ def _carry_out(
         seed=config.seed,
         teacher=rebuild_on(data.device, unpruned, teacher, shape) if teacher is not None else None,
         wrap=lambda model: distributed(model, shape, config.train),
+        heartbeat=heart.beat,
     ):
         event = replace(event, unreadable=_gather(event.unreadable))
         if isinstance(event, PhaseResult):

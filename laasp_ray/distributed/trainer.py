@@ -1,33 +1,33 @@
 """Training on a cluster: one Ray Train worker group lives as long as the run and gets its training phases as commands.
 
-A `fit()` takes 15 to 20 s, and a further command a fraction of a second. If a rank is lost, Ray Train restarts the
-group; if more is lost, this module starts a new one. In both cases the training phase continues after its last finished
-epoch.
+A group takes 10 to 20 s to start, a further command a fraction of a second. If a rank, its mailbox or its machine is
+lost or hangs, another group is started with the workers for which there is room. It continues after the last finished
+epoch. The group grows again when there is room, at an epoch's end.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import ResourcePlan
-from laasp_ray.distributed.mailbox import Mailbox
-from laasp_ray.distributed.train_worker import PhaseCommand, train_worker
+from laasp_ray.distributed.group import (
+    PATIENCE_S,
+    GroupLostError,
+    GroupSettings,
+    NoRoomError,
+    WorkerGroup,
+    room_for_trainers,
+)
+from laasp_ray.distributed.train_worker import PhaseCommand
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
@@ -36,43 +36,32 @@ from laasp_ray.train.trainer import OnEpoch
 
 logger = logging.getLogger(__name__)
 
-GROUP_RESTARTS = 8
-"""The number of times that Ray Train may restart a group. The mailbox counts the restarts without progress."""
-
-GROUP_ATTEMPTS = 2
-"""The number of times that a whole worker group, with its mailbox, is started without a finished epoch."""
-
-PATIENCE_S = 60
-
-TRAIN_ENVIRONMENT = {
-    # Without these, starting and stopping the group take half as long again.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
+NO_ROOM_S = 1800.0
+"""Training ends after so many seconds without room for any trainer."""
+WORTH_GROWING_S = 120.0
+"""A group grows if the epochs that are left of the training phase take at least so many seconds."""
 
 
-class _GroupLostError(Exception):
-    """The worker group or its mailbox is lost for good. A new group may succeed."""
-
-
-@dataclass
-class _Group:
-    mailbox: Any
-    thread: threading.Thread
-    failure: list[BaseException]
+class _GroupGrowsError(Exception):
+    """There is room for more workers, so a larger group continues."""
 
 
 class RayTrainer:
-    """The Trainer (train/trainer.py) on `share.workers` Ray Train workers, with DDP over all of them."""
+    """The Trainer (train/trainer.py) on up to `share.workers` Ray Train workers, with DDP over all of them.
+
+    A global batch has `share.workers` parts, for any number of workers that there is room for (train/step.py).
+    """
 
     def __init__(self, unpruned: Any, config: RunConfig, share: ResourcePlan, storage_path: str) -> None:
         """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`."""
-        self._unpruned, self._config, self._share, self._storage_path = unpruned, config, share, storage_path
-        self._group: _Group | None = None
+        self._settings = GroupSettings(unpruned, config, share, storage_path)
+        self._group: WorkerGroup | None = None
         self._make_room: Callable[[], None] = lambda: None
         self._commands = 0
         self._teacher: Any = None
+        self._last: EpochResult | None = None
+        self._epoch_seconds: float | None = None
+        self._complaint: str | None = None
 
     def start(self, make_room: Callable[[], None]) -> None:
         """Starts the worker group, unless there is one. Its workers then hold their shares of the GPUs.
@@ -92,25 +81,30 @@ class RayTrainer:
         training_phase: TrainingPhase,
         on_epoch: OnEpoch,
     ) -> PhaseResult:
-        attempt = 0
+        losses = 0
+        self._complaint = None
         while True:
+            self._last = None
             try:
                 return self._run(network, optimizer_state, training_phase, on_epoch)
-            except _GroupLostError as lost:
-                self._group = None
-                attempt = 1 if self._last is not None else attempt + 1  # the count starts again after progress
-                if attempt == GROUP_ATTEMPTS:
+            except _GroupGrowsError as grows:
+                self._end_group()
+                logger.warning("%s; the training phase continues with a larger group", grows)
+            except GroupLostError as lost:
+                self._end_group()
+                losses = 1 if self._last is not None else losses + 1  # the count starts again after progress
+                said = self._complaint or str(lost)
+                if losses > self._settings.config.cluster.worker_failures:
+                    times = "once" if losses == 1 else f"{losses} times"
                     raise TrainingError(
-                        f"training phase {training_phase.number} ({training_phase.phase}): the worker group was lost "
-                        f"{attempt} times, last: {lost}"
+                        f"training phase {training_phase.number} ({training_phase.phase}): the workers were lost "
+                        f"{times} without finishing an epoch; the last said: {said}"
                     ) from lost
-                logger.warning("the worker group was lost (%s); starting another", lost)
+                logger.warning("the worker group was lost (%s); starting another", said.partition("\n")[0])
             if self._last is not None:
                 network = NetworkState(network.plan, self._last.tensors)
-                optimizer_state, training_phase = (
-                    self._last.optimizer_state,
-                    replace(training_phase, done=self._last.position + 1),
-                )
+                optimizer_state = self._last.optimizer_state
+                training_phase = replace(training_phase, done=self._last.position + 1)
 
     def _run(
         self,
@@ -119,101 +113,97 @@ class RayTrainer:
         training_phase: TrainingPhase,
         on_epoch: OnEpoch,
     ) -> PhaseResult:
-        self._last: EpochResult | None = None
+        if self._group is not None:
+            self._grow(self._group, len(training_phase.epochs) - training_phase.done)
         group = self._group = self._group or self._start()
+        group.begin()
         self._commands += 1
         # The arrays are one reference, so they are sent once per node and not once per rank.
         reference = ray.put((pack(network.tensors), pack(optimizer_state)))
         payload = PhaseCommand(training_phase, network.plan, [reference], self._teacher)
-        self._ask(group, group.mailbox.submit.remote(self._commands, payload))
+        group.ask(group.mailbox.submit.remote(self._commands, payload))
         while True:
-            kind, value = self._ask(group, group.mailbox.take.remote())
+            kind, value = group.ask(group.mailbox.take.remote())
             if kind == "failed":
-                self._abandon(group)
+                self._end_group()
                 raise value if isinstance(value, LaaspError) else TrainingError(str(value))
             if kind == "done":
                 return value
+            if kind == "complaint":
+                self._complaint = value  # its worker ends now, and the group with it
+                continue
             arrays, carried_arrays, done = value
-            if done.position < (training_phase.done if self._last is None else self._last.position + 1):
-                continue  # posted twice: by a worker that died, and by its successor
             done = replace(done, tensors=unpack(arrays, copy=True), optimizer_state=unpack(carried_arrays, copy=True))
-            self._last = done
+            self._last, self._epoch_seconds = done, done.seconds
             on_epoch(done)
+            self._grow(group, len(training_phase.epochs) - done.position - 1)
 
-    def _ask(self, group: _Group, reference: Any, when_late: Callable[[], None] = lambda: None) -> Any:
-        """The result of `reference`. Raises _GroupLostError if the group dies first, because no result would come."""
-        late = time.monotonic() + PATIENCE_S
+    def _grow(self, group: WorkerGroup, epochs_left: int) -> None:
+        """Raises _GroupGrowsError if more workers have room, and enough is left to train."""
+        if group.workers == self._settings.share.workers or self._epoch_seconds is None:
+            return
+        room = self._room()
+        if room > group.workers and epochs_left * self._epoch_seconds >= WORTH_GROWING_S:
+            self._make_room()
+            raise _GroupGrowsError(f"there is room for {room} trainers, where {group.workers} work")
+
+    def _start(self) -> WorkerGroup:
+        """Starts a group of as many workers as there is room for."""
         while True:
-            if time.monotonic() > late:
-                when_late()
-                late = math.inf
-            ready, _ = ray.wait([reference], timeout=0.5)
-            if ready:
-                try:
-                    return ray.get(reference)
-                except ray.exceptions.RayActorError as error:
-                    raise _GroupLostError(f"its mailbox died: {error}") from error
-            if not group.thread.is_alive():
-                raise _GroupLostError(str(group.failure[0]) if group.failure else "it ended by itself")
-
-    def _start(self) -> _Group:
-        os.environ.update({key: os.environ.get(key, value) for key, value in TRAIN_ENVIRONMENT.items()})
-        config, share = self._config, self._share
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here}
-        mailbox = ray.remote(Mailbox).options(**options).remote(1 + config.cluster.worker_failures)
-        trainer = ray.train.torch.TorchTrainer(
-            train_worker,
-            train_loop_config={"mailbox": mailbox, "unpruned": [self._unpruned], "config": config},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=share.workers, use_gpu=share.gpus > 0, resources_per_worker=share.trainer_resources
-            ),
-            run_config=ray.train.RunConfig(
-                # Ray Train resumes by itself under a known name, but only our own store decides where to resume.
-                name=f"{config.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=self._storage_path,
-                failure_config=ray.train.FailureConfig(max_failures=GROUP_RESTARTS),
-            ),
-        )
-        failure: list[BaseException] = []
-
-        def fit() -> None:
+            workers = self._wait_for_room()
+            group = WorkerGroup(self._settings, workers)
             try:
-                trainer.fit()
-            except BaseException as error:  # the thread that waits for the group reports it
-                failure.append(error)
+                group.wait_until_up(self._room, self._make_room)
+            except NoRoomError:
+                logger.warning("a node is gone: there is no room for %d trainers any more", workers)
+                group.abandon()
+                continue
+            except BaseException:
+                group.abandon()
+                raise
+            return group
 
-        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-        thread.start()
-        group = _Group(mailbox, thread, failure)
-        self._ask(group, mailbox.met.remote(), self._say_waiting)
-        return group
+    def _wait_for_room(self) -> int:
+        """The number of workers that there is room for, at least 1 and at most what the run wants."""
+        share = self._settings.share
+        began = said = time.monotonic()
+        while (room := self._room()) == 0:
+            now = time.monotonic()
+            if now - began > NO_ROOM_S:
+                raise TrainingError(
+                    f"the cluster has had no room for a trainer for {NO_ROOM_S / 60:.0f} min; one wants "
+                    f"{dict(share.trainer_resources)}; start the same command again once there is room"
+                )
+            if now - said > PATIENCE_S:
+                said = now
+                logger.warning(
+                    "the cluster has had no room for a trainer for %.0f s; one wants %s",
+                    now - began,
+                    dict(share.trainer_resources),
+                )
+            time.sleep(1)
+        if room < share.workers:
+            logger.warning(
+                "there is room for %d of %d trainers; each trains a larger part of every batch, and the result is the "
+                "same",
+                room,
+                share.workers,
+            )
+        return min(room, share.workers)
 
-    def _say_waiting(self) -> None:
-        self._make_room()
-        logger.warning(
-            "no trainer has come up for %d s; %d are wanted, each with %s, free in the cluster: %s",
-            PATIENCE_S,
-            self._share.workers,
-            self._share.trainer_resources,
-            ray.available_resources(),
-        )
+    def _room(self) -> int:
+        return room_for_trainers(ray.nodes(), self._settings.share)
 
-    def _abandon(self, group: _Group) -> None:
-        """Abandons a group without waiting: a rank failed, so other ranks may hang in a collective."""
-        ray.kill(group.mailbox)
-        self._group = None
+    def _end_group(self) -> None:
+        if self._group is not None:
+            self._group.abandon()
+            self._group = None
 
     def close(self) -> None:
         """Stops the workers. Workers that hang in a collective end with the Ray session."""
-        if self._group is None:
-            return
-        try:
-            ray.get(self._group.mailbox.stop.remote(), timeout=10)
-        except ray.exceptions.RayError as error:
-            logger.warning("the trainers' mailbox did not answer while closing: %s", error)
-        self._group.thread.join(timeout=30)
-        self._group = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
 
 def put_network(unpruned: nn.Module) -> Any:

@@ -22,7 +22,8 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
     """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
-    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. Here as in other
+    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. `batch_parts` is
+    the number of parts of a global batch, one for each worker at the start (None: an older run). Here as in other
     events, `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
@@ -40,6 +41,7 @@ class RunStarted:
     images: Mapping[Literal["train", "test"], Mapping[str, Any]] = field(default_factory=dict)
     method: str | None = None
     plan: Mapping[str, Any] | None = None
+    batch_parts: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
 
 

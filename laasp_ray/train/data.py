@@ -9,6 +9,7 @@ import torch
 from laasp_ray.config import DataConfig
 from laasp_ray.data.loaders.registry import Loader, make_loader
 from laasp_ray.data.sources.base import ImageSource
+from laasp_ray.data.sources.identity import digest_of_names
 from laasp_ray.data.sources.places import with_places
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.records import Place
@@ -97,8 +98,14 @@ class PhaseData(EvaluationData):
             parts=parts,
             excluded=excluded,
         )
+        self._sources = (train, test)
         self.train_images = len(train)
         self.train_loader = self._loader(train, training=True)
+
+    def digest(self) -> tuple[str, str]:
+        """The digests of the names, labels and order of the training and the test images."""
+        train, test = (digest_of_names(source) for source in self._sources)
+        return train, test
 
     def close(self) -> None:
         self.train_loader.close()

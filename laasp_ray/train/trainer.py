@@ -41,8 +41,9 @@ class Trainer(Protocol):
 class InProcessTrainer:
     """A trainer with one rank in this process, for tests, small networks and machines without Ray."""
 
-    def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device) -> None:
-        self._unpruned, self._config, self._device = unpruned, config, device
+    def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device, parts: int = 1) -> None:
+        """`parts` is the number of parts of a global batch (train/step.py)."""
+        self._unpruned, self._config, self._device, self._parts = unpruned, config, device, parts
         self._data: PhaseData | None = None
         self._teacher: NetworkState | None = None
 
@@ -63,6 +64,7 @@ class InProcessTrainer:
                 batch_size=config.train.batch_size,
                 seed=config.seed,
                 device=self._device,
+                parts=self._parts,
                 excluded=training_phase.excluded,
                 places=training_phase.places,
             )

@@ -26,6 +26,12 @@ def identify(source: ImageSource) -> dict[str, Any]:
     return {**_names_of(source), "sample": _sample(source)}
 
 
+def digest_of_names(source: ImageSource) -> str:
+    """The digest over names, labels and order. It reads no image."""
+    digest: str = _names_of(source)["digest"]
+    return digest
+
+
 def check_identity(known: Mapping[str, Any], source: ImageSource, split: Split, excluded: Collection[str]) -> None:
     """Raises DataError if `source` does not have the images of the identity `known`, except for `excluded` ones.
 

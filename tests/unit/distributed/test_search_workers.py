@@ -14,7 +14,7 @@ from laasp_ray.errors import MemoryShortError, SearchError
 def made(monkeypatch, devices, room=None):
     cluster = FakeRay(devices, room)
     monkeypatch.setattr(search_workers, "ray", cluster)
-    monkeypatch.setattr(search_workers, "NodeAffinitySchedulingStrategy", lambda node, soft: node)
+    monkeypatch.setattr(search_workers, "kill_at", lambda place: cluster.killed.append(place.pid))
     share = plan_resources({"CPU": devices}, ClusterConfig())
     return SearchWorkers(share, cluster.clock), cluster
 
@@ -123,7 +123,7 @@ def test_a_worker_that_hangs_is_killed_and_its_work_done_by_others(monkeypatch, 
     found = all_of(workers, [job(square, number) for number in range(3)])
     assert sorted(one.result() for one in found) == [0, 1, 4]
     assert LATE_S < cluster.now - begun < FIRST_LATE_S
-    assert (1001,) in cluster.killed and "no answer for" in caplog.text
+    assert 1001 in cluster.killed and "no answer for" in caplog.text
 
 
 def test_a_search_without_a_worker_says_so_and_ends_at_last(monkeypatch, caplog):

@@ -92,12 +92,12 @@ def test_of_two_drivers_at_once_the_second_is_refused_and_leaves_nothing(tmp_pat
     begin = api._start
     refused = []
 
-    def late(prepared, storage, journal, method):
+    def late(*given):
         if not refused:
             refused.append(True)
             with pytest.raises(StoreError, match=r"another driver has the run in .* and it lives: stop that one first"):
                 run(second)
-        begin(prepared, storage, journal, method)
+        begin(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "_start", late)
