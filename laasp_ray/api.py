@@ -198,12 +198,19 @@ def _run_on_ray(
     method: PruningMethod[Any] | None,
     address: str | None,
 ) -> nn.Module:
-    from laasp_ray.distributed import cluster  # Ray takes seconds to import, and a run without Ray does not need it
+    from laasp_ray.distributed import (  # Ray takes seconds to import, and a run without Ray does not need it
+        autoscaling,
+        cluster,
+    )
     from laasp_ray.distributed.executor import RayExecutor
     from laasp_ray.distributed.trainer import RayTrainer, put_network
 
     config = prepared.config
-    with cluster.connected(address) as resources, tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch:
+    with (
+        cluster.connected(address) as there,
+        autoscaling.with_gpus(there, config.cluster, grows=check_address(address) != "local") as resources,
+        tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch,
+    ):
         share = cluster.plan_resources(resources, config.cluster, _batch_parts(journal))
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)

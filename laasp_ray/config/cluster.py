@@ -20,14 +20,24 @@ class ClusterConfig:
 
     workers: Annotated[
         int,
-        Doc("Ray Train workers, fixed when a run begins; 0: one per GPU, or without GPUs two, if there are two CPUs"),
+        Doc("Ray Train workers, fixed when a run begins; 0: one per GPU, without GPUs two at most"),
     ] = 0
+    gpus: Annotated[int, Doc("GPUs that the cluster's autoscaler is asked for; 0: the GPUs that are there")] = 0
+    wait_minutes: Annotated[float, Doc("minutes to wait for the GPUs of cluster.gpus")] = 30.0
     trainer_gpu_share: Annotated[float, Doc("what a trainer takes of a GPU, above one half and below 1")] = 0.6
     task_gpu_share: Annotated[float, Doc("what an evaluation task takes of a GPU, at most 1 - trainer_gpu_share")] = 0.4
     worker_failures: Annotated[int, Doc("times that the trainers may be lost without an epoch finished in between")] = 3
 
     def __post_init__(self) -> None:
         check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
+        check(self.gpus >= 0, "cluster.gpus", self.gpus, "at least 0 (0: those that are there)")
+        check(
+            self.gpus == 0 or self.workers <= self.gpus,
+            "cluster.workers",
+            self.workers,
+            f"at most cluster.gpus ({self.gpus}), one GPU each",
+        )
+        check(self.wait_minutes >= 0, "cluster.wait_minutes", self.wait_minutes, "at least 0")
         check(
             0.5 < self.trainer_gpu_share < 1,
             "cluster.trainer_gpu_share",

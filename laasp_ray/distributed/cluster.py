@@ -35,13 +35,15 @@ LOCAL_ENVIRONMENT = {
 class ResourcePlan:
     """The resources that a run uses, in Ray's terms, per worker or task.
 
-    `workers` is the number of trainers that the run wants. It has fewer while there is less room.
+    `workers` is the number of trainers that the run wants. It has fewer while there is less room. `trainer_threads` is
+    the number of threads of a trainer without a GPU. It stays when trainers are lost, because sums depend on it.
     """
 
     workers: int
     gpus: int
     trainer_resources: Mapping[str, float]
     task_options: Mapping[str, Any]
+    trainer_threads: int | None = None
 
 
 def plan_resources(
@@ -65,14 +67,16 @@ def plan_resources(
         )
     if gpus:
         return ResourcePlan(
-            workers=batch_parts or config.workers or gpus,
+            workers=batch_parts or config.workers or min(gpus, config.gpus or gpus),
             gpus=gpus,
             trainer_resources={"CPU": TRAINER_CPUS, "GPU": config.trainer_gpu_share},
             task_options={"num_cpus": TRAINER_CPUS, "num_gpus": config.task_gpu_share},
         )
+    workers = batch_parts or config.workers or min(2, cpus)
     return ResourcePlan(
-        workers=batch_parts or config.workers or min(2, cpus),
+        workers=workers,
         gpus=0,
+        trainer_threads=max(1, cpus // workers),
         trainer_resources={"CPU": TRAINER_CPUS},
         task_options={"num_cpus": TASK_CPUS},
     )
@@ -107,11 +111,24 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
             )
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         ray.shutdown()
-        raise ConfigError(f"no Ray cluster could be reached at {address!r}: {error}") from error
+        raise ConfigError(_refused(address, error)) from error
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _refused(address: str, error: Exception) -> str:
+    """What to do about an error of ray.init. The head is known to answer."""
+    text = str(error)
+    if "ersion mismatch" in text:
+        return f"the Ray cluster at {address!r} has other versions; install the same on both sides: {text}"
+    if isinstance(error, ConnectionError) and address != "local":
+        return (
+            f"the Ray cluster at {address!r} answers but does not let this driver in: check that RAY_AUTH_MODE=token "
+            f"is set and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH give the cluster's token ({text})"
+        )
+    return f"no Ray cluster could be reached at {address!r}: {text}"
 
 
 @contextmanager

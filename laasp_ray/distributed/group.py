@@ -23,6 +23,7 @@ from laasp_ray.distributed.deadlines import LOOK_S, Deadlines
 from laasp_ray.distributed.mailbox import Mailbox
 from laasp_ray.distributed.places import kill_at
 from laasp_ray.distributed.train_worker import train_worker
+from laasp_ray.distributed.versions import installed
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class WorkerGroup:
                 "unpruned": [settings.unpruned],
                 "config": config,
                 "parts": share.workers,
+                "threads": share.trainer_threads,
+                "versions": installed(),
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,

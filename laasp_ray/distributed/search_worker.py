@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from laasp_ray.distributed.places import Place, this_place
 from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.versions import check_versions
 
 
 class SearchWorker:
@@ -18,7 +19,13 @@ class SearchWorker:
     network in `process.PROCESS` between calls.
     """
 
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        """`versions` are the driver's."""
+        self._versions = versions
+
     def place(self) -> Place:
+        """The worker's place. Raises ConfigError if its node has other versions than the driver."""
+        check_versions(self._versions)
         return this_place(str(device()))
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

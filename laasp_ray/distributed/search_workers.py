@@ -19,7 +19,8 @@ import ray
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.places import Place, kill_at
 from laasp_ray.distributed.search_worker import SearchWorker
-from laasp_ray.errors import MemoryShortError, SearchError
+from laasp_ray.distributed.versions import installed
+from laasp_ray.errors import LaaspError, MemoryShortError, SearchError
 
 JOB_RETRIES = 5
 """How often a job is given to another worker, after its worker was lost or short of memory."""
@@ -194,7 +195,11 @@ class SearchWorkers:
         if self._share.gpus:
             # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it sees all GPUs, and is given one.
             options |= {"num_gpus": gpu_share, "runtime_env": {"env_vars": SEE_ALL_GPUS}}
-        actor = ray.remote(SearchWorker).options(scheduling_strategy="SPREAD", max_restarts=0, **options).remote()
+        actor = (
+            ray.remote(SearchWorker)
+            .options(scheduling_strategy="SPREAD", max_restarts=0, **options)
+            .remote(installed())
+        )
         self._workers.append(_Worker(actor, gpu_share, actor.place.remote()))
 
     def _hand_out(self) -> None:
@@ -247,6 +252,9 @@ class SearchWorkers:
             worker.place = ray.get(worker.coming)
             self._failed_starts = 0
         except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, LaaspError):  # another one would be refused, too
+                raise cause from error
             self._failed_starts += 1
             if self._failed_starts > JOB_RETRIES:
                 raise SearchError(

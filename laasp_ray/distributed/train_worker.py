@@ -25,6 +25,7 @@ from laasp_ray.distributed.deadlines import BEAT_S
 from laasp_ray.distributed.mailbox import Command
 from laasp_ray.distributed.places import this_place
 from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.distributed.versions import check_versions
 from laasp_ray.errors import DataError, LaaspError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
@@ -51,12 +52,13 @@ class PhaseCommand:
 def train_worker(settings: dict[str, Any]) -> None:
     """The loop of one rank.
 
-    `settings` are its mailbox, the unpruned network's reference, the run's config and the parts of a global batch.
+    `settings` are its mailbox, the unpruned network's reference, the run's config, the parts of a global batch, the
+    number of threads (None: its share of the CPUs here), and the driver's versions.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
     mailbox, config = settings["mailbox"], settings["config"]
-    torch.set_num_threads(max(1, usable_cpus() // context.get_local_world_size()))
+    torch.set_num_threads(settings["threads"] or max(1, usable_cpus() // context.get_local_world_size()))
     unpruned = ray.get(settings["unpruned"][0])
     data: PhaseData | None = None
     teacher: NetworkState | None = None
@@ -65,6 +67,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     while (command := _next(mailbox, finished)) is not None:
         heart.begin(command.number)
         try:
+            check_versions(settings["versions"])
             if data is None:
                 with _naming_the_node():
                     data = _open_data(config, settings["parts"], command.payload.training_phase)

@@ -8,7 +8,7 @@ from laasp_ray.config import ClusterConfig
 from laasp_ray.distributed import search_workers
 from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.search_workers import FIRST_LATE_S, LATE_S, NO_WORKER_S, Job, SearchWorkers
-from laasp_ray.errors import MemoryShortError, SearchError
+from laasp_ray.errors import ConfigError, MemoryShortError, SearchError
 
 
 def made(monkeypatch, devices, room=None):
@@ -141,3 +141,16 @@ def test_a_cluster_that_grows_is_used(monkeypatch):
     cluster.now += 60
     workers.call(job(square, 3))
     assert len(cluster.actors) == 3
+
+
+def test_a_worker_that_is_refused_for_its_versions_ends_the_search_with_the_reason(monkeypatch):
+    workers, cluster = made(monkeypatch, 1)
+    workers.submit(job(square, 1))
+    refusal = ConfigError("node 10.0.0.7 has torch 2.14.0 (the driver: 2.15.0)")
+
+    def refuse(reference):
+        raise real_ray.exceptions.RayTaskError("place", "traceback", refusal)
+
+    monkeypatch.setattr(cluster, "get", refuse)
+    with pytest.raises(ConfigError, match=r"node 10\.0\.0\.7 has torch"):
+        workers.collect()
