@@ -22,6 +22,7 @@ from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.deadlines import LOOK_S, Deadlines
 from laasp_ray.distributed.mailbox import Mailbox
 from laasp_ray.distributed.places import kill_at
+from laasp_ray.distributed.torch_backend import NodeTorchConfig
 from laasp_ray.distributed.train_worker import train_worker
 from laasp_ray.distributed.versions import installed
 
@@ -98,6 +99,7 @@ class WorkerGroup:
                 # Trainers on CPUs hold a small share, so a node would take them all.
                 placement_strategy="PACK" if share.gpus else "SPREAD",
             ),
+            torch_config=NodeTorchConfig(),
             run_config=ray.train.RunConfig(
                 # Ray Train resumes by itself under a known name, but only our own store decides where to resume.
                 name=f"{config.name}-{uuid.uuid4().hex[:8]}",
@@ -166,7 +168,7 @@ class WorkerGroup:
                 except ray.exceptions.RayActorError as error:
                     raise GroupLostError(f"its mailbox died: {error}") from error
             if not self._thread.is_alive():
-                raise GroupLostError(_first_line(self._failure[0]) if self._failure else "it ended by itself")
+                raise GroupLostError(_last_line(self._failure[0]) if self._failure else "it ended by itself")
             self._watch(check)
 
     def _watch(self, check: Callable[[], None]) -> None:
@@ -217,5 +219,7 @@ def room_for_trainers(nodes: Sequence[Mapping[str, Any]], share: ResourcePlan) -
     return int(sum(math.floor(resources.get("GPU" if share.gpus else "CPU", 0)) for resources in alive))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _last_line(error: BaseException) -> str:
+    """What an error of Ray says in the end: the tracebacks of other processes come first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

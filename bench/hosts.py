@@ -1,0 +1,184 @@
+"""Several hosts on one machine, each with its own address and processes, as a Ray cluster with a head and workers.
+
+A host is a network namespace and a process namespace, joined to the others by a bridge. Killing everything in it is a
+power cut. It needs root on Linux, and the programs ip, unshare and nsenter. Everything that is made is taken down by
+`close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PORT = 6379
+NETWORK = "10.77.0"
+START_S = 120
+VETH_PAUSE_S = 2.0
+"""After its namespace is deleted a device's name is taken for about so long."""
+
+
+def missing() -> str | None:
+    """The reason why hosts cannot be made here, or None."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "hosts by network namespaces need root on Linux"
+    programs = [program for program in ("ip", "unshare", "nsenter") if shutil.which(program) is None]
+    return f"the programs {', '.join(programs)} are not installed" if programs else None
+
+
+class Hosts:
+    """A cluster of `workers` hosts with one CPU each and a head without any. All see the same files."""
+
+    def __init__(self, workers: int = 2) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))
+        self._mounted = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # sockets need a short path
+        self._prefix = f"lr{os.getpid() % 10000}"
+        self._token = secrets.token_hex(32)
+        self._first: dict[int, subprocess.Popen[bytes]] = {}
+        self.workers = range(1, workers + 1)
+        _do("ip", "link", "add", f"{self._prefix}br", "type", "bridge")
+        _do("ip", "addr", "add", f"{NETWORK}.254/24", "dev", f"{self._prefix}br")
+        _do("ip", "link", "set", f"{self._prefix}br", "up")
+
+    def up(self) -> None:
+        """Starts the head, then the workers."""
+        for host in (0, *self.workers):
+            self.start(host)
+
+    def start(self, host: int) -> None:
+        """Starts a host that is not there, with its part of the cluster. Host 0 is the head."""
+        space, device = f"{self._prefix}h{host}", f"{self._prefix}v{host}"
+        _do("ip", "netns", "add", space)
+        _do("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", space)
+        _do("ip", "link", "set", device, "master", f"{self._prefix}br", "up")
+        _do("ip", "-n", space, "addr", "add", f"{NETWORK}.{host + 1}/24", "dev", "eth0")
+        for name in ("eth0", "lo"):
+            _do("ip", "-n", space, "link", "set", name, "up")
+        own = self.folder / f"host{host}"
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir()
+        # Ray's folder has the same path on all hosts, and another content.
+        script = f"mount --bind {own} {self._mounted}; exec sleep infinity"
+        self._first[host] = subprocess.Popen(
+            ["ip", "netns", "exec", space, "unshare", "-pf", "--mount-proc", "--kill-child", "sh", "-c", script],
+            start_new_session=True,
+        )
+        _wait(lambda: bool(self._init_of(host)), 10, f"host {host} has no process")
+        role = ["--head", "--num-cpus=0", f"--port={PORT}", "--include-dashboard=false", "--disable-usage-stats"]
+        if host:
+            role = [f"--address={NETWORK}.1:{PORT}", "--num-cpus=1"]
+        place = [f"--node-ip-address={NETWORK}.{host + 1}", f"--temp-dir={self._mounted}", "--block"]
+        log = (self.folder / f"ray{host}.log").open("ab")
+        began = time.monotonic()
+        while True:
+            process = self.run(host, [*RAY, "start", *role, *place], stdout=log)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=8)
+            if process.poll() is None:
+                return
+            if time.monotonic() - began > START_S:
+                raise RuntimeError(f"host {host} does not start: see {log.name}")
+
+    def run(self, host: int, command: Sequence[str], stdout: object = None) -> subprocess.Popen[bytes]:
+        """Starts a command on a host."""
+        inside = ["nsenter", "-t", str(self._init_of(host)), "-m", "-n", "-p", "-r", f"--wd={os.getcwd()}", *command]
+        return subprocess.Popen(
+            inside,
+            stdout=stdout,  # type: ignore[call-overload]
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.environment},
+            start_new_session=True,
+        )
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The environment of a driver."""
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._token,
+            "RAY_ADDRESS": f"{NETWORK}.1:{PORT}",
+            "RAY_TMPDIR": str(self._mounted),
+            "RAY_worker_niceness": "0",
+        }
+
+    def processes(self, host: int, title: str = "") -> list[int]:
+        """The processes of a host, as this machine numbers them, whose command line holds `title`."""
+        return [pid for pid in self._pids(host) if title in _title(pid)]
+
+    def kill(self, host: int) -> None:
+        """A power cut: everything ends at once, and the host is gone."""
+        for pid in self._pids(host):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        first = self._first.pop(host, None)
+        if first is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+        _do("ip", "link", "del", f"{self._prefix}v{host}", check=False)
+        _do("ip", "netns", "del", f"{self._prefix}h{host}", check=False)
+        time.sleep(VETH_PAUSE_S)
+
+    def cut(self, host: int, *, off: bool) -> None:
+        """Takes a host off the network, or brings it back."""
+        _do("ip", "link", "set", f"{self._prefix}v{host}", "down" if off else "up")
+
+    def alive(self) -> list[int]:
+        return sorted(self._first)
+
+    def close(self) -> None:
+        for host in list(self._first):
+            self.kill(host)
+        _do("ip", "link", "del", f"{self._prefix}br", check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self._mounted, ignore_errors=True)
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _pids(self, host: int) -> list[int]:
+        done = _do("ip", "netns", "pids", f"{self._prefix}h{host}", check=False)
+        return [int(pid) for pid in done.split()]
+
+    def _init_of(self, host: int) -> int:
+        """The first process of a host's process namespace; 0 if there is none yet."""
+        return next((pid for pid in self._pids(host) if _title(pid).startswith("sleep infinity")), 0)
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""  # it has ended
+
+
+def _wait(condition: object, seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            raise RuntimeError(otherwise)
+        time.sleep(0.05)
+
+
+def _do(*command: str, check: bool = True) -> str:
+    return subprocess.run(command, check=check, capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
+def cluster(workers: int = 2) -> Iterator[Hosts]:
+    """Hosts that are up."""
+    with Hosts(workers) as hosts:
+        hosts.up()
+        yield hosts
