@@ -54,6 +54,14 @@ class TrainConfig:
         int, Doc("epochs between two evaluations on the test images; 0: at the end of a training phase only")
     ] = 1
 
+    autotune: Annotated[
+        bool, Doc("cuDNN tries which kernels are fastest; a resumed run then differs in the last digits")
+    ] = False
+    compile: Annotated[
+        bool,
+        Doc("torch.compile for training: minutes at the start of each training phase, and other last digits"),
+    ] = False
+
     def __post_init__(self) -> None:
         check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         check(

@@ -7,9 +7,11 @@ result as one that was not interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.data import EvaluationData, PhaseData
 from laasp_ray.train.ema import MovingAverage
+from laasp_ray.train.feeding import fed_ahead
 from laasp_ray.train.mask_enforcement import MaskEnforcer
 from laasp_ray.train.step import EpochSums, PartDraws, Setup, take_step
 
@@ -116,8 +119,8 @@ def run_training_phase(
     not finite.
     """
     if data.device.type == "cuda":
-        # A resumed run must give the same result as an uninterrupted one.
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        # With autotuning a resumed run differs in the last digits, because it may choose other kernels.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not config.autotune, config.autotune
     mask_enforcer = MaskEnforcer(model, training_phase.masks)
     mask_enforcer.apply()
     remaining = training_phase.epochs[training_phase.done :]
@@ -132,6 +135,8 @@ def run_training_phase(
             model.load_state_dict(weights)
         # An evaluation needs neither. Both refer to the network's parameters as they are now.
         wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
+        if config.compile:
+            wrapped = cast(nn.Module, torch.compile(wrapped))
         if teacher is not None:
             teacher.eval()
         setup = Setup(model, wrapped, optimizer, mask_enforcer, average, teacher, data, config, seed, heartbeat)
@@ -166,6 +171,7 @@ def _optimizer(model: nn.Module, config: TrainConfig, momentum: Mapping[str, tor
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=all(parameter.is_cuda for parameter in model.parameters()) or None,
     )
     for name, parameter in model.named_parameters():
         if name in momentum:
@@ -184,9 +190,10 @@ def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
     batches = epoch_batches(data.train_images, batch_size=config.batch_size, seed=seed, epoch=plan.data_epoch)
     totals = EpochSums(torch.zeros(2, dtype=torch.float64, device=data.device))
     shares = [rank_share(batch, part, data.parts) for batch in batches for part in data.own_parts]
-    loaded = _checked(data.train_loader.epoch(shares, plan.data_epoch), shares, plan)
-    for number, images in enumerate(map(len, batches), position * len(batches) + 1):
-        take_step(setup, loaded, images, number, draws, totals)
+    with contextlib.closing(fed_ahead(data.train_loader.epoch(shares, plan.data_epoch))) as fed:
+        loaded = _checked(fed, shares, plan)
+        for number, images in enumerate(map(len, batches), position * len(batches) + 1):
+            take_step(setup, loaded, images, number, draws, totals)
     sums = totals.reduced(_reduce)
     _agree_on_buffers(setup)
     average = setup.average
@@ -252,15 +259,18 @@ def evaluate(model: nn.Module, data: EvaluationData, heartbeat: Callable[[], Non
     in 0..1.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=data.device)  # loss, top-1, top-5, images
+    sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, top-1, top-5
+    images = 0
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
-    for batch in data.test_loader.epoch(shares):
-        output = model(in_format_of(model, batch.images)).float()
-        best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
-        summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
-        counts = torch.stack([best[:, :1].sum(), best.sum(), torch.tensor(len(output), device=data.device)])
-        sums += torch.cat([summed[None], counts.double()])
-        heartbeat()
+    with contextlib.closing(fed_ahead(data.test_loader.epoch(shares))) as fed:
+        for batch in fed:
+            output = model(in_format_of(model, batch.images)).float()
+            best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
+            summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
+            sums += torch.stack([summed, best[:, :1].sum().double(), best.sum().double()])
+            images += len(output)  # counted here and not on the device, which is not waited for
+            heartbeat()
+    sums = torch.cat([sums, torch.tensor([images], dtype=torch.float64, device=data.device)])
     _reduce(sums)
     images = int(sums[3])
     if images == 0:

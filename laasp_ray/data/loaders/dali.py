@@ -20,7 +20,7 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.decoding import decode_error
+from laasp_ray.data.loaders.decoding import decode_error, on_device
 from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.ordering import Windows
 from laasp_ray.data.sources.base import ImageSource
@@ -111,7 +111,8 @@ class DaliLoader:
                 continue
             batch = self._in_flight.popleft()
             self._fill(waiting, arriving, epoch)
-            yield Batch(images, self._labels[torch.from_numpy(batch.indices)].to(self._device), batch.indices)
+            labels = on_device(self._labels[torch.from_numpy(batch.indices)], self._device)
+            yield Batch(images, labels, batch.indices)
 
     def _fill(self, waiting: deque[EncodedBatch], arriving: Iterator[EncodedBatch], epoch: int) -> _DecodePipeline:
         """Schedules batches until PREFETCH are in flight or none is left: first the waiting ones, then the arriving

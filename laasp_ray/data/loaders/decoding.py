@@ -92,6 +92,11 @@ def normalise(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
     return (images.float() - mean).div_(std)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, which is on the CPU, on `device`. A copy to a GPU is queued there and not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def open_image(data: bytes) -> Image.Image:
     """The image with its header parsed and its pixels not yet decoded. Raises OSError if that fails."""
     if not data:

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as transforms
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.decoding import decode_rgb, normalise
+from laasp_ray.data.loaders.decoding import decode_rgb, normalise, on_device
 from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.sources.base import ImageSource
 
@@ -127,8 +127,8 @@ class TorchvisionLoader:
             indices, pixels = indices[keep], pixels[torch.from_numpy(keep)]
         if not len(indices):
             return None
-        labels = self._labels[torch.from_numpy(indices)].to(self._device)
-        pixels = pixels.to(self._device)
+        labels = on_device(self._labels[torch.from_numpy(indices)], self._device)
+        pixels = on_device(pixels, self._device)
         return Batch(pixels if self._uint8 else normalise(pixels, self._config), labels, indices)
 
 

@@ -436,3 +436,12 @@ def test_no_test_image_that_can_be_read_is_an_error(tmp_path):
             evaluate(small_network(), data)
     finally:
         data.close()
+
+
+def test_a_compiled_network_trains_to_the_same_weights():
+    config = dataclasses.replace(DECAYING, compile=True)
+    (epoch,), done = train(linear(ROWS), TWO, training_phase(0.5), config=config)
+    (plain,), expected = train(linear(ROWS), TWO, training_phase(0.5), config=DECAYING)
+    torch.testing.assert_close(epoch.tensors["weight"], plain.tensors["weight"], rtol=0, atol=1e-6)
+    assert epoch.tensors.keys() == plain.tensors.keys()
+    assert done.metrics.loss == pytest.approx(expected.metrics.loss, abs=1e-6)
