@@ -10,6 +10,7 @@ import configparser
 import errno
 import json
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -54,7 +55,7 @@ class S3Writer:
         except exceptions.NotSupportedError as error:
             raise UnsupportedError(_short(error)) from error
         except exceptions.BaseError as error:
-            if "NotImplemented" in str(error) or "501" in _short(error):
+            if says_unsupported(str(error)):
                 raise UnsupportedError(_short(error)) from error
             raise OSError(f"{_short(error)}\n{error}") from error  # the lines below the first say what it is
 
@@ -70,6 +71,11 @@ class S3Writer:
             client_options=client,
             retry_config={"max_retries": 0},  # store/retries.py does it, for all kinds of calls alike
         )
+
+
+def says_unsupported(error: str) -> bool:
+    """Whether an error of obstore's has the status 501 or its code; an address may have these digits, too."""
+    return re.search(r"NotImplemented|status code: 501\b", error) is not None
 
 
 def s3_options(address: str, region: str | None, environment: Mapping[str, str]) -> dict[str, str]:

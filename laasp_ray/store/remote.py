@@ -91,7 +91,12 @@ class ArrowFolder:
         """A put on object storage leaves nothing behind that could be listed."""
 
     def _no_bucket(self, error: FileNotFoundError) -> OSError:
-        """On an object store only a bucket can be missing for a write."""
+        """On an object store only a bucket can be missing for a write, or the session of an upload that was begun.
+
+        A session is gone if the answer to its last part was lost. The write is then begun anew.
+        """
+        if "retry.function=UploadChunk" in str(error):
+            return ConnectionAbortedError(f"the session of the upload is gone ({error})")
         if self._filesystem.type_name in _WITHOUT_FOLDERS:
             return OSError(f"no such bucket: {self._root.partition('/')[0]} ({error})")
         return error

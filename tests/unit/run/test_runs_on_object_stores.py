@@ -1,0 +1,86 @@
+"""Whole runs whose folder is on S3 and on Google Cloud Storage, as servers on this machine speak them."""
+
+import time
+
+import pytest
+import torch
+from fakes import Silent
+from fault_proxy import SLOW_DOWN
+from helpers import write_pictures
+from object_stores import google_store, s3_store
+from whole_runs import on_pictures, power_cut
+
+from laasp_ray import load_pruned, models, prune
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.storage import Storage
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def server(request, tmp_path_factory):
+    with s3_store(tmp_path_factory.mktemp("weed")) if request.param == "s3" else google_store() as store:
+        yield store
+
+
+@pytest.fixture
+def anew(server, monkeypatch):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    yield
+    server.proxy.set(None)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("images"), side=8, train=12, test=6)
+
+
+@pytest.fixture(scope="module")
+def on_disk(pictures, tmp_path_factory):
+    """The events' names and the weights of a run on a local folder."""
+    config = on_pictures(tmp_path_factory.mktemp("runs"), pictures)
+    weights = run(config).model.state_dict()
+    return names_of(config), weights
+
+
+def run(config):
+    return prune(config, distributed=False, progress=Silent())
+
+
+def names_of(config):
+    return [event.name for event in Journal(Storage.open(str(config.storage)).child(config.name)).events()]
+
+
+def on(server, name, pictures):
+    return on_pictures(server.uri(name), pictures)
+
+
+def check(config, on_disk):
+    names, weights = on_disk
+    assert names_of(config) == names
+    loaded = load_pruned(Storage.open(str(config.storage)).child(config.name), models.build(config.model))
+    found = loaded.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+
+
+def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(server, anew, pictures, on_disk, monkeypatch):
+    config = on(server, "cut", pictures)
+    for events in (1, 3):
+        with power_cut(monkeypatch, events):
+            run(config)
+    run(config)
+    check(config, on_disk)
+
+
+def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing(server, anew, pictures, on_disk):
+    config = on(server, "faulty", pictures)
+    began = time.monotonic()
+
+    def policy(method, path, number):
+        if method in ("PUT", "POST") and number % 10 == 0:
+            return ("lost", "reset", SLOW_DOWN)[number // 10 % 3]
+        return "reset" if 2 < time.monotonic() - began < 5 else None
+
+    server.proxy.set(policy)
+    run(config)
+    assert server.proxy.broken > 5
+    server.proxy.set(None)
+    check(config, on_disk)
