@@ -12,6 +12,7 @@ COMMANDS = {
     "prune": "prune a network while it trains, by a recipe",
     "sparsify": "make a network's weights sparse in groups, and train it on",
     "evaluate": "measure a run's pruned and unpruned network",
+    "status": "say what a run is doing, or list all runs of a folder",
 }
 """Subcommand (a function of cli/main.py) -> its description."""
 

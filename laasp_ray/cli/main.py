@@ -11,6 +11,7 @@ from pathlib import Path
 
 from laasp_ray import api
 from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, overridden, run_parser
+from laasp_ray.cli.status import status
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.config import GroupSparsityConfig, RunConfig
 from laasp_ray.errors import ConfigError
@@ -29,6 +30,7 @@ from laasp_ray.run.events import read_events
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
+__all__ = ["evaluate", "prune", "prune_resnet50", "sparsify", "status"]
 _RECIPE_HELP = f"one of {', '.join(sorted(RECIPES))}, or an import path package.module:function"
 
 

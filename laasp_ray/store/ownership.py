@@ -50,6 +50,28 @@ class Token:
         return f"host {self.process.host}, process {self.process.pid}, since {self.since}"
 
 
+@dataclass(frozen=True)
+class OwnerSeen:
+    """What the store tells of a run's owner: its token, the number of its last heartbeat, that driver's own time of it,
+    and whether it has released the run.
+    """
+
+    token: Token
+    beats: int
+    at: str
+    left: bool
+
+
+def see_owner(storage: Storage) -> OwnerSeen | None:
+    """The owner of the run in `storage`, or None if nobody has taken it. Whether it lives shows if `beats` rises."""
+    attempts = _attempts(storage)
+    token = _read_token(storage, attempts[-1]) if attempts else None
+    if token is None:
+        return None
+    beat = _read_beat(storage, token.attempt)
+    return OwnerSeen(token, int(beat.get("beats", 0)), str(beat.get("at", "")), bool(beat.get("left", False)))
+
+
 class Owner:
     """This driver's ownership of the run in `storage`. `take` makes one; `release` ends it, and may be called twice."""
 

@@ -1,0 +1,121 @@
+"""`laasp-ray status` and `jobs/status.py`: what runs are doing, from their folders alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from laasp_ray.cli.stopping import guarded
+from laasp_ray.errors import ConfigError, LaaspError, StoreError
+from laasp_ray.report.status import RunStatus, status_of, status_text, statuses_table
+from laasp_ray.run.events import read_events
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.ownership import OwnerSeen, see_owner
+from laasp_ray.store.storage import Storage
+
+LOOKS_PER_BEAT = 4
+WATCH_S = 5.0
+_START = "/journal/000001-start.json"
+
+
+def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> int:
+    """`laasp-ray status` and `jobs/status.py RUN [--watch]` or `--storage DIR`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, description="Says what a run is doing, or lists all runs of a folder."
+    )
+    parser.add_argument("run", nargs="?", help="the run's folder, or its s3:// or gs:// address")
+    parser.add_argument("--storage", help="list all runs in this folder or address")
+    parser.add_argument("--watch", action="store_true", help="go on until the run is finished or Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run() -> None:
+        options = parser.parse_args(arguments)
+        if (options.run is None) == (options.storage is None):
+            raise ConfigError("give either a run's folder, or --storage with the folder of all runs")
+        if options.watch and (options.run is None or options.json):
+            raise ConfigError("--watch shows one run as text: give the run's folder, and not --storage or --json")
+        if options.watch:
+            _watch(Storage.open(options.run))
+        elif options.run is not None:
+            (found,) = statuses([Storage.open(options.run)])
+            print(json.dumps(found.to_dict(), indent=2) if options.json else status_text(found))
+        else:
+            found_all = statuses(_runs_of(Storage.open(options.storage)))
+            if options.json:
+                print(json.dumps([one.to_dict() for one in found_all], indent=2))
+            else:
+                print(statuses_table(found_all) if found_all else f"no runs in {options.storage}")
+
+    return guarded(run, stopped="stopped")
+
+
+def statuses(runs: Iterable[Storage]) -> list[RunStatus]:
+    """The status of each run. Looks twice at the heartbeats of those that are not finished, and waits in between.
+
+    Raises StoreError for a folder without a run.
+    """
+    folders = [storage.brief() for storage in runs]
+    first = [see_owner(folder) for folder in folders]
+    events = [read_events(Journal(folder)) for folder in folders]
+    for folder, owner, journal in zip(folders, first, events, strict=True):
+        if owner is None and not journal:
+            raise StoreError(f"{folder.uri} holds no run: give the folder of a run, such as runs/resnet50_digits")
+    last = _looked_again(folders, first)
+    attempts = [Journal(folder).last_attempt() for folder in folders]
+    return [
+        status_of(folder.uri.rstrip("/").rpartition("/")[2], folder.uri, journal, attempt, before, now)
+        for folder, journal, attempt, before, now in zip(folders, events, attempts, first, last, strict=True)
+    ]
+
+
+def _looked_again(folders: Sequence[Storage], first: Sequence[OwnerSeen | None]) -> list[OwnerSeen | None]:
+    """The owners after two heartbeats, or as soon as each has shown another one or has left."""
+    seen = list(first)
+    waits = [owner.token.beat_s for owner in first if owner is not None and not owner.left]
+    if not waits:
+        return seen
+    step = max(waits) / LOOKS_PER_BEAT
+    for _ in range(2 * LOOKS_PER_BEAT):
+        waiting = [
+            number for number, owner in enumerate(first) if owner and not owner.left and seen[number] == first[number]
+        ]
+        if not waiting:
+            break
+        time.sleep(step)
+        for number in waiting:
+            seen[number] = see_owner(folders[number])
+    return seen
+
+
+def _watch(storage: Storage) -> None:
+    """Prints the status again whenever it changes."""
+    before = None
+    while True:
+        (found,) = statuses([storage])
+        text = status_text(found)
+        # A heartbeat alone is no news.
+        news = "\n".join(line for line in text.splitlines() if "last heartbeat" not in line)
+        if news != before:
+            print(f"{time.strftime('%H:%M:%S')}\n{text}\n", flush=True)
+            before = news
+        if found.driver == "finished":
+            return
+        time.sleep(WATCH_S)
+
+
+def _runs_of(storage: Storage) -> list[Storage]:
+    """The folders directly in `storage` that hold a run which has begun. A damaged one is named and passed over."""
+    names = sorted({name.removesuffix(_START) for name in storage.list() if name.endswith(_START)})
+    found = []
+    for name in names:
+        child = storage.child(name)
+        try:
+            read_events(Journal(child))
+        except LaaspError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+        else:
+            found.append(child)
+    return found
