@@ -84,7 +84,9 @@ def command(storage: Path, name: str, ray: bool, settings: Settings) -> list[str
 
 
 def journal(storage: Path, name: str) -> list[Path]:
-    return sorted((storage / name / "journal").glob("[0-9]*.json"))
+    """The events of a run, but for those of faults, which an undisturbed run has not."""
+    events = sorted((storage / name / "journal").glob("[0-9]*.json"))
+    return [path for path in events if kind_of(path) != "fault"]
 
 
 def kind_of(path: Path) -> str:

@@ -33,6 +33,7 @@ from laasp_ray.report.tensorboard import ScalarWriter
 from laasp_ray.run.controller import Controller, RunServices
 from laasp_ray.run.events import (
     CalibrationDrawn,
+    FaultSurvived,
     Observer,
     RunFinished,
     RunResumed,
@@ -206,6 +207,10 @@ def _run_on_ray(
     from laasp_ray.distributed.trainer import RayTrainer, put_network
 
     config = prepared.config
+
+    def on_fault(text: str) -> None:
+        journal.append(FaultSurvived.NAME, data_of(FaultSurvived(text=text)))
+
     with (
         cluster.connected(address) as there,
         autoscaling.with_gpus(there, config.cluster, grows=check_address(address) != "local") as resources,
@@ -216,7 +221,7 @@ def _run_on_ray(
         network = put_network(prepared.unpruned)
 
         def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
-            made = RayExecutor(network, prepared.unpruned, calibration, config, share)
+            made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault)
             if share.gpus:  # or the search's workers could take the room of trainers that are still to come
                 started = trainer()
                 assert isinstance(started, RayTrainer)
@@ -229,7 +234,7 @@ def _run_on_ray(
             journal,
             progress,
             method,
-            lambda: RayTrainer(network, config, share, scratch),
+            lambda: RayTrainer(network, config, share, scratch, on_fault),
             executor,
             share.workers,
         )

@@ -44,16 +44,22 @@ class RayExecutor:
     """
 
     def __init__(
-        self, network: Any, unpruned: nn.Module, calibration: CalibrationImages, config: RunConfig, share: ResourcePlan
+        self,
+        network: Any,
+        unpruned: nn.Module,
+        calibration: CalibrationImages,
+        config: RunConfig,
+        share: ResourcePlan,
+        on_fault: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`network` is the object reference of `unpruned`."""
+        """`network` is the object reference of `unpruned`. `on_fault` is told of each worker that was lost."""
         self._network, self._unpruned, self._search = network, unpruned, config.search
         self._images, self._seed = len(calibration.labels), config.seed
         self._example = normalise(calibration.images[:1], config.data)
         self._calibration = ray.put(
             (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
         )
-        self._workers = SearchWorkers(share)
+        self._workers = SearchWorkers(share, on_fault=on_fault)
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
         if not self._search.reestimate_batchnorm:

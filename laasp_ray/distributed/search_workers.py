@@ -87,8 +87,14 @@ class _Worker:
 class SearchWorkers:
     """One worker per device of the cluster. They are started with the first job."""
 
-    def __init__(self, share: ResourcePlan, clock: Callable[[], float] = time.monotonic) -> None:
-        self._share, self._clock = share, clock
+    def __init__(
+        self,
+        share: ResourcePlan,
+        clock: Callable[[], float] = time.monotonic,
+        on_fault: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`on_fault` is told of each worker that was lost."""
+        self._share, self._clock, self._on_fault = share, clock, on_fault
         self._workers: list[_Worker] = []
         self._todo: deque[Job] = deque()
         self._finished: deque[Job] = deque()
@@ -296,7 +302,9 @@ class SearchWorkers:
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
         """Replaces a worker and queues its jobs again. The loss counts for the job that it worked on."""
-        logger.warning("a search worker is lost (%s): %s; its work goes to others", worker.place, _first_line(error))
+        text = f"a search worker is lost ({worker.place}): {_first_line(error)}"
+        logger.warning("%s; its work goes to others", text)
+        self._on_fault(text)
         self._replace(worker)
         for position, (_, job) in enumerate(worker.given):
             job.losses += position == 0

@@ -52,8 +52,19 @@ class RayTrainer:
     A global batch has `share.workers` parts, for any number of workers that there is room for (train/step.py).
     """
 
-    def __init__(self, unpruned: Any, config: RunConfig, share: ResourcePlan, storage_path: str) -> None:
-        """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`."""
+    def __init__(
+        self,
+        unpruned: Any,
+        config: RunConfig,
+        share: ResourcePlan,
+        storage_path: str,
+        on_fault: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`.
+
+        `on_fault` is told of each group that was lost, and of nodes that went.
+        """
+        self._on_fault = on_fault
         self._settings = GroupSettings(unpruned, config, share, storage_path)
         self._group: WorkerGroup | None = None
         self._make_room: Callable[[], None] = lambda: None
@@ -100,7 +111,9 @@ class RayTrainer:
                         f"training phase {training_phase.number} ({training_phase.phase}): the workers were lost "
                         f"{times} without finishing an epoch; the last said: {said}"
                     ) from lost
-                logger.warning("the worker group was lost (%s); starting another", said.partition("\n")[0])
+                text = f"the worker group was lost ({said.partition(chr(10))[0]})"
+                logger.warning("%s; starting another", text)
+                self._on_fault(text)
             if self._last is not None:
                 network = NetworkState(network.plan, self._last.tensors)
                 optimizer_state = self._last.optimizer_state

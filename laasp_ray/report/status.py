@@ -16,6 +16,7 @@ from laasp_ray.run.events import (
     BaselineMeasured,
     EpochDone,
     Exhausted,
+    FaultSurvived,
     Happening,
     ImageExcluded,
     IterationDone,
@@ -41,7 +42,7 @@ class RunStatus:
 
     `phase` is that of the work under way. `reached` and `targets` are shares of the unpruned network's value. `epoch`
     of `epochs` counts in the training phase. `attempts` counts the drivers so far: all but one were interrupted.
-    `eta_s` is the work that is left at the pace so far.
+    `faults` are the losses of workers that the run survived. `eta_s` is the work that is left at the pace so far.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RunStatus:
     owner: str = ""
     heartbeat: str = ""
     excluded_images: int = 0
+    faults: tuple[str, ...] = ()
     events: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def status_of(
         owner=owner,
         heartbeat=heartbeat,
         excluded_images=sum(isinstance(event, ImageExcluded) for event in events),
+        faults=tuple(event.text for event in events if isinstance(event, FaultSurvived)),
         events=len(events),
     )
 
@@ -270,6 +273,8 @@ def status_text(status: RunStatus) -> str:
         rows.append(
             ("time left", "not known yet" if status.eta_s is None else f"about {format_duration(status.eta_s)}")
         )
+    if status.faults:
+        rows.append(("faults survived", f"{len(status.faults)}, the last: {status.faults[-1]}"))
     if status.excluded_images:
         rows.append(("images left out", str(status.excluded_images)))
     width = max(len(head) for head, _ in rows)

@@ -14,6 +14,7 @@ from laasp_ray.run.events import (
     BaselineMeasured,
     EpochDone,
     Exhausted,
+    FaultSurvived,
     Happening,
     ImageExcluded,
     IterationDone,
@@ -65,6 +66,7 @@ class Summary:
     filters: Mapping[str, int] = field(default_factory=dict)
     kept_filters: Mapping[str, int] = field(default_factory=dict)
     excluded_images: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
     finished: bool = False
     exhausted: bool = False
 
@@ -112,6 +114,7 @@ def summarise(events: Sequence[Happening]) -> Summary:
         filters=start.filters,
         kept_filters=iterations[-1].kept_filters if iterations else {},
         excluded_images=tuple(event.image for event in events if isinstance(event, ImageExcluded)),
+        faults=tuple(event.text for event in events if isinstance(event, FaultSurvived)),
         finished=finish is not None,
     )
 
@@ -131,6 +134,8 @@ def format_summary(summary: Summary) -> str:
         lines += [_best_line(summary.best)]
     if summary.excluded_images:
         lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
+    if summary.faults:
+        lines += [f"Faults survived: {len(summary.faults)}, the last: {summary.faults[-1]}"]
     if summary.kept_filters:
         layers = [(name, str(kept), _count(summary.filters.get(name))) for name, kept in summary.kept_filters.items()]
         lines += ["", *table_lines([("layer", "filters kept", "of"), *layers])]

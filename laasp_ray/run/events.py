@@ -158,6 +158,14 @@ class BestEpoch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultSurvived:
+    """A part of the run was lost and replaced: `text` says which one, where and why. It changes nothing else."""
+
+    NAME: ClassVar = "fault"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished:
     """The pruned network is in the store.
 
@@ -190,6 +198,7 @@ RunEvent = (
     | IterationDone
     | Exhausted
     | ImageExcluded
+    | FaultSurvived
     | RunFinished
 )
 """The types of the journal's events."""

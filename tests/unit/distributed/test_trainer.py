@@ -39,7 +39,8 @@ class Cluster:
         monkeypatch.setattr(trainer_module, "ray", SimpleNamespace(put=lambda value: value, nodes=list))
         monkeypatch.setattr(trainer_module.time, "sleep", lambda seconds: None)
         config = small_run(tmp_path, cluster__worker_failures=failures)
-        self.trainer = RayTrainer(None, config, SHARE, "")
+        self.faults = []
+        self.trainer = RayTrainer(None, config, SHARE, "", self.faults.append)
         self.trainer._make_room = lambda: setattr(self, "room_made", self.room_made + 1)
         self.heard = []
 
@@ -108,6 +109,7 @@ def test_a_lost_group_is_followed_by_one_that_goes_on_after_the_last_epoch(clust
     assert made.run() is DONE
     assert made.heard == [0, 1, 2] and made.abandoned == 2
     assert made.commands == [(0, 0.0), (1, 1.0), (2, 2.0)]  # epochs done, and their weights
+    assert made.faults == [f"the worker group was lost ({LOST})"] * 2
 
 
 @pytest.mark.parametrize(("failures", "times"), [(0, "once"), (2, "3 times")])

@@ -28,6 +28,7 @@ JOBS = {
     "prune": main.prune,
     "sparsify": main.sparsify,
     "evaluate": main.evaluate,
+    "status": main.status,
 }
 OTHERS_FLAGS = {"--working-dir", "--head"}
 """Flags of Ray's own commands."""

@@ -7,7 +7,7 @@ import pytest
 from run_events import decision, epoch_done, iteration_done, metrics, phase_done, run_started
 
 from laasp_ray.report.status import status_of, status_text, statuses_table
-from laasp_ray.run.events import Exhausted, RunFinished
+from laasp_ray.run.events import Exhausted, FaultSurvived, RunFinished
 from laasp_ray.store.ownership import OwnerSeen, Token
 from laasp_ray.store.processes import Process
 
@@ -107,6 +107,13 @@ def test_what_people_read():
         "pace             10 s an epoch, 30 s an iteration",
         "time left        about 2 min 30 s",
     ]
+
+
+def test_faults_that_were_survived_are_counted_and_the_last_is_told():
+    lost = [FaultSurvived(text=f"a search worker is lost (process {number} on gpu3)") for number in (1, 2)]
+    found = status(*TRAINED[:1], *lost)
+    assert len(found.faults) == 2 and found.phase == "train"
+    assert "faults survived  2, the last: a search worker is lost (process 2 on gpu3)" in status_text(found)
 
 
 def test_the_list_of_runs_and_json():
