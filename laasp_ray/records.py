@@ -205,7 +205,8 @@ class RunState:
     current training phase. `epochs_trained` counts all epochs since the start; it seeds the order and augmentation of
     the next epoch. `excluded` names the images that are left out, and `places` says where they are, because they may be
     deleted later. `digests` (file -> sha256) are those of the checkpoints and masks in use, as far as events tell them.
-    The reductions of parameters and latency are 0 unless they are targets.
+    The reductions of parameters and latency are 0 unless they are targets. `batch_parts` is the number of parts of a
+    global batch.
     """
 
     phase: Phase = "train"
@@ -224,6 +225,7 @@ class RunState:
     excluded: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    batch_parts: int = 1
 
     @property
     def reached(self) -> dict[str, float]:

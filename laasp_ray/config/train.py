@@ -31,6 +31,13 @@ class TrainConfig:
     batch_size: Annotated[
         int, Doc("global batch, over all workers, at least 2; the learning rate is not scaled with it")
     ] = 256
+    batch_per_gpu: Annotated[
+        int,
+        Doc("images a batch for each worker at the start; the learning rate scales linearly; 0: batch_size"),
+    ] = 0
+    warmup_epochs: Annotated[
+        int, Doc("epochs in which a learning rate that batch_per_gpu scales rises from the unscaled one")
+    ] = 5
     momentum: Annotated[float, Doc("SGD's momentum, 0 to below 1")] = 0.9
     nesterov: Annotated[bool, Doc("Nesterov's form of momentum")] = True
     weight_decay: Annotated[float, Doc("SGD's weight decay (L2)")] = 1e-4
@@ -79,6 +86,9 @@ class TrainConfig:
         )
         check(self.drop_factor > 0, "train.drop_factor", self.drop_factor, "positive")
         check(self.batch_size >= 2, "train.batch_size", self.batch_size, "at least 2")
+        per_gpu = self.batch_per_gpu
+        check(per_gpu == 0 or per_gpu >= 2, "train.batch_per_gpu", per_gpu, "at least 2 (0: train.batch_size)")
+        check(self.warmup_epochs >= 0, "train.warmup_epochs", self.warmup_epochs, "at least 0")
         check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
         check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
         check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
@@ -93,11 +103,22 @@ class TrainConfig:
             "at least 0 (0: at the end of a training phase only)",
         )
 
-    def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of the schedule in `epoch` (0-based)."""
+    def global_batch(self, parts: int) -> int:
+        """The images of a step in a run whose global batch has `parts` parts."""
+        return self.batch_per_gpu * parts or self.batch_size
+
+    def learning_rate_at(self, epoch: int, parts: int = 1) -> float:
+        """The learning rate of the schedule in `epoch` (0-based), for a global batch of `parts` parts.
+
+        With `batch_per_gpu` it is scaled by the global batch over `batch_size`, after a linear rise from 1 to that
+        factor. Source: Goyal et al., Accurate, large minibatch SGD, 2017 (arXiv 1706.02677), with a rise in epochs.
+        """
+        scale = self.global_batch(parts) / self.batch_size if self.batch_per_gpu else 1.0
+        if epoch < self.warmup_epochs:
+            scale = 1 + (scale - 1) * epoch / self.warmup_epochs
         if self.schedule == "cosine":
-            return self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
-        return self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
+            return scale * self.learning_rate * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return scale * self.learning_rate * self.drop_factor ** sum(epoch >= drop for drop in self.drop_epochs)
 
     def is_tested(self, epoch: int) -> bool:
         """Whether `test_every` requires an evaluation after `epoch` (0-based) of the schedule."""

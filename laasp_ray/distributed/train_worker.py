@@ -148,7 +148,7 @@ def _naming_the_node() -> Iterator[None]:
 def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase) -> PhaseData:
     return PhaseData(
         config.data,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.global_batch(parts),
         seed=config.seed,
         device=ray.train.torch.get_device(),
         rank=dist.get_rank(),

@@ -165,11 +165,12 @@ def prepare(
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
     """Raises ConfigError if a worker gets fewer than two images of a batch, because BatchNorm needs two."""
-    steps = math.ceil(train_images / config.train.batch_size)
+    batch = config.train.global_batch(workers)
+    steps = math.ceil(train_images / batch)
     smallest = train_images // steps // workers
     if smallest < 2:
         raise ConfigError(
-            f"with {train_images} training images, train.batch_size {config.train.batch_size} and {workers} workers a "
+            f"with {train_images} training images, train.batch_size {batch} and {workers} workers a "
             f"worker would get batches of {smallest}: raise train.batch_size or lower cluster.workers"
         )
 

@@ -38,7 +38,7 @@ def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
     match event:
         case RunStarted():  # `plan` is that of the run whose pruned network this one goes on with
             state = replace(state, checkpoint=event.checkpoint, plan=event.plan, checkpoint_plan=event.plan)
-            return replace(state, digests=event.digests)
+            return replace(state, digests=event.digests, batch_parts=event.batch_parts or 1)
         case EpochDone():
             return replace(
                 state,
@@ -128,7 +128,9 @@ def next_training_phase(state: RunState, config: RunConfig) -> TrainingPhase:
     }[state.phase]
     first = state.epochs_trained - state.phase_epochs_done
     plans = tuple(
-        EpochPlan(epoch=epoch, data_epoch=first + position, learning_rate=_learning_rate(train, epoch))
+        EpochPlan(
+            epoch=epoch, data_epoch=first + position, learning_rate=_learning_rate(train, epoch, state.batch_parts)
+        )
         for position, epoch in enumerate(epochs)
     )
     return TrainingPhase(
@@ -141,6 +143,6 @@ def next_training_phase(state: RunState, config: RunConfig) -> TrainingPhase:
     )
 
 
-def _learning_rate(train: TrainConfig, epoch: int) -> float:
+def _learning_rate(train: TrainConfig, epoch: int, parts: int) -> float:
     # If t_p is the schedule's end, nothing is trained after pruning, and a fine-tune uses the last learning rate.
-    return train.learning_rate_at(min(epoch, train.epochs - 1))
+    return train.learning_rate_at(min(epoch, train.epochs - 1), parts)

@@ -187,7 +187,9 @@ def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
     for group in setup.optimizer.param_groups:
         group["lr"] = plan.learning_rate
     setup.model.train()
-    batches = epoch_batches(data.train_images, batch_size=config.batch_size, seed=seed, epoch=plan.data_epoch)
+    batches = epoch_batches(
+        data.train_images, batch_size=config.global_batch(data.parts), seed=seed, epoch=plan.data_epoch
+    )
     totals = EpochSums(torch.zeros(2, dtype=torch.float64, device=data.device))
     shares = [rank_share(batch, part, data.parts) for batch in batches for part in data.own_parts]
     with contextlib.closing(fed_ahead(data.train_loader.epoch(shares, plan.data_epoch))) as fed:

@@ -40,7 +40,8 @@ def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.devic
 
     Raises DataError as the loaders do.
     """
-    size = config.train.batch_size if device.type == "cuda" else min(config.train.batch_size, CPU_BATCH * world)
+    size = config.train.global_batch(world)
+    size = size if device.type == "cuda" else min(size, CPU_BATCH * world)
     data = PhaseData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
     model = _copy_on(unpruned, device, config.model.input_shape)
     teacher = _copy_on(unpruned, device, config.model.input_shape).eval() if config.train.distill else None

@@ -61,7 +61,7 @@ class InProcessTrainer:
         if self._data is None:
             self._data = PhaseData(
                 config.data,
-                batch_size=config.train.batch_size,
+                batch_size=config.train.global_batch(self._parts),
                 seed=config.seed,
                 device=self._device,
                 parts=self._parts,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -174,6 +175,27 @@ def test_the_cosine_schedule_falls_to_zero_and_knows_no_drops():
     rates = [train.learning_rate_at(epoch) for epoch in range(5)]
     root = math.sqrt(0.5)
     assert rates == pytest.approx([0.2, 0.1 * (1 + root), 0.1, 0.1 * (1 - root), 0.0])
+
+
+def test_the_learning_rate_is_scaled_with_the_batch_and_rises_to_it():
+    train = TrainConfig(
+        epochs=10,
+        prune_epoch=0,
+        batch_size=256,
+        batch_per_gpu=128,
+        warmup_epochs=4,
+        learning_rate=0.1,
+        drop_epochs=(8,),
+    )
+    assert [train.global_batch(parts) for parts in (1, 2, 8)] == [128, 256, 1024]
+    # Eight workers: four times the batch, so from 0.1 to 0.4 in four epochs.
+    rates = [train.learning_rate_at(epoch, 8) for epoch in (0, 1, 2, 3, 4, 7, 8)]
+    assert rates == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.04])
+    assert [train.learning_rate_at(epoch, 2) for epoch in (0, 7)] == pytest.approx([0.1, 0.1])
+    plain = dataclasses.replace(train, batch_per_gpu=0)
+    assert plain.global_batch(8) == 256 and plain.learning_rate_at(7, 8) == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match=r"train\.batch_per_gpu is 1, must be at least 2"):
+        dataclasses.replace(train, batch_per_gpu=1)
 
 
 def test_a_schedule_is_checked_without_a_dictionary_too():
