@@ -3,7 +3,8 @@
     python bench/faults.py [--runs 4] [--faults 8] [--seed 0] [--only "rank killed" ...] [--out FILE]
 
 The cluster is a head and two workers with one CPU each, hosts of their own on this machine (bench/hosts.py). The driver
-is on the head. Every run draws its faults and moments; decisions, plan and weights must be those of the undisturbed
+is on the head; with --keep-head-state it is on a worker, and the head may be lost and come back with the cluster's
+state. Every run draws its faults and moments; decisions, plan and weights must be those of the undisturbed
 run. The seconds of a recovery are those from the fault to the next event of the journal, with the work in between.
 """
 
@@ -52,10 +53,11 @@ class Outcome:
 
 
 class Run:
-    """A run of the digits' recipe whose driver is on the head."""
+    """A run of the digits' recipe. Its driver is on the head, or on the first worker if the head keeps its state."""
 
     def __init__(self, cluster: hosts.Hosts, storage: Path, name: str) -> None:
         self.cluster, self.storage, self.name = cluster, storage, name
+        self.host = 1 if cluster.keeps_state else 0
         self.log = storage / f"{name}.log"
         self.driver = self.start()
 
@@ -63,18 +65,18 @@ class Run:
         """Starts a driver: the first one, or the same command again."""
         command = interruptions.command(self.storage, self.name, True, SETTINGS)
         with self.log.open("ab") as file:
-            return self.cluster.run(0, command, stdout=file)
+            return self.cluster.run(self.host, command, stdout=file)
 
     def events(self) -> list[str]:
         return [interruptions.kind_of(path) for path in interruptions.journal(self.storage, self.name)]
 
-    def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Waits for the condition. A driver that has ended with an error ends the wait, too."""
+    def wait(self, condition: Callable[[], bool], what: str, allowed: tuple[subprocess.Popen[bytes], ...] = ()) -> None:
+        """Waits for the condition. A driver that has ended with an error ends the wait, too, unless it is `allowed`."""
         deadline = time.monotonic() + LONG_S
         while not condition():
             if time.monotonic() > deadline:
                 raise HungError(f"{what}: nothing for {LONG_S:g} s\n{self.said()}")
-            if self.driver.poll() not in (None, 0):
+            if self.driver not in allowed and self.driver.poll() not in (None, 0):
                 raise HungError(f"{what}: the driver ended with {self.driver.returncode}\n{self.said()}")
             time.sleep(0.02)
 
@@ -91,12 +93,16 @@ class Run:
         return False
 
     def drivers(self) -> list[int]:
-        return self.cluster.processes(0, "jobs/prune.py")
+        return self.cluster.processes(self.host, "jobs/prune.py")
 
     def signal_driver(self, number: int) -> None:
         for pid in self.drivers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def worker_hosts(self) -> list[int]:
+        """The workers that are alive and have no driver."""
+        return [host for host in self.cluster.alive() if host not in (0, self.host)]
 
     def kill_driver(self) -> None:
         self.signal_driver(signal.SIGKILL)
@@ -140,19 +146,23 @@ def _owners(run: Run) -> int:
 
 
 def two_drivers(run: Run, draw: random.Random) -> bool:
-    """A second driver of the run is refused while the first lives."""
-    second = run.start()
-    if second.wait(timeout=LONG_S) == 0:
-        raise HungError("a second driver carried out a run that another had")
-    if "another driver has the run" not in run.said():
-        raise HungError(f"the second driver did not say why it ended\n{run.said()}")
+    """A second driver is started: one of the two is refused, as a rule the second, and the other has the run."""
+    first, second = run.driver, run.start()
+    run.driver = second  # both may have to wait until an earlier owner is known to be dead
+    run.wait(lambda: first.poll() is not None or second.poll() is not None, "two drivers", allowed=(first, second))
+    refused = second if second.poll() not in (None, 0) else first
+    run.driver = first if refused is second else second
+    if refused.poll() == 0:  # the other finds a finished run
+        return run.driver.wait(timeout=LONG_S) == 0
+    if "another driver has" not in run.said():
+        raise HungError(f"the driver that was refused did not say why\n{run.said()}")
     return True
 
 
 def host_lost(run: Run, draw: random.Random) -> bool:
     """A worker host is gone for good."""
-    alive = [host for host in run.cluster.alive() if host]
-    if len(alive) < 2:
+    alive = run.worker_hosts()
+    if len(run.cluster.alive()) < 3:
         return False
     run.cluster.kill(draw.choice(alive))
     return True
@@ -160,8 +170,8 @@ def host_lost(run: Run, draw: random.Random) -> bool:
 
 def host_returns(run: Run, draw: random.Random) -> bool:
     """A worker host loses its power and comes back."""
-    alive = [host for host in run.cluster.alive() if host]
-    if len(alive) < 2:
+    alive = run.worker_hosts()
+    if len(run.cluster.alive()) < 3:
         return False
     host = draw.choice(alive)
     run.cluster.kill(host)
@@ -171,7 +181,9 @@ def host_returns(run: Run, draw: random.Random) -> bool:
 
 def host_cut_off(run: Run, draw: random.Random) -> bool:
     """A worker host is off the network for 20 s."""
-    alive = [host for host in run.cluster.alive() if host]
+    alive = run.worker_hosts()
+    if not alive:
+        return False
     host = draw.choice(alive)
     run.cluster.cut(host, off=True)
     time.sleep(20)
@@ -186,6 +198,16 @@ def head_lost(run: Run, draw: random.Random) -> bool:
     run.driver.wait()
     run.cluster.up()
     run.driver = run.start()
+    return True
+
+
+def head_returns(run: Run, draw: random.Random) -> bool:
+    """The head loses its power for 10 s and comes back with the cluster's state; the driver is elsewhere."""
+    if not run.cluster.keeps_state:
+        return False
+    run.cluster.kill(0)
+    time.sleep(10)
+    run.cluster.start(0)
     return True
 
 
@@ -215,6 +237,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[Run, random.Random], bool]]] 
     "worker host lost, comes back": (ANY, host_returns),
     "worker host off the network for 20 s": (ANY, host_cut_off),
     "head and driver lost": (ANY, head_lost),
+    "head lost, comes back with its state": (ANY, head_returns),
     "last event torn": (ANY, torn_event),
 }
 """Name -> (the events that must come next, what happens; False where it cannot happen)."""
@@ -258,16 +281,21 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--faults", type=int, default=8, help="faults a run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=sorted(FAULTS), metavar="FAULT", default=list(FAULTS))
+    parser.add_argument("--only", nargs="+", choices=sorted(FAULTS), metavar="FAULT", help="these faults only")
+    parser.add_argument("--keep-head-state", action="store_true", help="the driver is on a worker, see above")
     parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")
     options = parser.parse_args()
     reason = hosts.missing()
     if reason is not None:
         raise SystemExit(reason)
     print(machine("ray"))
+    kept = options.keep_head_state
+    names = options.only or [
+        name for name, (_, what) in FAULTS.items() if what is not (head_lost if kept else head_returns)
+    ]
     outcomes: list[Outcome] = []
     failures: list[str] = []
-    with hosts.Hosts() as cluster:
+    with hosts.Hosts(keeps_state=kept) as cluster:
         cluster.up()
         began = time.monotonic()
         peace = Run(cluster, cluster.folder, "peace")
@@ -284,7 +312,7 @@ def main() -> None:
             run = Run(cluster, cluster.folder, f"run{number}")
             print(f"run {number}", flush=True)
             try:
-                outcomes += disturbed(run, drawn(kinds, gaps, options.faults, options.only, draw), draw)
+                outcomes += disturbed(run, drawn(kinds, gaps, options.faults, names, draw), draw)
                 found = interruptions.outcome(cluster.folder, run.name)
                 verdict = "the same" if found == expected else f"DIFFERENT: {found}, expected {expected}"
                 print(f"      decisions, plan and weights: {verdict}", flush=True)

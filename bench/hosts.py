@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -36,9 +36,13 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """A cluster of `workers` hosts with one CPU each and a head without any. All see the same files."""
+    """A cluster of `workers` hosts with one CPU each and a head without any. All see the same files.
 
-    def __init__(self, workers: int = 2) -> None:
+    With `keeps_state` the head writes the cluster's state to disk, and has it again when it comes back.
+    """
+
+    def __init__(self, workers: int = 2, *, keeps_state: bool = False) -> None:
+        self.keeps_state = keeps_state
         self.folder = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))
         self._mounted = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # sockets need a short path
         self._prefix = f"lr{os.getpid() % 10000}"
@@ -80,7 +84,7 @@ class Hosts:
         log = (self.folder / f"ray{host}.log").open("ab")
         began = time.monotonic()
         while True:
-            process = self.run(host, [*RAY, "start", *role, *place], stdout=log)
+            process = self.run(host, [*RAY, "start", *role, *place], stdout=log, environment=self._state_of(host))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=8)
             if process.poll() is None:
@@ -88,14 +92,16 @@ class Hosts:
             if time.monotonic() - began > START_S:
                 raise RuntimeError(f"host {host} does not start: see {log.name}")
 
-    def run(self, host: int, command: Sequence[str], stdout: object = None) -> subprocess.Popen[bytes]:
+    def run(
+        self, host: int, command: Sequence[str], stdout: object = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Starts a command on a host."""
         inside = ["nsenter", "-t", str(self._init_of(host)), "-m", "-n", "-p", "-r", f"--wd={os.getcwd()}", *command]
         return subprocess.Popen(
             inside,
             stdout=stdout,  # type: ignore[call-overload]
             stderr=subprocess.STDOUT,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **self.environment, **(environment or {})},
             start_new_session=True,
         )
 
@@ -109,6 +115,12 @@ class Hosts:
             "RAY_TMPDIR": str(self._mounted),
             "RAY_worker_niceness": "0",
         }
+
+    def _state_of(self, host: int) -> Mapping[str, str]:
+        """Ray's settings for a head that keeps its state."""
+        if host or not self.keeps_state:
+            return {}
+        return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self.folder / "state")}
 
     def processes(self, host: int, title: str = "") -> list[int]:
         """The processes of a host, as this machine numbers them, whose command line holds `title`."""
@@ -174,11 +186,3 @@ def _wait(condition: object, seconds: float, otherwise: str) -> None:
 
 def _do(*command: str, check: bool = True) -> str:
     return subprocess.run(command, check=check, capture_output=True, text=True).stdout
-
-
-@contextlib.contextmanager
-def cluster(workers: int = 2) -> Iterator[Hosts]:
-    """Hosts that are up."""
-    with Hosts(workers) as hosts:
-        hosts.up()
-        yield hosts
