@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from laasp_ray.data.sources.base import ImageSource, check_labels, tell_skipped
 from laasp_ray.data.sources.folder import TEST_FOLDERS, class_names, image_files
-from laasp_ray.data.sources.imagenet_tar import TarImages, tar_index
+from laasp_ray.data.sources.imagenet_tar import tar_index
 from laasp_ray.data.sources.label_list import LabelList
+from laasp_ray.data.sources.tar_index import TarImages
 from laasp_ray.errors import DataError
 
 TEST_TARS = ("ILSVRC2012_img_val.tar", "val.tar", "test.tar")
@@ -62,14 +62,7 @@ def open_flat(root: Path, classes: tuple[str, ...]) -> ImageSource | None:
     if tar is not None:
         index = tar_index(tar, nested=False)
         order, labels = _labelled(list(index.names), [root], tar, classes)
-        chosen = replace(
-            index,
-            names=index.names[order],
-            offsets=index.offsets[order],
-            sizes=index.sizes[order],
-            labels=index.labels[order],
-        )
-        return TarImages(tar, chosen, labels, classes, "test")
+        return TarImages([tar], index.only(order), "test", where=str(tar), labels=labels, classes=classes)
     files, others = image_files(folder) if folder is not None else ([], [])
     if folder is None or not files:
         return None
