@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.names import is_import_path
 
-DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar")
+DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar", "webdataset")
 """Built-in values of `data.format`: the layouts of data/sources/registry.py, `digits` and `auto`. Import paths are also
 allowed.
 """
@@ -29,7 +29,7 @@ class DataConfig:
     format: Annotated[
         str,
         Doc(
-            "how the images are stored: digits, folder, parquet, cifar_batches, tar, an import path, "
+            "how the images are stored: digits, folder, parquet, cifar_batches, tar, webdataset, an import path, "
             "or auto: found by what lies in the folder"
         ),
     ] = "auto"

@@ -22,8 +22,15 @@ def identify(source: ImageSource) -> dict[str, Any]:
     `images` is their number. `digest` is over names, labels and order. `classes` has a row (name, images, digest) for
     each class. `sample` has rows (number, digest of the file) for one image each of up to 100 classes. Names are
     compared without the folder or tar that they begin with. Images that cannot be decoded are not in the sample.
+    `shard_list` is the digest of a list of shards, if the images are in shards: it covers every byte of every image.
     """
-    return {**_names_of(source), "sample": _sample(source)}
+    listed = shard_list_digest(source)
+    return {**names_of(source), "sample": _sample(source)} | ({} if listed is None else {"shard_list": listed})
+
+
+def shard_list_digest(source: ImageSource) -> str | None:
+    """The digest of the list of shards that has the images; None if they are not in listed shards."""
+    return getattr(source, "shard_list_digest", None)
 
 
 def digest_of_names(source: ImageSource) -> str:
@@ -50,7 +57,11 @@ def _change(known: Mapping[str, Any], source: ImageSource, excluded: frozenset[s
     """Describes the change by an example; None if nothing changed."""
     if "digest" not in known:
         return None if len(source) == known["images"] else "images were added or removed"
-    found = _names_of(source)
+    listed = shard_list_digest(source)
+    if listed is not None and known.get("shard_list", listed) != listed:
+        before = known["shard_list"]
+        return f"the list of shards has changed (index.json's digest is {listed[:16]} now, {before[:16]} at its start)"
+    found = names_of(source)
     if found["digest"] != known["digest"]:
         return _changed_class(known["classes"], found["classes"], source)
     for index, digest in known["sample"]:
@@ -61,7 +72,7 @@ def _change(known: Mapping[str, Any], source: ImageSource, excluded: frozenset[s
     return None
 
 
-def _names_of(source: ImageSource) -> dict[str, Any]:
+def names_of(source: ImageSource) -> dict[str, Any]:
     """The identity without its sample. It reads no file."""
     classes = _classes(source)
     whole = hashlib.sha256(source.labels.astype("<i8").tobytes())

@@ -21,6 +21,7 @@ class WithPlaces:
         count = len(source) + len(labels)
         self._own = np.setdiff1d(np.arange(count, dtype=np.int64), np.array(sorted(labels), np.int64))
         self.classes = source.classes
+        self.shard_list_digest = getattr(source, "shard_list_digest", None)
         self.labels = np.empty(count, np.int64)
         self.labels[self._own] = source.labels
         for index, label in labels.items():

@@ -18,6 +18,7 @@ from laasp_ray.data.sources.flat_val import open_flat
 from laasp_ray.data.sources.folder import TEST_FOLDERS, FolderSource, class_names, train_folders
 from laasp_ray.data.sources.imagenet_tar import TRAIN_TARS, open_train_tar, train_classes, train_tar
 from laasp_ray.data.sources.parquet import ParquetSource, parquet_files
+from laasp_ray.data.sources.webdataset import open_shards, shards_folder
 from laasp_ray.errors import ConfigError, DataError
 
 __all__ = ["LAYOUTS", "ImageSource", "Layout", "Split", "open_source", "open_test_source"]
@@ -162,6 +163,12 @@ LAYOUTS: dict[str, Layout] = {
             bool(parquet_files(root, "test")) and not any((root / name).is_dir() for name in TEST_FOLDERS)
         ),
         open=ParquetSource,
+    ),
+    "webdataset": Layout(
+        looked_for="WebDataset shards ({root}/train/index.json and *.tar)",
+        fits=lambda root: shards_folder(root, "train") is not None,
+        open=open_shards,
+        fits_test=lambda root: shards_folder(root, "test") is not None,
     ),
     "folder": Layout(
         looked_for="class folders ({root}/train/<class>/*.JPEG)",

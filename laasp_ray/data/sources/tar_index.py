@@ -154,7 +154,7 @@ def members(path: Path, stream: BinaryIO, start: int, end: int) -> Iterator[tarf
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
-                archive.members = []  # tarfile keeps every header otherwise; a training tar has a million
+                archive.members = []  # type: ignore[attr-defined]  # it keeps all headers otherwise, a million of a tar
                 parts = PurePosixPath(member.name).parts
                 if member.isdir() or any(is_junk(part) for part in parts):
                     continue
