@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import laasp_ray
 
@@ -13,13 +14,23 @@ COMMANDS = {
     "sparsify": "make a network's weights sparse in groups, and train it on",
     "evaluate": "measure a run's pruned and unpruned network",
     "status": "say what a run is doing, or list all runs of a folder",
+    "prepare-data": "make shards from a data set, and check every image",
 }
-"""Subcommand (a function of cli/main.py) -> its description."""
+"""Subcommand -> its description."""
+_LIGHT = ("prepare-data",)
+"""The subcommands that are modules of their own: they import no more of the package than they need."""
+
+
+def command(name: str) -> Callable[..., int]:
+    """The function that carries out a subcommand."""
+    function = name.replace("-", "_")
+    module = function if name in _LIGHT else "main"
+    return getattr(importlib.import_module(f"laasp_ray.cli.{module}"), function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `laasp-ray COMMAND ...` and returns the exit status of the command (see cli/stopping.py)."""
-    listed = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    listed = "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="laasp-ray",
         description=f"Prunes convolutional networks on a Ray cluster.\n\ncommands:\n{listed}",
@@ -31,7 +42,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND", help="one of the commands above")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given[:1])  # the command parses the remaining arguments itself
-
-    from laasp_ray.cli import main as commands  # these imports take seconds, and --version does not need them
-
-    return getattr(commands, options.command)(given[1:], prog=f"laasp-ray {options.command}")
+    # The import takes seconds, and --version does not need it.
+    return command(options.command)(given[1:], prog=f"laasp-ray {options.command}")

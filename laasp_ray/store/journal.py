@@ -143,7 +143,7 @@ class Journal:
                     f"the journal of {self._storage.uri} is broken at {file}: {trouble} ({expected} "
                     "was due); restore the folder from a copy or start the run under another name"
                 )
-        if self._written is None and len(files) > 1 and self._is_cut_off(files[-1]):
+        if self._written is None and files and self._is_cut_off(files[-1]):
             self._torn = files[-1]
             logger.warning(
                 "%s in %s is empty or cut off: it is passed over, the run stands at the event before",

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -74,6 +75,18 @@ class EncodedBatch:
         return EncodedBatch(self.indices[one], self.encoded[one], self.sizes[one])
 
 
+class LeftOut(Protocol):
+    """Which images of a source are left out, as a feed needs it."""
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """The `indices` that are not left out, in their order."""
+        ...
+
+    def leave_out(self, index: int, reason: str) -> None:
+        """Leaves out image `index` from now on."""
+        ...
+
+
 class UnreadableImages:
     """The images of `source` that are left out: those `excluded` by name from the start, and those found later.
 
@@ -121,7 +134,7 @@ class ImageFeed:
     def __init__(
         self,
         source: ImageSource,
-        unreadable: UnreadableImages,
+        unreadable: LeftOut,
         *,
         threads: int,
         max_batch: int,

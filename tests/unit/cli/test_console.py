@@ -7,7 +7,6 @@ import pytest
 
 from laasp_ray import __version__
 from laasp_ray.cli import console
-from laasp_ray.cli import main as cli
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 
@@ -30,7 +29,7 @@ def test_version(capsys):
 @pytest.mark.parametrize("command", sorted(console.COMMANDS))
 def test_a_command_takes_what_its_job_takes(command, capsys):
     status, ours, _ = printed(console.main, [command, "--help"], capsys)
-    _, theirs, _ = printed(getattr(cli, command), ["--help"], capsys)
+    _, theirs, _ = printed(console.command(command), ["--help"], capsys)
     assert status == 0 and ours.startswith(f"usage: laasp-ray {command} ")
     options = ours.partition("positional arguments")[2]
     assert options and options == theirs.partition("positional arguments")[2]

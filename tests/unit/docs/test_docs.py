@@ -16,6 +16,7 @@ import yaml
 
 from laasp_ray import config
 from laasp_ray.cli import main
+from laasp_ray.cli.prepare_data import prepare_data
 from laasp_ray.config import RunConfig
 from laasp_ray.config.fields import flatten
 from laasp_ray.config.names import is_import_path
@@ -29,6 +30,7 @@ JOBS = {
     "sparsify": main.sparsify,
     "evaluate": main.evaluate,
     "status": main.status,
+    "prepare_data": prepare_data,
 }
 OTHERS_FLAGS = {"--working-dir", "--head"}
 """Flags of Ray's own commands."""
