@@ -35,7 +35,7 @@ def shard_list_digest(source: ImageSource) -> str | None:
 
 def digest_of_names(source: ImageSource) -> str:
     """The digest over names, labels and order. It reads no image."""
-    digest: str = _names_of(source)["digest"]
+    digest: str = names_of(source)["digest"]
     return digest
 
 

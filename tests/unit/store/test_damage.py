@@ -110,7 +110,8 @@ def run(finished):
         storage.write(name, content)
 
 
-DAMAGED = [b"[]", b"null", b"", b"3", b'"x"', b'{"name": "a', b"\xff\xfe{", b"[" * 100_000]
+CUT_OFF = [b"", b'{"name": "a', b"\xff\xfe{"]
+DAMAGED = [b"[]", b"null", b"3", b'"x"', b"[" * 100_000, *CUT_OFF]
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -130,7 +131,7 @@ def test_a_damaged_config_is_named_with_a_remedy(run, content):
 @pytest.mark.parametrize(
     "content",
     [
-        *DAMAGED,
+        *(content for content in DAMAGED if content not in CUT_OFF),
         b"{}",
         b'{"schema_version": 2, "sequence": 1, "name": "start", "time": 0, "data": null}',
         b'{"schema_version": 2, "sequence": 1, "name": "start", "time": 0, "data": [1]}',
@@ -147,6 +148,18 @@ def test_a_damaged_event_is_named_with_a_remedy(run, content):
     storage.write("journal/000001-start.json", content)
     with pytest.raises(StoreError, match=r"journal/000001-start\.json in .*; restore it from a copy"):
         prune(config, distributed=False, progress=Silent())
+
+
+@pytest.mark.parametrize("content", CUT_OFF)
+def test_a_first_event_that_was_cut_off_begins_the_run_anew(run, content, caplog):
+    config, storage = run
+    for name in storage.list("journal/"):
+        if not name.startswith("journal/000001"):
+            storage.delete(name)
+    storage.write("journal/000001-start.json", content)
+    prune(config, distributed=False, progress=Silent())
+    assert "journal/000001-start.json" in caplog.text and "is empty or cut off: it is passed over" in caplog.text
+    assert storage.read_json("journal/000001-start.json")["name"] == "start"
 
 
 def test_an_event_with_values_of_another_kind_is_named(run):
