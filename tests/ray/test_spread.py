@@ -90,7 +90,7 @@ def serial_iteration(request, config, network, calibration):
     return config, iteration, heard
 
 
-@pytest.mark.parametrize("candidates_per_task", [0, 1, 3])
+@pytest.mark.parametrize("candidates_per_task", [0, 1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_the_spread_search_gives_the_serial_losses_and_choice(
     serial_iteration, network, reference, share, calibration, candidates_per_task
 ):
@@ -293,12 +293,12 @@ def test_a_phase_goes_on_from_its_middle_and_an_error_in_training_reaches_the_dr
 
 
 def test_an_error_that_keeps_coming_ends_the_training_phase_with_what_it_said(config, network, share, tmp_path):
-    patient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, worker_failures=1))
-    trainer = RayTrainer(put_network(network), patient, share, str(tmp_path))
+    impatient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, worker_failures=0))
+    trainer = RayTrainer(put_network(network), impatient, share, str(tmp_path))
     state = capture(network, Plan.empty())
     unknown = dataclasses.replace(training_phase(0, 1), epochs=("no epoch's plan",))
     try:
-        with pytest.raises(TrainingError, match=r"lost 2 times without finishing an epoch.*AttributeError"):
+        with pytest.raises(TrainingError, match=r"lost once without finishing an epoch.*AttributeError"):
             trainer.run(state, {}, unknown, lambda epoch: None)
     finally:
         trainer.close()

@@ -276,7 +276,7 @@ sys.exit(prepare_data(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("finished", [0, 1])
+@pytest.mark.parametrize("finished", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_kill_9_while_shards_are_made(folder, out, whole, finished):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(folder), "--out", str(out), "--split", "train", "--samples", "8"]
