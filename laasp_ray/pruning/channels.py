@@ -72,11 +72,15 @@ def plan_of(removal: Removal) -> Plan:
     tensors: dict[str, dict[int, Kept]] = {}
     attributes: dict[str, dict[str, AttributeValue]] = {}
     layers: dict[str, tuple[int, ...]] = {}
+    known: dict[tuple[int, int, frozenset[int]], tuple[tuple[int, ...], Kept]] = {}
     for side, removed in removal.items():
         if not removed:
             continue
-        kept = tuple(index for index in range(side.size) if index not in removed)
-        parts = _parts(side, kept)
+        alike = side.size, side.blocks, frozenset(removed)  # many sides of a prune lose the same channels
+        if alike not in known:
+            kept = tuple(index for index in range(side.size) if index not in alike[2])
+            known[alike] = kept, _parts(side, kept)
+        kept, parts = known[alike]
         for axis in side.axes:
             tensors.setdefault(axis.tensor, {})[axis.axis] = parts if axis.per_block else (kept,)
         for name in side.attributes:
@@ -91,7 +95,10 @@ def plan_of(removal: Removal) -> Plan:
 
 def _parts(side: ChannelAxis, kept: tuple[int, ...]) -> Kept:
     width = side.size // side.blocks
-    parts = tuple(tuple(index % width for index in kept if index // width == block) for block in range(side.blocks))
+    in_blocks: list[list[int]] = [[] for _ in range(side.blocks)]
+    for index in kept:
+        in_blocks[index // width].append(index % width)
+    parts = tuple(map(tuple, in_blocks))
     counts = {len(part) for part in parts}
     if not kept or counts == {0}:
         raise PruningError(f"all {side.size} {side.role} of {side.module} would go; at least one must stay")

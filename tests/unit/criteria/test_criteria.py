@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from laasp_ray import criteria
 from laasp_ray.errors import ConfigError, SearchError
@@ -69,6 +70,19 @@ def test_euclidean_agrees_with_direct_distances():
     weights = torch.randn(40, 27, generator=torch.Generator().manual_seed(1)).double()
     direct = (weights[:, None] - weights[None]).square().sum(2).sqrt().sum(1)
     torch.testing.assert_close(criteria.scores("euclidean", weights), direct)
+
+
+@pytest.mark.parametrize("shape", [(64, 3 * 49), (96, 1), (256, 64), (48, 9), (512, 512 * 9), (2, 27)])
+def test_cosine_chooses_as_its_definition_in_double_precision(shape):
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    if shape[0] > 2:  # of two filters with one direction the definition's own scores are nothing but rounding
+        weights[shape[0] // 2] = weights[0] * 4
+    directions = F.normalize(weights.double(), dim=1)
+    direct = (1 - directions @ directions.T).sum(dim=1).float()
+    found = criteria.scores("cosine", weights)
+    torch.testing.assert_close(found, direct, rtol=1e-6, atol=1e-12 * shape[0])
+    for count in (1, shape[0] // 3, shape[0] // 2):
+        assert criteria.lowest(found, count) == criteria.lowest(direct, count)
 
 
 def test_cosine_and_dissimilar_choose_opposite_filters():
