@@ -39,8 +39,10 @@ NETWORKS = [
         )
     ),
 ]
-OTHERS_OF_A_FAMILY = {f"torchvision.{name}" for name in ("resnet18", "resnet50", "efficientnet_b0", "resnext50_32x4d")}
-"""Of the families of resnet20, mobilenet_v2 and regnet_y_400mf."""
+OTHERS_OF_A_FAMILY = {
+    f"torchvision.{name}" for name in ("resnet18", "resnet50", "efficientnet_b0", "resnext50_32x4d", "vgg16_bn")
+}
+"""Of the families of resnet20, mobilenet_v2, regnet_y_400mf, and of the recipes' vgg16_cifar10."""
 
 
 @functools.lru_cache(maxsize=1)
