@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,39 +14,33 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
+from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.decoding import normalise
-from laasp_ray.data.sources.identity import identify
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
-from laasp_ray.errors import ConfigError, DataError
+from laasp_ray.errors import ConfigError
 from laasp_ray.methods import PruningMethod, method_of
 from laasp_ray.methods.registry import check_section
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.pruning.network import capture
-from laasp_ray.pruning.plan import Plan
 from laasp_ray.report.progress import make_progress
 from laasp_ray.report.tensorboard import ScalarWriter
+from laasp_ray.run.beginning import batch_parts_of, calibration_of, check_method, keep_unpruned, start_run
 from laasp_ray.run.controller import Controller, RunServices
 from laasp_ray.run.events import (
-    CalibrationDrawn,
     FaultSurvived,
     Observer,
     RunFinished,
     RunResumed,
     RunStarted,
     data_of,
-    read_event,
     started,
 )
-from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config, write_config
+from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import Executor, InProcessExecutor
-from laasp_ray.store.addresses import public_data
 from laasp_ray.store.artifact import load_pruned
-from laasp_ray.store.checkpoint import UNPRUNED, has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
@@ -135,7 +128,7 @@ def _prepared(
     start = started(journal)
     if start is None:
         return prepare(config, model, method=method)
-    _check_method(start, method)
+    check_method(start, method)
     state = folded(journal, config)
     return prepare(config, model, started=True, images=start.images, state=state, method=method)
 
@@ -166,7 +159,7 @@ def _copied(model: nn.Module) -> nn.Module:
 def _run_here(
     prepared: Prepared, storage: Storage, journal: Journal, progress: Observer, method: PruningMethod[Any] | None
 ) -> nn.Module:
-    config, parts = prepared.config, _batch_parts(journal) or 1
+    config, parts = prepared.config, batch_parts_of(journal) or 1
     check_workers(config, len(prepared.train), parts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -216,7 +209,7 @@ def _run_on_ray(
         autoscaling.with_gpus(there, config.cluster, grows=check_address(address) != "local") as resources,
         tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch,
     ):
-        share = cluster.plan_resources(resources, config.cluster, _batch_parts(journal))
+        share = cluster.plan_resources(resources, config.cluster, batch_parts_of(journal))
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
 
@@ -255,9 +248,9 @@ def _control(
     assert owner is not None
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
-        _start(prepared, storage, journal, method, parts)
+        start_run(prepared, storage, journal, method, parts)
     if config.prune.begins_with is not None:
-        _keep_unpruned(config.prune.begins_with, storage)
+        keep_unpruned(config.prune.begins_with, storage)
     made: dict[str, Any] = {}
 
     def trainer() -> Trainer:
@@ -267,7 +260,7 @@ def _control(
 
     def executor(excluded: tuple[str, ...], on_unreadable: Callable[[str], None]) -> Executor:
         if "executor" not in made:
-            made["executor"] = make_executor(_calibration(prepared, journal, excluded, on_unreadable), trainer)
+            made["executor"] = make_executor(calibration_of(prepared, journal, excluded, on_unreadable), trainer)
         return made["executor"]
 
     made["scalars"] = scalars = ScalarWriter(storage)
@@ -300,106 +293,3 @@ def _close(parts: Iterable[Any]) -> None:
             part.close()
         except Exception:
             logger.warning("closing %s failed", type(part).__name__, exc_info=True)
-
-
-def _check_method(start: RunStarted, method: PruningMethod[Any] | None) -> None:
-    theirs, ours = start.method, _name_of(method)
-    if theirs != ours:
-        raise ConfigError(
-            f"this run was started with {theirs or 'no method of its own'}, now it is given {ours or 'none'}: give the "
-            "same method to go on with it, or start a run under another name"
-        )
-
-
-def _name_of(method: PruningMethod[Any] | None) -> str | None:
-    if method is None:
-        return None
-    return f"{type(method).__module__}.{type(method).__qualname__}"
-
-
-def _batch_parts(journal: Journal) -> int | None:
-    """The parts of a global batch as the run began. They decide what BatchNorm sees together, so they stay."""
-    start = started(journal)
-    return None if start is None else start.batch_parts
-
-
-def _start(
-    prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None, parts: int
-) -> None:
-    """Stores the initial weights, writes the journal's first event, then config.json.
-
-    The weights are stored so that a resumed run does not depend on their source file. Their name is unique and
-    config.json comes last: if two drivers start the same run at once, the slower one finds the other's event, and none
-    of its own files is mistaken for the other's.
-    """
-    config, baseline = prepared.config, prepared.baseline
-    settings = public_data(config.to_dict())
-    begun_with = prepared.begun_with or capture(prepared.unpruned, Plan.empty())
-    initial = f"initial-{uuid.uuid4().hex[:8]}"
-    digests = save_checkpoint(storage, initial, model=begun_with.tensors)
-    event = RunStarted(
-        config=settings,
-        method=_name_of(method),
-        macs=baseline.macs.total,
-        macs_convention=baseline.macs.convention,
-        filters=baseline.filters,
-        parameters=sum(parameter.numel() for parameter in prepared.unpruned.parameters()),
-        step_sizes=baseline.step_sizes,
-        layers=len(baseline.filters),
-        skipped_layers=baseline.skipped,
-        train_images=len(prepared.train),
-        test_images=len(prepared.test),
-        images={"train": identify(prepared.train), "test": identify(prepared.test)},
-        checkpoint=initial,
-        plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
-        batch_parts=parts,
-        digests=digests,
-    )
-    journal.append(event.NAME, data_of(event))
-    write_config(storage, config.to_dict())
-
-
-def _keep_unpruned(from_run: str, storage: Storage) -> None:
-    """Copies the checkpoint of the never-pruned network, which the final comparison uses, from the run that this one
-    begins with.
-    """
-    if not has_checkpoint(storage, UNPRUNED):
-        save_checkpoint(storage, UNPRUNED, model=load_checkpoint(Storage.open(from_run), UNPRUNED).model)
-
-
-def _calibration(
-    prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
-) -> CalibrationImages:
-    """Draws the calibration set. A resumed run draws it again, with the same seed and the same images left out.
-
-    Raises DataError if the digest of the images differs from the first drawing's.
-    """
-    config = prepared.config
-    last = journal.last(CalibrationDrawn.NAME)
-    known = None if last is None else read_event(last, journal.uri)
-    assert known is None or isinstance(known, CalibrationDrawn)
-    left_out = list(excluded)
-
-    def leave_out(name: str) -> None:
-        left_out.append(name)
-        on_unreadable(name)
-
-    calibration = draw_calibration_images(
-        prepared.train,
-        config.data,
-        images=config.search.images,
-        seed=config.seed,
-        excluded=excluded if known is None else known.excluded,
-        on_unreadable=leave_out,
-    )
-    if known is None:
-        drawn = CalibrationDrawn(images=len(calibration.labels), digest=calibration.digest, excluded=tuple(left_out))
-        journal.append(drawn.NAME, data_of(drawn))
-        logger.info("losses are measured on %d training images", len(calibration.labels))
-    elif known.digest != calibration.digest:
-        raise DataError(
-            f"the calibration set drawn now has digest {calibration.digest[:12]}, the run's "
-            f"{known.digest[:12]}: the training images or the decoder have changed; restore them, or start a "
-            "new run with another --name"
-        )
-    return calibration

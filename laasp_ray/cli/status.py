@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.errors import ConfigError, LaaspError, StoreError
 from laasp_ray.report.status import RunStatus, status_of, status_text, statuses_table
-from laasp_ray.run.events import read_events
+from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.ownership import OwnerSeen, see_owner
 from laasp_ray.store.storage import Storage
@@ -43,7 +44,7 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
             (found,) = statuses([Storage.open(options.run)])
             print(json.dumps(found.to_dict(), indent=2) if options.json else status_text(found))
         else:
-            found_all = statuses(_runs_of(Storage.open(options.storage)))
+            found_all = statuses(_runs_of(Storage.open(options.storage)), on_damaged=_say_damaged)
             if options.json:
                 print(json.dumps([one.to_dict() for one in found_all], indent=2))
             else:
@@ -52,23 +53,48 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
     return guarded(run, stopped="stopped")
 
 
-def statuses(runs: Iterable[Storage]) -> list[RunStatus]:
+@dataclass(frozen=True)
+class _Look:
+    """A run's folder as it was read."""
+
+    folder: Storage
+    owner: OwnerSeen | None
+    events: Sequence[RunEvent]
+    attempt: int
+
+
+def _raise(folder: Storage, error: LaaspError) -> None:
+    raise error
+
+
+def statuses(runs: Iterable[Storage], on_damaged: Callable[[Storage, LaaspError], None] = _raise) -> list[RunStatus]:
     """The status of each run. Looks twice at the heartbeats of those that are not finished, and waits in between.
 
-    Raises StoreError for a folder without a run.
+    `on_damaged` gets each folder that cannot be read, or holds no run, with the error; by default it is raised.
     """
-    folders = [storage.brief() for storage in runs]
-    first = [see_owner(folder) for folder in folders]
-    events = [read_events(Journal(folder)) for folder in folders]
-    for folder, owner, journal in zip(folders, first, events, strict=True):
-        if owner is None and not journal:
-            raise StoreError(f"{folder.uri} holds no run: give the folder of a run, such as runs/resnet50_digits")
-    last = _looked_again(folders, first)
-    attempts = [Journal(folder).last_attempt() for folder in folders]
+    looks = []
+    for storage in runs:
+        try:
+            looks.append(_look(storage.brief()))
+        except LaaspError as error:
+            on_damaged(storage, error)
+    last = _looked_again([look.folder for look in looks], [look.owner for look in looks])
     return [
-        status_of(folder.uri.rstrip("/").rpartition("/")[2], folder.uri, journal, attempt, before, now)
-        for folder, journal, attempt, before, now in zip(folders, events, attempts, first, last, strict=True)
+        status_of(_name_of(look.folder), look.folder.uri, look.events, look.attempt, look.owner, now)
+        for look, now in zip(looks, last, strict=True)
     ]
+
+
+def _look(folder: Storage) -> _Look:
+    owner, events = see_owner(folder), Journal(folder).events()
+    if owner is None and not events:
+        raise StoreError(f"{folder.uri} holds no run: give the folder of a run, such as runs/resnet50_digits")
+    attempt = events[-1].attempt if events else 0
+    return _Look(folder, owner, [read_event(event, folder.uri) for event in events], attempt)
+
+
+def _name_of(folder: Storage) -> str:
+    return folder.uri.rstrip("/").rpartition("/")[2]
 
 
 def _looked_again(folders: Sequence[Storage], first: Sequence[OwnerSeen | None]) -> list[OwnerSeen | None]:
@@ -107,15 +133,10 @@ def _watch(storage: Storage) -> None:
 
 
 def _runs_of(storage: Storage) -> list[Storage]:
-    """The folders directly in `storage` that hold a run which has begun. A damaged one is named and passed over."""
+    """The folders in `storage` that hold a run which has begun."""
     names = sorted({name.removesuffix(_START) for name in storage.list() if name.endswith(_START)})
-    found = []
-    for name in names:
-        child = storage.child(name)
-        try:
-            read_events(Journal(child))
-        except LaaspError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-        else:
-            found.append(child)
-    return found
+    return [storage.child(name) for name in names]
+
+
+def _say_damaged(folder: Storage, error: LaaspError) -> None:
+    print(f"{_name_of(folder)}: {error}", file=sys.stderr)

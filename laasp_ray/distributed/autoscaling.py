@@ -11,13 +11,12 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from laasp_ray.config import ClusterConfig
+from laasp_ray.distributed.waiting import Waiting
 from laasp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 2.0
-SAY_S = 60.0
-"""The driver says what it waits for as often as this."""
 
 
 @contextmanager
@@ -46,24 +45,22 @@ def with_gpus(resources: Mapping[str, float], config: ClusterConfig, *, grows: b
 
 
 def _wait(wanted: int, patience_s: float) -> None:
-    began = said = time.monotonic()
-    first = True
+    waiting, first = Waiting(), True
     while (there := _gpus(ray.cluster_resources())) < wanted:
-        now = time.monotonic()
-        if now - began >= patience_s:
+        if waiting.seconds >= patience_s:
             fits = f"set cluster.gpus={there}" if there else "add nodes with GPUs, or set cluster.gpus=0"
             raise ConfigError(
                 f"cluster.gpus is {wanted}, and after {patience_s / 60:g} min the cluster has {there} on "
                 f"{sum(node['Alive'] for node in ray.nodes())} nodes: {fits} to use what is there, or raise "
                 "cluster.wait_minutes"
             )
-        if first or now - said > SAY_S:
-            first, said = False, now
+        if first or waiting.has_to_be_said():
+            first = False
             logger.warning(
                 "the cluster has %d of %d GPUs; its autoscaler is asked for the others (for %.0f s now)",
                 there,
                 wanted,
-                now - began,
+                waiting.seconds,
             )
         time.sleep(LOOK_S)
 

@@ -52,7 +52,7 @@ class RayExecutor:
         share: ResourcePlan,
         on_fault: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`network` is the object reference of `unpruned`. `on_fault` is told of each worker that was lost."""
+        """`network` is the object reference of `unpruned`. `on_fault` is called for each worker that was lost."""
         self._network, self._unpruned, self._search = network, unpruned, config.search
         self._images, self._seed = len(calibration.labels), config.seed
         self._example = normalise(calibration.images[:1], config.data)

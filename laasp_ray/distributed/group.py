@@ -25,11 +25,10 @@ from laasp_ray.distributed.places import kill_at
 from laasp_ray.distributed.torch_backend import NodeTorchConfig
 from laasp_ray.distributed.train_worker import train_worker
 from laasp_ray.distributed.versions import installed
+from laasp_ray.distributed.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 60.0
-"""The driver logs what it waits for after so many seconds without a trainer, and again as often."""
 MAILBOX_S = 60.0
 """A mailbox without an answer for so many seconds is given up, with its group."""
 COMING_S = 900.0
@@ -122,32 +121,21 @@ class WorkerGroup:
         """Waits until the first worker has come up.
 
         `room` is the number of workers that the cluster could hold if nothing else ran there. `when_late` is called
-        once after PATIENCE_S. Raises NoRoomError if the room is too small, and GroupLostError if the group dies.
+        whenever it takes another SAY_S. Raises NoRoomError if the room is too small, GroupLostError if the group dies.
         """
-        began = said = time.monotonic()
-        late = False
+        waiting = Waiting()
 
         def check() -> None:
-            nonlocal said, late
             if room() < self.workers:
                 raise NoRoomError
-            now = time.monotonic()
-            if now - began > COMING_S:
-                raise GroupLostError(
-                    f"no trainer has come up for {now - began:.0f} s; {self.workers} are wanted, free in the cluster: "
-                    f"{ray.available_resources()}"
-                )
-            if now - said > PATIENCE_S:
-                said = now
-                if not late:
-                    late = True
-                    when_late()
-                logger.warning(
-                    "no trainer has come up for %.0f s; %d are wanted, free in the cluster: %s",
-                    now - began,
-                    self.workers,
-                    ray.available_resources(),
-                )
+            text = (
+                f"no trainer has come up for {waiting.seconds:.0f} s; {self.workers} are wanted, free in the cluster: "
+            )
+            if waiting.seconds > COMING_S:
+                raise GroupLostError(text + str(ray.available_resources()))
+            if waiting.has_to_be_said():
+                when_late()
+                logger.warning("%s%s", text, ray.available_resources())
 
         self.ask(self.mailbox.met.remote(), check)
 

@@ -20,14 +20,13 @@ from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.places import Place, kill_at
 from laasp_ray.distributed.search_worker import SearchWorker
 from laasp_ray.distributed.versions import installed
+from laasp_ray.distributed.waiting import Waiting
 from laasp_ray.errors import LaaspError, MemoryShortError, SearchError
 
 JOB_RETRIES = 5
 """How often a job is given to another worker, after its worker was lost or short of memory."""
 AHEAD = 2
 """The jobs that a worker has at a time, so that it need not wait for the next one."""
-PATIENCE_S = 60.0
-"""The driver logs what it waits for after so many seconds without a worker, and again as often."""
 NO_WORKER_S = 1800.0
 """The search ends after so many seconds without any worker."""
 LATE_FACTOR, LATE_S, FIRST_LATE_S = 10.0, 60.0, 900.0
@@ -93,7 +92,7 @@ class SearchWorkers:
         clock: Callable[[], float] = time.monotonic,
         on_fault: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`on_fault` is told of each worker that was lost."""
+        """`on_fault` is called for each worker that was lost."""
         self._share, self._clock, self._on_fault = share, clock, on_fault
         self._workers: list[_Worker] = []
         self._todo: deque[Job] = deque()
@@ -116,23 +115,21 @@ class SearchWorkers:
 
     def collect(self) -> Job:
         """Waits for the next finished job, in any order. Raises SearchError if no worker comes up."""
-        idle_since, said = self._clock(), self._clock()
+        waiting = Waiting(self._clock)
         while not self._finished:
             self._hand_out()
             self._wait()
-            now = self._clock()
             if any(worker.place for worker in self._workers):
-                idle_since = said = now
-            elif now - idle_since > NO_WORKER_S:
+                waiting.restart()
+            elif waiting.seconds > NO_WORKER_S:
                 raise SearchError(
                     f"no search worker came up for {NO_WORKER_S / 60:.0f} min; one wants {self._wants()}, free in the "
                     f"cluster: {ray.available_resources()}; start the same command again once there is room"
                 )
-            elif now - said > PATIENCE_S:
-                said = now
+            elif waiting.has_to_be_said():
                 logger.warning(
                     "no search worker has come up for %.0f s; one wants %s, free in the cluster: %s",
-                    now - idle_since,
+                    waiting.seconds,
                     self._wants(),
                     ray.available_resources(),
                 )

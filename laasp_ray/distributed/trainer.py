@@ -20,7 +20,6 @@ from torch import nn
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.group import (
-    PATIENCE_S,
     GroupLostError,
     GroupSettings,
     NoRoomError,
@@ -29,6 +28,7 @@ from laasp_ray.distributed.group import (
 )
 from laasp_ray.distributed.train_worker import PhaseCommand
 from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.distributed.waiting import Waiting
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
@@ -62,7 +62,7 @@ class RayTrainer:
     ) -> None:
         """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`.
 
-        `on_fault` is told of each group that was lost, and of nodes that went.
+        `on_fault` is called for each group that was lost.
         """
         self._on_fault = on_fault
         self._settings = GroupSettings(unpruned, config, share, storage_path)
@@ -179,19 +179,17 @@ class RayTrainer:
     def _wait_for_room(self) -> int:
         """The number of workers that there is room for, at least 1 and at most what the run wants."""
         share = self._settings.share
-        began = said = time.monotonic()
+        waiting = Waiting()
         while (room := self._room()) == 0:
-            now = time.monotonic()
-            if now - began > NO_ROOM_S:
+            if waiting.seconds > NO_ROOM_S:
                 raise TrainingError(
                     f"the cluster has had no room for a trainer for {NO_ROOM_S / 60:.0f} min; one wants "
                     f"{dict(share.trainer_resources)}; start the same command again once there is room"
                 )
-            if now - said > PATIENCE_S:
-                said = now
+            if waiting.has_to_be_said():
                 logger.warning(
                     "the cluster has had no room for a trainer for %.0f s; one wants %s",
-                    now - began,
+                    waiting.seconds,
                     dict(share.trainer_resources),
                 )
             time.sleep(1)

@@ -45,14 +45,14 @@ class LineBars:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        started, done, told = self._clock(), 0, 0
+        started, done, shown = self._clock(), 0, 0
 
         def advance(count: int) -> None:
-            nonlocal done, told
+            nonlocal done, shown
             done += count
             tenths = _PARTS * done // total if total else _PARTS
-            if tenths > told:
-                told = tenths
+            if tenths > shown:
+                shown = tenths
                 passed = format_duration(self._clock() - started)
                 print(f"{what}: {_share(done, total, unit)}, {passed}", file=self._stream, flush=True)
 

@@ -42,7 +42,7 @@ class Event:
     """`sequence` counts from 1; `time` is seconds since 1970 on the driver's clock.
 
     Non-finite floats in `data` are strings ('nan', 'inf', '-inf'), as `records.to_json` writes them. `attempt` is that
-    of the driver that owned the run (store/ownership.py), 0 where none is told.
+    of the driver that owned the run (store/ownership.py), 0 where none is known.
     """
 
     sequence: int
@@ -83,7 +83,7 @@ class Journal:
 
     @property
     def owner(self) -> Owner | None:
-        """Who writes it, if that is told."""
+        """The driver that writes it, if it is known."""
         return self._owner
 
     def append(self, name: str, data: Mapping[str, Any]) -> Event:

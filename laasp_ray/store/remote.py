@@ -62,7 +62,7 @@ class ArrowFolder:
             except UnsupportedError as error:
                 logger.warning(
                     "this store cannot write only where nothing is (%s): two drivers of one run at the same moment may "
-                    "not be told apart",
+                    "not be noticed",
                     self.hide(str(error)),
                 )
                 self._writer = None

@@ -227,11 +227,11 @@ class Storage:
         except FileExistsError as error:
             raise StoreError(f"cannot {action} {place}: it exists already; does another driver run?") from error
         except (OSError, ValueError, NotImplementedError) as error:
-            told = self._folder.hide(str(error))
+            hidden = self._folder.hide(str(error))
             fault, said = fault_of(error), self._folder.hide(first_line(error))
             reason = f"{fault.what} ({said})" if fault.what else said
             # A cause that holds credentials is left out: a traceback would show it.
-            cause = error if told == str(error) else None
+            cause = error if hidden == str(error) else None
             raise StoreError(f"cannot {action} {place}: {reason}; {fault.remedy}") from cause
 
 

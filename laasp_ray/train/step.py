@@ -28,7 +28,7 @@ from laasp_ray.train.mask_enforcement import MaskEnforcer
 class Setup:
     """The objects that all epochs of a training phase use. `wrapped` is `model`, made distributed.
 
-    `heartbeat` is called after each piece of work, so that a rank that hangs can be told from a slow one.
+    `heartbeat` is called after each piece of work, so that a rank that hangs differs from a slow one.
     """
 
     model: nn.Module

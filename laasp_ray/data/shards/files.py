@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 22
 
@@ -82,6 +85,6 @@ def locked(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        except OSError:  # a filesystem without locks
-            pass
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second one there", path.parent, error.strerror)
         yield True

@@ -116,7 +116,7 @@ def _checked(source: ImageSource, indices: np.ndarray, bad: _BadImages) -> Itera
 
     Images are read as loaders read them: tried again, and never blamed for a storage that fails (DataError).
     """
-    good, told = 0, 0
+    good, counted = 0, 0
     feed = ImageFeed(source, bad, threads=_THREADS, max_batch=_BATCH)
     try:
         for batch in feed.read(chunks(indices, _BATCH)):
@@ -127,11 +127,11 @@ def _checked(source: ImageSource, indices: np.ndarray, bad: _BadImages) -> Itera
                     continue
                 yield index, data
                 good += 1
-            yield good + len(bad.found) - told
-            told = good + len(bad.found)
+            yield good + len(bad.found) - counted
+            counted = good + len(bad.found)
     finally:
         feed.close()
-    yield len(indices) - told
+    yield len(indices) - counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,19 +212,19 @@ class VerifyTask:
     shard: Shard
 
     def steps(self) -> Iterator[Any]:
-        path, told = self.folder / self.shard.name, 0
+        path, counted = self.folder / self.shard.name, 0
         digest = hashlib.sha256()
         try:
             size = path.stat().st_size
             for part in read_parts(path) if size == self.shard.bytes else ():
                 digest.update(part)
-                told += len(part)
+                counted += len(part)
                 yield len(part)
         except OSError as error:
-            yield self.shard.bytes - told
+            yield self.shard.bytes - counted
             yield Verified(self.shard.name, error.strerror or str(error))
             return
-        yield self.shard.bytes - told
+        yield self.shard.bytes - counted
         if size != self.shard.bytes:
             yield Verified(self.shard.name, f"it has {size:,} bytes instead of {self.shard.bytes:,}")
         elif digest.hexdigest() != self.shard.sha256:

@@ -86,16 +86,16 @@ def _why_dense(module: nn.Module, group: int) -> str:
     return f"{inputs} inputs a filter, fewer than the group of {group}" if inputs < group else ""
 
 
-def group_mask(weight: torch.Tensor, rule: GroupRule, held: torch.Tensor | None = None) -> torch.Tensor:
+def group_mask(weight: torch.Tensor, rule: GroupRule, earlier: torch.Tensor | None = None) -> torch.Tensor:
     """True where a weight is kept; of the shape of `weight`, (N, C, *kernel) or (N, C).
 
     C is the number of inputs of one filter: in a grouped convolution those of its own group. For each filter and kernel
     position the smallest magnitudes of each group are pruned; of equal ones the higher index is kept. Weights that
-    `held`, an earlier mask, has pruned are pruned first.
+    the mask `earlier` has pruned are pruned first.
     """
     magnitudes = weight.detach().abs()
-    if held is not None:
-        magnitudes = magnitudes.masked_fill(~held, -1)
+    if earlier is not None:
+        magnitudes = magnitudes.masked_fill(~earlier, -1)
     rows = magnitudes.movedim(1, -1)
     shape, inputs = rows.shape, rows.shape[-1]
     parts = [_row_mask(part, rule) for part in rows.reshape(-1, inputs).split(max(1, _CHUNK // inputs))]

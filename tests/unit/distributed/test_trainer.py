@@ -152,7 +152,8 @@ def test_it_grows_at_an_epochs_end_if_enough_is_left(cluster):
 def test_without_any_room_it_waits_saying_so_and_ends_at_last(cluster, monkeypatch, caplog):
     made = cluster(rooms=[0])
     now = [0.0]
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now.__setitem__(0, now[0] + 50) or now[0])
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trainer_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 50 * seconds))
     with pytest.raises(TrainingError, match=r"no room for a trainer for 30 min; one wants \{'GPU': 0\.6\}; start the"):
         made.run()
     assert "no room for a trainer for 100 s" in caplog.text

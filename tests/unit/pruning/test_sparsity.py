@@ -67,10 +67,10 @@ def test_a_grouped_convolution_groups_inside_each_groups_own_inputs():
 
 def test_what_was_pruned_before_goes_first_even_if_a_kept_weight_has_become_zero():
     held = torch.tensor([[False, True, True, True]])
-    assert mask_of([0.0, 0.0, 1.0, 2.0], GroupRule(4, 1), held=held) == [0, 1, 1, 1]
+    assert mask_of([0.0, 0.0, 1.0, 2.0], GroupRule(4, 1), earlier=held) == [0, 1, 1, 1]
     held = torch.tensor([[True, True, True, False]])
-    assert mask_of([0.0, 5.0, 1.0, 0.0], GroupRule(4, 1), held=held) == [1, 1, 1, 0]
-    assert mask_of([0.0, 5.0, 1.0, 0.0], TWO_OF_FOUR, held=held) == [0, 1, 1, 0]
+    assert mask_of([0.0, 5.0, 1.0, 0.0], GroupRule(4, 1), earlier=held) == [1, 1, 1, 0]
+    assert mask_of([0.0, 5.0, 1.0, 0.0], TWO_OF_FOUR, earlier=held) == [0, 1, 1, 0]
 
 
 def test_a_mask_made_in_parts_is_the_same(monkeypatch):

@@ -89,7 +89,7 @@ def test_a_lost_config_does_not_admit_another(tmp_path, pictures, monkeypatch, c
 
 def test_of_two_drivers_at_once_the_second_is_refused_and_leaves_nothing(tmp_path, pictures, monkeypatch):
     first, second = (tiny(tmp_path / "runs", pictures, seed=seed) for seed in (1, 0))
-    begin = api._start
+    begin = api.start_run
     refused = []
 
     def late(*given):
@@ -100,7 +100,7 @@ def test_of_two_drivers_at_once_the_second_is_refused_and_leaves_nothing(tmp_pat
         begin(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "_start", late)
+        patch.setattr(api, "start_run", late)
         result = run(first).model.state_dict()
     folder = tmp_path / "runs" / "small"
     start = events_of(first)[0]
