@@ -23,7 +23,7 @@ class SearchConfig:
     ] = "on"
     racing_error: Annotated[float, Doc("chance that racing drops the best candidate, below one half")] = 0.01
     memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
-    candidates_per_task: Annotated[int, Doc("most candidates of a Ray task; 0: sized by what they cost")] = 0
+    candidates_per_task: Annotated[int, Doc("most candidates of a unit of work on Ray; 0: sized by what they cost")] = 0
     reestimate_batchnorm: Annotated[
         bool, Doc("measure BatchNorm statistics anew on these images, in every iteration")
     ] = False

@@ -105,7 +105,7 @@ def prepare(
     without a training image.
     """
     under_way = folder / _UNDER_WAY
-    with _told(folder):
+    with _naming(folder):
         mean_bytes = _mean_bytes(source)
         plan = _plan_of(source, size.samples_of(mean_bytes), seed)
         if (folder / INDEX).exists():
@@ -285,7 +285,7 @@ def _bad_of(records: Sequence[ShardRecord]) -> tuple[BadImage, ...]:
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _naming(folder: Path) -> Iterator[None]:
     """Raises DataError for an error of the file system where shards are written."""
     try:
         yield
