@@ -139,7 +139,7 @@ class Owner:
         self._brief.write(_beat_file(self.attempt), json.dumps(content).encode())
 
 
-def take(storage: Storage, at_least: int = 1, beat_s: float = BEAT_S) -> Owner:
+def take(storage: Storage, at_least: int = 1, beat_s: float | None = None) -> Owner:
     """Takes the run in `storage`: at once where nobody has it, its owner has left, or was a process of this machine
     that is gone; else after having watched that its heartbeat stands still. The attempt's number is `at_least` that.
 
@@ -151,7 +151,7 @@ def take(storage: Storage, at_least: int = 1, beat_s: float = BEAT_S) -> Owner:
         if owner is not None:
             _check_dead(storage, owner)
         number = max(at_least, attempts[-1] + 1 if attempts else 1)
-        token = Token(uuid.uuid4().hex, number, this_process(), _clock(), beat_s)
+        token = Token(uuid.uuid4().hex, number, this_process(), _clock(), BEAT_S if beat_s is None else beat_s)
         if not _claimed(storage, token):
             continue
         for old in attempts:

@@ -11,8 +11,8 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-SHORT = {"prune.flops_reduction": 0.05, "prune.fine_tune_every": 0.03, "train.epochs": 2, "train.prune_epoch": 1}
-"""One epoch, two iterations with two epochs of fine-tuning after each, and one last epoch."""
+SHORT = {"prune.flops_reduction": 0.03, "prune.fine_tune_every": 0.03, "train.epochs": 2, "train.prune_epoch": 1}
+"""One epoch, one iteration with two epochs of fine-tuning after it, and one last epoch."""
 
 
 @pytest.mark.parametrize(("kills", "settings"), [(1, SHORT), pytest.param(3, {}, marks=pytest.mark.exhaustive)])

@@ -19,6 +19,7 @@ CONVOLUTIONS = {
     "resnet18": 20,
     "resnet50": 53,
     "mobilenet_v2": 52,
+    "vgg11_bn": 8,
     "vgg16_bn": 13,
     "densenet121": 120,
     "efficientnet_b0": 81,
@@ -27,8 +28,8 @@ CONVOLUTIONS = {
     "resnext50_32x4d": 53,
 }
 BLOCKS = {"resnext50_32x4d": {1, 32}, "regnet_y_400mf": {1, 6, 13, 26, 55}}
-OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d"}
-"""Of the families of resnet18, mobilenet_v2 and regnet_y_400mf."""
+OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d", "vgg16_bn"}
+"""Of the families of resnet18, mobilenet_v2, regnet_y_400mf and vgg11_bn."""
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -108,7 +109,8 @@ def test_every_layer(name, affine_only):
             ["features.1.conv.0.0", "features.3.conv.1.0", "features.18.0", "features.4.conv.2"],
             marks=pytest.mark.exhaustive,
         ),
-        (
+        ("torchvision.regnet_y_400mf", ["trunk_output.block1.block1-0.f.b.0", "stem.0"]),
+        pytest.param(
             "torchvision.regnet_y_400mf",
             [
                 "trunk_output.block1.block1-0.f.b.0",
@@ -116,6 +118,7 @@ def test_every_layer(name, affine_only):
                 "stem.0",
                 "trunk_output.block1.block1-0.f.se.fc1",
             ],
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             "torchvision.convnext_tiny", ["features.0.0", "features.3.0.block.0"], marks=pytest.mark.exhaustive

@@ -13,6 +13,7 @@ from whole_runs import events_of, on_pictures, power_cut
 from laasp_ray import api, prune
 from laasp_ray.errors import ConfigError, DataError, StoreError
 from laasp_ray.run.preflight import open_run
+from laasp_ray.store import ownership
 from laasp_ray.store.journal import Journal, started_config
 from laasp_ray.store.storage import Storage
 
@@ -90,6 +91,7 @@ def test_a_lost_config_does_not_admit_another(tmp_path, pictures, monkeypatch, c
 def test_of_two_drivers_at_once_the_second_is_refused_and_leaves_nothing(tmp_path, pictures, monkeypatch):
     first, second = (tiny(tmp_path / "runs", pictures, seed=seed) for seed in (1, 0))
     begin = api.start_run
+    monkeypatch.setattr(ownership, "BEAT_S", 1.0)
     refused = []
 
     def late(*given):

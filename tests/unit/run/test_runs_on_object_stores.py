@@ -77,7 +77,7 @@ def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing
     def policy(method, path, number):
         if method in ("PUT", "POST") and number % 10 == 0:
             return ("lost", "reset", SLOW_DOWN)[number // 10 % 3]
-        return "reset" if 2 < time.monotonic() - began < 5 else None
+        return "reset" if 1 < time.monotonic() - began < 2.5 else None
 
     server.proxy.set(policy)
     run(config)
