@@ -1,5 +1,7 @@
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def random_state():
+    """Begins every test in the same random state, whichever test ran before it in this process. It is none that a
+    test sets itself.
+    """
+    random.seed(2147)
+    np.random.seed(2147)
+    torch.manual_seed(2147)
 
 
 @pytest.fixture(autouse=True)
