@@ -229,13 +229,17 @@ def _read_token(storage: Storage, attempt: int) -> Token | None:
 
 
 def _read_beat(storage: Storage, attempt: int) -> Mapping[str, Any]:
-    """Empty before the first beat, and where it cannot be read as one."""
+    """Empty before the first beat. One that cannot be read is {"damaged": True}."""
+    file = _beat_file(attempt)
     try:
-        return storage.read_json(_beat_file(attempt))
+        return storage.read_json(file)
     except StoreError:
-        if storage.exists(_beat_file(attempt)):
-            return {"damaged": True}
-        return {}
+        if not storage.exists(file):
+            return {}
+    try:
+        return storage.read_json(file)  # the first beat may have come after the first look
+    except StoreError:
+        return {"damaged": True}
 
 
 def _forget(storage: Storage, attempt: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from laasp_ray.errors import StoreError
 from laasp_ray.store import ownership
 from laasp_ray.store.journal import Journal
-from laasp_ray.store.ownership import take
+from laasp_ray.store.ownership import see_owner, take
 from laasp_ray.store.processes import this_process
 from laasp_ray.store.storage import Storage
 
@@ -56,6 +56,26 @@ def test_who_lives_is_named(storage):
         StoreError, match=r"host far, process \d+, since \d{4}-.*; last heartbeat \d{4}-.* it lives: stop that one"
     ):
         take(storage)
+    owner.release()
+
+
+def test_a_first_heartbeat_that_comes_between_two_looks_is_read(storage, monkeypatch):
+    owner = take(storage, beat_s=60)
+    read_json, looked = Storage.read_json, []
+
+    def read(self, name, *rest):
+        """The heartbeat is not there yet at the first look, and is right after it."""
+        if name.endswith(".beat") and not looked:
+            looked.append(name)
+            try:
+                return read_json(self, name, *rest)
+            finally:
+                owner._write_beat(left=False)
+        return read_json(self, name, *rest)
+
+    monkeypatch.setattr(Storage, "read_json", read)
+    seen = see_owner(storage)
+    assert (seen.beats, len(looked)) == (1, 1) and seen.at.endswith("UTC")
     owner.release()
 
 
@@ -111,7 +131,7 @@ def late_event():
 DRIVER = """
 import sys, time
 from laasp_ray.store.journal import Journal
-from laasp_ray.store.ownership import take
+from laasp_ray.store.ownership import see_owner, take
 from laasp_ray.store.storage import Storage
 storage = Storage.open(sys.argv[1])
 owner = take(storage, beat_s=0.2)
