@@ -20,13 +20,16 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Coupling:
-    """For every side that is coupled to a layer's filters: filter -> channels there. `own` is the class of each
-    filter.
+    """For every side that is coupled to a layer's filters: filter -> channels there.
+
+    `own` is the class of each filter. `places` are the sides' positions among all sides of the network. The sides are
+    in the order of the first filter that they belong to, then of their places.
     """
 
     sides: Mapping[ChannelAxis, Mapping[int, tuple[int, ...]]]
     blocks: int
     own: np.ndarray
+    places: tuple[int, ...]
 
     def removal(self, filters: Sequence[int]) -> dict[ChannelAxis, set[int]]:
         return {
@@ -101,10 +104,18 @@ class Couplings:
         if side.size == blocks:
             return CannotPrune(f"one filter left in each of its {blocks} blocks")
         sides: dict[ChannelAxis, dict[int, tuple[int, ...]]] = {}
+        positions: dict[ChannelAxis, int] = {}
         for index, found in enumerate(classes.tolist()):
             for where, places in self._entries.of(found).items():
-                sides.setdefault(self._sides[where][0], {})[index] = tuple(places)
-        return Coupling(sides, blocks, classes)
+                side = self._sides[where][0]
+                sides.setdefault(side, {})[index] = tuple(places)
+                positions.setdefault(side, where)
+        return Coupling(sides, blocks, classes, tuple(positions.values()))
+
+    @property
+    def has_distinct_sides(self) -> bool:
+        """Whether no two sides of the network look the same, so that a side tells which channels are meant."""
+        return len({side for side, _ in self._sides}) == len(self._sides)
 
     def _blocks_of(self, classes: np.ndarray) -> int | CannotPrune:
         """The number of blocks of a layer's filters, or the reason why no number fits."""

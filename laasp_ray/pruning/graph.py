@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import gc
+import copy
 import logging
 import math
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from laasp_ray.config import StepRule
 from laasp_ray.cost.macs import Macs
-from laasp_ray.errors import MemoryShortError, PruningError, is_out_of_memory
+from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import CannotPrune, ChannelAxis, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
-from laasp_ray.pruning.flow import tensors_of
+from laasp_ray.pruning.faults import check_repeatable, faults_of, retried
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
-from laasp_ray.pruning.verify import clone_sharing_parameters, fault_of, scramble
+from laasp_ray.pruning.structure import Structure, structure_of
+from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
 
 logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
-
-_ATTEMPTS = 3
-"""The number of attempts to run the network when memory runs out. Other programs may free memory meanwhile."""
-
-_DRAWS = 3
-"""The number of random sets of each layer's filters that are tried if the network cuts and joins its channels. The
-first has one filter of each block, the others half of them; any one set may be right by chance. Other networks get the
-first two.
-"""
-
-_TRIES = 8
-"""The number of attempts to draw a set of filters that leaves some filters in every layer."""
 
 _MOST_IN_FLOAT64 = 50_000_000
 """Networks with more parameters are checked in float32, which needs half the memory and is less exact."""
@@ -68,7 +52,8 @@ class PruningGraph:
     values do not matter.
 
     Every layer's coupling is checked by a run (see verify.py), and a layer that fails is skipped. `layers` and
-    `skipped` are in the order of named_modules. `shapes` has the shapes of all parameters by name.
+    `skipped` are in the order of named_modules. `shapes` has the shapes of all parameters by name. `structure` is that
+    of the forward pass if the graph of a pruned network can be derived from this one (following.py), else None.
 
     Raises ConfigError for unknown names, PruningError if the network cannot be run.
     """
@@ -76,6 +61,8 @@ class PruningGraph:
     layers: Mapping[str, ChannelGroup]
     skipped: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    couplings: Mapping[str, Coupling]
+    structure: Structure | None
 
     @torch.inference_mode(False)
     def __init__(
@@ -107,25 +94,40 @@ class PruningGraph:
             torch.backends.mha.set_fastpath_enabled(fast)
 
     def _look(self, probe: nn.Module, example: torch.Tensor, frozen: set[str], names: Sequence[str]) -> None:
-        flow = _retried(lambda: Couplings(probe, example, frozen))
-        _retried(lambda: _check_repeatable(probe, example, flow.outputs))
-        self._couplings: dict[str, Coupling] = {}
+        flow = retried(lambda: Couplings(probe, example, frozen))
+        retried(lambda: check_repeatable(probe, example, flow.outputs))
+        self.couplings = couplings = dict[str, Coupling]()
         reasons: dict[str, str] = {}
         for name in names:
             found = CannotPrune("is ignored") if name in frozen else flow.of(name)
             if isinstance(found, CannotPrune):
                 reasons[name] = found.reason
             else:
-                self._couplings[name] = found
+                couplings[name] = found
         scramble(probe, example)
-        for name, fault in _faults(probe, example, flow, self._couplings).items():
+        faults = faults_of(probe, example, flow, couplings)
+        for name, fault in faults.items():
             reasons[name] = fault
-            del self._couplings[name]
-        order = {name: position for position, (name, _) in enumerate(probe.named_modules())}
-        self.layers = {name: _group(name, coupling, order) for name, coupling in self._couplings.items()}
+            del couplings[name]
+        self.layers = groups_of(couplings, probe)
         self.skipped = {name: reasons[name] for name in names if name in reasons}
         for name, reason in self.skipped.items():
             logger.debug("layer %s is not pruned: %s", name, reason)
+        # Whether a part of a cut line, or a layer with a fault, can be pruned depends on sizes.
+        follows = flow.has_distinct_sides and not flow.cut and not faults
+        self.structure = structure_of(probe) if follows else None
+
+    def replaced(
+        self,
+        *,
+        couplings: Mapping[str, Coupling],
+        layers: Mapping[str, ChannelGroup],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> PruningGraph:
+        """This graph for a network of the same structure, with other channels. Nothing is checked."""
+        graph = copy.copy(self)
+        graph.couplings, graph.layers, graph.shapes = couplings, layers, shapes
+        return graph
 
     def step(self, layer: str, filters: Sequence[int]) -> Plan:
         """The plan that removes these filters of `layer`, and all that is coupled to them, from this network.
@@ -154,33 +156,18 @@ class PruningGraph:
             )
         if len(filters) == group.filters:
             raise PruningError(f"all {group.filters} filters of {layer} would go; at least one must stay")
-        return self._couplings[layer].removal(filters)
+        return self.couplings[layer].removal(filters)
+
+
+def groups_of(couplings: Mapping[str, Coupling], model: nn.Module) -> dict[str, ChannelGroup]:
+    """The groups of layers with these couplings in `model`."""
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    return {name: _group(name, coupling, order) for name, coupling in couplings.items()}
 
 
 def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGroup:
     coupled = sorted({side.module for side in coupling.sides}, key=lambda module: order[module])
     return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled))
-
-
-def _retried(run: Callable[[], _Result]) -> _Result:
-    """The result of `run`, repeated if memory runs out. A shortage of memory does not mean that a layer cannot be
-    pruned.
-
-    Raises MemoryShortError if memory always runs out.
-    """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return run()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-            logger.warning("memory ran out while the network was looked at (attempt %d): %s", attempt + 1, reason)
-        gc.collect()
-    raise MemoryShortError(
-        f"memory ran out {_ATTEMPTS} times while the network was looked at ({reason}): free some on the driver's "
-        "machine"
-    )
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -192,86 +179,6 @@ def _check_kind(model: nn.Module) -> None:
             )
         if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise PruningError(f"module {name or 'the network'} has no weights yet (lazy): run the network once first")
-
-
-@torch.no_grad()
-def _check_repeatable(probe: nn.Module, example: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-    """Raises PruningError if two runs in eval mode give different outputs, because nothing can be compared then."""
-    with torch.random.fork_rng(devices=[]):
-        torch.rand(1)  # the second run must get other random numbers than the first
-        again = list(tensors_of(probe(example)))
-    pairs = zip(outputs, again, strict=False)
-    if any(not torch.equal(one, other) and not bool(one.isnan().any()) for one, other in pairs):
-        raise PruningError(
-            "the network is not deterministic in eval mode: two runs on the same input give different outputs; leave "
-            "noise and dropout to training mode (if self.training)"
-        )
-
-
-def _faults(
-    probe: nn.Module, example: torch.Tensor, found: Couplings, couplings: Mapping[str, Coupling]
-) -> dict[str, str]:
-    """Layers whose removal has a wrong effect -> the fault. All layers are tried together; if that fails, halves are
-    tried.
-    """
-    faults: dict[str, str] = {}
-
-    def fault_in(layers: Sequence[str], draw: int) -> str | None:
-        """Tries layers that share channels with others after those."""
-        while layers:
-            joint: dict[ChannelAxis, set[int]] = {}
-            gone, left = np.zeros(int(found.classes.max()) + 1, bool), []
-            for name in layers:
-                coupling = couplings[name]
-                if gone[coupling.own].any():
-                    left.append(name)
-                    continue
-                filters = _some(coupling, f"{name}{draw}", half=draw > 0)
-                unite(joint, coupling.removal(filters))
-                gone[coupling.classes(filters)] = True
-            fault = _tried(probe, example, joint, found, gone[found.classes])
-            if fault is not None:
-                return fault
-            layers = left
-        return None
-
-    def search(layers: Sequence[str]) -> None:
-        faults_found = (fault_in(layers, draw) for draw in range(_DRAWS if found.cut else 2))
-        fault = next((fault for fault in faults_found if fault is not None), None)
-        if fault is not None and len(layers) == 1:
-            faults[layers[0]] = fault
-        elif fault is not None:
-            search(layers[: len(layers) // 2])
-            search(layers[len(layers) // 2 :])
-
-    # Layers that share all their channels (as in a residual stage) have the same result.
-    alike: dict[bytes, list[str]] = {}
-    for name, coupling in couplings.items():
-        alike.setdefault(np.unique(coupling.own).tobytes(), []).append(name)
-    search([names[0] for names in alike.values()])
-    return {name: faults[names[0]] for names in alike.values() if names[0] in faults for name in names}
-
-
-def _tried(
-    probe: nn.Module, example: torch.Tensor, removal: dict[ChannelAxis, set[int]], found: Couplings, gone: np.ndarray
-) -> str | None:
-    return _retried(lambda: fault_of(probe, example, removal, found.meetings, gone))
-
-
-def _some(coupling: Coupling, seed: str, *, half: bool) -> list[int]:
-    """Random filters of each block: half of them, or one. If possible, every coupled layer keeps some filters."""
-    width, draw = len(coupling.own) // coupling.blocks, random.Random(seed)
-    count = max(1, width // 2) if half else 1
-    for _ in range(_TRIES):
-        filters = [
-            block * width + index
-            for block in range(coupling.blocks)
-            for index in sorted(draw.sample(range(width), count))
-        ]
-        if all(len(gone) < side.size for side, gone in coupling.removal(filters).items()):
-            break
-        count = max(1, count // 2)
-    return filters
 
 
 def step_sizes(graph: PruningGraph, macs: Macs, *, step: float, step_rule: StepRule) -> dict[str, int]:

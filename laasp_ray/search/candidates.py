@@ -19,6 +19,7 @@ from laasp_ray.pruning.masking import CannotMask, Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search.evaluate import LossTask
+from laasp_ray.search.scoring import ScoreMemory
 
 Scores = Mapping[str, Mapping[str, torch.Tensor]]
 """Criterion -> layer -> a score for each of its filters (N,)."""
@@ -74,14 +75,18 @@ def propose(
     baseline: Baseline,
     config: LaaspConfig,
     given: Scores = NO_SCORES,
+    memory: ScoreMemory | None = None,
 ) -> list[Proposal]:
     """All candidates for `model`. `graph` and `macs` are the model's own graph and multiply-accumulates.
 
-    `given` has the scores of criteria of data (search/activations.py). Layers are in network order, and criteria in the
+    `given` has the scores of criteria of data (search/activations.py). `memory` keeps those of criteria of weights from
+    one call to the next. Layers are in network order, and criteria in the
     pool's order. Criteria that choose the same filters of a layer make one candidate. Layers of one coupled group make
     one candidate if they remove the same channels; the first of them gets it. Raises ExhaustedError if no layer has a
     filter left to prune.
     """
+    memory = ScoreMemory() if memory is None else memory
+    of_weights = [name for name in config.criteria if name not in given]
     proposals: dict[Hashable, Proposal] = {}
     for layer, group in graph.layers.items():
         count = filters_to_remove(
@@ -95,10 +100,8 @@ def propose(
         )
         if count == 0:
             continue
-        module = model.get_submodule(layer)
-        scores = {
-            name: given[name][layer] if name in given else criteria.scores(name, module) for name in config.criteria
-        }
+        known = memory.scores(of_weights, layer, model.get_submodule(layer))
+        scores = {name: given[name][layer] if name in given else known[name] for name in config.criteria}
         for filters, proposers in _picks(scores, count, group.blocks).items():
             removal = graph.removal(layer, filters)
             try:
