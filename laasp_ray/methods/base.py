@@ -16,13 +16,14 @@ from laasp_ray.config import FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.cost.macs import Macs, count_macs
 from laasp_ray.errors import ConfigError, ExhaustedError, SearchError
 from laasp_ray.methods.estimate import Estimate
+from laasp_ray.methods.memory import IterationMemory
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, graph_for, prepare_filters
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.network import NetworkState
-from laasp_ray.pruning.plan import Plan, macs_after
+from laasp_ray.pruning.plan import Plan, macs_after, pruned_macs
 from laasp_ray.records import CandidateLoss, Decision, LayerPrune, MeasuredLoss, Ranking
 from laasp_ray.search.candidates import NETWORK_BEFORE, Baseline
 from laasp_ray.search.evaluate import LossTask
@@ -95,7 +96,7 @@ class IterationContext(Generic[Section]):
     """The state of a run at the start of an iteration. A method must not change it.
 
     `model` is `network` rebuilt, on the CPU and in eval mode. `example_input` is (1, C, H, W). `iteration` counts from
-    1.
+    1. `memory` is the same object in all iterations of a run.
     """
 
     model: nn.Module
@@ -108,16 +109,23 @@ class IterationContext(Generic[Section]):
     on_candidate: OnCandidate
     masks: Mapping[str, bytes] = field(default_factory=dict)
     clock: Stopwatch = field(default_factory=Stopwatch)
+    memory: IterationMemory = field(default_factory=IterationMemory)
 
     @cached_property
     def graph(self) -> PruningGraph:
-        """The dependency graph of `model`."""
-        return graph_for(self.config, self.model, self.example_input)
+        """The dependency graph of `model`, derived from the last iteration's if that can be done (following.py)."""
+        plan = self.network.plan
+        return self.memory.graphs.graph(
+            self.model, plan, lambda: graph_for(self.config, self.model, self.example_input)
+        )
 
     @cached_property
     def macs(self) -> Macs:
-        """The multiply-accumulates of `model`."""
-        return count_macs(self.model, self.example_input)
+        """The multiply-accumulates of `model`, derived from the baseline's if that is of the same network."""
+        derived = pruned_macs(self.baseline.macs, self.network.plan)
+        modules = dict(self.model.named_modules())
+        found = {layer: tuple(modules[layer].weight.shape) for layer in derived.per_layer if layer in modules}
+        return derived if found == derived.weight_shapes else count_macs(self.model, self.example_input)
 
     @cached_property
     def scored(self) -> NetworkState:

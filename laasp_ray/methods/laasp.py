@@ -82,7 +82,7 @@ class Laasp(PruningMethod[LaaspConfig]):
             name: context.executor.importance(network, ImportanceRequest.of(graph.layers, name, config))
             for name in _of_data(config)
         }
-        proposals = propose(context.model, graph, macs, context.baseline, config, given)
+        proposals = propose(context.model, graph, macs, context.baseline, config, given, context.memory.scores)
         context.clock.lap("propose")
         done = reported = 0
 

@@ -26,9 +26,10 @@ Removed = Mapping[ChannelAxis, set[int]]
 
 
 class GraphMemory:
-    """The last graph of a network that is pruned step by step."""
+    """The last graph of a network that is pruned step by step. `made` counts the graphs that were made anew."""
 
     def __init__(self) -> None:
+        self.made = 0
         self._last: tuple[PruningGraph, Plan] | None = None
 
     def graph(self, model: nn.Module, plan: Plan, fresh: Callable[[], PruningGraph]) -> PruningGraph:
@@ -38,7 +39,7 @@ class GraphMemory:
         found = None if self._last is None else followed(*self._last, model, plan)
         if found is None:
             logger.debug("the network's graph is made anew")
-            found = fresh()
+            found, self.made = fresh(), self.made + 1
         self._last = found, plan
         return found
 
@@ -52,7 +53,7 @@ def followed(graph: PruningGraph, before: Plan, model: nn.Module, after: Plan) -
     if graph.structure is None:
         return None
     if before == after:
-        return graph
+        return graph if _has_shapes(model, graph, {}) else None
     removed = _removed(graph, before, after)
     if removed is None:
         return None

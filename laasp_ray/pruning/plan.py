@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,14 +135,28 @@ def macs_after(macs: Macs, plan: Plan) -> int:
     The multiply-accumulates of a layer are its number of weights times the number of positions that it is applied at.
     The positions do not change, so the shapes suffice.
     """
-    total = 0
-    for layer, count in macs.per_layer.items():
-        shape = macs.weight_shapes[layer]
-        numerator, denominator = count, 1
-        for axis, kept in plan.tensors.get(f"{layer}.weight", {}).items():
-            numerator, denominator = numerator * len(kept[0]), denominator * shape[axis]
-        total += numerator // denominator
-    return total
+    return sum(_layer_after(macs, layer, plan)[0] for layer in macs.per_layer)
+
+
+def pruned_macs(macs: Macs, plan: Plan) -> Macs:
+    """The count of the unpruned network after `plan`, layer by layer, as `macs_after` derives it."""
+    after = {layer: _layer_after(macs, layer, plan) for layer in macs.per_layer}
+    return replace(
+        macs,
+        total=sum(count for count, _ in after.values()),
+        per_layer={layer: count for layer, (count, _) in after.items()},
+        weight_shapes={layer: shape for layer, (_, shape) in after.items()},
+    )
+
+
+def _layer_after(macs: Macs, layer: str, plan: Plan) -> tuple[int, tuple[int, ...]]:
+    """A layer's multiply-accumulates and the shape of its weight after `plan`."""
+    shape = list(macs.weight_shapes[layer])
+    numerator, denominator = macs.per_layer[layer], 1
+    for axis, kept in plan.tensors.get(f"{layer}.weight", {}).items():
+        numerator, denominator = numerator * len(kept[0]), denominator * shape[axis]
+        shape[axis] = len(kept[0])
+    return numerator // denominator, tuple(shape)
 
 
 def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:

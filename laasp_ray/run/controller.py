@@ -17,6 +17,7 @@ from torch import nn
 from laasp_ray.config import TARGETS, RunConfig
 from laasp_ray.errors import DataError, ExhaustedError, TrainingError
 from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
+from laasp_ray.methods.memory import IterationMemory
 from laasp_ray.methods.targets import measure_targets
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
@@ -94,7 +95,7 @@ class Controller:
     ) -> None:
         self._config, self._unpruned, self._example, self._baseline = config, unpruned, example_input, baseline
         self._parts = parts
-        self._has_teacher = False
+        self._has_teacher, self._memory = False, IterationMemory()
         self.state = state
         self._network, self._optimizer_state, self._masks = self._restore()
 
@@ -213,6 +214,7 @@ class Controller:
                 CandidatesMeasured(iteration=number, done=done, total=total, latest=latest)
             ),
             masks=self._masks,
+            memory=self._memory,
         )
 
     def _apply(self, result: IterationResult, number: int) -> dict[str, str]:

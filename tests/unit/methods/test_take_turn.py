@@ -1,5 +1,6 @@
 """One iteration: what is told as it goes, and what becomes of candidates that cannot be measured."""
 
+import copy
 import dataclasses
 import logging
 import math
@@ -13,6 +14,9 @@ from torch import nn
 from laasp_ray.config import LaaspConfig
 from laasp_ray.errors import ExhaustedError, SearchError
 from laasp_ray.methods.laasp import Laasp
+from laasp_ray.methods.memory import IterationMemory
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import apply_plan
 from laasp_ray.records import MeasuredLoss
 
 CONFIG = LaaspConfig(flops_reduction=0.5, step=0.2, criteria=("l1", "cosine"))
@@ -67,6 +71,30 @@ def test_results_are_counted_up_to_the_number_of_candidates_the_unpruned_network
     assert iteration.decision.loss == 1.0
     assert iteration.decision.loss_before == 1.0 + total
     assert iteration.decision.iteration == 4
+
+
+def test_iterations_that_remember_propose_what_those_that_begin_anew_propose(network):
+    """Three prunes: graph, multiply-accumulates and scores follow from the iteration before, or are all made anew."""
+
+    class Rising(FakeExecutor):
+        def measure(self, network, tasks, on_result, on_share):
+            return [MeasuredLoss(1.0 + position, 10, 0.0) for position in range(len(tasks))]
+
+    first = first_standing(network, torch.zeros(1, 1, 8, 8), CONFIG, Rising())
+    shown = []
+    for forget in (False, True):
+        now, rankings = first, []
+        for number in range(1, 4):
+            now = dataclasses.replace(now, iteration=number, memory=IterationMemory() if forget else first.memory)
+            result = Laasp().iterate(now)
+            rankings.append((list(result.ranking), result.decision, result.step))
+            model = copy.deepcopy(now.model)
+            apply_plan(model, result.step)
+            state = capture(model, now.network.plan.then(result.step))
+            now = dataclasses.replace(now, model=model, network=state)
+        shown.append(rankings)
+    assert shown[0] == shown[1]
+    assert first.memory.graphs.made == 1
 
 
 def test_shares_are_told_in_candidates_and_the_count_never_goes_back(network):

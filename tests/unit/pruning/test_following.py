@@ -8,12 +8,13 @@ from pruning_reference import pruned_copy, randomise, some_filters
 from torch import nn
 
 from laasp_ray.config import ModelConfig
+from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.following import GraphMemory, followed
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import joint_removal
-from laasp_ray.pruning.plan import Plan
+from laasp_ray.pruning.plan import Plan, pruned_macs
 from laasp_ray.pruning.structure import structure_of
 
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -64,7 +65,7 @@ def prunes(graph, draw, count):
 def test_derived_graphs_equal_those_made_anew(builder, steps):
     arguments = {"init_weights": False, "aux_logits": False} if builder.endswith("googlenet") else {}
     model, draw, plan = network(builder, **arguments), random.Random(0), Plan.empty()
-    graph = PruningGraph(model, EXAMPLE)
+    graph, macs = PruningGraph(model, EXAMPLE), count_macs(model, EXAMPLE)
     for number in range(steps):
         step = prunes(graph, draw, count=1 if number != 1 else 2)
         before, plan = plan, plan.then(step)
@@ -72,6 +73,7 @@ def test_derived_graphs_equal_those_made_anew(builder, steps):
         found = followed(graph, before, model, plan)
         assert found is not None
         assert content(found) == content(PruningGraph(model, EXAMPLE))
+        assert pruned_macs(macs, plan) == count_macs(model, EXAMPLE)
         graph = found
 
 
@@ -203,6 +205,12 @@ def test_another_network_than_the_plan_says_is_not_followed():
     graph = PruningGraph(model, EXAMPLE)
     step, other = graph.step("a", [2]), graph.step("b", [2])
     assert followed(graph, Plan.empty(), pruned_copy(model, other), step) is None
+
+
+def test_a_network_of_the_same_plan_but_other_shapes_is_not_followed():
+    graph = PruningGraph(Counted(), EXAMPLE)
+    assert followed(graph, Plan.empty(), Counted(), Plan.empty()) is graph
+    assert followed(graph, Plan.empty(), Counted(middle=nn.Conv2d(6, 6, 1)), Plan.empty()) is None
 
 
 def test_the_memory_makes_a_graph_only_where_none_follows():

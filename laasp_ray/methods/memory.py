@@ -1,0 +1,16 @@
+"""What a run's iterations leave to the next ones, so that it is not computed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from laasp_ray.pruning.following import GraphMemory
+from laasp_ray.search.scoring import ScoreMemory
+
+
+@dataclass(frozen=True)
+class IterationMemory:
+    """The last graph, and the scores of layers that have not changed since. A run has one."""
+
+    graphs: GraphMemory = field(default_factory=GraphMemory)
+    scores: ScoreMemory = field(default_factory=ScoreMemory)
