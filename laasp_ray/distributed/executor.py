@@ -26,10 +26,11 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
-from laasp_ray.search.engine import BranchPoints, Cost, Losses
+from laasp_ray.search.engine import Cost, Losses
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.memory import REMEDY, retried
+from laasp_ray.search.remembering import BranchPointMemory
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class RayExecutor:
         """`network` is the object reference of `unpruned`. `on_fault` is called for each worker that was lost."""
         self._network, self._unpruned, self._search = network, unpruned, config.search
         self._images, self._seed = len(calibration.labels), config.seed
-        self._example = normalise(calibration.images[:1], config.data)
+        self._branch_points = BranchPointMemory(normalise(calibration.images[:1], config.data))
         self._calibration = ray.put(
             (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
         )
@@ -73,7 +74,7 @@ class RayExecutor:
     def measure(
         self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
     ) -> list[MeasuredLoss]:
-        branch_points = BranchPoints(rebuild(self._unpruned, network).eval(), self._example)
+        branch_points = self._branch_points.of(network, rebuild(self._unpruned, network).eval())
         costs = [branch_points.cost(task) for task in tasks]
         # A masked candidate needs no plan, which is much larger than a mask.
         pairs = zip(tasks, costs, strict=True)

@@ -6,6 +6,7 @@ normalises over the removed channels, or the network cannot be traced, a physica
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision
 from laasp_ray.search.program import BranchPoint, CannotTrace, Program
-from laasp_ray.search.tracing import trace, verdict
+from laasp_ray.search.tracing import checked, trace, verdict
 
 FREE_MEMORY_SHARE = 0.5
 """The share of free memory that the values of a forward pass may use, unless `search.memory_mb` is set. The rest is for
@@ -60,15 +61,26 @@ class BranchPoints:
     """
 
     def __init__(self, model: nn.Module, example: torch.Tensor, untraced: str | None = None) -> None:
-        self.untraced = verdict(model, example) if untraced is None else untraced
-        self.program: Program | None = None
-        if not self.untraced:
-            traced = trace(model, example)
-            if isinstance(traced, CannotTrace):
-                self.untraced = traced.reason
-            else:
-                self.program = traced
+        traced: Program | CannotTrace
+        if untraced is None and example.device.type == "cpu":
+            traced = checked(model, example)
+        else:
+            untraced = verdict(model, example) if untraced is None else untraced
+            traced = CannotTrace(untraced) if untraced else trace(model, example)
+        self._set(traced)
+
+    def _set(self, traced: Program | CannotTrace) -> None:
+        self.program = traced if isinstance(traced, Program) else None
+        self.untraced = traced.reason if isinstance(traced, CannotTrace) else ""
         self._known: dict[frozenset[str], BranchPoint | CannotMask] = {}
+
+    def resized(self, model: nn.Module) -> BranchPoints:
+        """Those of `model`, which runs the same operations with other numbers of channels. They are for finding and
+        for costs, and their program cannot be run.
+        """
+        found = copy.copy(self)
+        found._set(CannotTrace(self.untraced) if self.program is None else self.program.resized(model))
+        return found
 
     def find(self, task: LossTask) -> BranchPoint | CannotMask:
         """The branch point of a task, or the reason why a physically pruned copy is measured."""

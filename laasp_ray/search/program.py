@@ -7,7 +7,7 @@ branches off from its values and repeats only the operations that it changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,22 @@ class Program:
             if position and self._constants.issuperset(operation.reads):
                 self._constants.add(position)
         self.macs = sum(operation.macs for operation in operations)
+
+    def resized(self, model: nn.Module) -> Program:
+        """The program of `model`, which runs the same operations with other numbers of channels, without values: for
+        branch points and multiply-accumulates, not for running.
+
+        A layer's multiply-accumulates are its outputs at one place times its weights for one of them, at each place.
+        """
+        modules = dict(model.named_modules())
+        operations = []
+        for operation in self._operations:
+            macs = operation.macs
+            if macs:
+                before, after = self._modules[operation.module], modules[operation.module]
+                macs = macs // _macs_at_a_place(before) * _macs_at_a_place(after)
+            operations.append(replace(operation, run=_without_values, macs=macs, overwrite=None))
+        return Program(operations, {name: modules[name] for name in self._modules if name in modules}, self.sized)
 
     def branch_point(self, layers: Collection[str]) -> BranchPoint | CannotMask:
         """The branch point of a prune that masks `layers`, or the reason why there is none."""
@@ -256,3 +272,13 @@ class Program:
         keywords = fx.node.map_aggregate(operation.keywords, resolve)
         run = operation.overwrite if overwrite and operation.overwrite is not None else operation.run
         return run(*arguments, **keywords)
+
+
+def _macs_at_a_place(layer: nn.Module) -> int:
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    assert isinstance(outputs, int)
+    return outputs * layer.get_parameter("weight")[0].numel()
+
+
+def _without_values(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a resized program is not run")

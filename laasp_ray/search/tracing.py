@@ -45,9 +45,22 @@ def verdict(model: nn.Module, example: torch.Tensor) -> str:
             network(first)
         except Exception:  # code that needs its device is checked there
             network, first = model, example
-    images, wanted = _outputs(network, first)
-    program = trace(network, first)
-    return program.reason if isinstance(program, CannotTrace) else _fault(network, program, images, wanted)
+    program = checked(network, first)
+    return program.reason if isinstance(program, CannotTrace) else ""
+
+
+@full_precision()
+@torch.inference_mode()
+def checked(model: nn.Module, example: torch.Tensor) -> Program | CannotTrace:
+    """The program of a network in eval mode if it gives the network's outputs, on the device of `example`, or the
+    reason why it does not or there is none.
+    """
+    images, wanted = _outputs(model, example)
+    program = trace(model, example)
+    if isinstance(program, CannotTrace):
+        return program
+    fault = _fault(model, program, images, wanted)
+    return CannotTrace(fault) if fault else program
 
 
 @full_precision()
