@@ -40,8 +40,8 @@ class RayExecutor:
     """The Executor (search/executor.py) on one worker a device. Gives the serial executor's losses: batches are cut
     the same way.
 
-    The network of an iteration is put into the object store once, with the iteration's candidates; calls carry
-    positions. Every worker rebuilds it once an iteration, and keeps the calibration set between iterations.
+    The network of an iteration is put into the object store once, so that a node has one copy of its weights. Every
+    worker rebuilds it once, and keeps the calibration set between iterations. Calls carry candidates' positions.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class RayExecutor:
             (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
         )
         self._workers = SearchWorkers(share, on_fault=on_fault)
+        self._sent: tuple[NetworkState, Any] | None = None
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
         if not self._search.reestimate_batchnorm:
             return network
-        iteration = ray.put((network.plan, pack(network.tensors)))
         remedy = "leave out search.reestimate_batchnorm"
-        inputs = [self._network, iteration, self._calibration]
+        inputs = self._inputs(network)
         arrays = self._workers.call(Job(statistics_task, [inputs], "the measurement of BatchNorm statistics", remedy))
         return with_statistics(network, unpack(arrays, copy=True))
 
@@ -79,10 +79,9 @@ class RayExecutor:
         # A masked candidate needs no plan, which is much larger than a mask.
         pairs = zip(tasks, costs, strict=True)
         light = [task if cost.copied else replace(task, step=Plan.empty()) for task, cost in pairs]
-        arrays = pack(network.tensors)
 
         def inputs_with(some: Sequence[LossTask]) -> list[Any]:
-            return [self._network, ray.put((network.plan, arrays, some, branch_points.untraced)), self._calibration]
+            return [*self._inputs(network), ray.put((some, branch_points.untraced))]
 
         backend = WorkersBackend(self._workers, inputs_with(light), lambda: inputs_with(tasks), costs)
         settings = settings_of(self._search, self._images, self._seed)
@@ -93,12 +92,19 @@ class RayExecutor:
             self._workers.rest()
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
-        iteration = ray.put((network.plan, pack(network.tensors)))
         chunks = chunks_of(self._images, self._search.batch_size)
-        return importance.spread(self._workers, [self._network, iteration, self._calibration], wanted, chunks)
+        return importance.spread(self._workers, self._inputs(network), wanted, chunks)
+
+    def _inputs(self, network: NetworkState) -> list[Any]:
+        """References to the unpruned network, to this one and to the calibration set."""
+        if self._sent is None or self._sent[0] is not network:
+            self._sent = None  # frees the network before
+            self._sent = network, ray.put((network.plan, pack(network.tensors)))
+        return [self._network, self._sent[1], self._calibration]
 
     def make_room(self) -> None:
-        """Frees the GPUs that the search has to itself, for trainers that wait for one."""
+        """Frees the GPUs that the search has to itself, for trainers that wait for one, and the last network."""
+        self._sent = None
         self._workers.make_room()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from ray import cloudpickle
 
 from laasp_ray.criteria import FirstBatch
-from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.process import PROCESS
 from laasp_ray.distributed.search_workers import Job, SearchWorkers
 from laasp_ray.distributed.transfer import pack_object, unpack_object
 from laasp_ray.errors import ConfigError
@@ -66,9 +66,6 @@ def chunk_task(inputs: list[Any], request: tuple[str, bytes], first: list[Any], 
         raise ConfigError(
             f"criterion {wanted.name!r} has a state that cannot be pickled: {type(error).__name__}: {error}"
         ) from error
-    if device().type == "cuda":
-        del state
-        torch.cuda.empty_cache()  # the trainers share this GPU
     return arrays
 
 

@@ -25,22 +25,25 @@ class Process:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, Any]] = {}
 
-    def load(self, unpruned: Any, iteration: Any, calibration: Any) -> tuple[Engine, list[LossTask]]:
-        torch.set_num_threads(threads())
-        base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        images, search = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
-        return self._once("iteration", iteration, lambda: _engine(base, images, search, *ray.get(iteration)))
+    def load(self, unpruned: Any, network: Any, calibration: Any, work: Any) -> tuple[Engine, list[LossTask]]:
+        """What measures losses on the iteration's network, and the candidates in `work`."""
+        model, images = self.network(unpruned, network, calibration)
+        _, search = self._images(calibration)
+        return self._once("work", work, lambda: _engine(model, images, search, *ray.get(work)))
 
-    def network(self, unpruned: Any, iteration: Any, calibration: Any) -> tuple[nn.Module, CalibrationSet]:
-        """The iteration's network, ready to run, and the images. Here `iteration` has no candidates."""
+    def network(self, unpruned: Any, network: Any, calibration: Any) -> tuple[nn.Module, CalibrationSet]:
+        """The iteration's network, ready to run, and the images."""
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
-        images, _ = self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
-        return self._once("network", iteration, lambda: _network(base, images, *ray.get(iteration)))
+        images, _ = self._images(calibration)
+        return self._once("network", network, lambda: _network(base, images, *ray.get(network)))
+
+    def _images(self, calibration: Any) -> tuple[CalibrationSet, SearchConfig]:
+        return self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
 
     def forget_iteration(self) -> None:
-        """Lets go of the iteration's network; the unpruned one and the images stay."""
-        for name in ("iteration", "network"):
+        """Lets go of the iteration's network and candidates; the unpruned network and the images stay."""
+        for name in ("work", "network"):
             self._kept.pop(name, None)
 
     def _once(self, name: str, reference: Any, make: Any) -> Any:
@@ -73,18 +76,11 @@ def threads() -> int:
 
 
 def _engine(
-    unpruned: nn.Module,
-    calibration: CalibrationSet,
-    search: SearchConfig,
-    plan: Plan,
-    arrays: dict[str, Any],
-    tasks: list[LossTask],
-    untraced: str,
+    model: nn.Module, calibration: CalibrationSet, search: SearchConfig, tasks: list[LossTask], untraced: str
 ) -> tuple[Engine, list[LossTask]]:
     """`untraced` is the driver's verdict on the network (search/tracing.py). The worker must mask what the driver
     masks.
     """
-    model, calibration = _network(unpruned, calibration, plan, arrays)
     return Engine(model, calibration, memory_bytes=search.memory_bytes, untraced=untraced), tasks
 
 

@@ -13,6 +13,9 @@ from torch import nn
 
 from laasp_ray import criteria
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> the type to compare its bits in."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -49,4 +52,5 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are equal to the last bit. NaN equals itself, and 0 is not -0."""
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    bits = _BITS[one.element_size()]
+    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))

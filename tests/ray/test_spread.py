@@ -117,13 +117,17 @@ def test_the_spread_search_gives_the_serial_losses_and_choice(
         assert sum(layer is not None for _, _, layer in heard) == len(serial.ranking)
 
 
-def test_the_network_is_put_into_the_object_store_once_a_iteration(network, executor, monkeypatch):
+def test_the_weights_are_put_into_the_object_store_once_an_iteration(network, executor, monkeypatch):
+    """Two measurements on one network, as an iteration with several prunes has, and one on the next network."""
     puts = []
     put = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(type(value)) or put(value))
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or put(value))
     tasks = [LossTask(f"copy {number}", Plan.empty()) for number in range(5)]
-    executor.measure(capture(network, Plan.empty()), tasks, lambda *_: None, lambda share: None)
-    assert len(puts) == 1
+    first, second = capture(network, Plan.empty()), capture(network, Plan.empty())
+    for state in (first, first, second):
+        executor.measure(state, tasks, lambda *_: None, lambda share: None)
+    with_weights = [any(isinstance(part, dict) for part in value) for value in puts]
+    assert with_weights == [True, False, False, True, False]
 
 
 def test_a_candidate_that_fails_says_why_and_does_not_stop_the_others(network, executor):

@@ -49,7 +49,6 @@ def spread(monkeypatch, network, calibration, slots, wanted=WANTED, cluster=None
     monkeypatch.setattr(search_workers, "ray", cluster)
     monkeypatch.setattr(spread_importance, "ray", cluster)
     monkeypatch.setattr(spread_importance, "PROCESS", Process())
-    monkeypatch.setattr(spread_importance, "device", lambda: torch.device("cpu"))  # which else would start Ray
     workers = SearchWorkers(plan_resources({"CPU": slots}, ClusterConfig()), cluster.clock)
     return spread_importance.spread(workers, ["unpruned", "iteration", "calibration"], wanted, chunks_of(90, 5))
 

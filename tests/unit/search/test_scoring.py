@@ -61,6 +61,14 @@ def test_minus_zero_is_another_weight_and_each_layer_has_its_own(counted):
     assert counted == ["l1"] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_of_every_precision_are_told_apart(dtype, counted):
+    memory = ScoreMemory()
+    for weight in ([1.0, 2.0], [1.0, 2.0], [1.0, 2.5]):
+        memory.scores(["l1"], "conv", layer(weight).to(dtype))
+    assert counted == ["l1"] * 2
+
+
 def test_groups_of_a_transposed_convolution_count():
     memory, weight = ScoreMemory(), torch.tensor([[1.0, 10.0], [2.0, 20.0]]).reshape(2, 2, 1, 1)
     whole, grouped = nn.ConvTranspose2d(2, 2, 1), nn.ConvTranspose2d(2, 4, 1, groups=2)
