@@ -1,16 +1,17 @@
 """What spreading an iteration of the search over Ray costs and gives, and what it would give on many GPUs.
 
-    python bench/fanout.py [--data DATA] [--repeats 3] [--gpu-images-per-second 1500] [--network-gigabits 10]
+    python bench/fanout.py [--data DATA] [--repeats 3] [--iterations 5] [--model-only] [--gpu-images-per-second 1500]
+        [--network-gigabits 10]
 
-1. One iteration of ResNet-20 (racing off) by Ray tasks of one core each, on one and on two workers, against the same
-units
-   worked off by one and by two plain processes that know nothing of Ray. Medians.
+1. One iteration of ResNet-20 (racing off) by the search's workers, actors of one core each, on one and on two of them,
+   against the same units worked off by one and by two plain processes that know nothing of Ray. Medians.
 2. What handing out a unit costs: units of one image, and the scheduling of an iteration of 500 candidates with workers
-that
-   answer at once.
-3. A model of one iteration of ResNet-50 at 5,000 images on 8, 64 and 256 GPUs. Its constants are measured here, except
-for
-   the two flags, which are assumptions: a GPU's forward throughput and a node's network.
+   that answer at once.
+3. The driver's work in an iteration of ResNet-50, part by part, as it was and as it is (bench/driver.py).
+4. A model of one iteration of ResNet-50 at 5,000 images on 8, 64 and 256 GPUs. Its constants are measured here, except
+   for the two flags, which are assumptions: a GPU's forward throughput and a node's network. A worker's rebuilding and
+   tracing of the network is measured on the CPU. With --model-only parts 1 and 2 are left out, and a unit is taken to
+   cost HAND_OUT_SECONDS (search/schedule.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from driver import WAYS, Measured, measure_driver, show
 from machine import machine
 from search import NETWORKS, load, proposals_of
 
@@ -46,7 +49,7 @@ from laasp_ray.search.engine import BranchPoints, Cost, Engine, Losses
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import SerialBackend
 from laasp_ray.search.racing import Race
-from laasp_ray.search.schedule import Settings, Unit, measure
+from laasp_ray.search.schedule import HAND_OUT_SECONDS, Settings, Unit, measure
 
 IMAGES, BATCH = 1000, 64
 RACED = 0.08
@@ -57,11 +60,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder of development data (default: noise, random weights)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=5, help="of the driver's work")
+    parser.add_argument("--model-only", action="store_true", help="parts 3 and 4 only")
     parser.add_argument("--gpu-images-per-second", type=float, default=1500.0, help="ResNet-50, forward, float32")
     parser.add_argument("--network-gigabits", type=float, default=10.0, help="of a node, per second")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(machine("ray"))
+    print(machine("ray"), flush=True)
+    unit_s = HAND_OUT_SECONDS if options.model_only else spreading(options)
+    driver = measure_driver(options.iterations)
+    print()
+    show(driver)
+    model_of_an_iteration(options, unit_s, driver)
+    return 0
+
+
+def spreading(options: argparse.Namespace) -> float:
+    """Prints what spreading costs and gives. Returns the seconds that a unit costs."""
     inputs = iteration_inputs(options.data)
     plain = {workers: plain_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
     spread = {workers: ray_seconds(inputs, workers, options.repeats) for workers in (1, 2)}
@@ -72,8 +87,7 @@ def main() -> int:
     print(f"Ray's speed-up is {speed_ups[1] / speed_ups[0]:.3f} of the plain processes'")
     print(f"a unit costs {spread[2][1] * 1e3:.2f} ms of hand-out and return")
     print(f"scheduling an iteration of 500 candidates, 5,000 images, 64 workers: {scheduling_seconds():.3f} s")
-    model_of_a_iteration(options, unit_s=spread[2][1])
-    return 0
+    return spread[2][1]
 
 
 def iteration_inputs(data: Path | None) -> tuple[Any, list[LossTask], torch.Tensor, torch.Tensor]:
@@ -127,14 +141,13 @@ def ray_seconds(inputs: tuple[Any, ...], workers: int, repeats: int) -> tuple[fl
         share = plan_resources(ray.cluster_resources(), ClusterConfig(workers=1))
         network = put_network(model)
         state = capture(model, Plan.empty())
-        executor = RayExecutor(network, model, calibration, config, share)
-        iteration = timed(lambda: executor.measure(state, tasks, lambda *_: None, lambda _: None), repeats)
+        with closing(RayExecutor(network, model, calibration, config, share)) as executor:
+            iteration = timed(lambda: executor.measure(state, tasks, lambda *_: None, lambda _: None), repeats)
         alone = replace(config, search=replace(search, candidates_per_task=1))
-        one_image = RayExecutor(
-            network, model, CalibrationImages(images[:1], labels[:1], np.arange(1), ""), alone, share
-        )
+        image = CalibrationImages(images[:1], labels[:1], np.arange(1), "")
         copies = [LossTask(f"copy {number}", Plan.empty(), {}) for number in range(400)]
-        units = timed(lambda: one_image.measure(state, copies, lambda *_: None, lambda _: None), repeats)
+        with closing(RayExecutor(network, model, image, alone, share)) as executor:
+            units = timed(lambda: executor.measure(state, copies, lambda *_: None, lambda _: None), repeats)
     finally:
         ray.shutdown()
     return iteration, units / len(copies)
@@ -176,40 +189,31 @@ def scheduling_seconds() -> float:
     return timed(lambda: measure(InstantBackend(losses, 64), 501, settings, lambda *_: None), 3)
 
 
-def model_of_a_iteration(options: argparse.Namespace, unit_s: float) -> None:
+def model_of_an_iteration(options: argparse.Namespace, unit_s: float, driver: Measured) -> None:
     network = NETWORKS["resnet50"]
     model, images, _ = load(replace(network, images=2), None, 1.0, torch.device("cpu"))
-    proposals, picks, graph_s = proposals_of(model, network)
+    proposals, picks, _ = proposals_of(model, network)
     tasks = tasks_of(proposals)
-    started = time.perf_counter()
     branch_points = BranchPoints(model, images[:1])
-    trace_s = time.perf_counter() - started
     macs = branch_points.cost(tasks[-1]).own
     own = sum(branch_points.cost(task).own for task in tasks[:-1]) / macs
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     looks = len(Race(np.linspace(0, 1, 5000), 2).samples)
     count, speed = 5000, options.gpu_images_per_second
     transfer_s = weight_bytes * 8 / (options.network_gigabits * 1e9)
+    worker_s = statistics.median(wall for wall, _ in driver.worker)
     print(f"\nResNet-50: {picks} proposals, {len(proposals)} candidates worth {own:.1f} forward passes an image")
-    print(f"measured here: graph and proposals {graph_s:.2f} s, tracing {trace_s:.2f} s (driver, then workers)")
     print(
-        f"assumed: {speed:.0f} images/s a GPU, {options.network_gigabits:g} Gbit/s a node: {transfer_s:.2f} s to send"
+        f"assumed: {speed:.0f} images/s a GPU, {options.network_gigabits:g} Gbit/s a node: {transfer_s:.2f} s to send; "
+        f"a unit costs {unit_s * 1e3:.2f} ms"
     )
-    columns = (
-        "GPUs",
-        "forwards, all",
-        "forwards, race",
-        "fixed",
-        "looks",
-        "iteration, all",
-        "iteration, race",
-        "reference",
-    )
+    columns = ["GPUs", "forwards, all", "forwards, race", "rounds", "worker and network", "reference"]
+    columns += [f"{kind}, driver {way}" for kind in ("all", "race") for way in WAYS]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for gpus in (8, 64, 256):
         nodes = math.ceil(gpus / 8)
         # Ray hands the network on from node to node, so that the time grows with the logarithm of their number.
-        fixed = graph_s + 2 * trace_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
+        fixed = worker_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
         exhaustive = count * (own + 1) / speed / gpus
         racing = count * (own * RACED + 1) / speed / gpus
         # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a round ends with its
@@ -217,8 +221,9 @@ def model_of_a_iteration(options: argparse.Namespace, unit_s: float) -> None:
         look_s = count * own * RACED / speed / looks
         units = min(gpus, math.ceil(math.sqrt(look_s / unit_s)))
         handling = looks * (look_s / units - look_s / gpus + units * unit_s + 0.05)
-        reference_s = picks * count / speed
-        cells = [exhaustive, racing, fixed, handling, fixed + exhaustive, fixed + racing + handling, reference_s]
+        cells = [exhaustive, racing, handling, fixed, picks * count / speed]
+        for work in (exhaustive, racing + handling):
+            cells += [driver.total(way)[0] + fixed + work for way in WAYS]
         print(f"| {gpus} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
 
 
