@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from object_stores import ServerMissingError, google_store, s3_store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +36,13 @@ def no_ray_unasked(request):
     if request.node.get_closest_marker("ray") is None and ray is not None and ray.is_initialized():
         ray.shutdown()
         pytest.fail("this test started Ray and is not marked so")
+
+
+@pytest.fixture(scope="session", params=["s3", "gs"])
+def object_store(request, tmp_path_factory):
+    """A server that speaks S3, then one that speaks Google's protocol."""
+    try:
+        with s3_store(tmp_path_factory.mktemp("weed")) if request.param == "s3" else google_store() as store:
+            yield store
+    except ServerMissingError as error:
+        pytest.skip(str(error))

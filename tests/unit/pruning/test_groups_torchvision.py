@@ -28,8 +28,8 @@ CONVOLUTIONS = {
     "resnext50_32x4d": 53,
 }
 BLOCKS = {"resnext50_32x4d": {1, 32}, "regnet_y_400mf": {1, 6, 13, 26, 55}}
-OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d", "vgg16_bn"}
-"""Of the families of resnet18, mobilenet_v2, regnet_y_400mf and vgg11_bn."""
+OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d", "vgg11_bn", "vgg16_bn"}
+"""Of the families of resnet18, mobilenet_v2, regnet_y_400mf, and of the recipes' vgg16_cifar10."""
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

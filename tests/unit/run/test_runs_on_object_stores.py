@@ -7,7 +7,6 @@ import torch
 from fakes import Silent
 from fault_proxy import SLOW_DOWN
 from helpers import write_pictures
-from object_stores import google_store, s3_store
 from whole_runs import on_pictures, power_cut
 
 from laasp_ray import load_pruned, models, prune
@@ -15,17 +14,11 @@ from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request, tmp_path_factory):
-    with s3_store(tmp_path_factory.mktemp("weed")) if request.param == "s3" else google_store() as store:
-        yield store
-
-
 @pytest.fixture
-def anew(server, monkeypatch):
+def anew(object_store, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield
-    server.proxy.set(None)
+    object_store.proxy.set(None)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +42,8 @@ def names_of(config):
     return [event.name for event in Journal(Storage.open(str(config.storage)).child(config.name)).events()]
 
 
-def on(server, name, pictures):
-    return on_pictures(server.uri(name), pictures)
+def on(object_store, name, pictures):
+    return on_pictures(object_store.uri(name), pictures)
 
 
 def check(config, on_disk):
@@ -61,8 +54,8 @@ def check(config, on_disk):
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
 
 
-def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(server, anew, pictures, on_disk, monkeypatch):
-    config = on(server, "cut", pictures)
+def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(object_store, anew, pictures, on_disk, monkeypatch):
+    config = on(object_store, "cut", pictures)
     for events in (1, 3):
         with power_cut(monkeypatch, events):
             run(config)
@@ -70,8 +63,8 @@ def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(server, anew,
     check(config, on_disk)
 
 
-def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing(server, anew, pictures, on_disk):
-    config = on(server, "faulty", pictures)
+def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing(object_store, anew, pictures, on_disk):
+    config = on(object_store, "faulty", pictures)
     began = time.monotonic()
 
     def policy(method, path, number):
@@ -79,8 +72,8 @@ def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing
             return ("lost", "reset", SLOW_DOWN)[number // 10 % 3]
         return "reset" if 1 < time.monotonic() - began < 2.5 else None
 
-    server.proxy.set(policy)
+    object_store.proxy.set(policy)
     run(config)
-    assert server.proxy.broken > 5
-    server.proxy.set(None)
+    assert object_store.proxy.broken > 5
+    object_store.proxy.set(None)
     check(config, on_disk)

@@ -36,7 +36,14 @@ def tasks_for(model, first):
     return tasks_of(propose(model, PruningGraph(model, EXAMPLE), count_macs(model, EXAMPLE), baseline, CONFIG))
 
 
-@pytest.mark.parametrize("builder", ["cifar.resnet20", "torchvision.mobilenet_v2", "torchvision.resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "builder",
+    [
+        "cifar.resnet20",
+        "torchvision.mobilenet_v2",
+        pytest.param("torchvision.resnext50_32x4d", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_costs_after_a_prune_are_those_that_are_found_anew(builder):
     torch.manual_seed(0)
     model = randomise_batchnorm(build(ModelConfig(builder=builder))).eval()

