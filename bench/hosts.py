@@ -22,6 +22,9 @@ from pathlib import Path
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PORT = 6379
 NETWORK = "10.77.0"
+BRIDGE = f"{NETWORK}.254"
+"""This machine's own address, as the hosts see it."""
+OBJECT_STORE_BYTES = 80_000_000
 START_S = 120
 VETH_PAUSE_S = 2.0
 """After its namespace is deleted a device's name is taken for about so long."""
@@ -38,11 +41,12 @@ def missing() -> str | None:
 class Hosts:
     """A cluster of `workers` hosts with one CPU each and a head without any. All see the same files.
 
-    With `keeps_state` the head writes the cluster's state to disk, and has it again when it comes back.
+    With `keeps_state` the head writes the cluster's state to disk, and has it again when it comes back. With
+    `dashboard` it accepts jobs.
     """
 
-    def __init__(self, workers: int = 2, *, keeps_state: bool = False) -> None:
-        self.keeps_state = keeps_state
+    def __init__(self, workers: int = 2, *, keeps_state: bool = False, dashboard: bool = False) -> None:
+        self.keeps_state, self.dashboard = keeps_state, dashboard
         self.folder = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))
         self._mounted = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # sockets need a short path
         self._prefix = f"lr{os.getpid() % 10000}"
@@ -50,7 +54,7 @@ class Hosts:
         self._first: dict[int, subprocess.Popen[bytes]] = {}
         self.workers = range(1, workers + 1)
         _do("ip", "link", "add", f"{self._prefix}br", "type", "bridge")
-        _do("ip", "addr", "add", f"{NETWORK}.254/24", "dev", f"{self._prefix}br")
+        _do("ip", "addr", "add", f"{BRIDGE}/24", "dev", f"{self._prefix}br")
         _do("ip", "link", "set", f"{self._prefix}br", "up")
 
     def up(self) -> None:
@@ -64,7 +68,7 @@ class Hosts:
         _do("ip", "netns", "add", space)
         _do("ip", "link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", space)
         _do("ip", "link", "set", device, "master", f"{self._prefix}br", "up")
-        _do("ip", "-n", space, "addr", "add", f"{NETWORK}.{host + 1}/24", "dev", "eth0")
+        _do("ip", "-n", space, "addr", "add", f"{address(host)}/24", "dev", "eth0")
         for name in ("eth0", "lo"):
             _do("ip", "-n", space, "link", "set", name, "up")
         own = self.folder / f"host{host}"
@@ -77,10 +81,12 @@ class Hosts:
             start_new_session=True,
         )
         _wait(lambda: bool(self._init_of(host)), 10, f"host {host} has no process")
-        role = ["--head", "--num-cpus=0", f"--port={PORT}", "--include-dashboard=false", "--disable-usage-stats"]
+        role = ["--head", "--num-cpus=0", f"--port={PORT}", "--disable-usage-stats"]
+        role += [f"--include-dashboard={self.dashboard}"]
         if host:
             role = [f"--address={NETWORK}.1:{PORT}", "--num-cpus=1"]
-        place = [f"--node-ip-address={NETWORK}.{host + 1}", f"--temp-dir={self._mounted}", "--block"]
+        place = [f"--node-ip-address={address(host)}", f"--temp-dir={self._mounted}", "--block"]
+        place += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
         log = (self.folder / f"ray{host}.log").open("ab")
         began = time.monotonic()
         while True:
@@ -114,6 +120,7 @@ class Hosts:
             "RAY_ADDRESS": f"{NETWORK}.1:{PORT}",
             "RAY_TMPDIR": str(self._mounted),
             "RAY_worker_niceness": "0",
+            "LAASP_RAY_CACHE": str(self.folder / "cache"),
         }
 
     def _state_of(self, host: int) -> Mapping[str, str]:
@@ -124,7 +131,7 @@ class Hosts:
 
     def processes(self, host: int, title: str = "") -> list[int]:
         """The processes of a host, as this machine numbers them, whose command line holds `title`."""
-        return [pid for pid in self._pids(host) if title in _title(pid)]
+        return [pid for pid in self._pids(host) if title in title_of(pid)]
 
     def kill(self, host: int) -> None:
         """A power cut: everything ends at once, and the host is gone."""
@@ -143,6 +150,13 @@ class Hosts:
     def cut(self, host: int, *, off: bool) -> None:
         """Takes a host off the network, or brings it back."""
         _do("ip", "link", "set", f"{self._prefix}v{host}", "down" if off else "up")
+
+    def mount(self, host: int, folder: Path, place: Path) -> None:
+        """Shows `folder` in `place` on one host only."""
+        self.run(host, ["mount", "--bind", str(folder), str(place)]).wait()
+
+    def unmount(self, host: int, place: Path) -> None:
+        self.run(host, ["umount", "--lazy", str(place)]).wait()
 
     def alive(self) -> list[int]:
         return sorted(self._first)
@@ -166,14 +180,19 @@ class Hosts:
 
     def _init_of(self, host: int) -> int:
         """The first process of a host's process namespace; 0 if there is none yet."""
-        return next((pid for pid in self._pids(host) if _title(pid).startswith("sleep infinity")), 0)
+        return next((pid for pid in self._pids(host) if title_of(pid).startswith("sleep infinity")), 0)
 
 
-def _title(pid: int) -> str:
+def address(host: int) -> str:
+    return f"{NETWORK}.{host + 1}"
+
+
+def title_of(pid: int) -> str:
+    """The command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
-        return ""  # it has ended
+        return ""
 
 
 def _wait(condition: object, seconds: float, otherwise: str) -> None:

@@ -11,7 +11,6 @@ same.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from machine import machine
+from run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
@@ -68,7 +68,7 @@ class Moment:
     target: str
 
 
-def command(storage: Path, name: str, ray: bool, settings: Settings) -> list[str]:
+def command(storage: Path | str, name: str, ray: bool, settings: Settings) -> list[str]:
     arguments = [
         sys.executable,
         str(ROOT / "jobs" / "prune.py"),
@@ -81,32 +81,6 @@ def command(storage: Path, name: str, ray: bool, settings: Settings) -> list[str
     for key, value in {**SETTINGS, **settings}.items():
         arguments += ["--set", f"{key}={json.dumps(value)}"]
     return arguments if ray else [*arguments, "--no-ray"]
-
-
-def journal(storage: Path, name: str) -> list[Path]:
-    """The events of a run, but for those of faults, which an undisturbed run has not."""
-    events = sorted((storage / name / "journal").glob("[0-9]*.json"))
-    return [path for path in events if kind_of(path) != "fault"]
-
-
-def kind_of(path: Path) -> str:
-    return path.stem.split("-", 1)[1]
-
-
-def outcome(storage: Path, name: str) -> dict[str, str]:
-    """Digests of what must come out the same: decisions, plan, weights."""
-    folder = storage / name
-    decisions = [
-        json.loads(path.read_text())["data"]["decision"]
-        for path in journal(storage, name)
-        if kind_of(path) == "iteration"
-    ]
-    files = {"plan": folder / "pruned" / "plan.json", "weights": folder / "pruned" / "model.safetensors"}
-    found = {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for key, path in files.items()}
-    return {
-        "decisions": f"{len(decisions)}: " + hashlib.sha256(json.dumps(decisions).encode()).hexdigest()[:16],
-        **found,
-    }
 
 
 def draw_moments(events: list[str], gaps: list[float], kills: int, seed: int, ray: bool) -> list[Moment]:
@@ -181,12 +155,11 @@ def main() -> None:
         if process.wait() != 0:
             raise SystemExit(log.read_text()[-4000:])
         print(f"left in peace: {time.monotonic() - begun:.0f} s")
-        paths = journal(storage, "peace")
-        events, times = [kind_of(path) for path in paths], [json.loads(path.read_text())["time"] for path in paths]
-        gaps = [after - before for before, after in itertools.pairwise(times)]
-        moments = draw_moments(events, gaps, options.kills, options.seed, ray)
+        peace = RunFolder(str(storage / "peace"))
+        gaps = [after - before for before, after in itertools.pairwise(peace.times())]
+        moments = draw_moments(peace.kinds(), gaps, options.kills, options.seed, ray)
         disturbed_s = disturb(storage, moments, ray, log)
-        expected, found = outcome(storage, "peace"), outcome(storage, "disturbed")
+        expected, found = peace.outcome(), RunFolder(str(storage / "disturbed")).outcome()
         for key in expected:
             print(f"{key:10} {expected[key]}  {found[key]}  {'same' if expected[key] == found[key] else 'DIFFERENT'}")
         print(f"{len(moments)} kills, {disturbed_s:.0f} s")
@@ -196,13 +169,13 @@ def main() -> None:
 
 def disturb(storage: Path, moments: list[Moment], ray: bool, log: Path, settings: Settings = NOTHING_ELSE) -> float:
     begun = time.monotonic()
-    process = start(storage, "disturbed", ray, log, settings)
+    process, folder = start(storage, "disturbed", ray, log, settings), RunFolder(str(storage / "disturbed"))
     for number, moment in enumerate(moments, 1):
-        alive = wait_for(lambda m=moment: len(journal(storage, "disturbed")) > m.event, process)
+        alive = wait_for(lambda m=moment: len(folder.files()) > m.event, process)
         if not alive:
             raise SystemExit("the run ended before its time:\n" + log.read_text()[-4000:])
         time.sleep(moment.delay_s)
-        lost = len(journal(storage, "disturbed")) - 1
+        lost = len(folder.files()) - 1
         if moment.target == "trainer" and kill_one(process.pid, "RayTrainWorker"):
             print(f"{number:3}  {moment.delay_s:5.2f} s after {moment.kind} ({moment.event}): a trainer killed")
             continue

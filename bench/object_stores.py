@@ -35,8 +35,12 @@ class ObjectStore:
     def __init__(self, scheme: str, proxy: FaultProxy) -> None:
         self.scheme, self.proxy = scheme, proxy
 
-    def uri(self, name: str, bucket: str = BUCKET, key: str = KEY, secret: str = SECRET) -> str:
-        place = f"scheme=http&endpoint_override={self.proxy.host}%3A{self.proxy.port}"
+    def uri(
+        self, name: str, bucket: str = BUCKET, key: str = KEY, secret: str = SECRET, *, around: bool = False
+    ) -> str:
+        """The address of a folder, through the proxy or `around` it."""
+        server = self.proxy.target.removeprefix("http://") if around else f"{self.proxy.host}:{self.proxy.port}"
+        place = f"scheme=http&endpoint_override={server.replace(':', '%3A')}"
         if self.scheme == "gs":
             return f"gs://anonymous@{bucket}/{name}?{place}&retry_limit_seconds=2"
         return f"s3://{key}:{secret.replace('/', '%2F')}@{bucket}/{name}?{place}&region=us-east-1"

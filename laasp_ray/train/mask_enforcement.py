@@ -19,16 +19,18 @@ class MaskEnforcer:
     def __init__(self, model: nn.Module, masks: Mapping[str, bytes]) -> None:
         """Raises TrainingError for a mask whose parameter the network does not have."""
         parameters = dict(model.named_parameters())
-        self._pruned: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._masked: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         for name, packed in masks.items():
             if name not in parameters:
                 raise TrainingError(f"there is a mask for {name}, but the network has no such parameter")
             parameter = parameters[name]
-            # The mask needs the parameter's memory format, as the optimizer's momentum does.
-            pruned = torch.empty_like(parameter, dtype=torch.bool).copy_(~unpack_mask(packed, parameter.shape))
-            self._pruned.append((parameter, pruned))
+            self._masked.append(parameter)
+            # 1 where kept, in the parameter's own memory format, as the optimizer's momentum is.
+            self._kept.append(torch.empty_like(parameter).copy_(unpack_mask(packed, parameter.shape)))
 
     @torch.no_grad()
     def apply(self) -> None:
-        for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0)
+        if self._masked:
+            torch._foreach_mul_(self._masked, self._kept)
+            torch._foreach_add_(self._masked, 0.0)  # makes 0 of -0

@@ -1,12 +1,21 @@
-"""A run on Ray that is killed ends as one left in peace: one kill by default, three under the marker `exhaustive`.
+"""A run on Ray that is killed ends as an undisturbed one: one kill by default, three under the marker `exhaustive`.
 
-`bench/interruptions.py` does it at twenty.
+The undisturbed run has one process, which trains both parts of each batch. `bench/interruptions.py` kills twenty times.
 """
 
+import argparse
+import json
 import time
 
 import interruptions
 import pytest
+from run_folder import RunFolder
+
+from laasp_ray.cli.flags import overridden
+from laasp_ray.recipes import recipe
+from laasp_ray.run.beginning import start_run
+from laasp_ray.run.preflight import open_run, prepare
+from laasp_ray.store.journal import Journal
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -15,12 +24,25 @@ SHORT = {"prune.flops_reduction": 0.03, "prune.fine_tune_every": 0.03, "train.ep
 """One epoch, one iteration with two epochs of fine-tuning after it, and one last epoch."""
 
 
+def begin(folder, name, settings, parts):
+    """Writes the first event of a run, with as many parts of a batch as a cluster with so many trainers gives it."""
+    values = {**interruptions.SETTINGS, **settings, "storage": str(folder), "name": name}
+    given = argparse.Namespace(flags={}, set=[f"{key}={json.dumps(value)}" for key, value in values.items()])
+    config = overridden(recipe("resnet20_cifar10"), given)
+    storage = open_run(config)
+    start_run(prepare(config), storage, Journal(storage), None, parts)
+
+
 @pytest.mark.parametrize(("kills", "settings"), [(1, SHORT), pytest.param(3, {}, marks=pytest.mark.exhaustive)])
-def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, kills, settings):
+def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, monkeypatch, kills, settings):
     log = tmp_path / "log"
-    process = interruptions.start(tmp_path, "peace", ray=True, log=log, settings=settings)
-    assert process.wait() == 0, log.read_text()[-4000:]
-    kinds = [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "peace")]
+    begin(tmp_path, "peace", settings, parts=2)
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as in a trainer: the last bits depend on it
+        process = interruptions.start(tmp_path, "peace", ray=False, log=log, settings=settings)
+        assert process.wait() == 0, log.read_text()[-4000:]
+    peace, disturbed = (RunFolder(str(tmp_path / name)) for name in ("peace", "disturbed"))
+    kinds = peace.kinds()
     iteration, fine_tune = kinds.index("iteration"), kinds.index("epoch", kinds.index("iteration"))
     moments = [
         interruptions.Moment(kinds.index("epoch"), "epoch", 0.3, "driver"),  # in the middle of the first training phase
@@ -28,8 +50,8 @@ def test_kills_change_neither_decisions_nor_plan_nor_weights(tmp_path, kills, se
         interruptions.Moment(fine_tune, "epoch", 0.1, "trainer"),
     ]
     interruptions.disturb(tmp_path, moments[-kills:], ray=True, log=log, settings=settings)
-    assert interruptions.outcome(tmp_path, "disturbed") == interruptions.outcome(tmp_path, "peace")
-    assert [interruptions.kind_of(path) for path in interruptions.journal(tmp_path, "disturbed")] == kinds
+    assert disturbed.outcome() == peace.outcome()
+    assert disturbed.kinds() == kinds
 
 
 def test_moments_meet_every_kind_of_event_and_are_a_function_of_the_seed():
