@@ -241,7 +241,7 @@ def disk_full(run: Run, draw: random.Random) -> bool:
         filler.unlink()
     if failed:
         run.again()
-    return True
+    return failed
 
 
 def other_images(run: Run, draw: random.Random) -> bool:
@@ -260,7 +260,7 @@ def other_images(run: Run, draw: random.Random) -> bool:
     run.cluster.unmount(host, folder)
     if failed:
         run.again()
-    return True
+    return failed
 
 
 def clock_back(run: Run, draw: random.Random) -> bool:
@@ -297,7 +297,7 @@ def refusing(policy: Policy, error: str) -> Happens:
         run.place.proxy.set(None)
         if failed:
             run.again()
-        return True
+        return failed
 
     return happens
 

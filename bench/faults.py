@@ -42,9 +42,10 @@ from machine import machine
 from object_stores import s3_store
 
 SETTINGS = {
-    "prune.flops_reduction": 0.12,
-    "train.epochs": 4,
-    "train.prune_epoch": 2,
+    "prune.flops_reduction": 0.3,
+    "train.epochs": 10,
+    "train.prune_epoch": 4,
+    "train.drop_epochs": [4, 8],
 }
 FAKETIME = "faketime/libfaketimeMT.so.1"
 DISK_MB = 256
