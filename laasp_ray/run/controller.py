@@ -266,6 +266,7 @@ class Controller:
 
     def _epoch_done(self, done: EpochResult) -> None:
         state, plan, parts = self.state, done.plan, self._parts
+        before = state.checkpoint
         self._network = NetworkState(self._network.plan, done.tensors)
         self._optimizer_state = done.optimizer_state
         name = numbered_name(state.epochs_trained, parts.attempt)
@@ -290,7 +291,9 @@ class Controller:
                 digests=digests,
             )
         )
-        delete_checkpoints(parts.storage, keep=[name, UNPRUNED], attempt=parts.attempt)
+        # If this event is found cut off later, the run goes on from the epoch before.
+        keep = [name, UNPRUNED, *([before] if before else [])]
+        delete_checkpoints(parts.storage, keep=keep, attempt=parts.attempt)
 
     def _exclude(self, names: tuple[str, ...]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]
