@@ -88,6 +88,7 @@ def driver_wakes(run: Run, draw: random.Random) -> bool:
     run.wait(lambda: run.attempt > attempt, "another driver takes over", allowed=(old,))
     for pid in first:
         os.kill(pid, signal.SIGCONT)
+    old.send_signal(signal.SIGCONT)  # nsenter, which started the driver, stops when it does
     deadline = time.monotonic() + LONG_S  # it finds out when it next writes
     while old.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

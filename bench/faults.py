@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def main() -> None:
     if options.table is not None:
         report(_lines(options.table))
         return
+    for number in (signal.SIGINT, signal.SIGTERM):  # either ends the hosts, too, in the background as well
+        signal.signal(number, signal.default_int_handler)
     reason = hosts.missing()
     if reason is not None:
         raise SystemExit(reason)
