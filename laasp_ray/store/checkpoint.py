@@ -54,8 +54,8 @@ def save_checkpoint(
     tensors = {_MODEL + key: value for key, value in model.items()}
     tensors.update({_OPTIMIZER_STATE + key: value for key, value in (optimizer_state or {}).items()})
     packed = pack_tensors(tensors, dict(metadata or {}))
-    storage.write(_file_name(name), packed)
-    return {_file_name(name): digest_of(packed)}
+    storage.write(checkpoint_file(name), packed)
+    return {checkpoint_file(name): digest_of(packed)}
 
 
 def numbered_name(number: int, attempt: int) -> str:
@@ -64,13 +64,13 @@ def numbered_name(number: int, attempt: int) -> str:
 
 
 def has_checkpoint(storage: Storage, name: str) -> bool:
-    return storage.exists(_file_name(name))
+    return storage.exists(checkpoint_file(name))
 
 
 def load_checkpoint(storage: Storage, name: str, digests: Mapping[str, str] | None = None) -> Checkpoint:
     """Raises StoreError if there is no such checkpoint or its file is damaged, naming it: also if the file is not what
     `digests`, of the event that speaks of it, has under its name."""
-    file = _file_name(name)
+    file = checkpoint_file(name)
     tensors, metadata = unpack_tensors(checked_digest(storage, file, digests), f"{file} in {storage.uri}")
     parts: dict[str, dict[str, torch.Tensor]] = {_MODEL: {}, _OPTIMIZER_STATE: {}}
     for key, tensor in tensors.items():
@@ -89,7 +89,7 @@ def delete_checkpoints(storage: Storage, keep: Collection[str], attempt: int | N
 
     Those of attempts after `attempt` stay: another driver has taken over and needs them.
     """
-    kept = {_file_name(name) for name in keep}
+    kept = {checkpoint_file(name) for name in keep}
     for file in storage.list(f"{_FOLDER}/"):
         name = file.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX)
         later = attempt is not None and attempt_of(name) > attempt
@@ -130,7 +130,7 @@ def checked_digest(storage: Storage, file: str, digests: Mapping[str, str] | Non
 
 def unpruned_file() -> str:
     """The file of `UNPRUNED`."""
-    return _file_name(UNPRUNED)
+    return checkpoint_file(UNPRUNED)
 
 
 def pack_tensors(tensors: Mapping[str, torch.Tensor | np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -164,5 +164,6 @@ def _as_tensor(key: str, value: torch.Tensor | np.ndarray) -> torch.Tensor:
     raise TypeError(f"{key} is a {type(value).__name__}; a checkpoint holds tensors and arrays only")
 
 
-def _file_name(name: str) -> str:
+def checkpoint_file(name: str) -> str:
+    """The file of a checkpoint in the run's folder."""
     return f"{_FOLDER}/{name}{_SUFFIX}"

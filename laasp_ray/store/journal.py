@@ -103,7 +103,7 @@ class Journal:
         sequence, now, values = len(files) + 1, time.time(), to_json(data)
         content: dict[str, Any] = {"schema_version": JOURNAL_VERSION, "sequence": sequence, "name": name, "time": now}
         content |= {"attempt": self._attempt, "data": values} if self._attempt else {"data": values}
-        file = _file_name(sequence, name)
+        file = event_file(sequence, name)
         self._storage.write_new(file, json.dumps(content, separators=(",", ":"), allow_nan=False).encode())
         others = self._storage.list(f"{_FOLDER}{sequence:06d}-")
         rivals = self._without_late([other for other in others if other != file], after=0)
@@ -217,7 +217,7 @@ class Journal:
                 f"{JOURNAL_VERSION}: the run was begun by another version; finish it with that one, or start it anew "
                 "under another --name"
             )
-        if _file_name(event.sequence, event.name) != file:
+        if event_file(event.sequence, event.name) != file:
             raise StoreError(
                 f"{file} in {self._storage.uri} holds event {event.sequence} {event.name!r}; "
                 "it was renamed or copied there: restore the folder from a copy"
@@ -248,7 +248,8 @@ def started_config(storage: Storage) -> Mapping[str, Any] | None:
     return config
 
 
-def _file_name(sequence: int, name: str) -> str:
+def event_file(sequence: int, name: str) -> str:
+    """The file of an event in the run's folder."""
     return f"{_FOLDER}{sequence:06d}-{name}.json"
 
 

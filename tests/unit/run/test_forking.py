@@ -1,0 +1,126 @@
+"""A run that begins with what a run to a deeper target did ends as one that did it all itself."""
+
+import dataclasses
+
+import pytest
+import torch
+from fakes import Silent
+from helpers import write_digits
+from whole_runs import events_of, on_digits, power_cut
+
+from laasp_ray import prune
+from laasp_ray.errors import ConfigError, StoreError
+from laasp_ray.run.events import IterationDone
+from laasp_ray.run.forking import fork
+from laasp_ray.store.storage import Storage
+
+SHALLOW = 0.06
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), side=16, train=60, test=12)
+
+
+def run(config, progress=None):
+    return prune(config, distributed=False, progress=progress or Silent())
+
+
+def shallow(config, name="shallow"):
+    return dataclasses.replace(config, name=name, prune=dataclasses.replace(config.prune, flops_reduction=SHALLOW))
+
+
+class Forks(Silent):
+    """Makes the run to the shallow target when its target is reached."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.made = config, 0
+
+    def on_event(self, event, state):
+        super().on_event(event, state)
+        if not self.made and isinstance(event, IterationDone) and state.flops_reduction >= SHALLOW:
+            fork(folder(self.config), shallow(self.config))
+            self.made = state.iteration
+
+
+def folder(config):
+    return Storage.open(config.storage).child(config.name)
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory, digits):
+    config = on_digits(tmp_path_factory.mktemp("trajectory"), digits)
+    forks = Forks(config)
+    run(config, forks)
+    return config, forks.made
+
+
+def told(config):
+    """What events say, without seconds and digests that contain names."""
+    return [
+        (event.name, {key: event.data.get(key) for key in ("decision", "step", "loss", "metrics", "position", "phase")})
+        for event in events_of(config)
+    ]
+
+
+def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits):
+    config, iterations = trajectory
+    again = run(shallow(config))
+    alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW)
+    result = run(alone)
+    assert 0 < iterations < sum(event.name == "iteration" for event in events_of(config))
+    assert told(shallow(config)) == told(alone)
+    assert again.summary["flops_reduction"] == result.summary["flops_reduction"]
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_it_stays_as_it_is_once_it_has_begun(trajectory):
+    config, _ = trajectory
+    before = [event.name for event in events_of(shallow(config))]
+    fork(folder(config), shallow(config))
+    assert [event.name for event in events_of(shallow(config))] == before
+
+
+def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
+    config, _ = trajectory
+    with pytest.raises(StoreError, match=r"checkpoints/.* is not stored any more"):
+        fork(folder(config), shallow(config, "late"))
+    other = dataclasses.replace(shallow(config, "other"), seed=1)
+    with pytest.raises(ConfigError, match=r"other cannot begin with .*: seed differ"):
+        fork(folder(config), other)
+    deep = dataclasses.replace(config, name="deep", prune=dataclasses.replace(config.prune, flops_reduction=0.5))
+    with pytest.raises(ConfigError, match=r"has not reached the targets of deep \(50\.0% of FLOPs\)"):
+        fork(folder(config), deep)
+    with pytest.raises(ConfigError, match=r"there is no run in .*nowhere"):
+        fork(Storage.open(str(tmp_path / "nowhere")), shallow(config))
+
+
+def test_a_fork_that_was_cut_off_is_made_again(tmp_path, trajectory, digits, monkeypatch):
+    position = [event.name for event in events_of(trajectory[0])].index("iteration")
+    config, names = on_digits(tmp_path, digits), []
+    with power_cut(monkeypatch, position + 1):
+        run(config)
+    reached = events_of(config)
+    assert reached[-1].name == "iteration"
+    small = dataclasses.replace(
+        config,
+        name="small_target",
+        prune=dataclasses.replace(config.prune, flops_reduction=reached[-1].data["decision"]["flops_reduction"]),
+    )
+    write = Storage.write
+
+    def failing(self, name, data):
+        if name.endswith("-start.json"):
+            raise StoreError("the power is cut")
+        names.append(name)
+        write(self, name, data)
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="the power is cut"):
+        patch.setattr(Storage, "write", failing)
+        fork(folder(config), small)
+    assert any(name.startswith("journal/") for name in names)
+    fork(folder(config), small)
+    assert [event.name for event in events_of(small)] == [event.name for event in reached]
+    assert run(small).summary["flops_reduction"] >= small.prune.flops_reduction
