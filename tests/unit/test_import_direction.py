@@ -20,6 +20,7 @@ LEVELS = [
     {"distributed"},
     {"planning"},
     {"api"},
+    {"sweep"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
