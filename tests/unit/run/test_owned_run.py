@@ -85,6 +85,26 @@ def test_a_last_event_that_was_cut_off_is_done_again(tmp_path, pictures, monkeyp
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
+def test_without_the_events_since_a_lost_checkpoint_a_run_goes_on_from_the_epoch_before(
+    tmp_path, pictures, monkeypatch
+):
+    reference = on_pictures(tmp_path / "reference", pictures)
+    result = run(reference)
+    names = [event.name for event in events_of(reference)]
+    config = on_pictures(tmp_path / "lost", pictures)
+    with power_cut(monkeypatch, names.index("iteration") + 1):
+        run(config)
+    storage = Storage.open(config.storage).child(config.name)
+    epoch = next(event for event in reversed(events_of(config)) if event.name == "epoch")
+    storage.delete(f"checkpoints/{epoch.data['checkpoint']}.safetensors")
+    for file in storage.list("journal/")[epoch.sequence - 1 :]:
+        storage.delete(file)
+    again = run(config)
+    assert [event.name for event in events_of(config)] == names
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
 def test_tensorboard_never_ends_a_run(tmp_path, pictures, caplog):
     config = on_pictures(tmp_path, pictures)
     folder = tmp_path / config.name
