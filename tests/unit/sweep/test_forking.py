@@ -10,9 +10,9 @@ from whole_runs import events_of, on_digits, power_cut
 
 from laasp_ray import prune
 from laasp_ray.errors import ConfigError, StoreError
-from laasp_ray.run.events import IterationDone
 from laasp_ray.run.forking import fork
 from laasp_ray.store.storage import Storage
+from laasp_ray.sweep.trajectory import Forks
 
 SHALLOW = 0.06
 
@@ -30,20 +30,6 @@ def shallow(config, name="shallow"):
     return dataclasses.replace(config, name=name, prune=dataclasses.replace(config.prune, flops_reduction=SHALLOW))
 
 
-class Forks(Silent):
-    """Makes the run to the shallow target when its target is reached."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.made = config, 0
-
-    def on_event(self, event, state):
-        super().on_event(event, state)
-        if not self.made and isinstance(event, IterationDone) and state.flops_reduction >= SHALLOW:
-            fork(folder(self.config), shallow(self.config))
-            self.made = state.iteration
-
-
 def folder(config):
     return Storage.open(config.storage).child(config.name)
 
@@ -51,9 +37,8 @@ def folder(config):
 @pytest.fixture(scope="module")
 def trajectory(tmp_path_factory, digits):
     config = on_digits(tmp_path_factory.mktemp("trajectory"), digits)
-    forks = Forks(config)
-    run(config, forks)
-    return config, forks.made
+    run(config, Forks(folder(config), [shallow(config)]))
+    return config
 
 
 def told(config):
@@ -65,11 +50,12 @@ def told(config):
 
 
 def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits):
-    config, iterations = trajectory
+    config = trajectory
     again = run(shallow(config))
     alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW)
     result = run(alone)
-    assert 0 < iterations < sum(event.name == "iteration" for event in events_of(config))
+    iterations = [sum(event.name == "iteration" for event in events_of(one)) for one in (shallow(config), config)]
+    assert 0 < iterations[0] < iterations[1]
     assert told(shallow(config)) == told(alone)
     assert again.summary["flops_reduction"] == result.summary["flops_reduction"]
     for name, tensor in result.model.state_dict().items():
@@ -77,14 +63,14 @@ def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits):
 
 
 def test_it_stays_as_it_is_once_it_has_begun(trajectory):
-    config, _ = trajectory
+    config = trajectory
     before = [event.name for event in events_of(shallow(config))]
     fork(folder(config), shallow(config))
     assert [event.name for event in events_of(shallow(config))] == before
 
 
 def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
-    config, _ = trajectory
+    config = trajectory
     with pytest.raises(StoreError, match=r"checkpoints/.* is not stored any more"):
         fork(folder(config), shallow(config, "late"))
     other = dataclasses.replace(shallow(config, "other"), seed=1)
@@ -98,7 +84,7 @@ def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
 
 
 def test_a_fork_that_was_cut_off_is_made_again(tmp_path, trajectory, digits, monkeypatch):
-    position = [event.name for event in events_of(trajectory[0])].index("iteration")
+    position = [event.name for event in events_of(trajectory)].index("iteration")
     config, names = on_digits(tmp_path, digits), []
     with power_cut(monkeypatch, position + 1):
         run(config)
@@ -124,3 +110,17 @@ def test_a_fork_that_was_cut_off_is_made_again(tmp_path, trajectory, digits, mon
     fork(folder(config), small)
     assert [event.name for event in events_of(small)] == [event.name for event in reached]
     assert run(small).summary["flops_reduction"] >= small.prune.flops_reduction
+
+
+def test_a_run_that_was_cut_off_before_its_fork_makes_it_when_it_is_resumed(tmp_path, digits, monkeypatch):
+    config = on_digits(tmp_path, digits)
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("laasp_ray.sweep.trajectory.fork", failing)
+        run(config, Forks(folder(config), [shallow(config)]))
+    assert events_of(config)[-1].name == "iteration"
+    run(config, Forks(folder(config), [shallow(config)]))
+    assert events_of(shallow(config))[-1].name == "iteration"

@@ -1,0 +1,32 @@
+"""The run that all trials of a sweep begin with: wherever one's target is reached, that trial's run is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from laasp_ray.config import RunConfig
+from laasp_ray.records import RunState
+from laasp_ray.run.events import Happening, IterationDone, RunResumed
+from laasp_ray.run.forking import fork
+from laasp_ray.store.storage import Storage
+
+
+class Forks:
+    """Makes the runs of `trials`, as an observer of the run in `source`.
+
+    A trial's run is made in the iteration that reaches its targets, before the run goes on: the weights of that
+    iteration are stored until its next epochs. If the run is cut off in between, it is made when the run is resumed.
+    """
+
+    def __init__(self, source: Storage, trials: Sequence[RunConfig]) -> None:
+        self._source, self._left = source, list(trials)
+
+    def on_event(self, event: Happening, state: RunState) -> None:
+        if not isinstance(event, IterationDone | RunResumed):
+            return
+        for trial in [trial for trial in self._left if trial.prune.is_reached(state.reached, state.iteration)]:
+            fork(self._source, trial)
+            self._left.remove(trial)
+
+    def close(self) -> None:
+        """Nothing is held."""
