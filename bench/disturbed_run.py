@@ -63,6 +63,7 @@ class Run:
         mark, query = self.place.seen_at.partition("?")[1:]
         self.folder = RunFolder(f"{self.place.seen_at.partition('?')[0].rstrip('/')}/{self.name}{mark}{query}")
         self.starts = 0
+        self._marked = 0
         self.driver = self.start()
 
     @property
@@ -105,19 +106,23 @@ class Run:
 
     def wait_for_error(self, pattern: str) -> bool:
         """Waits until the driver ends with an error that says `pattern`. False if it ended without any before."""
-        driver, begin = self.driver, self.log.stat().st_size
+        driver = self.driver
         self.wait(lambda: driver.poll() is not None, f"an error with {pattern!r}", allowed=(driver,))
         if self.finished:
             return False
-        with self.log.open("rb") as file:
-            file.seek(begin)
-            said = file.read().decode(errors="replace")
-        if re.search(pattern, said) is None:
-            raise HungError(f"the driver ended without {pattern!r}\n{said[-3000:]}")
+        if re.search(pattern, self.said()) is None:
+            raise HungError(f"the driver ended without {pattern!r}\n{self.said()}")
         return True
 
+    def mark(self) -> None:
+        """What drivers said until now is not part of `said` any more."""
+        self._marked = self.log.stat().st_size
+
     def said(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+        """The end of what drivers said since the last mark."""
+        with self.log.open("rb") as file:
+            file.seek(self._marked)
+            return file.read().decode(errors="replace")[-3000:]
 
     def process(self, title: str) -> int | None:
         """One process of the run on any host whose command line holds `title`."""
@@ -167,12 +172,11 @@ class Run:
         return owner is None or owner.left
 
 
-def after(run: Run, seconds: float) -> bool:
-    """Waits for some seconds, or until the run is finished. False if it is."""
+def after(run: Run, seconds: float) -> None:
+    """Waits for some seconds, or until the run is finished."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not run.finished:
         time.sleep(0.02)
-    return not run.finished
 
 
 Happens = Callable[[Run, random.Random], bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Literal
 import hosts
 from disturbed_run import LONG_S, Happens, HungError, Run, after
 from fault_proxy import EXPIRED, FULL, SLOW_DOWN, Policy
+from run_folder import kind_of
 
 Mode = Literal["plain", "kept state", "s3", "jobs", "clock"]
 """What a cluster is set up for: nothing else, a head that keeps its state, runs on S3, drivers that are jobs, drivers
@@ -104,8 +106,9 @@ def two_drivers(run: Run, draw: random.Random) -> bool:
     run.wait(lambda: first.poll() is not None or second.poll() is not None, "two drivers", allowed=(first, second))
     refused = second if second.poll() not in (None, 0) else first
     run.driver = first if refused is second else second
-    if refused.poll() == 0:  # the other finds a finished run
-        return run.driver.wait(timeout=LONG_S) == 0
+    if refused.poll() == 0:  # the run was finished before the second looked
+        run.driver.wait(timeout=LONG_S)
+        return False
     if "another driver has" not in run.said():
         raise HungError(f"the driver that was refused did not say why\n{run.said()}")
     return True
@@ -140,6 +143,10 @@ def host_cut_off(run: Run, draw: random.Random) -> bool:
     run.cluster.cut(host, off=True)
     time.sleep(20)
     run.cluster.cut(host, off=False)
+    time.sleep(2)
+    if host not in run.cluster.alive():  # Ray gave it up: somebody starts it again
+        run.cluster.kill(host)
+        run.cluster.start(host)
     return True
 
 
@@ -164,7 +171,8 @@ def head_returns(run: Run, draw: random.Random) -> bool:
 def torn_event(run: Run, draw: random.Random) -> bool:
     """The driver dies, and the journal's last event is cut off."""
     run.kill_driver()
-    storage, last = run.folder.storage, run.folder.files()[-1]
+    storage = run.folder.storage
+    last = max(name for name in storage.list("journal/") if name.endswith(".json"))
     content = storage.read(last)
     storage.write(last, content[: draw.randrange(len(content) // 2)])
     run.again()
@@ -177,56 +185,56 @@ def damaged_checkpoint(change: Callable[[Path], None]) -> Happens:
     def happens(run: Run, draw: random.Random) -> bool:
         assert run.place.disk is not None
         run.kill_driver()
-        files = list((run.place.disk / run.name / "checkpoints").glob("*"))
-        if not files:
+        epochs = [file for file in run.folder.files() if kind_of(file) == "epoch"]
+        if not epochs:
             run.again()
             return False
-        last = max(files, key=lambda file: file.stat().st_mtime_ns)
+        name = run.folder.storage.read_json(epochs[-1])["data"]["checkpoint"]
+        last = run.place.disk / run.name / "checkpoints" / f"{name}.safetensors"
         kept = last.read_bytes()
         change(last)
-        there = len(run.events())
         run.again()
-        driver = run.driver
-        # A checkpoint that no event names yet is not read, and the run goes on.
-        run.wait(lambda: driver.poll() is not None or len(run.events()) > there, "a damaged checkpoint", (driver,))
-        if run.failed:
-            if last.name not in run.said():
-                raise HungError(f"the damaged {last.name} was not named\n{run.said()}")
-            last.write_bytes(kept)
-            run.again()
+        if not run.wait_for_error(re.escape(last.name)):
+            raise HungError(f"the damaged {last.name} was not noticed\n{run.said()}")
+        last.write_bytes(kept)
+        run.again()
         return True
 
     return happens
 
 
 def memory_short(run: Run, draw: random.Random) -> bool:
-    """A search worker gets no more memory for seconds. It measures less at once, fails with the remedy, or dies."""
+    """A search worker gets no more memory for seconds. It measures less at once, fails with the remedy, or dies.
+
+    False if it asked for none in that time.
+    """
     pid = run.process("ray::SearchWorker")
     if pid is None:
         return False
     there, driver = len(run.events()), run.driver
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         status = Path(f"/proc/{pid}/status").read_text()
-        size = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmSize"))
+        sizes = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmSize")]
         _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
-        resource.prlimit(pid, resource.RLIMIT_AS, (size, hard))
+        resource.prlimit(pid, resource.RLIMIT_AS, (sizes[0] if sizes else hard, hard))
         time.sleep(draw.uniform(1, 4))
         resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
     run.wait(lambda: driver.poll() is not None or len(run.events()) > there, "memory is short", (driver,))
+    noticed = "memory" in run.said() or not hosts.title_of(pid)
     if run.failed:
         if "memory" not in run.said():
             raise HungError(f"an error without the word memory\n{run.said()}")
         run.again()
-    return True
+    return noticed
 
 
 def object_store_full(run: Run, draw: random.Random) -> bool:
     """Another job fills the object store of a host for 15 s with what it uses."""
     host = draw.choice(run.cluster.alive())
-    with (run.cluster.folder / "filler.log").open("ab") as log:
-        filler = run.cluster.run(host, [sys.executable, "-c", _FILLER], stdout=log)
-    filler.wait(timeout=LONG_S)
-    return True
+    log = run.cluster.folder / "filler.log"
+    with log.open("wb") as file:
+        filler = run.cluster.run(host, [sys.executable, "-c", _FILLER], stdout=file)
+    return filler.wait(timeout=LONG_S) == 0 and "filled" in log.read_text()
 
 
 def disk_full(run: Run, draw: random.Random) -> bool:
@@ -256,21 +264,28 @@ def other_images(run: Run, draw: random.Random) -> bool:
     shutil.copytree(folder, other)
     next(other.iterdir()).unlink()
     run.cluster.mount(host, other, folder)
-    run.signal("ray::RayTrainWorker", signal.SIGKILL)
-    failed = run.wait_for_error(rf"different images: .*{hosts.address(host)} \(|{hosts.address(host)}.*images")
-    run.cluster.unmount(host, folder)
+    try:
+        run.signal("ray::RayTrainWorker", signal.SIGKILL)
+        failed = run.wait_for_error(rf"different images: .*{hosts.address(host)} \(|{hosts.address(host)}.*images")
+    finally:
+        run.cluster.unmount(host, folder)
     if failed:
         run.again()
     return failed
 
 
 def clock_back(run: Run, draw: random.Random) -> bool:
-    """The driver's clock goes back an hour."""
-    clock = Path(run.environment["FAKETIME_TIMESTAMP_FILE"])
+    """The driver's clock goes back an hour; an event that comes later has the time of an hour ago."""
+    clock, there = Path(run.environment["FAKETIME_TIMESTAMP_FILE"]), len(run.events())
     hours = int(clock.read_text().rstrip("h\n")) - 1
     aside = clock.with_suffix(".new")
     aside.write_text(f"{hours:+d}h\n")
     aside.replace(clock)
+    run.wait(lambda: len(run.events()) > there + 1 or run.finished, "an event at another time")
+    if len(run.events()) <= there + 1:
+        return False
+    if abs(run.folder.times()[-1] - time.time() - hours * 3600) > 600:
+        raise HungError("the driver's clock was not moved")
     return True
 
 
@@ -294,8 +309,10 @@ def refusing(policy: Policy, error: str) -> Happens:
     def happens(run: Run, draw: random.Random) -> bool:
         assert run.place.proxy is not None
         run.place.proxy.set(policy)
-        failed = run.wait_for_error(error)
-        run.place.proxy.set(None)
+        try:
+            failed = run.wait_for_error(error)
+        finally:
+            run.place.proxy.set(None)
         if failed:
             run.again()
         return failed

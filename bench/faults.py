@@ -94,26 +94,48 @@ def _usable(kinds: list[str], name: str) -> list[int]:
     return [event for event in range(len(kinds) - 1) if before == ANY or kinds[event + 1] in before]
 
 
-def disturbed(run: Run, strikes: list[Strike], draw: random.Random) -> Iterator[Outcome]:
-    """Carries out a run with its faults."""
+def disturbed(run: Run, strikes: list[Strike], kinds: list[str], draw: random.Random) -> Iterator[Outcome]:
+    """Carries out a run with its faults. `kinds` are the events of the undisturbed run."""
     for strike in strikes:
-        run.wait(lambda event=strike.event: len(run.events()) > event or run.finished, f"before {strike.fault}")
+        run.wait(lambda strike=strike: _is_due(run, strike, kinds) or run.finished, f"before {strike.fault}")
         if run.finished:
             break
         time.sleep(strike.delay)
-        there, began = len(run.events()), time.monotonic()
-        if run.driver.poll() is not None or not FAULTS[strike.fault].happens(run, draw):
-            print(f"      {strike.fault}: not possible at this moment", flush=True)
+        there = len(run.events())
+        run.mark()
+        began = time.time()
+        if (
+            run.driver.poll() is not None
+            or not _may_happen(strike.fault, there, kinds)
+            or not FAULTS[strike.fault].happens(run, draw)
+        ):
+            print(f"      {strike.fault}: not possible at this moment, or without effect", flush=True)
             continue
         there = min(there, len(run.events()))
         run.wait(lambda there=there: len(run.events()) > there or run.finished, f"after {strike.fault}")
-        outcome = Outcome(strike.fault, run.events()[there - 1], round(time.monotonic() - began, 1))
+        outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, began))
         print(
-            f"      {outcome.seconds:6.1f} s  {strike.fault}, {strike.delay:.1f} s after event {strike.event}",
-            flush=True,
+            f"      {outcome.seconds:6.1f} s  {strike.fault}, {strike.delay:.1f} s after event {there - 1}", flush=True
         )
         yield outcome
     run.wait(lambda: run.finished, "to the end")
+
+
+def _is_due(run: Run, strike: Strike, kinds: list[str]) -> bool:
+    there = len(run.events())
+    return there > strike.event and _may_happen(strike.fault, there, kinds)
+
+
+def _may_happen(fault: str, there: int, kinds: list[str]) -> bool:
+    """Whether the fault may come before the event that follows the first `there` ones."""
+    before = FAULTS[fault].before
+    return there < len(kinds) and (before == ANY or kinds[there] in before)
+
+
+def _seconds_to_the_next(run: Run, began: float) -> float:
+    """Seconds from `began` to the first event after it: to now where the driver's clock was moved."""
+    later = [at for at in run.folder.times() if at > began]
+    return round((later[0] if later else time.time()) - began, 1)
 
 
 @contextlib.contextmanager
@@ -192,6 +214,7 @@ def main() -> None:
             draw = random.Random(f"{options.seed}/{number}")
             for host in (0, *cluster.workers):
                 if host not in cluster.alive():
+                    cluster.kill(host)
                     cluster.start(host)
             run = Run(cluster, place, f"run{number}", SETTINGS, mode == "jobs", environment)
             print(f"run {number}", flush=True)
@@ -203,10 +226,10 @@ def main() -> None:
             )
             outcomes: list[Outcome] = []
             try:
-                outcomes.extend(disturbed(run, strikes, draw))
+                outcomes.extend(disturbed(run, strikes, kinds, draw))
                 found = run.folder.outcome()
                 verdict = "the same" if found == expected else f"DIFFERENT: {found}, expected {expected}"
-            except HungError as error:
+            except (HungError, subprocess.TimeoutExpired) as error:
                 verdict = f"FAILED: {error}"
                 run.kill_driver()
             print(f"      decisions, plan and weights: {verdict}", flush=True)

@@ -159,7 +159,8 @@ class Hosts:
         self.run(host, ["umount", "--lazy", str(place)]).wait()
 
     def alive(self) -> list[int]:
-        return sorted(self._first)
+        """The hosts that are part of the cluster."""
+        return sorted(host for host in self._first if self.processes(host, "raylet/raylet"))
 
     def close(self) -> None:
         for host in list(self._first):

@@ -192,8 +192,11 @@ class Controller:
         )
 
     def _keep_unpruned(self) -> dict[str, str]:
+        """The digest of the unpruned network's file. What an earlier attempt wrote is written again, in case it was
+        damaged since; the file of a run that begins with another's network comes from there.
+        """
         storage = self._parts.storage
-        if has_checkpoint(storage, UNPRUNED):
+        if self._config.prune.begins_with is not None and has_checkpoint(storage, UNPRUNED):
             return digest_of_file(storage, unpruned_file())
         return save_checkpoint(storage, UNPRUNED, model=self._network.tensors)
 

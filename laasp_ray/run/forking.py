@@ -2,6 +2,9 @@
 
 A run to a deep target passes through all shallower ones: it makes the decisions that a run to one of those would make,
 until that target is reached. A fork is a run of its own from there on. It needs nothing of the other run any more.
+
+Where a decision may depend on the target (several prunes an iteration, which end when it is reached; a method that is
+not built in), the fork begins one iteration earlier and makes the last decision itself.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from laasp_ray.config import TARGETS, RunConfig
-from laasp_ray.config.compat import differing_keys
+from laasp_ray.config import TARGETS, PruneConfig, RunConfig
+from laasp_ray.config.compat import differing_keys, value_at, with_current_names
+from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.records import RunState
 from laasp_ray.run.events import IterationDone, RunStarted, read_event
@@ -20,6 +24,7 @@ from laasp_ray.run.state import advance, initial_state
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.checkpoint import checkpoint_file, unpruned_file
 from laasp_ray.store.journal import Event, Journal, event_file, started_config
+from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
 
 _MAY_DIFFER = frozenset({"name", *(f"prune.{key}" for key in TARGETS.values()), "prune.iterations"})
@@ -31,22 +36,43 @@ def fork(source: Storage, config: RunConfig) -> Storage:
     `config` may differ from the other run's in its name, its storage and its targets. A run of that name that has begun
     is left as it is. It is complete once its first event is there, which is written last. Returns its folder.
 
-    Raises ConfigError if other keys differ or the targets have not been reached, and StoreError if the weights of that
-    iteration are not stored any more.
+    Raises ConfigError if other keys differ, if the other run has no target for a quantity that `config` has one for, or
+    if the targets have not been reached. Raises StoreError if the weights of that iteration are not stored any more, or
+    another driver has the run of `config`.
     """
     theirs = started_config(source)
     if theirs is None:
         raise ConfigError(f"there is no run in {source.uri} that {config.name} could begin with")
+    theirs = with_current_names(theirs)
+    _check(config, theirs, source)
+    place = Storage.open(config.storage).child(config.name)
+    if place.exists(event_file(1, RunStarted.NAME)):
+        return open_run(config)
+    owner = take(place)
+    try:
+        _clear(place.guarded(owner.ensure))
+        _copy(source, open_run(config).guarded(owner.ensure), config)
+        return place
+    finally:
+        owner.release()
+
+
+def _check(config: RunConfig, theirs: Mapping[str, Any], source: Storage) -> None:
     keys = [key for key in differing_keys(public_data(config.to_dict()), theirs) if key not in _MAY_DIFFER]
     if keys:
         raise ConfigError(
             f"{config.name} cannot begin with what the run in {source.uri} did: {', '.join(keys)} differ; only its "
             "name, its storage and its targets may"
         )
-    _clear(Storage.open(config.storage).child(config.name))
-    target = open_run(config)
-    if started_config(target) is not None:
-        return target
+    unmeasured = [TARGETS[of] for of in config.prune.targets if not value_at(theirs, f"prune.{TARGETS[of]}")]
+    if unmeasured:
+        raise ConfigError(
+            f"{config.name} has a target for prune.{unmeasured[0]}, which the run in {source.uri} does not measure; "
+            "give that run a deeper target for it, too"
+        )
+
+
+def _copy(source: Storage, target: Storage, config: RunConfig) -> None:
     events, state = _until_reached(Journal(source), config)
     for file in _files(source, events, state):
         target.write(file, source.read(file))
@@ -57,7 +83,6 @@ def fork(source: Storage, config: RunConfig) -> Storage:
             content["data"]["config"] = public_data(config.to_dict())
         target.write(file, json.dumps(content, separators=(",", ":")).encode())
     write_config(target, config.to_dict())
-    return target
 
 
 def _clear(target: Storage) -> None:
@@ -69,17 +94,24 @@ def _clear(target: Storage) -> None:
 
 
 def _until_reached(journal: Journal, config: RunConfig) -> tuple[list[Event], RunState]:
-    """The events up to the iteration that reached the targets, and the state after it."""
+    """The events up to the iteration that reached the targets, and the state after them; without that iteration if
+    its decision may depend on the targets.
+    """
     events: list[Event] = []
     state = initial_state(config)
     for event in journal.events():
-        events.append(event)
         happened = read_event(event, journal.uri)
-        state = advance(state, happened, config)
-        if isinstance(happened, IterationDone) and config.prune.is_reached(state.reached, state.iteration):
-            return events, state
+        after = advance(state, happened, config)
+        if isinstance(happened, IterationDone) and config.prune.is_reached(after.reached, after.iteration):
+            return (events, state) if _depends_on_targets(config.prune) else ([*events, event], after)
+        events.append(event)
+        state = after
     targets = ", ".join(f"{share:.1%} of {of}" for of, share in config.prune.targets.items())
     raise ConfigError(f"the run in {journal.uri} has not reached the targets of {config.name} ({targets})")
+
+
+def _depends_on_targets(prune: PruneConfig) -> bool:
+    return getattr(prune, "prunes_per_iteration", 1) > 1 or is_import_path(prune.method)
 
 
 def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:

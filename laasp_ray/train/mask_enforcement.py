@@ -13,7 +13,7 @@ from laasp_ray.pruning.sparsity.groups import unpack_mask
 
 class MaskEnforcer:
     """Sets the weights of `model` that `masks` (parameter name -> packed mask) prune to zero whenever `apply` is
-    called.
+    called. A weight that is not finite stays so: training has diverged.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, bytes]) -> None:

@@ -49,13 +49,18 @@ def told(config):
     ]
 
 
-def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits):
+@pytest.mark.parametrize("prunes", [1, 3])
+def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits, prunes):
+    """Of three prunes an iteration a run to the shallow target makes fewer in its last one."""
     config = trajectory
+    if prunes > 1:
+        config = on_digits(tmp_path / "deep", digits, prune__prunes_per_iteration=prunes)
+        run(config, Forks(folder(config), [shallow(config)]))
     again = run(shallow(config))
-    alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW)
+    alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW, prune__prunes_per_iteration=prunes)
     result = run(alone)
     iterations = [sum(event.name == "iteration" for event in events_of(one)) for one in (shallow(config), config)]
-    assert 0 < iterations[0] < iterations[1]
+    assert 0 < iterations[0] < iterations[1] or prunes > 1
     assert told(shallow(config)) == told(alone)
     assert again.summary["flops_reduction"] == result.summary["flops_reduction"]
     for name, tensor in result.model.state_dict().items():
@@ -76,6 +81,11 @@ def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
     other = dataclasses.replace(shallow(config, "other"), seed=1)
     with pytest.raises(ConfigError, match=r"other cannot begin with .*: seed differ"):
         fork(folder(config), other)
+    parameters = dataclasses.replace(config.prune, flops_reduction=0.0, parameters_reduction=0.01)
+    with pytest.raises(
+        ConfigError, match=r"target for prune\.parameters_reduction, which the run in .* does not measure"
+    ):
+        fork(folder(config), dataclasses.replace(config, name="parameters", prune=parameters))
     deep = dataclasses.replace(config, name="deep", prune=dataclasses.replace(config.prune, flops_reduction=0.5))
     with pytest.raises(ConfigError, match=r"has not reached the targets of deep \(50\.0% of FLOPs\)"):
         fork(folder(config), deep)
