@@ -3,7 +3,15 @@
 Each exception takes one message argument, so it can be pickled between Ray processes.
 """
 
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "ALLOC_FAILED")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN, which says no more where it gets no memory
+    "could not execute a primitive",
+)
 
 
 class LaaspError(Exception):

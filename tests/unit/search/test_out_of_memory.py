@@ -26,6 +26,7 @@ ERRORS = [
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("could not create a primitive"),  # seen from a convolution under RLIMIT_AS
     MemoryError(),
 ]
 
