@@ -28,6 +28,10 @@ from types import MappingProxyType
 from machine import machine
 from run_folder import RunFolder
 
+from laasp_ray.cli.flags import overridden
+from laasp_ray.config import RunConfig
+from laasp_ray.recipes import recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "model.input_shape": [3, 16, 16],
@@ -81,6 +85,13 @@ def command(storage: Path | str, name: str, ray: bool, settings: Settings) -> li
     for key, value in {**SETTINGS, **settings}.items():
         arguments += ["--set", f"{key}={json.dumps(value)}"]
     return arguments if ray else [*arguments, "--no-ray"]
+
+
+def config_of(storage: Path, name: str, settings: Settings, of: str = "resnet20_cifar10") -> RunConfig:
+    """The config that `command` gives a run, of another recipe if `of` names one."""
+    values = {**SETTINGS, **settings, "storage": str(storage), "name": name}
+    given = argparse.Namespace(flags={}, set=[f"{key}={json.dumps(value)}" for key, value in values.items()])
+    return overridden(recipe(of), given)
 
 
 def draw_moments(events: list[str], gaps: list[float], kills: int, seed: int, ray: bool) -> list[Moment]:

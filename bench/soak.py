@@ -19,12 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from interruptions import SETTINGS
+from interruptions import config_of
 from machine import machine
 
 from laasp_ray import errors, prune
-from laasp_ray.cli.flags import overridden
-from laasp_ray.recipes import recipe
 from laasp_ray.run.events import EpochDone, Happening, IterationDone
 from laasp_ray.run.state import RunState
 
@@ -161,16 +159,14 @@ def main() -> None:
     print(machine("ray"))
     soak = Soak(options.minutes * 60)
     with tempfile.TemporaryDirectory() as folder:
-        settings = {**SETTINGS, **SOAK, "storage": folder, "name": "soak"}
-        given = argparse.Namespace(flags={}, set=[f"{key}={json.dumps(value)}" for key, value in settings.items()])
-        config = overridden(recipe("resnet56_cifar10"), given)
+        config = config_of(Path(folder), "soak", SOAK, "resnet56_cifar10")
         thread = threading.Thread(target=soak.watch, daemon=True)
         thread.start()
         try:
             prune(config, progress=soak)
             print("the run ended before the time was over")
-        except EnoughError:
-            pass
+        except EnoughError as end:
+            print(end)
         finally:
             soak.close()
             thread.join()

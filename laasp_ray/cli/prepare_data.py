@@ -168,15 +168,15 @@ def _verify(root: Path, spread: Spread) -> None:
         for fault in found.faults:
             print(f"bad: {found.folder / fault.name}: {fault.fault}")
         faults += len(found.faults)
-        print(_told(found, f"{len(found.listed.shards) - len(found.faults)} are as listed"))
+        print(_line_of(found, f"{len(found.listed.shards) - len(found.faults)} are as listed"))
     if faults:
         raise DataError(f"{faults} shards in {root} are not as listed: copy them anew, or make them anew")
 
 
 def _index(root: Path, spread: Spread) -> None:
     for made in make_lists(root, spread, make_bars()):
-        print(_told(made, "listed in index.json"))
+        print(_line_of(made, "listed in index.json"))
 
 
-def _told(found: Checked, what: str) -> str:
+def _line_of(found: Checked, what: str) -> str:
     return f"{found.folder}: {len(found.listed.shards)} shards, {found.listed.samples:,} samples, {what}"

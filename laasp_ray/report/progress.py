@@ -159,7 +159,7 @@ class Progress(ABC):
     def __init__(self, targets: Mapping[str, float], clock: Clock, console: Console | None = None) -> None:
         """`console` is where bars are shown, if they are."""
         self._view, self._targets = _RunView(targets, clock, console), targets
-        self._loader_told = False
+        self._loader_shown = False
 
     def on_event(self, event: Happening, state: RunState) -> None:
         """Shows the event."""
@@ -198,9 +198,9 @@ class Progress(ABC):
                 reached = ", ".join(f"{of} {-state.reached[of]:+.2%} of {t:.2%}" for of, t in self._targets.items())
                 yield f"pruning ends short of its targets ({reached}): {event.reason}"
             case TrainingPhaseDone() | BaselineMeasured():
-                if not self._loader_told:  # the trainers' own log does not reach the driver
+                if not self._loader_shown:  # the trainers' own log does not reach the driver
                     yield f"the trainers' images are decoded by {event.loader}"
-                self._loader_told = True
+                self._loader_shown = True
                 metrics = event.metrics
                 yield (
                     f"after {event.phase if isinstance(event, TrainingPhaseDone) else 'baseline'}: test top-1 "

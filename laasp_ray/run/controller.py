@@ -7,7 +7,7 @@ is one journal event, written last. A run that is interrupted resumes from the l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,6 @@ from laasp_ray.pruning.sparsity.groups import masked
 from laasp_ray.records import Place, RunState
 from laasp_ray.run.events import (
     BaselineMeasured,
-    BestEpoch,
     CandidatesMeasured,
     EpochDone,
     Exhausted,
@@ -42,6 +41,7 @@ from laasp_ray.run.events import (
     read_events,
 )
 from laasp_ray.run.state import advance, next_training_phase
+from laasp_ray.run.totals import best_epoch, seconds_spent
 from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
@@ -365,37 +365,6 @@ class Controller:
         reached = {of: getattr(summary, TARGETS[of]) for of in {"FLOPs": 0.0} | self._config.prune.targets}
         gone = "pruned by " + ", ".join(f"{share:.2%} of {of}" for of, share in reached.items())
         return self._parts.method.result(details) or gone
-
-
-def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:
-    """The epoch of the final training with the highest test top-1; the first of equals. None if there were no epochs.
-
-    Only epochs with an evaluation count. The last epoch has one, at the end of its training phase.
-    """
-    tested: list[BestEpoch] = []
-    epoch: int | None = None
-    for event in events:
-        if isinstance(event, (EpochDone, TrainingPhaseDone)) and event.phase == "final":
-            epoch = event.epoch if isinstance(event, EpochDone) else epoch
-            if epoch is not None and event.metrics is not None:
-                tested.append(BestEpoch(epoch=epoch, metrics=event.metrics))
-    return max(tested, key=lambda found: found.metrics.top1, default=None)
-
-
-def seconds_spent(events: Iterable[Happening]) -> float:
-    """The seconds of the run's epochs, iterations and evaluations, over all attempts."""
-    total = 0.0
-    for event in events:
-        match event:
-            case EpochDone():
-                total += event.seconds + event.test_seconds
-            case IterationDone():
-                total += event.seconds["total"]
-            case TrainingPhaseDone():
-                total += event.evaluation_seconds
-            case BaselineMeasured():
-                total += event.seconds
-    return total
 
 
 def _plan(data: Mapping[str, Any] | None) -> Plan:

@@ -115,20 +115,16 @@ def _depends_on_targets(prune: PruneConfig) -> bool:
 
 
 def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
-    """The files that the events tell of and the state needs: the last weights, and all but older weights."""
+    """The files that the events name, but of the weights only the last ones and the unpruned network's."""
     needed = checkpoint_file(state.checkpoint)
     if not source.exists(needed):
         raise StoreError(
             f"{needed} in {source.uri} is not stored any more: the run went on; begin this run where it was there"
         )
-    told: Mapping[str, Any] = {file: None for event in events for file in event.data.get("digests", {})}
-    kept = {needed, unpruned_file()}
+    named = {file for event in events for file in event.data.get("digests", {})} | {needed}
+    weights = {needed, unpruned_file()}
     return [
         file
-        for file in dict.fromkeys([*told, needed])
-        if (file in kept or not _is_checkpoint(file)) and source.exists(file)
+        for file in sorted(named)
+        if (file in weights or not file.startswith("checkpoints/")) and source.exists(file)
     ]
-
-
-def _is_checkpoint(file: str) -> bool:
-    return file.startswith("checkpoints/")

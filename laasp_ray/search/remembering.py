@@ -37,7 +37,7 @@ class BranchPointMemory:
 
 
 def only_pruned(before: NetworkState, after: NetworkState) -> bool:
-    """Whether the tensors that a prune did not cut, one at least, are equal to the last bit."""
+    """Whether the tensors that a prune did not cut, one at least, have the same values."""
     if before.tensors.keys() != after.tensors.keys():
         return False
     pairs = [(tensor, after.tensors[name]) for name, tensor in before.tensors.items()]

@@ -3,16 +3,12 @@
 The undisturbed run has one process, which trains both parts of each batch. `bench/interruptions.py` kills twenty times.
 """
 
-import argparse
-import json
 import time
 
 import interruptions
 import pytest
 from run_folder import RunFolder
 
-from laasp_ray.cli.flags import overridden
-from laasp_ray.recipes import recipe
 from laasp_ray.run.beginning import start_run
 from laasp_ray.run.preflight import open_run, prepare
 from laasp_ray.store.journal import Journal
@@ -26,9 +22,7 @@ SHORT = {"prune.flops_reduction": 0.03, "prune.fine_tune_every": 0.03, "train.ep
 
 def begin(folder, name, settings, parts):
     """Writes the first event of a run, with as many parts of a batch as a cluster with so many trainers gives it."""
-    values = {**interruptions.SETTINGS, **settings, "storage": str(folder), "name": name}
-    given = argparse.Namespace(flags={}, set=[f"{key}={json.dumps(value)}" for key, value in values.items()])
-    config = overridden(recipe("resnet20_cifar10"), given)
+    config = interruptions.config_of(folder, name, settings)
     storage = open_run(config)
     start_run(prepare(config), storage, Journal(storage), None, parts)
 

@@ -55,11 +55,11 @@ def open_source(config: DataConfig, split: Split) -> ImageSource:
     Raises DataError if the data set does not exist or has another layout. All messages say what was looked for.
     """
     if is_import_path(config.format):
-        with _told_by_name(config):
+        with _errors_with_name(config):
             return open_custom(config, split)
     if config.path is None or config.format == "digits":
         return FolderSource(_digits(config), split)
-    with _told_by_name(config):
+    with _errors_with_name(config):
         root = _root(config.path)
         if not root.is_dir():
             raise DataError(f"no data set at {root}: data.path must be a folder, and every worker must see it")
@@ -78,7 +78,7 @@ def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> Ima
     if classes is None or config.path is None or elsewhere:
         return open_source(config, "test")
     root = _root(config.path)
-    with _told_by_name(config):
+    with _errors_with_name(config):
         if not root.is_dir():
             return open_source(config, "test")
         if config.format == "auto":
@@ -92,7 +92,7 @@ def open_test_source(config: DataConfig, classes: tuple[str, ...] | None) -> Ima
 
 
 @contextlib.contextmanager
-def _told_by_name(config: DataConfig) -> Iterator[None]:
+def _errors_with_name(config: DataConfig) -> Iterator[None]:
     """Raises DataError, naming the place, for an error of the file system."""
     try:
         yield

@@ -20,14 +20,6 @@ from laasp_ray.pruning.structure import structure_of
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def content(graph):
     """All that a graph says, with the order of everything."""
     couplings = {

@@ -33,15 +33,6 @@ OTHERS_OF_A_FAMILY = {"resnet50", "efficientnet_b0", "resnext50_32x4d", "vgg11_b
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small convolutions gain nothing from more, and lose much where other processes compete for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.lru_cache(maxsize=1)
 def prepared(name):
     torch.manual_seed(0)

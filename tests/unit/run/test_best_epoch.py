@@ -13,8 +13,8 @@ from laasp_ray import prune
 from laasp_ray.config import RunConfig
 from laasp_ray.report.progress import LineProgress
 from laasp_ray.report.summary import format_summary, summarise
-from laasp_ray.run.controller import best_epoch, seconds_spent
 from laasp_ray.run.events import BestEpoch
+from laasp_ray.run.totals import best_epoch, seconds_spent
 from laasp_ray.store.storage import Storage
 
 

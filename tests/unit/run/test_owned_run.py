@@ -12,6 +12,7 @@ from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import prune
 from laasp_ray.errors import StoreError
+from laasp_ray.store.checkpoint import digest_of
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
@@ -103,6 +104,22 @@ def test_without_the_events_since_a_lost_checkpoint_a_run_goes_on_from_the_epoch
     assert [event.name for event in events_of(config)] == names
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_an_unpruned_network_damaged_before_the_first_iteration_is_stored_again(tmp_path, pictures, monkeypatch):
+    config, file = on_pictures(tmp_path, pictures), "checkpoints/unpruned.safetensors"
+    storage = Storage.open(config.storage).child(config.name)
+    reference = on_pictures(tmp_path / "reference", pictures)
+    run(reference)
+    names = [event.name for event in events_of(reference)]
+    with power_cut(monkeypatch, names.index("iteration")):
+        run(config)
+    whole = storage.read(file)
+    storage.write(file, whole[:-1] + bytes([whole[-1] ^ 1]))
+    run(config)
+    assert storage.read(file) == whole
+    (first, *_) = [event for event in events_of(config) if event.name == "iteration"]
+    assert first.data["digests"][file] == digest_of(whole)
 
 
 def test_tensorboard_never_ends_a_run(tmp_path, pictures, caplog):
