@@ -90,7 +90,9 @@ def serial_iteration(request, config, network, calibration):
     return config, iteration, heard
 
 
-@pytest.mark.parametrize("candidates_per_task", [0, 1, pytest.param(3, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "candidates_per_task", [0, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in (1, 3))]
+)
 def test_the_spread_search_gives_the_serial_losses_and_choice(
     serial_iteration, network, reference, share, calibration, candidates_per_task
 ):

@@ -22,6 +22,14 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("images"), side=8, train=12, test=6)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, pictures):
+    """A run on them that nothing happens to: its result and the names of its events."""
+    config = on_pictures(tmp_path_factory.mktemp("undisturbed"), pictures)
+    result = run(config)
+    return result, [event.name for event in events_of(config)]
+
+
 def run(config):
     return prune(config, distributed=False, progress=Silent())
 
@@ -69,10 +77,8 @@ def test_a_run_of_before_digests_and_attempts_goes_on(tmp_path, pictures, monkey
     assert events_of(config)[-1].name == "finish"
 
 
-def test_a_last_event_that_was_cut_off_is_done_again(tmp_path, pictures, monkeypatch):
-    reference = on_pictures(tmp_path / "reference", pictures)
-    result = run(reference)
-    names = [event.name for event in events_of(reference)]
+def test_a_last_event_that_was_cut_off_is_done_again(tmp_path, pictures, undisturbed, monkeypatch):
+    result, names = undisturbed
     config = on_pictures(tmp_path / "cut", pictures)
     storage = Storage.open(config.storage).child(config.name)
     epochs = [position for position, name in enumerate(names) if name == "epoch"]
@@ -87,11 +93,9 @@ def test_a_last_event_that_was_cut_off_is_done_again(tmp_path, pictures, monkeyp
 
 
 def test_without_the_events_since_a_lost_checkpoint_a_run_goes_on_from_the_epoch_before(
-    tmp_path, pictures, monkeypatch
+    tmp_path, pictures, undisturbed, monkeypatch
 ):
-    reference = on_pictures(tmp_path / "reference", pictures)
-    result = run(reference)
-    names = [event.name for event in events_of(reference)]
+    result, names = undisturbed
     config = on_pictures(tmp_path / "lost", pictures)
     with power_cut(monkeypatch, names.index("iteration") + 1):
         run(config)
@@ -106,12 +110,12 @@ def test_without_the_events_since_a_lost_checkpoint_a_run_goes_on_from_the_epoch
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_an_unpruned_network_damaged_before_the_first_iteration_is_stored_again(tmp_path, pictures, monkeypatch):
+def test_an_unpruned_network_damaged_before_the_first_iteration_is_stored_again(
+    tmp_path, pictures, undisturbed, monkeypatch
+):
     config, file = on_pictures(tmp_path, pictures), "checkpoints/unpruned.safetensors"
     storage = Storage.open(config.storage).child(config.name)
-    reference = on_pictures(tmp_path / "reference", pictures)
-    run(reference)
-    names = [event.name for event in events_of(reference)]
+    _, names = undisturbed
     with power_cut(monkeypatch, names.index("iteration")):
         run(config)
     whole = storage.read(file)

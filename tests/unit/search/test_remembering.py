@@ -40,8 +40,10 @@ def tasks_for(model, first):
     "builder",
     [
         "cifar.resnet20",
-        "torchvision.mobilenet_v2",
-        pytest.param("torchvision.resnext50_32x4d", marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(f"torchvision.{name}", marks=pytest.mark.exhaustive)
+            for name in ("mobilenet_v2", "resnext50_32x4d")
+        ),
     ],
 )
 def test_costs_after_a_prune_are_those_that_are_found_anew(builder):
