@@ -1,6 +1,6 @@
 """A folder on one of pyarrow's filesystems (S3, Google Cloud Storage, ...), as store/storage.py uses it.
 
-pyarrow reads, lists and writes; what must be written only where nothing is goes through store/put_if_absent.py.
+pyarrow reads, lists and writes; what must be written only where nothing is goes through store.puts.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from typing import Any, Protocol
 
 from laasp_ray.store.addresses import public_text
-from laasp_ray.store.put_if_absent import GoogleWriter, S3Writer, UnsupportedError
+from laasp_ray.store.puts import GoogleWriter, S3Writer, UnsupportedError
 
 logger = logging.getLogger(__name__)
 _WITHOUT_FOLDERS = frozenset({"s3", "gcs"})
@@ -45,6 +45,9 @@ class ArrowFolder:
 
     def write(self, name: str, data: bytes) -> None:
         path = self._path(name)
+        if isinstance(self._writer, GoogleWriter):
+            self._writer.put(path, data)
+            return
         parent = path.rpartition("/")[0]
         if parent and self._filesystem.type_name not in _WITHOUT_FOLDERS:
             self._filesystem.create_dir(parent, recursive=True)
@@ -91,12 +94,7 @@ class ArrowFolder:
         """A put on object storage leaves nothing behind that could be listed."""
 
     def _no_bucket(self, error: FileNotFoundError) -> OSError:
-        """On an object store only a bucket can be missing for a write, or the session of an upload that was begun.
-
-        A session is gone if the answer to its last part was lost. The write is then begun anew.
-        """
-        if "retry.function=UploadChunk" in str(error):
-            return ConnectionAbortedError(f"the session of the upload is gone ({error})")
+        """On an object store only a bucket can be missing for a write."""
         if self._filesystem.type_name in _WITHOUT_FOLDERS:
             return OSError(f"no such bucket: {self._root.partition('/')[0]} ({error})")
         return error

@@ -1,5 +1,6 @@
 """Whole runs whose folder is on S3 and on Google Cloud Storage, as servers on this machine speak them."""
 
+import itertools
 import time
 
 import pytest
@@ -65,11 +66,12 @@ def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(object_store,
 
 def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing(object_store, anew, pictures, on_disk):
     config = on(object_store, "faulty", pictures)
-    began = time.monotonic()
+    began, writes = time.monotonic(), itertools.count(1)
 
     def policy(method, path, number):
-        if method in ("PUT", "POST") and number % 10 == 0:
-            return ("lost", "reset", SLOW_DOWN)[number // 10 % 3]
+        write = next(writes) if method in ("PUT", "POST") else 0
+        if write and write % 4 == 0:
+            return ("lost", "reset", SLOW_DOWN)[write // 4 % 3]
         return "reset" if 1 < time.monotonic() - began < 2.5 else None
 
     object_store.proxy.set(policy)

@@ -82,6 +82,27 @@ def test_a_journal_is_whole_though_every_third_write_fails(object_store, folder,
     assert len(folder.list()) == 7
 
 
+@pytest.mark.parametrize("size", [300_000, 11_000_000])
+@pytest.mark.parametrize("fault", ["reset", "lost"])
+def test_an_object_is_whole_whichever_of_its_requests_is_lost(object_store, folder, fault, size):
+    """Of Google's uploads in parts, a repeated part was stored twice."""
+    data = bytes(range(250)) * (size // 250)
+    for number in range(1, 6):
+        writes = []
+
+        def policy(method, path, _, number=number, writes=writes):
+            writes.extend([path] if method in WRITES else [])
+            return fault if method in WRITES and len(writes) == number else None
+
+        object_store.proxy.set(policy)
+        folder.write("x", data)
+        object_store.proxy.set(None)
+        assert folder.read("x") == data, f"request {number} of {len(writes)}"
+        folder.write("x", b"")
+        if number >= len(writes):
+            break
+
+
 def test_a_store_that_is_down_for_seconds_is_waited_for_with_one_line(object_store, folder, caplog):
     until = time.monotonic() + 5
     object_store.proxy.set(lambda *_: "reset" if time.monotonic() < until else None)

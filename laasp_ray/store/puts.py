@@ -1,4 +1,5 @@
-"""Writing an object only where there is none, as one request: what pyarrow cannot do on S3 and Google Cloud Storage.
+"""Writing an object in one request, where pyarrow cannot: on S3 and Google Cloud Storage only where there is none, and
+on Google Cloud Storage at all, since an upload in parts is not whole for sure after one of its requests was lost.
 
 S3 is asked by obstore, Google by its JSON API. Both raise FileExistsError where the object exists, also where it exists
 because the answer to an earlier try was lost: the caller reads it back.
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_S = 30
+_SLOWEST = 500_000
+"""Bytes a second of the slowest link that a large object is given time for."""
 _GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -116,7 +119,7 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class GoogleWriter:
-    """Puts small objects into Google's bucket of `address`, which is written as pyarrow takes it."""
+    """Puts objects into Google's bucket of `address`, which is written as pyarrow takes it."""
 
     def __init__(self, address: str) -> None:
         parts = urllib.parse.urlsplit(address)
@@ -130,15 +133,22 @@ class GoogleWriter:
         return {**self.__dict__, "_credentials": None}
 
     def put_new(self, path: str, data: bytes) -> None:
-        """Writes `data` at `path` (bucket/key). Raises FileExistsError or another OSError."""
+        """Writes `data` at `path` (bucket/key) where nothing is. Raises FileExistsError or another OSError."""
+        self._post(path, data, {"ifGenerationMatch": "0"})
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes `data` at `path` (bucket/key) in place of what is there. Raises OSError."""
+        self._post(path, data, {})
+
+    def _post(self, path: str, data: bytes, conditions: Mapping[str, str]) -> None:
         bucket, _, key = path.partition("/")
-        query = urllib.parse.urlencode({"uploadType": "multipart", "ifGenerationMatch": "0"})
+        query = urllib.parse.urlencode({"uploadType": "multipart", **conditions})
         url = f"{self._endpoint}/upload/storage/v1/b/{urllib.parse.quote(bucket, safe='')}/o?{query}"
         content_type, body = _multipart(key, data)
         headers = {"Content-Type": content_type, **self._authorization()}
         request = urllib.request.Request(url, data=body, headers=headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S + len(data) / _SLOWEST) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             with error:

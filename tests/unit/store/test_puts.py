@@ -2,7 +2,7 @@
 
 import pytest
 
-from laasp_ray.store.put_if_absent import says_unsupported
+from laasp_ray.store.puts import says_unsupported
 
 
 @pytest.mark.parametrize(
