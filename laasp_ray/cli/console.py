@@ -13,18 +13,19 @@ COMMANDS = {
     "prune": "prune a network while it trains, by a recipe",
     "sparsify": "make a network's weights sparse in groups, and train it on",
     "evaluate": "measure a run's pruned and unpruned network",
+    "sweep": "prune to several targets, or as far as a drop allows",
     "status": "say what a run is doing, or list all runs of a folder",
     "prepare-data": "make shards from a data set, and check every image",
 }
 """Subcommand -> its description."""
-_LIGHT = ("prepare-data",)
-"""The subcommands that are modules of their own: they import no more of the package than they need."""
+_OWN_MODULE = ("prepare-data", "sweep")
+"""The subcommands that are modules of their own."""
 
 
 def command(name: str) -> Callable[..., int]:
     """The function that carries out a subcommand."""
     function = name.replace("-", "_")
-    module = function if name in _LIGHT else "main"
+    module = function if name in _OWN_MODULE else "main"
     return getattr(importlib.import_module(f"laasp_ray.cli.{module}"), function)
 
 

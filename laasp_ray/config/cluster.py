@@ -24,6 +24,8 @@ class ClusterConfig:
     ] = 0
     gpus: Annotated[int, Doc("GPUs that the cluster's autoscaler is asked for; 0: the GPUs that are there")] = 0
     wait_minutes: Annotated[float, Doc("minutes to wait for the GPUs of cluster.gpus")] = 30.0
+    search_workers: Annotated[int, Doc("search workers at most; 0: one per device of the cluster")] = 0
+    threads: Annotated[int, Doc("threads of a trainer without a GPU; 0: its share of the cluster's CPUs")] = 0
     trainer_gpu_share: Annotated[float, Doc("what a trainer takes of a GPU, above one half and below 1")] = 0.6
     task_gpu_share: Annotated[float, Doc("what an evaluation task takes of a GPU, at most 1 - trainer_gpu_share")] = 0.4
     worker_failures: Annotated[int, Doc("times that the trainers may be lost without an epoch finished in between")] = 3
@@ -37,6 +39,8 @@ class ClusterConfig:
             self.workers,
             f"at most cluster.gpus ({self.gpus}), one GPU each",
         )
+        check(self.search_workers >= 0, "cluster.search_workers", self.search_workers, "at least 0 (0: one per device)")
+        check(self.threads >= 0, "cluster.threads", self.threads, "at least 0 (0: a share of the cluster's CPUs)")
         check(self.wait_minutes >= 0, "cluster.wait_minutes", self.wait_minutes, "at least 0")
         check(
             0.5 < self.trainer_gpu_share < 1,

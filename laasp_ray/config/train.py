@@ -61,6 +61,9 @@ class TrainConfig:
         int, Doc("epochs between two evaluations on the test images; 0: at the end of a training phase only")
     ] = 1
 
+    keep_checkpoints: Annotated[
+        bool, Doc("keep the last weights of every training phase, not only the run's last two epochs")
+    ] = False
     autotune: Annotated[
         bool, Doc("cuDNN tries which kernels are fastest; a resumed run then differs in the last digits")
     ] = False

@@ -37,6 +37,7 @@ class ResourcePlan:
 
     `workers` is the number of trainers that the run wants. It has fewer while there is less room. `trainer_threads` is
     the number of threads of a trainer without a GPU. It stays when trainers are lost, because sums depend on it.
+    `search_workers` is the most that the search may have; 0 is one per device.
     """
 
     workers: int
@@ -44,6 +45,7 @@ class ResourcePlan:
     trainer_resources: Mapping[str, float]
     task_options: Mapping[str, Any]
     trainer_threads: int | None = None
+    search_workers: int = 0
 
 
 def plan_resources(
@@ -71,14 +73,16 @@ def plan_resources(
             gpus=gpus,
             trainer_resources={"CPU": TRAINER_CPUS, "GPU": config.trainer_gpu_share},
             task_options={"num_cpus": TRAINER_CPUS, "num_gpus": config.task_gpu_share},
+            search_workers=config.search_workers,
         )
     workers = batch_parts or config.workers or min(2, cpus)
     return ResourcePlan(
         workers=workers,
         gpus=0,
-        trainer_threads=max(1, cpus // workers),
+        trainer_threads=config.threads or max(1, cpus // workers),
         trainer_resources={"CPU": TRAINER_CPUS},
         task_options={"num_cpus": TASK_CPUS},
+        search_workers=config.search_workers,
     )
 
 

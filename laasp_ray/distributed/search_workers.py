@@ -340,8 +340,9 @@ class SearchWorkers:
 
 
 def slots_of(resources: Mapping[str, float], share: ResourcePlan) -> int:
-    """The number of devices for the search in a cluster with these resources."""
-    return max(1, int(resources.get("GPU" if share.gpus else "CPU", 0)))
+    """The number of search workers in a cluster with these resources: one for each device, at most what is asked."""
+    devices = max(1, int(resources.get("GPU" if share.gpus else "CPU", 0)))
+    return min(devices, share.search_workers or devices)
 
 
 def _first_line(error: Exception) -> str:

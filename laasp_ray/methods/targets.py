@@ -36,7 +36,7 @@ def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfi
         shapes = {name: tuple(parameter.shape) for name, parameter in unpruned.named_parameters()}
         shares["parameters"] = 1 - parameters_after(shapes, network.plan) / parameters_after(shapes, Plan.empty())
     if "latency" in targets:
-        latency = _measure(unpruned, rebuild(unpruned, network), config)
+        latency = measure_latency(unpruned, rebuild(unpruned, network), config)
         shares["latency"] = 1 - latency[1].median_ms / latency[0].median_ms
     return Reached(shares, latency)
 
@@ -44,7 +44,7 @@ def measure_targets(unpruned: nn.Module, network: NetworkState, config: RunConfi
 def check_latency_batch(unpruned: nn.Module, config: RunConfig) -> None:
     """Raises ConfigError if a batch of `prune.latency_batch` images does not fit into the device's memory."""
     try:
-        _measure(unpruned, unpruned, config, repeats=2)
+        measure_latency(unpruned, unpruned, config, repeats=2)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"prune.latency_batch is {_batch(config)}, which does not fit into the memory of the driver's "
@@ -52,7 +52,8 @@ def check_latency_batch(unpruned: nn.Module, config: RunConfig) -> None:
         ) from error
 
 
-def _measure(first: nn.Module, second: nn.Module, config: RunConfig, **options: int) -> tuple[Latency, Latency]:
+def measure_latency(first: nn.Module, second: nn.Module, config: RunConfig, **options: int) -> tuple[Latency, Latency]:
+    """The latencies of two networks, by turns, in this process, on its GPU if it has one; `options` of measure_pair."""
     on_gpu = torch.cuda.is_available()
     try:
         return measure_pair(

@@ -48,8 +48,13 @@ def dry_run(
     if distributed:
         check_address(ray_address)
     prepared = prepare(config)
-    machine = _on_ray(prepared, ray_address) if distributed else _here(prepared)
+    machine = machine_for(prepared, distributed=distributed, ray_address=ray_address)
     return describe(prepared, workload_of(prepared), machine, runs=len(runs), stored=stored)
+
+
+def machine_for(prepared: Prepared, *, distributed: bool, ray_address: str | None) -> Machine:
+    """Measures the machine, or the cluster, that the run would have."""
+    return _on_ray(prepared, ray_address) if distributed else _here(prepared)
 
 
 def seconds_of(workload: Workload, machine: Machine, *, train_images: int, test_images: int) -> dict[str, float]:

@@ -296,7 +296,8 @@ class Controller:
         )
         # If this event is found cut off later, the run goes on from the epoch before.
         keep = [name, UNPRUNED, *([before] if before else [])]
-        delete_checkpoints(parts.storage, keep=keep, attempt=parts.attempt)
+        began = state.epochs_trained - state.phase_epochs_done if self._config.train.keep_checkpoints else None
+        delete_checkpoints(parts.storage, keep=keep, attempt=parts.attempt, since=began)
 
     def _exclude(self, names: tuple[str, ...]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]

@@ -23,8 +23,10 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 class RunStarted:
     """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
     of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. `batch_parts` is
-    the number of parts of a global batch, one for each worker at the start (None: an older run). Here as in other
-    events, `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
+    the number of parts of a global batch, one for each worker at the start (None: an older run). `forked` is there if
+    the run begins with what another one did: that one's folder (`from`), its `iteration`, and how many of the `events`
+    and `seconds` are its own. Here as in other events, `digests` are of the files that were stored for the event: name
+    in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -42,6 +44,7 @@ class RunStarted:
     method: str | None = None
     plan: Mapping[str, Any] | None = None
     batch_parts: int | None = None
+    forked: Mapping[str, Any] | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -21,13 +21,16 @@ from laasp_ray.records import RunState
 from laasp_ray.run.events import IterationDone, RunStarted, read_event
 from laasp_ray.run.preflight import open_run, write_config
 from laasp_ray.run.state import advance, initial_state
+from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.checkpoint import checkpoint_file, unpruned_file
 from laasp_ray.store.journal import Event, Journal, event_file, started_config
 from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
 
-_MAY_DIFFER = frozenset({"name", *(f"prune.{key}" for key in TARGETS.values()), "prune.iterations"})
+_MAY_DIFFER = frozenset(
+    {"name", "train.keep_checkpoints", "prune.iterations", *(f"prune.{key}" for key in TARGETS.values())}
+)
 
 
 def fork(source: Storage, config: RunConfig) -> Storage:
@@ -81,6 +84,13 @@ def _copy(source: Storage, target: Storage, config: RunConfig) -> None:
         content = source.read_json(file)
         if event is events[0]:
             content["data"]["config"] = public_data(config.to_dict())
+            happened = [read_event(one, source.uri) for one in events]
+            content["data"]["forked"] = {
+                "from": source.uri,
+                "iteration": state.iteration,
+                "events": len(events),
+                "seconds": seconds_spent(happened),
+            }
         target.write(file, json.dumps(content, separators=(",", ":")).encode())
     write_config(target, config.to_dict())
 
@@ -103,14 +113,15 @@ def _until_reached(journal: Journal, config: RunConfig) -> tuple[list[Event], Ru
         happened = read_event(event, journal.uri)
         after = advance(state, happened, config)
         if isinstance(happened, IterationDone) and config.prune.is_reached(after.reached, after.iteration):
-            return (events, state) if _depends_on_targets(config.prune) else ([*events, event], after)
+            return (events, state) if decides_by_target(config.prune) else ([*events, event], after)
         events.append(event)
         state = after
     targets = ", ".join(f"{share:.1%} of {of}" for of, share in config.prune.targets.items())
     raise ConfigError(f"the run in {journal.uri} has not reached the targets of {config.name} ({targets})")
 
 
-def _depends_on_targets(prune: PruneConfig) -> bool:
+def decides_by_target(prune: PruneConfig) -> bool:
+    """Whether a decision of the method may depend on the target, so that a fork makes its last one itself."""
     return getattr(prune, "prunes_per_iteration", 1) > 1 or is_import_path(prune.method)
 
 

@@ -84,16 +84,20 @@ def load_checkpoint(storage: Storage, name: str, digests: Mapping[str, str] | No
     return Checkpoint(parts[_MODEL], parts[_OPTIMIZER_STATE], metadata)
 
 
-def delete_checkpoints(storage: Storage, keep: Collection[str], attempt: int | None = None) -> None:
+def delete_checkpoints(
+    storage: Storage, keep: Collection[str], attempt: int | None = None, since: int | None = None
+) -> None:
     """Removes every checkpoint whose name is not in `keep`, and what killed processes left half written.
 
-    Those of attempts after `attempt` stay: another driver has taken over and needs them.
+    Those of attempts after `attempt` stay: another driver has taken over and needs them. With `since`, those of earlier
+    epochs and those without a number stay, too.
     """
     kept = {checkpoint_file(name) for name in keep}
     for file in storage.list(f"{_FOLDER}/"):
         name = file.removeprefix(f"{_FOLDER}/").removesuffix(_SUFFIX)
         later = attempt is not None and attempt_of(name) > attempt
-        if file.endswith(_SUFFIX) and file not in kept and not later:
+        earlier = since is not None and not (name[:6].isdecimal() and int(name[:6]) >= since)
+        if file.endswith(_SUFFIX) and file not in kept and not later and not earlier:
             storage.delete(file)
     storage.delete_leftovers(_FOLDER)
 

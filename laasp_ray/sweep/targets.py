@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from laasp_ray.config import FilterPruneConfig, RunConfig
-from laasp_ray.errors import ConfigError
+from laasp_ray.config import RunConfig
+from laasp_ray.sweep.goals import checked_targets, filter_prune, inside
 
 
 @dataclass(frozen=True)
@@ -26,22 +25,8 @@ def runs_for(config: RunConfig, flops_reductions: Sequence[float]) -> TargetRuns
     Raises ConfigError, naming it, for a target that is no share or is given twice, for no target at all, and for a
     method that has no target of FLOPs.
     """
-    prune = config.prune
-    if not isinstance(prune, FilterPruneConfig):
-        raise ConfigError(f"a sweep over FLOPs needs a method that removes filters, not {prune.method}")
-    if not flops_reductions:
-        raise ConfigError("a sweep needs one target at least, such as --flops-reduction 0.3 0.5")
-    targets = sorted(flops_reductions)
-    wrong = [target for target in targets if not 0 < target < 1]
-    if wrong:
-        raise ConfigError(f"--flops-reduction {wrong[0]:g} is no share of FLOPs; it must be above 0 and below 1")
-    twice = [target for target, following in itertools.pairwise(targets) if target == following]
-    if twice:
-        raise ConfigError(f"--flops-reduction {twice[0]:g} is given twice; each target is one run of the sweep")
-    base, mark, query = config.storage.partition("?") if "://" in config.storage else (config.storage, "", "")
-    storage = f"{base.rstrip('/')}/{config.name}{mark}{query}"
+    filter_prune(config)
     runs = [
-        replace(config, name=f"flops-{target:g}", storage=storage, prune=replace(prune, flops_reduction=target))
-        for target in targets
+        inside(config, f"flops-{target:.10g}", flops_reduction=target) for target in checked_targets(flops_reductions)
     ]
     return TargetRuns(runs[-1], tuple(runs[:-1]))

@@ -1,4 +1,4 @@
-"""The run that all trials of a sweep begin with: wherever one's target is reached, that trial's run is made from it."""
+"""The run that the trials of a sweep begin with: it makes the prunes that all of them share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from laasp_ray.config import RunConfig
 from laasp_ray.records import RunState
-from laasp_ray.run.events import Happening, IterationDone, RunResumed
+from laasp_ray.run.events import Happening, IterationDone, Observer, RunResumed
 from laasp_ray.run.forking import fork
 from laasp_ray.store.storage import Storage
 
@@ -30,3 +30,33 @@ class Forks:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class PruningEndedError(Exception):
+    """A trajectory has made its last prune, and its final training is for trials. No error: it ends the run there."""
+
+
+class EndsBeforeFinal:
+    """Ends a run, as its observer, before its final training."""
+
+    def on_event(self, event: Happening, state: RunState) -> None:
+        if state.phase == "final":
+            raise PruningEndedError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Observers:
+    """Several observers as one, told in order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    def on_event(self, event: Happening, state: RunState) -> None:
+        for observer in self._observers:
+            observer.on_event(event, state)
+
+    def close(self) -> None:
+        for observer in self._observers:
+            observer.close()

@@ -1,0 +1,177 @@
+"""`laasp-ray sweep` and `jobs/sweep_flops.py`: several targets, or the largest reduction within a drop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, overridden, run_parser
+from laasp_ray.cli.stopping import guarded
+from laasp_ray.config import RunConfig
+from laasp_ray.errors import ConfigError
+from laasp_ray.recipes import RECIPES, VARIANTS, recipe
+from laasp_ray.report import repeats
+from laasp_ray.report.sweep import sweep_table
+from laasp_ray.store.storage import Storage
+from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, checked_targets
+from laasp_ray.sweep.plan import dry_run
+from laasp_ray.sweep.run import BEST_WITHIN, SweepResult, run_sweep
+from laasp_ray.sweep.space import check_space, read_space
+
+_FLAGS = {
+    name: flag
+    for name, flag in FILTER_FLAGS.items()
+    if name not in ("--flops-reduction", "--parameters-reduction", "--latency-reduction")
+}
+_SUFFIX = "-sweep"
+
+
+def sweep(arguments: Sequence[str] | None = None, prog: str = "sweep_flops.py") -> int:
+    """`laasp-ray sweep` and `jobs/sweep_flops.py RECIPE --flops-reduction 0.3 0.42 0.54`."""
+    parser = _parser(prog)
+    return guarded(
+        lambda: _sweep(parser.parse_args(arguments)), stopped="stopped; the same command goes on with the sweep"
+    )
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = run_parser(
+        prog,
+        "Prunes a network to several targets, or finds the largest reduction within a drop of accuracy. The prunes are "
+        "made once, and every trial begins where its target is reached.",
+        _FLAGS,
+    )
+    parser.add_argument(
+        "recipe", help=f"one of {', '.join(sorted(RECIPES))}, or an import path package.module:function"
+    )
+    parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--flops-reduction",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="target shares of FLOPs to remove, 0 to 1; with --max-drop one, the deepest to look at (default: the "
+        "recipe's)",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="find the largest reduction whose top-1 after the final training is at most so many points lower",
+    )
+    parser.add_argument(
+        "--base-top1",
+        type=float,
+        metavar="PERCENT",
+        help="with --max-drop: lower than this (default: the network's just before its first prune)",
+    )
+    parser.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="find the best accuracy within this measured median latency"
+    )
+    parser.add_argument(
+        "--space", metavar="FILE", help="search further settings beside the targets: YAML, or Python with SPACE"
+    )
+    parser.add_argument("--trials", type=at_least_1, default=10, metavar="N", help="trials of each target with --space")
+    parser.add_argument(
+        "--concurrent", type=int, metavar="N", help="runs at a time (default: as many as fit, of --workers each)"
+    )
+    parser.add_argument(
+        "--best-within",
+        type=float,
+        default=BEST_WITHIN,
+        metavar="POINTS",
+        help=f"the best of several targets is the deepest that loses at most so many points (default {BEST_WITHIN:g})",
+    )
+    return parser
+
+
+def _goal(options: argparse.Namespace) -> Goal:
+    kinds = {"--max-drop": options.max_drop, "--latency-ms": options.latency_ms, "--space": options.space}
+    given = [name for name, value in kinds.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} ask for two different sweeps: give one of them")
+    shares = options.flops_reduction or []
+    if options.base_top1 is not None and options.max_drop is None:
+        raise ConfigError("--base-top1 goes with --max-drop")
+    if options.max_drop is not None:
+        if len(shares) > 1:
+            raise ConfigError("--max-drop looks at one trajectory: give one --flops-reduction, the deepest to look at")
+        return MaxDrop(options.max_drop, options.base_top1)
+    if options.latency_ms is not None:
+        if shares:
+            raise ConfigError("--latency-ms ends pruning by the latency alone: leave out --flops-reduction")
+        return WithinLatency(options.latency_ms)
+    targets = checked_targets(shares)
+    if options.space is not None:
+        return SpaceSearch(targets, read_space(options.space), options.trials)
+    return Targets(targets)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    goal = _goal(options)
+    config = overridden(recipe(options.recipe, options.variant), options)
+    if options.name is None:
+        config = replace(config, name=config.name + _SUFFIX)  # beside runs of the recipe
+    if options.flops_reduction:
+        config = _with_target(config, max(options.flops_reduction))
+    if isinstance(goal, SpaceSearch):
+        check_space(goal.space, config)
+    if options.dry_run:
+        print(
+            dry_run(
+                config,
+                goal,
+                distributed=not options.no_ray,
+                ray_address=options.ray_address,
+                concurrent=options.concurrent,
+                repeats=options.repeats or 1,
+            )
+        )
+    elif options.repeats is None:
+        _run(config, goal, options)
+    else:
+        _repeat(config, goal, options)
+
+
+def _with_target(config: RunConfig, share: float) -> RunConfig:
+    settings = config.to_dict()
+    settings["prune"] |= {"flops_reduction": share, "parameters_reduction": 0, "latency_reduction": 0}
+    return RunConfig.from_dict(settings)
+
+
+def _run(config: RunConfig, goal: Goal, options: argparse.Namespace) -> SweepResult:
+    result = run_sweep(
+        config,
+        goal,
+        distributed=not options.no_ray,
+        ray_address=options.ray_address,
+        concurrent=options.concurrent,
+        best_within=options.best_within,
+    )
+    print(sweep_table(result.rows, result.best))
+    print(f"best ({result.content['rule']}): {result.said}")
+    print(f"sweep: {result.folder}: sweep.json, pareto.png, and a run's folder for each trial")
+    return result
+
+
+def _repeat(config: RunConfig, goal: Goal, options: argparse.Namespace) -> None:
+    """A sweep for each seed; what they found for each target, with mean and spread."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for one in repeats.runs_of(config, options.repeats):
+        for row in _run(one, goal, options).rows:
+            if row.is_finished:
+                figures = {"top1": (row.top1_after or 0.0) / 100, "flops_reduction": row.flops_reduction or 0.0}
+                found.setdefault(row.name, {})[one.name] = figures
+    content = {name: repeats.collected(runs) for name, runs in sorted(found.items())}
+    storage = Storage.open(config.storage)
+    storage.write(f"{config.name}-repeats.json", json.dumps(content, indent=2).encode())
+    for name, spread in content.items():
+        print(f"\n{name}\n{repeats.table(spread)}")
+    print(f"{options.repeats} sweeps: {storage.uri}/{config.name}-repeats.json", file=sys.stdout)

@@ -1,0 +1,154 @@
+"""A sweep's results: a row a trial, as a table, as JSON and as a plot of accuracy against cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from laasp_ray.report.durations import format_duration
+from laasp_ray.report.tables import table_lines
+
+SCHEMA_VERSION = 1
+FINISHED = "finished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One trial. Top-1 is in %, on the test images: just before the first prune, and of the finished network.
+
+    `macs` are for one input. `latency_ms` is the median of the unpruned and of this network, measured by turns. Of the
+    `seconds` of a run of its own, `shared_seconds` were the other run's that it began with. A value that is not known
+    is None. `status` is 'finished', or why there is no result. `settings` are those that a search chose for it.
+    """
+
+    name: str
+    target: str
+    folder: str
+    status: str
+    flops_reduction: float | None = None
+    macs: int | None = None
+    macs_unpruned: int | None = None
+    parameters: int | None = None
+    parameters_unpruned: int | None = None
+    latency_ms: tuple[float, float] | None = None
+    top1_before: float | None = None
+    top1_after: float | None = None
+    seconds: float = 0.0
+    shared_seconds: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == FINISHED
+
+
+def pareto_front(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """The finished rows that no other one beats: with at least its top-1 and at most its multiply-accumulates, and one
+    of them better."""
+
+    def beats(other: SweepRow, row: SweepRow) -> bool:
+        a, b = (other.top1_after or 0, -(other.macs or 0)), (row.top1_after or 0, -(row.macs or 0))
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    finished = [row for row in rows if row.is_finished]
+    return [row for row in finished if not any(beats(other, row) for other in finished)]
+
+
+def sweep_table(rows: Sequence[SweepRow], best: str | None = None) -> str:
+    """The rows as text; the best one is marked."""
+    head = ("", "target", "FLOPs", "MACs", "parameters", "ms", "top-1 before", "after", "seconds", "shared", "")
+    lines = [head, *(_cells(row, row.name == best) for row in rows)]
+    return "\n".join(table_lines(lines, left=(0, 1, 10)))
+
+
+def _cells(row: SweepRow, is_best: bool) -> tuple[str, ...]:
+    reduction = "-" if row.flops_reduction is None else f"{-row.flops_reduction:+.2%}"
+    ms = "-" if row.latency_ms is None else f"{row.latency_ms[1]:.2f} of {row.latency_ms[0]:.2f}"
+    note = "best" if is_best else "" if row.is_finished else row.status
+    if row.settings:
+        chosen = ", ".join(f"{key}={value}" for key, value in row.settings.items())
+        note = f"{note}; {chosen}" if note else chosen
+    return (
+        row.name,
+        row.target,
+        reduction,
+        _count(row.macs),
+        _count(row.parameters),
+        ms,
+        _percent(row.top1_before),
+        _percent(row.top1_after),
+        format_duration(row.seconds - row.shared_seconds),
+        format_duration(row.shared_seconds) if row.shared_seconds else "-",
+        note,
+    )
+
+
+def sweep_json(
+    rows: Sequence[SweepRow], *, goal: Mapping[str, Any], rule: str, best: str | None, said: str, machine: str
+) -> dict[str, Any]:
+    """What `sweep.json` holds. `said` is the result in a sentence; `machine` is what latencies were measured on."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "goal": dict(goal),
+        "rule": rule,
+        "best": best,
+        "said": said,
+        "latency_measured_on": machine,
+        "pareto_front": [row.name for row in pareto_front(rows)],
+        "trials": [asdict(row) for row in rows],
+    }
+
+
+def pareto_png(rows: Sequence[SweepRow], best: str | None, title: str) -> bytes:
+    """A plot of top-1 against the share of FLOPs that is left, and beside it against the measured latency."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    finished = [row for row in rows if row.is_finished]
+    front = {row.name for row in pareto_front(rows)}
+    timed = [row for row in finished if row.latency_ms is not None]
+    figure = Figure(figsize=(10 if timed else 5.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [("FLOPs, % of the unpruned network's", finished, _flops_left)]
+    if timed:
+        panels.append(("median latency, ms", timed, _milliseconds))
+    for number, (label, shown, place) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        ordered = sorted((row for row in shown if row.name in front), key=place)
+        chosen = [row for row in shown if row.name == best]
+        axes.plot([place(row) for row in ordered], list(map(_top1, ordered)), color="0.7", zorder=1)
+        axes.scatter([place(row) for row in shown], list(map(_top1, shown)), s=30, zorder=2, label="pruned")
+        axes.scatter([place(row) for row in chosen], list(map(_top1, chosen)), s=90, marker="*", zorder=3, label="best")
+        before = [row.top1_before for row in shown if row.top1_before is not None]
+        if before:
+            axes.axhline(before[0], color="0.6", linestyle=":", label="before the first prune")
+        for row in shown:
+            axes.annotate(row.name, (place(row), _top1(row)), xytext=(4, 5), textcoords="offset points", size=7)
+        axes.set(xlabel=label, ylabel="top-1, %")
+        axes.legend(fontsize=7, loc="lower right")
+    figure.suptitle(title, size=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _flops_left(row: SweepRow) -> float:
+    return 100 * (1 - (row.flops_reduction or 0.0))
+
+
+def _top1(row: SweepRow) -> float:
+    return row.top1_after or 0.0
+
+
+def _milliseconds(row: SweepRow) -> float:
+    return row.latency_ms[1] if row.latency_ms else 0.0
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}%"

@@ -1,0 +1,312 @@
+"""A whole sweep: checks, the trials, and what came of them.
+
+Its folder, the name of its config in its storage, has the runs of its trials, a journal of its own, `sweep.json` and
+`pareto.png`. The journal's first event has the config and the goal; the others say how trials ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from laasp_ray import models
+from laasp_ray.config import ClusterConfig, RunConfig
+from laasp_ray.config.compat import differing_keys, value_at
+from laasp_ray.distributed.address import check_address
+from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.report.sweep import SweepRow, pareto_png, sweep_json
+from laasp_ray.run.preflight import prepare
+from laasp_ray.store.addresses import public_data
+from laasp_ray.store.journal import Journal
+from laasp_ray.store.ownership import take
+from laasp_ray.store.storage import Storage
+from laasp_ray.sweep import results
+from laasp_ray.sweep.directors import BracketDirector, Director, LatencyDirector, Record, TargetsDirector
+from laasp_ray.sweep.goals import (
+    Goal,
+    MaxDrop,
+    SpaceSearch,
+    Targets,
+    WithinLatency,
+    check_goal,
+    checked_targets,
+    filter_prune,
+)
+from laasp_ray.sweep.in_process import run_here
+from laasp_ray.sweep.latency import unpruned_ms
+from laasp_ray.sweep.shares import Shares, share_out
+from laasp_ray.sweep.space import SpaceDirector
+from laasp_ray.sweep.targets import runs_for
+from laasp_ray.sweep.trials import Outcome, is_finished
+
+logger = logging.getLogger(__name__)
+
+STARTED, ENDED, FINISHED = "sweep", "trial", "result"
+"""The events of a sweep's journal."""
+BEST_WITHIN = 1.0
+_MOST = 1000
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """`rows` has one for each trial, `best` the name of the best, `said` the result in a sentence. `content` is that of
+    `sweep.json`."""
+
+    folder: str
+    rows: tuple[SweepRow, ...]
+    best: str | None
+    said: str
+    content: Mapping[str, Any]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@random_state_kept()
+def run_sweep(
+    config: RunConfig,
+    goal: Goal,
+    *,
+    distributed: bool = True,
+    ray_address: str | None = None,
+    concurrent: int | None = None,
+    best_within: float = BEST_WITHIN,
+    say: Say = _to_stderr,
+) -> SweepResult:
+    """Carries out a sweep, or goes on with the one of that name. What is finished is left as it is.
+
+    `config` is that of a run; its name is the sweep's, and for `MaxDrop` its `prune.flops_reduction` is the deepest
+    that is looked at. `concurrent` runs at most are under way at a time; None: as many as fit. With `distributed` False
+    everything runs in this process, one trial after the other. `best_within` is for targets: the best one is the
+    deepest whose top-1 falls by at most so many points.
+
+    Raises ConfigError, DataError or StoreError before anything expensive, and SearchError if a trial that others need
+    has failed; the same call then goes on.
+    """
+    filter_prune(config)
+    storage = Storage.open(config.storage).child(config.name)
+    storage.check_writable()
+    if distributed:
+        check_address(ray_address)
+    _check_storage(storage)
+    owner = take(storage)
+    try:
+        journal = Journal(storage.guarded(owner.ensure), owner)
+        begun = _check_same(journal, config, goal)
+        settings = begun or _begin(journal, config, goal)
+        outcomes = {
+            event.data["name"]: Outcome.from_json(event.data["outcome"])
+            for event in journal.events()
+            if event.name == ENDED
+        }
+
+        def record(name: str, outcome: Outcome) -> None:
+            journal.append(ENDED, {"name": name, "outcome": outcome.to_json()})
+            outcomes[name] = outcome
+
+        if distributed:
+            director = _on_tune(config, goal, settings, record, outcomes, ray_address, concurrent, say)
+        else:
+            director = _director(config, goal, settings, Shares(1, config.cluster), record, outcomes)
+            run_here(director, say)
+        result = _result(storage, goal, director, outcomes, best_within, say)
+        journal.append(FINISHED, {"best": result.best, "said": result.said})
+    finally:
+        owner.release()
+    failed = [row for row in result.rows if not row.is_finished and not row.status.startswith("stopped")]
+    if failed:
+        raise SearchError(
+            f"{len(failed)} of {len(result.rows)} trials have no result: {failed[0].name}, {failed[0].status}; the "
+            f"others are in {result.folder}/sweep.json"
+        )
+    return result
+
+
+def _check_storage(storage: Storage) -> None:
+    """Raises ConfigError if the sweep's folder is that of a run."""
+    if has_begun_in(storage):
+        raise ConfigError(f"{storage.uri} holds a run, not a sweep: give the sweep another --name")
+
+
+def has_begun_in(storage: Storage) -> bool:
+    return Journal(storage).last("start") is not None
+
+
+def _check_same(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, Any] | None:
+    """The first event's data, if the sweep has begun. Raises ConfigError, naming the key, if it was asked for something
+    else then."""
+    event = journal.last(STARTED)
+    if event is None:
+        return None
+    ours = {**public_data(config.to_dict()), "goal": goal.to_json()}
+    theirs = {**event.data["config"], "goal": event.data["goal"]}
+    keys = differing_keys(ours, theirs)
+    if keys:
+        listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+        raise ConfigError(
+            f"the sweep {config.name!r} in {journal.uri} was started with other settings ({listed}): give the same "
+            "ones to go on with it, or another --name"
+        )
+    return dict(event.data)
+
+
+def _begin(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, Any]:
+    """Checks what the trials will need, then writes the first event."""
+    prepared = prepare(deepest_of(config, goal))
+    check_goal(goal, config, len(prepared.test))
+    data: dict[str, Any] = {"config": public_data(config.to_dict()), "goal": goal.to_json()}
+    if isinstance(goal, WithinLatency):
+        now = unpruned_ms(config)
+        if now <= goal.ms:
+            raise ConfigError(
+                f"--latency-ms {goal.ms:g}: the unpruned network takes {now:.2f} ms already; ask for less"
+            )
+        data["latency_share"] = 1 - goal.ms / now
+    journal.append(STARTED, data)
+    return data
+
+
+def _director(
+    config: RunConfig,
+    goal: Goal,
+    settings: Mapping[str, Any],
+    shares: Shares,
+    record: Record,
+    outcomes: Mapping[str, Outcome],
+) -> Director:
+    config = replace(config, cluster=shares.cluster)
+    match goal:
+        case Targets():
+            return TargetsDirector(runs_for(config, goal.flops_reductions), record)
+        case MaxDrop():
+            return BracketDirector(config, goal, shares.slots, record, outcomes)
+        case WithinLatency():
+            return LatencyDirector(config, goal, settings["latency_share"], record)
+        case SpaceSearch():
+            return SpaceDirector(config, goal, record, outcomes)
+
+
+def deepest_of(config: RunConfig, goal: Goal) -> RunConfig:
+    """The run of the sweep that prunes most, as far as that is known."""
+    if isinstance(goal, Targets | SpaceSearch):
+        share = max(checked_targets(goal.flops_reductions))
+        return replace(config, prune=replace(filter_prune(config), flops_reduction=share))
+    return config
+
+
+def runs_of(goal: Goal) -> int:
+    """The runs that may be under way at a time, however large the cluster."""
+    match goal:
+        case Targets():
+            return len(goal.flops_reductions)
+        case SpaceSearch():
+            return len(goal.flops_reductions) * goal.trials
+        case WithinLatency():
+            return 1
+        case MaxDrop():
+            return _MOST
+
+
+def _on_tune(
+    config: RunConfig,
+    goal: Goal,
+    settings: Mapping[str, Any],
+    record: Record,
+    outcomes: Mapping[str, Outcome],
+    address: str | None,
+    concurrent: int | None,
+    say: Say,
+) -> Director:
+    from laasp_ray.distributed import autoscaling, cluster  # Ray takes seconds to import
+    from laasp_ray.sweep.tuning import run_on_tune
+
+    grows = check_address(address) != "local"
+    with (
+        cluster.connected(address) as there,
+        autoscaling.with_gpus(there, config.cluster, grows=grows) as resources,
+    ):
+        shares = share_out(resources, config.cluster, runs_of(goal), concurrent)
+        director = _director(config, goal, settings, shares, record, outcomes)
+        if not director.is_done:
+            workers: ClusterConfig = shares.cluster
+            say(f"{shares.slots} runs at a time, of {workers.workers} workers each")
+            run_on_tune(director, shares.slots, say)
+        return director
+
+
+def _result(
+    storage: Storage,
+    goal: Goal,
+    director: Director,
+    outcomes: Mapping[str, Outcome],
+    best_within: float,
+    say: Say,
+) -> SweepResult:
+    """The rows, with latencies measured now, and the files made of them."""
+    rows: list[SweepRow] = []
+    machine = ""
+    finished = [run for run in director.trials if is_finished(run)]
+    if finished:
+        say(f"measuring the latency of {len(finished)} networks")
+    for run in director.trials:
+        latency = None
+        if run in finished:
+            latency, machine = results.measured_latency(run, models.build(run.model))
+        rows.append(results.row_of(run, outcomes.get(run.name), target_of(goal, run), latency))
+    if isinstance(director, SpaceDirector):
+        rows = [replace(row, settings=director.settings_of(row.name)) for row in rows]
+    best, rule, said = _best(goal, director, rows, best_within)
+    content = sweep_json(rows, goal=goal.to_json(), rule=rule, best=best, said=said, machine=machine)
+    storage.write("sweep.json", json.dumps(content, indent=2).encode())
+    if finished:
+        storage.write("pareto.png", pareto_png(rows, best, storage.uri.partition("?")[0].rpartition("/")[2]))
+    return SweepResult(storage.uri, tuple(rows), best, said, content)
+
+
+def target_of(goal: Goal, run: RunConfig) -> str:
+    if isinstance(goal, WithinLatency):
+        return f"{goal.ms:g} ms"
+    return f"{run.prune.targets['FLOPs']:.2%}"
+
+
+def _best(goal: Goal, director: Director, rows: Sequence[SweepRow], within: float) -> tuple[str | None, str, str]:
+    """The best row's name, the rule that makes it so, and the result in a sentence."""
+    match goal:
+        case MaxDrop():
+            assert isinstance(director, BracketDirector)
+            rule = f"the largest reduction of FLOPs whose top-1 is at most {goal.points:g} points below the base's"
+            met, total = director.bounds.met, director.iterations
+            by_number = {int(row.name.rpartition("-")[2]): row for row in rows}
+            said = results.bracket_said(
+                by_number,
+                met,
+                total,
+                bar=director.bar,
+                base=director.base_top1,
+                points=goal.points,
+                images=results.test_images(director.trajectory),
+            )
+            return (by_number[met].name if met else None), rule, said
+        case WithinLatency():
+            rule = f"the first network of the trajectory whose latency is at most {goal.ms:g} ms"
+            best = next((row.name for row in rows if row.is_finished), None)
+            row = next((row for row in rows if row.name == best), None)
+            if row is None or row.latency_ms is None:
+                return None, rule, "no network has a result"
+            took = row.latency_ms[1]
+            over = "" if took <= goal.ms else f"; measured again at the end it is above the {goal.ms:g} ms asked"
+            return best, rule, f"{best}: {took:.2f} ms, top-1 {row.top1_after or 0:.2f}%{over}"
+        case _:
+            best, rule = results.best_within(rows, within)
+            row = next((row for row in rows if row.name == best), None)
+            if row is None:
+                return None, rule, "no trial has a result"
+            said = f"{best}: {row.flops_reduction or 0:.2%} of FLOPs gone, top-1 {row.top1_after or 0:.2f}%"
+            return best, rule, said
