@@ -95,6 +95,10 @@ class _Suggestions(Searcher):
         self.stopped: dict[str, str] = {}
         self._names: dict[str, Trial] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune stores its searcher, for a session that this sweep never goes back to."""
+        return {}
+
     def suggest(self, trial_id: str) -> Any:
         if self.failure is not None:
             return Searcher.FINISHED
