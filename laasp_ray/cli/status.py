@@ -16,6 +16,7 @@ from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.ownership import OwnerSeen, see_owner
 from laasp_ray.store.storage import Storage
+from laasp_ray.sweep.journal import is_sweep
 
 LOOKS_PER_BEAT = 4
 WATCH_S = 5.0
@@ -27,7 +28,7 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
     parser = argparse.ArgumentParser(
         prog=prog, allow_abbrev=False, description="Says what a run is doing, or lists all runs of a folder."
     )
-    parser.add_argument("run", nargs="?", help="the run's folder, or its s3:// or gs:// address")
+    parser.add_argument("run", nargs="?", help="the folder of a run or of a sweep, or its s3:// or gs:// address")
     parser.add_argument("--storage", help="list all runs in this folder or address")
     parser.add_argument("--watch", action="store_true", help="go on until the run is finished or Ctrl-C")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -40,15 +41,16 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
             raise ConfigError("--watch shows one run as text: give the run's folder, and not --storage or --json")
         if options.watch:
             _watch(Storage.open(options.run))
-        elif options.run is not None:
+        elif options.run is not None and not is_sweep(Storage.open(options.run)):
             (found,) = statuses([Storage.open(options.run)])
             print(json.dumps(found.to_dict(), indent=2) if options.json else status_text(found))
         else:
-            found_all = statuses(_runs_of(Storage.open(options.storage)), on_damaged=_say_damaged)
+            runs = _runs_of(Storage.open(options.storage or options.run))
+            found_all = statuses(runs, on_damaged=_say_damaged)
             if options.json:
                 print(json.dumps([one.to_dict() for one in found_all], indent=2))
             else:
-                print(statuses_table(found_all) if found_all else f"no runs in {options.storage}")
+                print(statuses_table(found_all) if found_all else f"no runs in {options.storage or options.run}")
 
     return guarded(run, stopped="stopped")
 

@@ -20,6 +20,7 @@ from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.report.sweep import SweepRow, pareto_png, sweep_json
+from laasp_ray.run.events import RunStarted
 from laasp_ray.run.preflight import prepare
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.journal import Journal
@@ -38,6 +39,7 @@ from laasp_ray.sweep.goals import (
     filter_prune,
 )
 from laasp_ray.sweep.in_process import run_here
+from laasp_ray.sweep.journal import ENDED, FINISHED, STARTED
 from laasp_ray.sweep.latency import unpruned_ms
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.space import SpaceDirector
@@ -46,8 +48,6 @@ from laasp_ray.sweep.trials import Outcome, is_finished
 
 logger = logging.getLogger(__name__)
 
-STARTED, ENDED, FINISHED = "sweep", "trial", "result"
-"""The events of a sweep's journal."""
 BEST_WITHIN = 1.0
 _MOST = 1000
 Say = Callable[[str], None]
@@ -131,12 +131,8 @@ def run_sweep(
 
 def _check_storage(storage: Storage) -> None:
     """Raises ConfigError if the sweep's folder is that of a run."""
-    if has_begun_in(storage):
+    if Journal(storage).last(RunStarted.NAME) is not None:
         raise ConfigError(f"{storage.uri} holds a run, not a sweep: give the sweep another --name")
-
-
-def has_begun_in(storage: Storage) -> bool:
-    return Journal(storage).last("start") is not None
 
 
 def _check_same(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ run at a time is bounded by what fits (sweep/shares.py).
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from ray.tune.stopper import Stopper
 
 from laasp_ray.errors import LaaspError, SearchError
 from laasp_ray.sweep.directors import Director
-from laasp_ray.sweep.trials import Outcome, Reports, Trial, outcome_of, run_trial
+from laasp_ray.sweep.trials import Outcome, Reports, Trial, is_finished, outcome_of, run_trial
 
 TRIAL_CPUS = 0.01
 """What a trial's driver holds. It waits, mostly."""
@@ -42,6 +43,9 @@ def run_on_tune(director: Director, slots: int, say: Callable[[str], None]) -> N
     before = {key: os.environ.get(key) for key in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     suggestions = _Suggestions(director, say)
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.ERROR)  # of its own result files, which are not kept
     try:
         with tempfile.TemporaryDirectory(prefix="laasp_ray-tune-") as scratch:
             tuner = tune.Tuner(
@@ -65,6 +69,7 @@ def run_on_tune(director: Director, slots: int, say: Callable[[str], None]) -> N
             )
             tuner.fit()
     finally:
+        log.setLevel(level)
         for key, value in before.items():
             os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
     if suggestions.failure is not None:
@@ -75,6 +80,8 @@ def run_on_tune(director: Director, slots: int, say: Callable[[str], None]) -> N
 
 def _trial(settings: Mapping[str, Any]) -> None:
     """The function that Tune calls for a trial, in a process of its own."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # Ray hides all GPUs; a run's driver measures latencies on one
+        del os.environ["CUDA_VISIBLE_DEVICES"]
     torch.set_num_threads(settings["threads"])  # Ray gives a small share of a CPU one, and sums depend on it
     trial = Trial.from_json(settings["trial"])
 
@@ -125,8 +132,9 @@ class _Suggestions(Searcher):
             self.failure = failure
 
     def _outcome(self, trial: Trial, result: Mapping[str, Any], failed: bool) -> Outcome:
-        if trial.name in self.stopped:
-            return Outcome(stopped=self.stopped.pop(trial.name), curve=tuple(result.get("curve", ())))
+        reason = self.stopped.pop(trial.name, "")
+        if reason and not is_finished(trial.config):
+            return Outcome(stopped=reason, curve=tuple(result.get("curve", ())))
         if failed:
             return Outcome(error=f"its process was lost {FAILURES + 1} times, or ended by an error that Ray has logged")
         if result.get("error"):

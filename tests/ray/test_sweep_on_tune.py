@@ -5,14 +5,11 @@ import dataclasses
 import pytest
 import torch
 from helpers import write_pictures
-from whole_runs import events_of, on_pictures
+from whole_runs import on_pictures
 
 from laasp_ray import load_pruned, models
-from laasp_ray.store.storage import Storage
-from laasp_ray.sweep import in_process
 from laasp_ray.sweep.goals import Targets
 from laasp_ray.sweep.run import run_sweep
-from laasp_ray.sweep.trials import Trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -32,7 +29,11 @@ def test_trials_on_tune_are_those_of_one_process(tmp_path, monkeypatch):
             torch.set_num_threads(threads)
     assert all(row.is_finished for row in results["tune"].rows)
     for ours, theirs in zip(results["tune"].rows, results["here"].rows, strict=True):
-        assert (ours.name, ours.flops_reduction, ours.top1_after) == (theirs.name, theirs.flops_reduction, theirs.top1_after)
+        assert (ours.name, ours.flops_reduction, ours.top1_after) == (
+            theirs.name,
+            theirs.flops_reduction,
+            theirs.top1_after,
+        )
         networks = [load_pruned(row.folder, models.build(config.model)).state_dict() for row in (ours, theirs)]
         assert all(torch.equal(tensor, networks[1][key]) for key, tensor in networks[0].items()), ours.name
     assert any("flops-0.06 ends: top-1" in line for line in lines)

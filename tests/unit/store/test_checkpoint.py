@@ -89,3 +89,11 @@ def test_only_the_kept_checkpoints_stay(storage):
         "journal/000001-start.json",
     ]
     delete_checkpoints(storage.child("nothing-yet"), keep=[])
+
+
+def test_what_is_from_before_a_number_stays(storage):
+    for name in ("initial-1a2b3c4d", "unpruned", "000003", "000004-a2", "000005-a2", "000006-a3"):
+        save_checkpoint(storage, name, model={"w": torch.zeros(1)})
+    delete_checkpoints(storage, keep=["000006-a3"], attempt=3, since=4)
+    left = [file.removeprefix("checkpoints/").removesuffix(".safetensors") for file in storage.list("checkpoints/")]
+    assert left == ["000003", "000006-a3", "initial-1a2b3c4d", "unpruned"]
