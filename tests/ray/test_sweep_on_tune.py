@@ -11,7 +11,7 @@ from laasp_ray import load_pruned, models
 from laasp_ray.sweep.goals import Targets
 from laasp_ray.sweep.run import run_sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
 
 def test_trials_on_tune_are_those_of_one_process(tmp_path, monkeypatch):
