@@ -1,4 +1,4 @@
-"""A sweep whose trials are spread over two nodes. (Trainers on GPUs need real ones, so that sharing them is not tried.)"""
+"""A sweep whose trials are spread over two nodes. Trainers on GPUs need real ones: sharing them is not tried here."""
 
 import json
 import os
