@@ -123,8 +123,8 @@ def _target_lines(prepared: Prepared, goal: Goal, machine: Machine, slots: int) 
     costs = [_cost(prepared, run, machine) for run in (*runs.others, runs.deepest)]
     rows = [("trial", "target", "iterations", "shared", "of its own", "as a run alone")]
     for cost in costs:
-        shared, own, alone = map(format_duration, (cost.shared, cost.own, cost.alone))
-        rows.append((cost.name, f"{cost.target:.2%}", str(cost.iterations), shared, own, alone))
+        shared, own, whole = map(format_duration, (cost.shared, cost.own, cost.alone))
+        rows.append((cost.name, f"{cost.target:.2%}", str(cost.iterations), shared, own, whole))
     alone = sum(cost.alone for cost in costs)
     lines = table_lines(rows)
     if isinstance(goal, SpaceSearch):
