@@ -17,6 +17,7 @@ import yaml
 from laasp_ray import config
 from laasp_ray.cli import main
 from laasp_ray.cli.prepare_data import prepare_data
+from laasp_ray.cli.sweep import sweep
 from laasp_ray.config import RunConfig
 from laasp_ray.config.fields import flatten
 from laasp_ray.config.names import is_import_path
@@ -31,10 +32,11 @@ JOBS = {
     "evaluate": main.evaluate,
     "status": main.status,
     "prepare_data": prepare_data,
+    "sweep_flops": sweep,
 }
 OTHERS_FLAGS = {"--working-dir", "--head"}
 """Flags of Ray's own commands."""
-FILE_TYPES = {"json", "md", "parquet", "py", "safetensors"}
+FILE_TYPES = {"json", "md", "parquet", "png", "py", "safetensors"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
