@@ -14,9 +14,10 @@ from laasp_ray.config import RunConfig
 from laasp_ray.errors import SearchError
 from laasp_ray.records import Metrics
 from laasp_ray.report.summary import summarise
-from laasp_ray.run.events import IterationDone, read_events
+from laasp_ray.run.events import IterationDone, RunStarted, read_events
 from laasp_ray.run.forking import decides_by_target, fork
-from laasp_ray.store.journal import Journal
+from laasp_ray.store.journal import Journal, event_file
+from laasp_ray.store.storage import Storage
 from laasp_ray.sweep import bracket, latency
 from laasp_ray.sweep.goals import MaxDrop, WithinLatency, filter_prune, inside
 from laasp_ray.sweep.targets import TargetRuns
@@ -64,25 +65,6 @@ class Director(ABC):
 
     @abstractmethod
     def _ended(self, name: str, outcome: Outcome) -> None: ...
-
-
-class ListDirector(Director):
-    """Hands out the trials of a list, one after the other."""
-
-    def __init__(self, runs: Sequence[RunConfig], record: Record) -> None:
-        super().__init__(record)
-        self.trials = list(runs)
-        self._left = [run for run in runs if not is_finished(run)]
-
-    def _next(self) -> Trial | None:
-        return Trial(config=self._left.pop(0)) if self._left else None
-
-    def _ended(self, name: str, outcome: Outcome) -> None:
-        """Nothing follows from it."""
-
-    @property
-    def is_done(self) -> bool:
-        return not self._left
 
 
 class TargetsDirector(Director):
@@ -142,6 +124,7 @@ class BracketDirector(Director):
         self.base_top1 = 0.0
         self.results: dict[int, bool] = {}
         self._earlier = dict(earlier)
+        self._unfinished: list[int] = []
         if self._handed:
             self._begin()
 
@@ -170,6 +153,8 @@ class BracketDirector(Director):
                 outcome = self._earlier.get(run.name)
             if outcome is not None and not outcome.error:  # what failed is tried again
                 self._note(run.name, outcome)
+            if has_begun(run) and (outcome is None or (outcome.top1 is None and not outcome.stopped)):
+                self._unfinished.append(number)
 
     def _next(self) -> Trial | None:
         if not self._handed:
@@ -179,6 +164,10 @@ class BracketDirector(Director):
             return None
         running = [number_of(name) for name in self.running]
         free = self._slots - len(running)
+        while self._unfinished and free > 0:  # trials that ran when the sweep was cut off
+            number = self._unfinished.pop(0)
+            if not bracket.is_needless(number, self.results, self.iterations):
+                return Trial(config=self.config_of(number))
         following = bracket.next_iterations(self.results, running, self.iterations, free) if free > 0 else []
         if not following:
             return None
@@ -218,7 +207,7 @@ class BracketDirector(Director):
     def is_done(self) -> bool:
         if not self._handed or TRAJECTORY in self.running:
             return False
-        return self.bounds.is_exact
+        return self.bounds.is_exact and not self.running  # one that runs may open the bounds again
 
     @property
     def bounds(self) -> bracket.Bounds:
@@ -243,7 +232,7 @@ class LatencyDirector(Director):
             self._choose()
 
     def _choose(self) -> None:
-        iteration = latency.first_within(self.trajectory, self._goal.ms)
+        iteration = self._begun() or latency.first_within(self.trajectory, self._goal.ms)
         prune = replace(filter_prune(self.trajectory), iterations=iteration)
         self._trial = replace(
             self.trajectory,
@@ -252,15 +241,20 @@ class LatencyDirector(Director):
             train=replace(self.trajectory.train, keep_checkpoints=False),
         )
         self.trials = [self._trial]
+        if is_finished(self._trial):
+            self.outcomes[self._trial.name] = outcome_of(self._trial)
+
+    def _begun(self) -> int | None:
+        """The iteration whose trial has begun, before the sweep was cut off: what is measured varies."""
+        names = Storage.open(self.trajectory.storage).list("iteration-")
+        begun = [name.partition("/")[0] for name in names if name.endswith(event_file(1, RunStarted.NAME))]
+        return number_of(begun[0]) if begun else None
 
     def _next(self) -> Trial | None:
         if not self._handed:
             self._handed = True
             return Trial(config=self.trajectory, only_prunes=True)
         if self._trial is None or self._trial.name in self.outcomes or self._trial.name in self.running:
-            return None
-        if is_finished(self._trial):
-            self.outcomes[self._trial.name] = outcome_of(self._trial)
             return None
         fork(folder_of(self.trajectory), self._trial)
         return Trial(config=self._trial)
@@ -284,7 +278,7 @@ def trajectory_of(config: RunConfig) -> RunConfig:
 
 def inside_latency(config: RunConfig, share: float) -> RunConfig:
     """The run of a sweep that prunes until `share` of the latency is gone."""
-    prune = replace(filter_prune(config), flops_reduction=0.0, latency_reduction=share)
+    prune = replace(filter_prune(config), flops_reduction=0.0, parameters_reduction=0.0, latency_reduction=share)
     return replace(config, prune=prune)
 
 

@@ -88,6 +88,10 @@ def checked_targets(flops_reductions: Sequence[float]) -> tuple[float, ...]:
 def check_goal(goal: Goal, config: RunConfig, test_images: int) -> None:
     """Raises ConfigError for a goal that no sweep of `config` can have, naming the value and what would do."""
     if isinstance(goal, MaxDrop):
+        if list(config.prune.targets) != ["FLOPs"]:
+            raise ConfigError(
+                "--max-drop looks along FLOPs: give --flops-reduction, the deepest to look at, and no other"
+            )
         points, step = goal.points, 100 / test_images
         if not 0 < points < 100:
             raise ConfigError(f"--max-drop {points:g} must be above 0 and below 100 points of top-1")
@@ -120,4 +124,6 @@ def inside(config: RunConfig, name: str, **prune: Any) -> RunConfig:
     """A run of the sweep of `config`: `name` in the sweep's folder, with changes of its section `prune`."""
     base, mark, query = config.storage.partition("?") if "://" in config.storage else (config.storage, "", "")
     storage = f"{base.rstrip('/')}/{config.name}{mark}{query}"
+    if "flops_reduction" in prune:  # the only target then
+        prune = {"parameters_reduction": 0.0, "latency_reduction": 0.0, **prune}
     return replace(config, name=name, storage=storage, prune=replace(filter_prune(config), **prune))

@@ -10,11 +10,8 @@ from laasp_ray.records import RunState
 from laasp_ray.report.progress import make_progress
 from laasp_ray.run.events import Happening, Observer
 from laasp_ray.sweep.directors import Director
+from laasp_ray.sweep.trajectory import StoppedError
 from laasp_ray.sweep.trials import Outcome, Reports, Trial, run_trial
-
-
-class StoppedError(Exception):
-    """A trial is stopped early; its argument is the reason. No error."""
 
 
 def run_here(

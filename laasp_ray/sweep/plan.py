@@ -17,7 +17,7 @@ from laasp_ray.report.durations import format_duration
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, prepare
 from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, check_goal, filter_prune
-from laasp_ray.sweep.run import deepest_of, runs_of
+from laasp_ray.sweep.run import all_search, deepest_of, runs_of
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.targets import runs_for
 
@@ -95,7 +95,7 @@ def _shares(config: RunConfig, goal: Goal, distributed: bool, address: str | Non
     from laasp_ray.distributed import cluster
 
     with cluster.connected(address) as resources:
-        return share_out(resources, config.cluster, runs_of(goal), concurrent)
+        return share_out(resources, config.cluster, runs_of(goal), concurrent, all_search=all_search(config, goal))
 
 
 def _cost(prepared: Prepared, run: RunConfig, machine: Machine) -> TrialCost:

@@ -13,7 +13,7 @@ from laasp_ray.methods.targets import measure_latency
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.report.summary import summarise
 from laasp_ray.report.sweep import FINISHED, SweepRow
-from laasp_ray.run.events import EpochDone, RunFinished, RunStarted, last_of, read_events
+from laasp_ray.run.events import RunFinished, RunStarted, last_of, read_events
 from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
@@ -123,9 +123,3 @@ def test_images(run: RunConfig) -> int:
     start = read_events(Journal(folder_of(run)))[0]
     assert isinstance(start, RunStarted)
     return start.test_images
-
-
-def final_epochs(run: RunConfig) -> int:
-    """The epochs of final training that the run has done."""
-    events = read_events(Journal(folder_of(run)))
-    return sum(isinstance(event, EpochDone) and event.phase == "final" for event in events)

@@ -21,6 +21,7 @@ from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.report.sweep import SweepRow, pareto_png, sweep_json
 from laasp_ray.run.events import RunStarted
+from laasp_ray.run.forking import decides_by_target
 from laasp_ray.run.preflight import prepare
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.journal import Journal
@@ -96,7 +97,7 @@ def run_sweep(
     if distributed:
         check_address(ray_address)
     _check_storage(storage)
-    owner = take(storage)
+    owner = take(storage, at_least=Journal(storage).last_attempt() + 1)
     try:
         journal = Journal(storage.guarded(owner.ensure), owner)
         begun = _check_same(journal, config, goal)
@@ -116,7 +117,7 @@ def run_sweep(
         else:
             director = _director(config, goal, settings, Shares(1, config.cluster), record, outcomes)
             run_here(director, say)
-        result = _result(storage, goal, director, outcomes, best_within, say)
+        result = _result(storage.guarded(owner.ensure), goal, director, outcomes, best_within, say)
         journal.append(FINISHED, {"best": result.best, "said": result.said})
     finally:
         owner.release()
@@ -197,6 +198,11 @@ def deepest_of(config: RunConfig, goal: Goal) -> RunConfig:
     return config
 
 
+def all_search(config: RunConfig, goal: Goal) -> bool:
+    """Whether every run of the sweep makes decisions of its own, and not only the one that others begin with."""
+    return isinstance(goal, SpaceSearch) or decides_by_target(config.prune)
+
+
 def runs_of(goal: Goal) -> int:
     """The runs that may be under way at a time, however large the cluster."""
     match goal:
@@ -228,7 +234,7 @@ def _on_tune(
         cluster.connected(address) as there,
         autoscaling.with_gpus(there, config.cluster, grows=grows) as resources,
     ):
-        shares = share_out(resources, config.cluster, runs_of(goal), concurrent)
+        shares = share_out(resources, config.cluster, runs_of(goal), concurrent, all_search=all_search(config, goal))
         director = _director(config, goal, settings, shares, record, outcomes)
         if not director.is_done:
             workers: ClusterConfig = shares.cluster

@@ -18,14 +18,19 @@ class Shares:
 
 
 def share_out(
-    resources: Mapping[str, float], cluster: ClusterConfig, runs: int, concurrent: int | None = None
+    resources: Mapping[str, float],
+    cluster: ClusterConfig,
+    runs: int,
+    concurrent: int | None = None,
+    *,
+    all_search: bool = False,
 ) -> Shares:
     """Shares the cluster's `resources` ('CPU', 'GPU') between runs, of which there are at most `runs`.
 
     A run has `cluster.workers` trainers, or as many as a run of its own would have, and as many runs as then fit go on
     at a time, or `concurrent` of them. With GPUs, each is one trainer's, and a run searches on those that the other
     runs' trainers do not need. Without, trainers share the CPUs by their threads, and the search has all: it and the
-    trainers of other runs slow each other down, but none waits.
+    trainers of other runs slow each other down, but none waits. If `all_search`, each run has its share of them.
 
     Raises ConfigError if `concurrent` runs do not fit, naming what would.
     """
@@ -44,4 +49,6 @@ def share_out(
         return Shares(1, ours)
     if gpus:
         return Shares(slots, replace(ours, search_workers=cluster.search_workers or gpus - workers * (slots - 1)))
-    return Shares(slots, replace(ours, threads=cluster.threads or max(1, cpus // (workers * slots))))
+    threads = cluster.threads or max(1, cpus // (workers * slots))
+    searching = cluster.search_workers or (max(1, cpus // slots) if all_search else 0)
+    return Shares(slots, replace(ours, threads=threads, search_workers=searching))

@@ -10,6 +10,7 @@ tree-structured Parzen estimator chooses, for each target on its own: accuracies
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from laasp_ray.config import RunConfig
 from laasp_ray.config.compat import value_at
+from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import ConfigError
 from laasp_ray.store.journal import started_config
 from laasp_ray.sweep.directors import Director, Record
@@ -91,7 +93,10 @@ def checked_entry(key: str, entry: Any) -> dict[str, Any]:
         numbers = all(isinstance(value, wanted) and not isinstance(value, bool) for value in values)
         if len(values) != 2 or not numbers or not values[0] < values[1] or (kind == "loguniform" and values[0] <= 0):
             raise ConfigError(f"the space has {kind}: {list(values)} for {key}: give [low, high], low below high")
-    return {kind: list(values)}
+    try:
+        return {kind: json.loads(json.dumps(values))}  # as the journal has it
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the space has {kind}: {values!r} for {key}: give plain values ({error})") from error
 
 
 def check_space(space: Space, config: RunConfig) -> None:
@@ -126,7 +131,7 @@ class SpaceDirector(Director):
         check_space(goal.space, config)
         self._config, self._goal = config, goal
         targets = checked_targets(goal.flops_reductions)
-        self._studies = {target: Study(goal.space, config.seed) for target in targets}
+        self._studies = {target: Study(goal.space, derive_seed(config.seed, f"space {target}")) for target in targets}
         self._slots = [(target, number) for number in range(1, goal.trials + 1) for target in targets]
         self._settings: dict[str, dict[str, Any]] = {}
         self._of: dict[str, tuple[float, Any]] = {}

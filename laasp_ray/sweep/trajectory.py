@@ -36,6 +36,10 @@ class PruningEndedError(Exception):
     """A trajectory has made its last prune, and its final training is for trials. No error: it ends the run there."""
 
 
+class StoppedError(Exception):
+    """A trial is stopped early; its argument is the reason. No error."""
+
+
 class EndsBeforeFinal:
     """Ends a run, as its observer, before its final training."""
 

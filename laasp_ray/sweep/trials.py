@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from laasp_ray.api import prune
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import LaaspError, describe_error
+from laasp_ray.errors import describe_error
 from laasp_ray.records import RunState
 from laasp_ray.report.progress import decision_line, epoch_line, resumed_line
 from laasp_ray.run.events import (
@@ -25,7 +26,9 @@ from laasp_ray.run.events import (
 from laasp_ray.run.preflight import folded
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
-from laasp_ray.sweep.trajectory import EndsBeforeFinal, Forks, Observers, PruningEndedError
+from laasp_ray.sweep.trajectory import EndsBeforeFinal, Forks, Observers, PruningEndedError, StoppedError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ class Reports:
 def run_trial(trial: Trial, observers: Sequence[Observer], **how: Any) -> Outcome:
     """Carries out a trial, or goes on with it. `how` are arguments of `prune`.
 
-    A LaaspError is the outcome's `error`: the sweep goes on with its other trials.
+    An error is the outcome's `error`: the sweep goes on with its other trials.
     """
     watching = list(observers)
     if trial.forks:
@@ -151,6 +154,9 @@ def run_trial(trial: Trial, observers: Sequence[Observer], **how: Any) -> Outcom
         prune(trial.config, progress=Observers(watching), **how)
     except PruningEndedError:
         return Outcome()
-    except LaaspError as error:
+    except StoppedError:
+        raise
+    except Exception as error:
+        logger.debug("the trial %s ended", trial.name, exc_info=True)
         return Outcome(error=describe_error(error))
     return outcome_of(trial.config)

@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from laasp_ray.errors import LaaspError, SearchError
+from laasp_ray.errors import SearchError
 from laasp_ray.sweep.directors import Director
 from laasp_ray.sweep.trials import Outcome, Reports, Trial, is_finished, outcome_of, run_trial
 
@@ -98,7 +98,7 @@ class _Suggestions(Searcher):
     def __init__(self, director: Director, say: Callable[[str], None]) -> None:
         super().__init__(metric="top1", mode="max")
         self.director, self.say = director, say
-        self.failure: LaaspError | None = None
+        self.failure: Exception | None = None
         self.stopped: dict[str, str] = {}
         self._names: dict[str, Trial] = {}
 
@@ -111,7 +111,7 @@ class _Suggestions(Searcher):
             return Searcher.FINISHED
         try:
             trial = self.director.next()
-        except LaaspError as error:
+        except Exception as error:  # Tune would go on without it, and wait for ever
             self.failure = error
             return Searcher.FINISHED
         if trial is None:
@@ -126,9 +126,9 @@ class _Suggestions(Searcher):
             return
         try:
             outcome = self._outcome(trial, result or {}, error)
-            self.say(f"{trial.name} ends: {_said(outcome)}")
             self.director.ended(trial.name, outcome)
-        except LaaspError as failure:
+            self.say(f"{trial.name} ends: {_said(outcome)}")
+        except Exception as failure:
             self.failure = failure
 
     def _outcome(self, trial: Trial, result: Mapping[str, Any], failed: bool) -> Outcome:
