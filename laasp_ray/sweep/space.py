@@ -131,7 +131,9 @@ class SpaceDirector(Director):
         check_space(goal.space, config)
         self._config, self._goal = config, goal
         targets = checked_targets(goal.flops_reductions)
-        self._studies = {target: Study(goal.space, derive_seed(config.seed, f"space {target}")) for target in targets}
+        self._studies = {
+            target: Study(goal.space, derive_seed(config.seed, f"space {target}") % 2**32) for target in targets
+        }
         self._slots = [(target, number) for number in range(1, goal.trials + 1) for target in targets]
         self._settings: dict[str, dict[str, Any]] = {}
         self._of: dict[str, tuple[float, Any]] = {}

@@ -73,6 +73,7 @@ def test_a_sweep_prints_its_table_and_status_lists_its_trials(tiny, capsys):
     assert "flops-0.03" in listed and "flops-0.06" in listed
 
 
+@pytest.mark.exhaustive
 def test_repeats_are_sweeps_of_other_seeds(tiny, capsys):
     assert sweep(["tiny", "--flops-reduction", "0.03", "--no-ray", "--repeats", "2"]) == 0
     stored = json.loads((tiny / "tiny-sweep-repeats.json").read_text())

@@ -186,6 +186,7 @@ def test_a_target_that_is_beyond_reach_is_refused_before_anything_is_trained(tmp
     assert not list((tmp_path / "sweep").rglob("*start.json"))
 
 
+@pytest.mark.exhaustive
 def test_what_fails_is_told_with_the_others_kept_and_tried_again(tmp_path, pictures, monkeypatch):
     config = sweep_of(tmp_path, pictures)
 
