@@ -12,7 +12,7 @@ from dataclasses import replace
 from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import ConfigError
+from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
 from laasp_ray.report import repeats
 from laasp_ray.report.sweep import sweep_table
@@ -95,6 +95,8 @@ def _goal(options: argparse.Namespace) -> Goal:
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} ask for two different sweeps: give one of them")
     shares = options.flops_reduction or []
+    if options.no_ray and options.concurrent is not None:
+        raise ConfigError("--concurrent is of a cluster: with --no-ray trials run one after the other; leave one out")
     if options.base_top1 is not None and options.max_drop is None:
         raise ConfigError("--base-top1 goes with --max-drop")
     if options.max_drop is not None:
@@ -158,6 +160,8 @@ def _run(config: RunConfig, goal: Goal, options: argparse.Namespace) -> SweepRes
     print(sweep_table(result.rows, result.best))
     print(f"best ({result.content['rule']}): {result.said}")
     print(f"sweep: {result.folder}: sweep.json, pareto.png, and a run's folder for each trial")
+    if result.failure:
+        raise SearchError(result.failure)
     return result
 
 

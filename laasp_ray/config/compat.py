@@ -103,6 +103,12 @@ def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[s
     )
 
 
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The keys that differ (see `differing_keys`) with both values, for an error message; empty if none does."""
+    keys = differing_keys(ours, theirs)
+    return "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+
+
 def value_at(data: Mapping[str, Any], key: str) -> Any:
     """The value under a dotted key of a `to_dict` form, or None."""
     return flatten(data).get(key)

@@ -18,7 +18,7 @@ from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.config.compat import differing_keys, value_at, with_current_names
+from laasp_ray.config.compat import differences, with_current_names
 from laasp_ray.data.loaders.registry import check_available
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.data.sources.base import SPLITS, check_splits
@@ -75,9 +75,7 @@ def open_run(config: RunConfig) -> Storage:
     if theirs is None:
         return storage
     ours, theirs = public_data(config.to_dict()), public_data(with_current_names(theirs))
-    keys = differing_keys(ours, theirs)
-    if keys:
-        listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+    if listed := differences(ours, theirs):
         raise ConfigError(
             f"the run {config.name!r} in {storage.uri} was started with another config ({listed}): "
             "give the same settings to go on with it, or another --name"

@@ -1,4 +1,4 @@
-"""What a sweep runs next. A director hands out trials and is told how they end; it knows nothing of Ray.
+"""What a sweep runs next. A director hands out trials and takes their outcomes; it knows nothing of Ray.
 
 Its state follows from the runs' folders and from the outcomes in the sweep's journal, so that a sweep that was cut off
 goes on where it was.
@@ -30,7 +30,7 @@ Record = Callable[[str, Outcome], None]
 
 
 class Director(ABC):
-    """`record` is told every outcome first. `trials` are the runs that have a place in the table, in its order."""
+    """`record` gets every outcome first. `trials` are the runs that have a place in the table, in its order."""
 
     def __init__(self, record: Record) -> None:
         self._record = record

@@ -98,7 +98,7 @@ def check_goal(goal: Goal, config: RunConfig, test_images: int) -> None:
         if points < step:
             raise ConfigError(
                 f"--max-drop {points:g} is less than one of the {test_images} test images ({step:.3g} points): no "
-                f"prune can be told to keep to it; give at least {math.ceil(step * 1000) / 1000:g}"
+                f"prune can be seen to keep to it; give at least {math.ceil(step * 1000) / 1000:g}"
             )
         if goal.base_top1 is not None and not points < goal.base_top1 <= 100:
             raise ConfigError(f"--base-top1 {goal.base_top1:g} must be above --max-drop {points:g}, and 100 at most")

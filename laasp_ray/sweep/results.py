@@ -95,10 +95,10 @@ def bracket_said(
     noise = f"one standard error of top-1 on {images:,} test images is {error:.2f} points"
     if met == 0:
         first = rows.get(1)
-        told = "" if first is None or first.top1_after is None else f" ({first.top1_after:.2f}%, {noise})"
+        measured = "" if first is None or first.top1_after is None else f" ({first.top1_after:.2f}%, {noise})"
         return (
             f"no reduction is within {points:g} points of {base:.2f}%: the first iteration already falls below "
-            f"{bar:.2f}%{told}; allow a larger drop, or a smaller prune.step"
+            f"{bar:.2f}%{measured}; allow a larger drop, or a smaller prune.step"
         )
     answer = rows[met]
     reduction, top1 = answer.flops_reduction or 0.0, answer.top1_after or 0.0

@@ -15,9 +15,9 @@ from typing import Any
 
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig, RunConfig
-from laasp_ray.config.compat import differing_keys, value_at
+from laasp_ray.config.compat import differences
 from laasp_ray.distributed.address import check_address
-from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.errors import ConfigError
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.report.sweep import SweepRow, pareto_png, sweep_json
 from laasp_ray.run.events import RunStarted
@@ -42,6 +42,7 @@ from laasp_ray.sweep.goals import (
 from laasp_ray.sweep.in_process import run_here
 from laasp_ray.sweep.journal import ENDED, FINISHED, STARTED
 from laasp_ray.sweep.latency import unpruned_ms
+from laasp_ray.sweep.on_cluster import DirectedTrials, carry_out
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.space import SpaceDirector
 from laasp_ray.sweep.targets import runs_for
@@ -64,6 +65,17 @@ class SweepResult:
     best: str | None
     said: str
     content: Mapping[str, Any]
+
+    @property
+    def failure(self) -> str:
+        """Which trials have no result, and why the first has none; empty if all have one, or were stopped."""
+        failed = [row for row in self.rows if not row.is_finished and not row.status.startswith("stopped")]
+        if not failed:
+            return ""
+        return (
+            f"{len(failed)} of {len(self.rows)} trials have no result: {failed[0].name}, {failed[0].status}; the "
+            f"others are in {self.folder}/sweep.json, and the same command tries again"
+        )
 
 
 def _to_stderr(line: str) -> None:
@@ -89,7 +101,7 @@ def run_sweep(
     deepest whose top-1 falls by at most so many points.
 
     Raises ConfigError, DataError or StoreError before anything expensive, and SearchError if a trial that others need
-    has failed; the same call then goes on.
+    has failed; the same call then goes on. `failure` of the result says which other trials failed.
     """
     filter_prune(config)
     storage = Storage.open(config.storage).child(config.name)
@@ -121,12 +133,6 @@ def run_sweep(
         journal.append(FINISHED, {"best": result.best, "said": result.said})
     finally:
         owner.release()
-    failed = [row for row in result.rows if not row.is_finished and not row.status.startswith("stopped")]
-    if failed:
-        raise SearchError(
-            f"{len(failed)} of {len(result.rows)} trials have no result: {failed[0].name}, {failed[0].status}; the "
-            f"others are in {result.folder}/sweep.json"
-        )
     return result
 
 
@@ -144,9 +150,7 @@ def _check_same(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, An
         return None
     ours = {**public_data(config.to_dict()), "goal": goal.to_json()}
     theirs = {**event.data["config"], "goal": event.data["goal"]}
-    keys = differing_keys(ours, theirs)
-    if keys:
-        listed = "; ".join(f"{key}: {value_at(theirs, key)!r} there, {value_at(ours, key)!r} here" for key in keys)
+    if listed := differences(ours, theirs):
         raise ConfigError(
             f"the sweep {config.name!r} in {journal.uri} was started with other settings ({listed}): give the same "
             "ones to go on with it, or another --name"
@@ -227,7 +231,7 @@ def _on_tune(
     say: Say,
 ) -> Director:
     from laasp_ray.distributed import autoscaling, cluster  # Ray takes seconds to import
-    from laasp_ray.sweep.tuning import run_on_tune
+    from laasp_ray.distributed.tuning import run_trials
 
     grows = check_address(address) != "local"
     with (
@@ -239,7 +243,7 @@ def _on_tune(
         if not director.is_done:
             workers: ClusterConfig = shares.cluster
             say(f"{shares.slots} runs at a time, of {workers.workers} workers each")
-            run_on_tune(director, shares.slots, say)
+            run_trials(DirectedTrials(director, say), carry_out, shares.slots)
         return director
 
 

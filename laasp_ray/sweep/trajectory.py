@@ -52,7 +52,7 @@ class EndsBeforeFinal:
 
 
 class Observers:
-    """Several observers as one, told in order."""
+    """Several observers as one, called in order."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers

@@ -27,7 +27,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SAME_LEVEL_ALLOWED: set[tuple[str, str]] = set()
 AT_THE_ROOT = {"__init__.py", "api.py", "errors.py", "records.py"}
 QUARANTINE = {
-    "ray": ("distributed/", "api.py", "cli/main.py", "sweep/tuning.py"),
+    "ray": ("distributed/", "api.py", "cli/main.py"),
     "torch_pruning": (),
     "nvidia": ("data/loaders/dali.py",),
     "pyarrow": ("store/", "data/"),
