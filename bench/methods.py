@@ -37,7 +37,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -58,6 +58,7 @@ from laasp_ray.run.events import Happening, PhaseStarted
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
+RECIPE = "resnet20_cifar10"
 BUDGET = (
     "train.prune_epoch=130",
     "train.epochs=135",
@@ -87,6 +88,18 @@ COMPARED = {
     "uniform": Method(of_seed=lambda seed: UniformPruning()),
     "random": Method(of_seed=RandomPruning),
 }
+MADE_UP = ("prune.compensate=full", "prune.reestimate_batchnorm=true")
+POOL = 'prune.criteria=["l1", "l2", "euclidean", "cosine", "obs"]'
+COMPENSATED = {
+    **{f"{name}+c": replace(method, settings=(*method.settings, *MADE_UP)) for name, method in COMPARED.items()},
+    "obs": Method(('prune.criteria=["obs"]',)),
+    "obs+c": Method(('prune.criteria=["obs"]', *MADE_UP)),
+    "pool+obs": Method((POOL,)),
+    "pool+obs+c": Method((POOL, *MADE_UP)),
+    "l1+obs+c": Method(('prune.criteria=["l1", "obs"]', *MADE_UP)),
+    "pool+obs+channels": Method((POOL, "prune.compensate=channels", MADE_UP[1])),
+    "pool+obs+c-batchnorm": Method((POOL, MADE_UP[0])),
+}
 OPTIONS = {
     "laasp-distillation": Method(("train.distill=0.5",)),
     "laasp-label_smoothing": Method(("train.label_smoothing=0.1",)),
@@ -103,7 +116,7 @@ OPTIONS = {
     "laasp-without_cosine": Method(('prune.criteria=["l1", "l2", "euclidean"]',)),
     "laasp-three_prunes": Method(("prune.prunes_per_iteration=3", "search.racing=off")),
 }
-METHODS = COMPARED | OPTIONS
+METHODS = COMPARED | COMPENSATED | OPTIONS
 
 
 @dataclass(frozen=True)
@@ -278,14 +291,17 @@ def config_of(method: str, seed: int, target: float, place: Place) -> RunConfig:
         f"name={method}-{target:g}-seed{seed}",
     )
 
-    def with_settings(*settings: str) -> RunConfig:
-        return overridden(recipe("resnet20_cifar10"), argparse.Namespace(flags={}, set=[*shared, *settings]))
-
-    chosen = METHODS[method]
-    config = with_settings(*chosen.settings, *chosen.target(target))
-    plain, train = with_settings().train, config.train
+    config = settings_of(method, target, shared)
+    plain, train = overridden(recipe(RECIPE), argparse.Namespace(flags={}, set=[*shared])).train, config.train
     scale = plain.learning_rate_at(plain.prune_epoch) / train.learning_rate_at(train.prune_epoch)
     return dataclasses.replace(config, train=dataclasses.replace(train, learning_rate=train.learning_rate * scale))
+
+
+def settings_of(method: str, target: float, shared: Sequence[str], name: str = RECIPE) -> RunConfig:
+    """The recipe `name` with the settings `shared`, those of the method, and its target."""
+    chosen = METHODS[method]
+    settings = [*shared, *chosen.settings, *chosen.target(target)]
+    return overridden(recipe(name), argparse.Namespace(flags={}, set=settings))
 
 
 def _names(text: str) -> list[str]:

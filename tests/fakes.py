@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 
 from laasp_ray.pruning.network import NetworkState
+from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss, RunState
 from laasp_ray.run.events import Happening, Observer
 from laasp_ray.search.activations import ImportanceRequest
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
+from laasp_ray.search.grams import Grams
 from laasp_ray.search.schedule import OnResult, OnShare
 
 
@@ -53,6 +55,12 @@ class FakeExecutor(Executor):
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         raise AssertionError(f"no importance should be asked for, that of {wanted.layers} is")
+
+    def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
+        raise AssertionError(f"no moments should be asked for, those of {readers} are")
+
+    def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
+        raise AssertionError(f"no statistics should be asked for, those behind {behind} are")
 
     def close(self) -> None:
         return None

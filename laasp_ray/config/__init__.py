@@ -9,7 +9,7 @@ from laasp_ray.config.laasp import DEFAULT_CRITERIA, LaaspConfig, StepRule
 from laasp_ray.config.methods import SECTIONS
 from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.pls import POOLING, PlsConfig
-from laasp_ray.config.prune import TARGETS, FilterPruneConfig, PruneConfig
+from laasp_ray.config.prune import TARGETS, Compensate, FilterPruneConfig, PruneConfig
 from laasp_ray.config.run import RunConfig
 from laasp_ray.config.search import SearchConfig
 from laasp_ray.config.train import TrainConfig
@@ -17,6 +17,7 @@ from laasp_ray.config.train import TrainConfig
 __all__ = [
     "DATA_FORMATS",
     "ClusterConfig",
+    "Compensate",
     "DEFAULT_CRITERIA",
     "DataConfig",
     "FilterPruneConfig",

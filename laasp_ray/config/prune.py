@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.names import is_import_path
@@ -17,6 +17,7 @@ from laasp_ray.config.names import is_import_path
 if TYPE_CHECKING:
     from laasp_ray.config.run import RunConfig
 
+Compensate = Literal["off", "channels", "full"]
 TARGETS = {"FLOPs": "flops_reduction", "parameters": "parameters_reduction", "latency": "latency_reduction"}
 """Quantity that a target can have -> its key in `prune`."""
 
@@ -88,6 +89,16 @@ class FilterPruneConfig(PruneConfig):
     latency_batch: Annotated[int, Doc("images a batch when latency is measured, at least 1")] = 1
     iterations: Annotated[int, Doc("iterations after which pruning ends even short of the target; 0: no bound")] = 0
     extra_layers: Annotated[tuple[str, ...], Doc("linear layers that are candidates too, by name")] = ()
+    compensate: Annotated[
+        Compensate,
+        Doc(
+            "how layers make up for the channels that they lose: full, by least squares over kernels' taps; channels, "
+            "one mix for all taps; off"
+        ),
+    ] = "off"
+    reestimate_batchnorm: Annotated[
+        bool, Doc("after a prune, BatchNorms behind it get their statistics from the calibration images")
+    ] = False
     round_to: Annotated[int, Doc("a prune leaves a layer with a multiple of so many filters; 1: any number")] = 1
     fine_tune_every: Annotated[
         float, Doc("share of FLOPs removed between two fine-tunes, 0 to 1; 0: after every prune")
@@ -121,6 +132,8 @@ class FilterPruneConfig(PruneConfig):
             off = "without a target (prune.flops_reduction and others), when nothing is pruned"
             check_left(self, "prune.iterations", off)
             check_left(run.train, "train.distill", off)
+        enough = run.search.images >= 2 or not self.reestimate_batchnorm
+        check(enough, "search.images", run.search.images, "at least 2 with prune.reestimate_batchnorm")
 
 
 def check_left(section: Any, key: str, why: str) -> None:

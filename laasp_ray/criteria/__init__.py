@@ -1,9 +1,9 @@
-"""Criteria for the least important filters of a layer, by name or import path. There are two kinds.
+"""Criteria for the least important filters of a layer, by name or import path. There are two kinds, and obs.
 
 A criterion of weights is a pure function: weights of shape (N, K), one row for each filter, to scores of shape (N,) on
 the same device. A criterion of data (DataCriterion) scores the outputs of filters on images, for all layers at once.
 search/activations.py runs the network and passes the outputs to it. The filters with the lowest scores are pruned
-first.
+first. The criterion obs (obs.py) takes filters one by one, by what the layers that read them cannot make up for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.criteria import magnitude as _magnitude
+from laasp_ray.criteria import obs as _obs
 from laasp_ray.criteria import of_data as _of_data
 from laasp_ray.criteria import pls as _pls
 from laasp_ray.criteria import similarity as _similarity
@@ -38,7 +39,7 @@ __all__ = [
     "register",
     "scores",
 ]
-_BUILT_IN = (_magnitude, _similarity, _pls)
+_BUILT_IN = (_magnitude, _similarity, _pls, _obs)
 """Modules that register criteria when they are imported."""
 
 
@@ -82,6 +83,8 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     criterion = get(name)
     if _of_data.is_data_criterion(criterion):
         raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
+    if name == _obs.NAME:
+        return _obs.obs(rows)
     try:
         result = cast(Criterion, criterion)(rows)
     except Exception as error:  # a user's function can raise any error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,21 @@ from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed import importance
 from laasp_ray.distributed.cluster import ResourcePlan
+from laasp_ray.distributed.grams import spread_grams
 from laasp_ray.distributed.process import PROCESS
 from laasp_ray.distributed.search_workers import Job, SearchWorkers
 from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.errors import UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Losses
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
+from laasp_ray.search.grams import Grams, gram_chunks, parts
 from laasp_ray.search.memory import REMEDY, retried
 from laasp_ray.search.remembering import BranchPointMemory
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
@@ -94,6 +97,17 @@ class RayExecutor:
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         chunks = chunks_of(self._images, self._search.batch_size)
         return importance.spread(self._workers, self._inputs(network), wanted, chunks)
+
+    def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
+        chunks = gram_chunks(self._images, self._search.batch_size)
+        some = parts(readers, self._search.memory_bytes)
+        return spread_grams(self._workers, self._inputs(network), some, chunks)
+
+    def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
+        remedy = "leave out prune.reestimate_batchnorm"
+        arguments = [self._inputs(network), tuple(behind)]
+        arrays = self._workers.call(Job(statistics_task, arguments, "the measurement of BatchNorm statistics", remedy))
+        return unpack(arrays, copy=True)
 
     def _inputs(self, network: NetworkState) -> list[Any]:
         """References to the unpruned network, to this one and to the calibration set."""
@@ -166,6 +180,6 @@ def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarr
     return engine.losses([tasks[position] for position in positions], images)
 
 
-def statistics_task(inputs: list[Any]) -> dict[str, np.ndarray]:
+def statistics_task(inputs: list[Any], behind: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The iteration's BatchNorm statistics; references inside `inputs` are kept by the process."""
-    return pack(reestimate(*PROCESS.network(*inputs)))
+    return pack(reestimate(*PROCESS.network(*inputs), behind))

@@ -12,20 +12,23 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
-from laasp_ray.config import FilterPruneConfig, PruneConfig, RunConfig
+from laasp_ray.config import Compensate, FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.cost.macs import Macs, count_macs
 from laasp_ray.errors import ConfigError, ExhaustedError, SearchError
 from laasp_ray.methods.estimate import Estimate
 from laasp_ray.methods.memory import IterationMemory
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, graph_for, prepare_filters
 from laasp_ray.pruning.channels import Removal, plan_of
+from laasp_ray.pruning.compensation import NOTHING, MadeUp, apply_compensated
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.masking import mask_of
-from laasp_ray.pruning.network import NetworkState
+from laasp_ray.pruning.network import NetworkState, capture
 from laasp_ray.pruning.plan import Plan, macs_after, pruned_macs
+from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.records import CandidateLoss, Decision, LayerPrune, MeasuredLoss, Ranking
 from laasp_ray.search.candidates import NETWORK_BEFORE, Baseline
+from laasp_ray.search.compensating import Compensator, Measured
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
 
@@ -41,9 +44,9 @@ class IterationResult:
 
     `step` is the plan of the prune in `decision`; both are None if no filters are removed. `ranking` has the
     candidates' losses; it is empty for a method that compares no candidates. `network` has new weights of the same
-    shapes. `masks` (parameter -> packed mask) mark the weights that stay zero from now on. `ends_pruning` says whether
-    this was the last iteration; with None the run's targets decide. `details` are copied into the event. `text` is the
-    progress line if there is no decision.
+    shapes. `weights` are tensors that have new values after `step`. `masks` (parameter -> packed mask) mark the weights
+    that stay zero from now on. `ends_pruning` says whether this was the last iteration; with None the run's targets
+    decide. `details` are copied into the event. `text` is the progress line if there is no decision.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -51,6 +54,7 @@ class IterationResult:
     step: Plan | None = None
     ranking: Ranking = field(default_factory=lambda: Ranking([]))
     network: NetworkState | None = None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     masks: Mapping[str, bytes] | None = None
     ends_pruning: bool | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -96,7 +100,8 @@ class IterationContext(Generic[Section]):
     """The state of a run at the start of an iteration. A method must not change it.
 
     `model` is `network` rebuilt, on the CPU and in eval mode. `example_input` is (1, C, H, W). `iteration` counts from
-    1. `memory` is the same object in all iterations of a run.
+    1. `memory` is the same object in all iterations of a run. `measured` is the last trained network, with the prunes
+    since; None: `network` itself.
     """
 
     model: nn.Module
@@ -110,6 +115,7 @@ class IterationContext(Generic[Section]):
     masks: Mapping[str, bytes] = field(default_factory=dict)
     clock: Stopwatch = field(default_factory=Stopwatch)
     memory: IterationMemory = field(default_factory=IterationMemory)
+    measured: Measured | None = None
 
     @cached_property
     def graph(self) -> PruningGraph:
@@ -138,9 +144,47 @@ class IterationContext(Generic[Section]):
         """The share of the unpruned network's multiply-accumulates that is removed after `step`."""
         return 1 - macs_after(self.macs, step) / self.baseline.macs.total
 
+    @property
+    def _compensate(self) -> Compensate:
+        return self.config.compensate if isinstance(self.config, FilterPruneConfig) else "off"
+
+    @cached_property
+    def compensator(self) -> Compensator:
+        """What compensates prunes of `model`. Its moments are measured when it is first asked for."""
+        mode = self._compensate
+        return self.memory.compensation.at(
+            self.model,
+            self.graph,
+            "full" if mode == "off" else mode,
+            self.measured or Measured(self.network),
+            self.executor.grams,
+        )
+
+    def made_up(self, removal: Removal) -> MadeUp:
+        """How readers make up for a prune; empty if `prune.compensate` is off."""
+        return NOTHING if self._compensate == "off" else self.compensator.made_up(removal)
+
+    def carried_out(self, removal: Removal, made_up: MadeUp) -> tuple[Plan, dict[str, torch.Tensor]]:
+        """The plan of a prune, and the tensors that have new values after it."""
+        step = plan_of(removal)
+        reestimates = isinstance(self.config, FilterPruneConfig) and self.config.reestimate_batchnorm
+        if not made_up and not reestimates:
+            return step, {}
+        model = clone_sharing_parameters(self.model)
+        norms = self.compensator.norms if made_up else {}
+        step = apply_compensated(model, step, made_up, norms)
+        after = capture(model, self.network.plan.then(step))
+        layers = [layer for name in made_up for layer in (name, norms.get(name, name))]
+        changed = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias", "running_mean")}
+        found = {name: tensor for name, tensor in after.tensors.items() if name in changed}
+        if reestimates:
+            readers = [side.module for side, channels in removal.items() if channels and side.role == "inputs"]
+            found |= self.executor.statistics(after, readers)
+        return step, found
+
     def measure(self, removal: Removal, name: str) -> tuple[MeasuredLoss, float]:
         """The loss without these channels, and the loss of the current network. Errors call the prune `name`."""
-        tasks = [LossTask(name, plan_of(removal), mask_of(removal)), NETWORK_BEFORE]
+        tasks = [LossTask(name, plan_of(removal), mask_of(removal), self.made_up(removal)), NETWORK_BEFORE]
         after, before = self.executor.measure(self.scored, tasks, lambda position, result: None, lambda share: None)
         return after, before.loss
 
@@ -156,10 +200,10 @@ class IterationContext(Generic[Section]):
                 f"{criterion} chose no filter in iteration {self.iteration}: there is nothing to prune"
             )
         removal = joint_removal(self.graph, filters)
-        step = plan_of(removal)
         after, before = self.measure(removal, f"the prune by {criterion}")
         if after.error:
             raise SearchError(f"the network that {criterion} leaves cannot be evaluated: {after.error}")
+        step, weights = self.carried_out(removal, self.made_up(removal))
         self.clock.lap("evaluate")
         first, *further = [
             LayerPrune(layer=layer, criterion=criterion, filters=chosen) for layer, chosen in filters.items()
@@ -174,7 +218,7 @@ class IterationContext(Generic[Section]):
             flops_reduction=self.flops_reduction(step),
             further=tuple(further),
         )
-        return IterationResult(decision=decision, step=step, seconds=self.clock.seconds)
+        return IterationResult(decision=decision, step=step, weights=weights, seconds=self.clock.seconds)
 
 
 class PruningMethod(ABC, Generic[Section]):

@@ -15,8 +15,10 @@ from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
 logger = logging.getLogger(__name__)
 
 
-def with_next_best(now: IterationContext[LaaspConfig], decision: Decision, ranking: Ranking) -> tuple[Decision, Plan]:
-    """Adds the next best candidates to `decision`, which is for the best of `ranking`; also returns their common plan.
+def with_next_best(
+    now: IterationContext[LaaspConfig], decision: Decision, ranking: Ranking
+) -> tuple[Decision, Removal]:
+    """Adds the next best candidates to `decision`, which is for the best of `ranking`; also returns what they remove.
 
     There are at most `prune.prunes_per_iteration` prunes. Candidates are taken in the order of `ranking`. A candidate
     is taken if its loss is finite, no race dropped it, and no candidate before it changes the same side of a module.
@@ -25,23 +27,22 @@ def with_next_best(now: IterationContext[LaaspConfig], decision: Decision, ranki
     bounds the error for the best only (search/racing.py): the others are in the order of their estimates.
     """
     picked, removal = _pick(now, ranking)
-    step = plan_of(removal)
     if len(picked) == 1:
-        return decision, step
+        return decision, removal
     joint, _ = now.measure(removal, "this iteration's prunes together")
     if not math.isfinite(joint.loss):
         names = ", ".join(entry.candidate.name for entry in picked)
         logger.warning("only the best goes of %s: together they have no loss (%s)", names, joint.error or "infinite")
-        return decision, now.graph.step(decision.layer, decision.filters)
+        return decision, now.graph.removal(decision.layer, decision.filters)
     decision = replace(
         decision,
         loss=joint.loss,
-        flops_reduction=now.flops_reduction(step),
+        flops_reduction=now.flops_reduction(plan_of(removal)),
         further=tuple(
             LayerPrune(layer=entry.layer, criterion=entry.criterion, filters=entry.filters) for entry in picked[1:]
         ),
     )
-    return decision, step
+    return decision, removal
 
 
 def _pick(now: IterationContext[LaaspConfig], ranking: Ranking) -> tuple[list[CandidateLoss], Removal]:

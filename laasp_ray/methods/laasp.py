@@ -9,8 +9,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from laasp_ray import criteria
 from laasp_ray.config import LaaspConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
+from laasp_ray.criteria.obs import NAME as OBS
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import ConfigError, LaaspError
 from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
@@ -26,12 +28,16 @@ from laasp_ray.methods.estimate import Estimate, assumed, described
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
+from laasp_ray.pruning.channels import Removal, plan_of
+from laasp_ray.pruning.compensation import NOTHING, MadeUp
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.plan import parameters_after
-from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
+from laasp_ray.records import CandidateLoss, Decision, MeasuredLoss, Ranking
 from laasp_ray.search.activations import ImportanceRequest, check_request
-from laasp_ray.search.candidates import propose, ranking_of, tasks_of
+from laasp_ray.search.candidates import counts_of, propose, ranking_of, tasks_of
 from laasp_ray.search.engine import BranchPoints
+from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
@@ -78,11 +84,16 @@ class Laasp(PruningMethod[LaaspConfig]):
         config, graph, macs = context.config, context.graph, context.macs
         context.clock.lap("graph")
         network = context.scored
-        given = {
+        given: dict[str, Mapping[str, torch.Tensor]] = {
             name: context.executor.importance(network, ImportanceRequest.of(graph.layers, name, config))
             for name in _of_data(config)
         }
-        proposals = propose(context.model, graph, macs, context.baseline, config, given, context.memory.scores)
+        if OBS in config.criteria:
+            counts = counts_of(graph, macs, context.baseline, config)
+            given[OBS] = context.compensator.obs_scores(context.model, graph, counts)
+        proposals = propose(
+            context.model, graph, macs, context.baseline, config, given, context.memory.scores, context.made_up
+        )
         context.clock.lap("propose")
         done = reported = 0
 
@@ -104,17 +115,27 @@ class Laasp(PruningMethod[LaaspConfig]):
         results = context.executor.measure(network, tasks_of(proposals), on_result, on_share)
         ranking = ranking_of(proposals, results)
         _say_copied(ranking)
-        decision, step = with_next_best(
+        decision, removal = with_next_best(
             context, decide(ranking, iteration=context.iteration, loss_before=results[-1].loss), ranking
         )
+        decision, made_up, details = _if_it_helps(context, decision, removal)
         context.clock.lap("evaluate")
-        return IterationResult(decision=decision, step=step, ranking=ranking, seconds=context.clock.seconds)
+        step, weights = context.carried_out(removal, made_up)
+        context.clock.lap("compensate")
+        return IterationResult(
+            decision=decision,
+            step=step,
+            weights=weights,
+            ranking=ranking,
+            details=details,
+            seconds=context.clock.seconds,
+        )
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> LaaspEstimate:
         config, prune = network.config, section_of(network.config, LaaspConfig)
         started = time.perf_counter()
         graph, macs = network.graph(), count_macs(network.model, network.example_input)
-        drawn = {name: _drawn_scores(graph, name, config.seed) for name in _of_data(prune)}
+        drawn = {name: _drawn_scores(graph, name, config.seed) for name in (*_of_data(prune), *_obs(prune))}
         proposals = propose(network.model, graph, macs, prepared.baseline, prune, drawn)
         preparing = time.perf_counter() - started
         branch_points = BranchPoints(deep_copy(network.model).eval(), network.example_input)
@@ -131,6 +152,7 @@ class Laasp(PruningMethod[LaaspConfig]):
         # prunes together.
         passes = sum(costs) / whole
         passes += 1 + config.search.reestimate_batchnorm + len(drawn) + 2 * (prune.prunes_per_iteration > 1)
+        passes += 2 * (prune.compensate != "off") + prune.reestimate_batchnorm
         count = sum(1 + len(proposal.candidate.also) for proposal in proposals)
         together = f", {prune.prunes_per_iteration} together" if prune.prunes_per_iteration > 1 else ""
         rows = [
@@ -158,15 +180,39 @@ class Laasp(PruningMethod[LaaspConfig]):
         )
 
 
+def _if_it_helps(
+    now: IterationContext[LaaspConfig], decision: Decision, removal: Removal
+) -> tuple[Decision, MadeUp, dict[str, Any]]:
+    """The decision, and how its prune is made up for: not at all if its loss is lower without.
+
+    Both losses are of all calibration images, as an estimate of a race could not be compared.
+    """
+    made_up = now.made_up(removal)
+    if not made_up:
+        return decision, made_up, {}
+    plan, mask = plan_of(removal), mask_of(removal)
+    tasks = [LossTask("the chosen prune, made up for", plan, mask, made_up), LossTask("the chosen prune", plan, mask)]
+    full, plain = now.executor.measure(now.scored, tasks, lambda position, result: None, lambda share: None)
+    helps = not plain.loss < full.loss
+    if not helps:
+        logger.info("the chosen prune is not made up for: its loss is %g without, %g with", plain.loss, full.loss)
+    decision = replace(decision, loss=full.loss if helps else plain.loss)
+    return decision, made_up if helps else NOTHING, {"compensated": helps, "loss_uncompensated": plain.loss}
+
+
 def _of_data(config: LaaspConfig) -> list[str]:
     return [name for name in config.criteria if looks_at_data(name)]
+
+
+def _obs(config: LaaspConfig) -> list[str]:
+    return [OBS] if OBS in config.criteria else []
 
 
 def _check_criteria(config: LaaspConfig, graph: PruningGraph, model: nn.Module) -> None:
     """Scores one layer with each criterion, so that a user's function fails before hours of training and not after."""
     layer = next(iter(graph.layers))
     for name in config.criteria:
-        if not looks_at_data(name):
+        if not looks_at_data(name) and name != OBS:
             try:
                 criteria.scores(name, model.get_submodule(layer))
             except LaaspError as error:

@@ -13,9 +13,14 @@ import torch
 from torch import nn
 
 from laasp_ray.pruning.channels import Removal
+from laasp_ray.pruning.compensation import Compensation
 
 Mask = Mapping[str, tuple[int, ...]]
 """Convolution or linear layer -> its masked input channels, rising."""
+
+
+Masked = Mapping[str, tuple[int, ...] | Compensation]
+"""The same, or how the layer makes up for these channels."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,20 @@ def mask_of(removal: Removal) -> Mask | CannotMask:
     }
 
 
+def run_masked(
+    module: nn.Module, inputs: torch.Tensor, gone: tuple[int, ...] | Compensation, output: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The layer's output for `inputs` (n, C, ...) without the channels that are gone. `output` is that with all."""
+    if isinstance(gone, Compensation):
+        weight, gain = gone.applied(module.get_parameter("weight"))
+        bias = gain if module.bias is None else gain + module.get_parameter("bias").detach()
+        return _apply(module, inputs, weight, bias)
+    return run_deaf(module, inputs, gone) if output is None else run_deaf_from(module, inputs, output, gone)
+
+
 def run_deaf(module: nn.Module, inputs: torch.Tensor, channels: Sequence[int]) -> torch.Tensor:
     """The layer's output for `inputs` (n, C, ...) with these channels set to zero."""
-    if not _is_plain(module):
+    if not is_plain(module):
         axis = -1 if isinstance(module, nn.Linear) else 1
         return module(inputs.index_fill(axis, torch.tensor(channels, device=inputs.device), 0))
     bias = module.get_parameter("bias").detach() if module.bias is not None else None
@@ -57,7 +73,7 @@ def run_deaf_from(
 
     A layer is linear in its inputs, so a few channels cost a small share of the whole layer.
     """
-    if not _is_plain(module) or getattr(module, "groups", 1) != 1:
+    if not is_plain(module) or getattr(module, "groups", 1) != 1:
         return run_deaf(module, inputs, channels)
     weight = module.get_parameter("weight").detach()
     if len(channels) > FEW * weight.shape[1]:
@@ -77,7 +93,7 @@ def is_bare(module: nn.Module) -> bool:
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether a module is exactly one of torch's layers. A subclass or a parametrised layer is not."""
     return type(module) in _PLAIN and is_bare(module)
 

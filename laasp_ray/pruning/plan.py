@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from laasp_ray.errors import PruningError
 if TYPE_CHECKING:  # replaying a plan needs no counter
     from laasp_ray.cost.macs import Macs
 
-PLAN_VERSION = 1
+PLAN_VERSION, WITH_BIASES = 1, 2
+"""Of a plan's JSON form. Only a plan with new biases has the second, so that others can be read by earlier versions."""
 
 Kept = tuple[tuple[int, ...], ...]
 """Kept indices of one axis: one tuple for all rows, or one for each group of a grouped convolution."""
@@ -36,12 +37,14 @@ class Plan:
     `tensors`: state-dict name -> axis -> kept indices, rising. Axis 0 is selected first. Axis 1 may hold one tuple for
     each group of a grouped convolution: the remaining rows are divided into as many equal contiguous blocks, and each
     block keeps its own columns. `attributes`: module -> attribute -> value afterwards. `layers`: convolution or linear
-    layer -> the filters it keeps. All indices are for the network that the plan is made for.
+    layer -> the filters it keeps. All indices are for the network that the plan is made for. `biases` (sorted) are the
+    layers without a bias that get one, of zeros, before anything is selected.
     """
 
     tensors: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, AttributeValue]] = field(default_factory=dict)
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
 
     @staticmethod
     def empty() -> Plan:
@@ -50,28 +53,38 @@ class Plan:
 
     @property
     def is_empty(self) -> bool:
-        return not self.tensors and not self.attributes
+        return not self.tensors and not self.attributes and not self.biases
+
+    def with_biases(self, layers: Iterable[str]) -> Plan:
+        """This plan, and new biases for `layers`, which have as many values as the layers keep filters."""
+        tensors, new = dict(self.tensors), set(layers) - set(self.biases)
+        for name in new:
+            kept = self.tensors.get(f"{name}.weight", {}).get(0)
+            if kept is not None:
+                tensors[f"{name}.bias"] = {0: kept}
+        return replace(self, tensors=tensors, biases=tuple(sorted({*self.biases, *new}))) if new else self
 
     def then(self, step: Plan) -> Plan:
         """This plan followed by `step`. The indices of `step` are for the network after this plan.
 
         Raises PruningError if `step` keeps an index that this plan removes.
         """
-        tensors = {name: dict(axes) for name, axes in self.tensors.items()}
+        before = self.with_biases(step.biases)
+        tensors = {name: dict(axes) for name, axes in before.tensors.items()}
         for name, axes in step.tensors.items():
-            tensors[name] = _compose_axes(name, self.tensors.get(name, {}), axes, _filters_per_group(step, name))
+            tensors[name] = _compose_axes(name, before.tensors.get(name, {}), axes, _filters_per_group(step, name))
         attributes = {name: dict(values) for name, values in self.attributes.items()}
         for name, values in step.attributes.items():
             attributes[name] = {**attributes.get(name, {}), **values}
         layers = dict(self.layers)
         for name, kept in step.layers.items():
             layers[name] = _compose(layers[name], kept, f"layer {name}") if name in layers else kept
-        return Plan(tensors=tensors, attributes=attributes, layers=layers)
+        return Plan(tensors=tensors, attributes=attributes, layers=layers, biases=before.biases)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as values for `json.dumps`. `from_json` is the inverse."""
         return {
-            "version": PLAN_VERSION,
+            "version": WITH_BIASES if self.biases else PLAN_VERSION,
             "tensors": {
                 name: {str(axis): [list(part) for part in kept] for axis, kept in axes.items()}
                 for name, axes in self.tensors.items()
@@ -81,6 +94,7 @@ class Plan:
                 for name, values in self.attributes.items()
             },
             "layers": {name: list(kept) for name, kept in self.layers.items()},
+            **({"biases": list(self.biases)} if self.biases else {}),
         }
 
     @staticmethod
@@ -88,12 +102,14 @@ class Plan:
         """The inverse of `to_json`. Raises PruningError for another version, an unknown or missing key, or values that
         are not indices.
         """
-        if not isinstance(data, Mapping) or set(data) != {"version", "tensors", "attributes", "layers"}:
+        wanted = {"version", "tensors", "attributes", "layers"}
+        if not isinstance(data, Mapping) or set(data) - {"biases"} != wanted:
             keys = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise PruningError(f"not a plan: has {keys}, wanted the keys attributes, layers, tensors, version")
-        if data["version"] != PLAN_VERSION:
+        if data["version"] not in (PLAN_VERSION, WITH_BIASES):
             raise PruningError(
-                f"plan version {data['version']!r} cannot be read; this version of laasp_ray reads {PLAN_VERSION}"
+                f"plan version {data['version']!r} cannot be read; this version of laasp_ray reads {PLAN_VERSION} and "
+                f"{WITH_BIASES}"
             )
         for key in ("tensors", "attributes", "layers"):
             _want_mapping(data[key], f"plan.{key}")
@@ -103,7 +119,10 @@ class Plan:
             for name, values in data["attributes"].items()
         }
         layers = {name: _indices(kept, f"plan.layers[{name!r}]") for name, kept in data["layers"].items()}
-        return Plan(tensors=tensors, attributes=attributes, layers=layers)
+        biases = data.get("biases", [])
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise PruningError(f"plan.biases is {biases!r}, must be a list of layers' names")
+        return Plan(tensors=tensors, attributes=attributes, layers=layers, biases=tuple(biases))
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -112,8 +131,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Everything is checked before anything is changed, and the shapes are checked again afterwards. Raises PruningError
     naming the tensor and axis that do not fit, or the module whose attributes contradict its tensors.
     """
-    selected = _selected(model, plan)
     modules = dict(model.named_modules())
+    _add_biases(modules, plan.biases)
+    selected = _selected(model, plan)
     for name, values in plan.attributes.items():
         for key in values:
             if name not in modules or not hasattr(modules[name], key):
@@ -127,6 +147,18 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     touched = {name.rpartition(".")[0] for name in plan.tensors} | set(plan.attributes)
     for name in sorted(touched):
         _check_module(name, modules[name])
+
+
+def _add_biases(modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    for name in names:
+        layer = modules.get(name)
+        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+            raise PruningError(f"the plan gives {name} a bias, which is no convolution or linear layer of this network")
+    for name in names:
+        layer = modules[name]
+        if layer.bias is None:
+            weight = layer.get_parameter("weight")
+            layer.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
 
 
 def macs_after(macs: Macs, plan: Plan) -> int:
@@ -260,10 +292,8 @@ def _selected(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
         for other in names.get(id(tensor), ()):
             if plan.tensors.get(other) != axes:
                 raise PruningError(f"{name} and {other} are one tensor, but the plan does not cut both in the same way")
-        clone_sharing_parameters = next(
-            (selected[other] for other in names.get(id(tensor), ()) if other in selected), None
-        )
-        selected[name] = _select(name, tensor, axes) if clone_sharing_parameters is None else clone_sharing_parameters
+        known = next((selected[other] for other in names.get(id(tensor), ()) if other in selected), None)
+        selected[name] = _select(name, tensor, axes) if known is None else known
     return selected
 
 

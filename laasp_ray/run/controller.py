@@ -43,16 +43,20 @@ from laasp_ray.run.events import (
 from laasp_ray.run.state import advance, next_training_phase
 from laasp_ray.run.totals import best_epoch, seconds_spent
 from laasp_ray.search.candidates import Baseline
+from laasp_ray.search.compensating import MOST_STEPS, Measured
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import (
     UNPRUNED,
     delete_checkpoints,
+    delete_weights,
     digest_of_file,
     has_checkpoint,
     load_checkpoint,
+    load_weights,
     numbered_name,
     save_checkpoint,
+    save_weights,
     unpruned_file,
 )
 from laasp_ray.store.journal import Journal, write_candidates
@@ -123,17 +127,23 @@ class Controller:
         checkpoint = load_checkpoint(storage, state.checkpoint, state.digests)
         network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
         optimizer_state = checkpoint.optimizer_state if state.phase_epochs_done else {}
-        for step in state.steps:
-            network = self._after(network, Plan.from_json(step))
+        self._measured = Measured(network)
+        for step, file in zip(state.steps, state.weights, strict=True):
+            network = self._pruned(network, Plan.from_json(step), load_weights(storage, file, state.digests))
         has = masks_file_of(state.digests) is not None or has_masks(storage, state.iteration)
         masks = load_masks(storage, state.iteration, state.digests) if has else {}
         # A run cut off between an iteration and its first epoch has the weights from before the masks.
         return NetworkState(network.plan, masked(network.tensors, masks)), optimizer_state, masks
 
-    def _after(self, network: NetworkState, step: Plan) -> NetworkState:
+    def _pruned(self, network: NetworkState, step: Plan, weights: Mapping[str, torch.Tensor]) -> NetworkState:
+        """The network after a prune, in which these tensors have new values. Keeps what moments are measured on."""
         model = rebuild(self._unpruned, network)
         apply_plan(model, step)
-        return capture(model, network.plan.then(step))
+        after = capture(model, network.plan.then(step))
+        after = NetworkState(after.plan, {**after.tensors, **weights})
+        steps = (*self._measured.steps, step)
+        self._measured = Measured(after) if len(steps) == MOST_STEPS else Measured(self._measured.network, steps)
+        return after
 
     def _record(self, event: RunEvent) -> None:
         """Writes the event, then updates the state. A run killed in between finds the event when it is resumed."""
@@ -218,6 +228,7 @@ class Controller:
             ),
             masks=self._masks,
             memory=self._memory,
+            measured=self._measured,
         )
 
     def _apply(self, result: IterationResult, number: int) -> dict[str, str]:
@@ -225,9 +236,13 @@ class Controller:
         which has the digests."""
         storage = self._parts.storage
         digests: dict[str, str] = {}
-        self._network, self._optimizer_state = result.network or self._network, {}
+        if result.network is not None:
+            self._network, self._measured = result.network, Measured(result.network)
+        self._optimizer_state = {}
         if result.step is not None:
-            self._network = self._after(self._network, result.step)
+            self._network = self._pruned(self._network, result.step, result.weights)
+        if result.weights:
+            digests |= save_weights(storage, number, result.weights, self._parts.attempt)
         if result.masks is not None:
             digests |= save_masks(storage, number, result.masks, self._parts.attempt)
             self._masks = result.masks
@@ -271,7 +286,7 @@ class Controller:
         state, plan, parts = self.state, done.plan, self._parts
         before = state.checkpoint
         self._network = NetworkState(self._network.plan, done.tensors)
-        self._optimizer_state = done.optimizer_state
+        self._measured, self._optimizer_state = Measured(self._network), done.optimizer_state
         name = numbered_name(state.epochs_trained, parts.attempt)
         digests = save_checkpoint(parts.storage, name, model=done.tensors, optimizer_state=done.optimizer_state)
         self._exclude(done.unreadable)
@@ -298,6 +313,8 @@ class Controller:
         keep = [name, UNPRUNED, *([before] if before else [])]
         began = state.epochs_trained - state.phase_epochs_done if self._config.train.keep_checkpoints else None
         delete_checkpoints(parts.storage, keep=keep, attempt=parts.attempt, since=began)
+        if not self._config.train.keep_checkpoints:
+            delete_weights(parts.storage, keep=state.weights, attempt=parts.attempt)
 
     def _exclude(self, names: tuple[str, ...]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]

@@ -3,8 +3,8 @@
 A run to a deep target passes through all shallower ones: it makes the decisions that a run to one of those would make,
 until that target is reached. A fork is a run of its own from there on. It needs nothing of the other run any more.
 
-Where a decision may depend on the target (several prunes an iteration, which end when it is reached; a method that is
-not built in), the fork begins one iteration earlier and makes the last decision itself.
+Where a decision may depend on the target (LAASP's last prune takes no more than it needs; a method that is not built
+in may do anything), the fork begins one iteration earlier and makes the last decision itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from laasp_ray.config import TARGETS, PruneConfig, RunConfig
+from laasp_ray.config import TARGETS, LaaspConfig, PruneConfig, RunConfig
 from laasp_ray.config.compat import differing_keys, value_at, with_current_names
 from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ConfigError, StoreError
@@ -23,7 +23,7 @@ from laasp_ray.run.preflight import open_run, write_config
 from laasp_ray.run.state import advance, initial_state
 from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.addresses import public_data
-from laasp_ray.store.checkpoint import checkpoint_file, unpruned_file
+from laasp_ray.store.checkpoint import WEIGHTS, checkpoint_file, unpruned_file
 from laasp_ray.store.journal import Event, Journal, event_file, started_config
 from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
@@ -121,8 +121,11 @@ def _until_reached(journal: Journal, config: RunConfig) -> tuple[list[Event], Ru
 
 
 def decides_by_target(prune: PruneConfig) -> bool:
-    """Whether a decision of the method may depend on the target, so that a fork makes its last one itself."""
-    return getattr(prune, "prunes_per_iteration", 1) > 1 or is_import_path(prune.method)
+    """Whether a decision of the method may depend on the target, so that a fork makes its last one itself.
+
+    LAASP's last prune takes no more filters than the target needs.
+    """
+    return isinstance(prune, LaaspConfig) or is_import_path(prune.method)
 
 
 def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
@@ -133,9 +136,9 @@ def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
             f"{needed} in {source.uri} is not stored any more: the run went on; begin this run where it was there"
         )
     named = {file for event in events for file in event.data.get("digests", {})} | {needed}
-    weights = {needed, unpruned_file()}
+    weights = {needed, unpruned_file(), *state.weights}
     return [
         file
         for file in sorted(named)
-        if (file in weights or not file.startswith("checkpoints/")) and source.exists(file)
+        if (file in weights or not file.startswith(("checkpoints/", WEIGHTS))) and source.exists(file)
     ]

@@ -17,7 +17,7 @@ from laasp_ray.run.events import (
     RunStarted,
     TrainingPhaseDone,
 )
-from laasp_ray.store.checkpoint import unpruned_file
+from laasp_ray.store.checkpoint import WEIGHTS, unpruned_file
 from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 
@@ -45,9 +45,10 @@ def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
                 checkpoint=event.checkpoint,
                 checkpoint_plan=state.plan,
                 steps=(),
+                weights=(),
                 phase_epochs_done=state.phase_epochs_done + 1,
                 epochs_trained=state.epochs_trained + 1,
-                digests=_replaced(state.digests, event.digests, "checkpoints/"),
+                digests=_replaced(_without_weights(state.digests), event.digests, "checkpoints/"),
             )
         case TrainingPhaseDone():
             following: Phase = "done" if state.phase == "final" else _after_training(state, config)
@@ -81,6 +82,10 @@ def _replaced(known: Mapping[str, str], new: Mapping[str, str], folder: str) -> 
     return stays | {file: digest for file, digest in new.items() if not file.startswith("candidates/")}
 
 
+def _without_weights(digests: Mapping[str, str]) -> dict[str, str]:
+    return {file: digest for file, digest in digests.items() if not file.startswith(WEIGHTS)}
+
+
 def _place_of(event: ImageExcluded) -> tuple[Place, ...]:
     if event.split is None or event.index is None or event.label is None:
         return ()
@@ -97,7 +102,9 @@ def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -
     if event.step is not None:
         before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
         plan = before.then(Plan.from_json(event.step))
-        state = replace(state, plan=plan.to_json(), steps=(*state.steps, event.step))
+        weights = next((file for file in event.digests if file.startswith(WEIGHTS)), "")
+        steps, files = (*state.steps, event.step), (*state.weights, weights)
+        state = replace(state, plan=plan.to_json(), steps=steps, weights=files)
     if event.decision is not None:
         state = replace(
             state,

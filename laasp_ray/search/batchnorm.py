@@ -1,4 +1,4 @@
-"""Measures BatchNorm statistics again on the calibration set, for scoring the current network.
+"""Measures BatchNorm statistics again on the calibration set: for scoring the current network, or to stay in it.
 
 A prune changes the inputs of later layers. Until these layers are trained again, the running statistics of their
 BatchNorms belong to the earlier network, and they affect every measured loss.
@@ -7,7 +7,7 @@ BatchNorms belong to the earlier network, and they affect every measured loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ process or on the memory.
 
 @full_precision()
 @torch.no_grad()
-def reestimate(model: nn.Module, calibration: CalibrationSet) -> dict[str, torch.Tensor]:
+def reestimate(model: nn.Module, calibration: CalibrationSet, behind: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
 
     `model` is in eval mode on the calibration set's device, and is not changed. All images go through it once, in their
@@ -37,20 +37,25 @@ def reestimate(model: nn.Module, calibration: CalibrationSet) -> dict[str, torch
     mean and variance, as in training; all other modules (dropout, for example) are in eval mode. `running_mean` is the
     mean of the batches' means over positions and images. `running_var` is the mean of their unbiased variances. Each
     batch is weighted by its number of images; for equal batches this equals torch's `momentum=None`. A BatchNorm that
-    runs several times averages over all its calls. One that keeps no statistics is left out.
+    runs several times averages over all its calls. One that keeps no statistics is left out. With layers `behind` only
+    those are measured that run after one of these layers, and the others normalise as they are.
 
     Raises MemoryShortError if a batch needs more memory than there is: `search.memory_mb` does not limit this.
     """
     batches = np.array_split(np.arange(len(calibration)), math.ceil(len(calibration) / BATCH))
     what = f"one of the batches of {len(batches[0])} images, which BatchNorm statistics are measured on,"
-    return retried(lambda: _reestimate(model, calibration, batches), what, "leave out search.reestimate_batchnorm")
+    remedy = "leave out search.reestimate_batchnorm and prune.reestimate_batchnorm"
+    return retried(lambda: _reestimate(model, calibration, batches, behind), what, remedy)
 
 
 def _reestimate(
-    model: nn.Module, calibration: CalibrationSet, batches: Sequence[np.ndarray]
+    model: nn.Module, calibration: CalibrationSet, batches: Sequence[np.ndarray], behind: Collection[str]
 ) -> dict[str, torch.Tensor]:
     network = clone_sharing_parameters(model).eval()
     norms = norms_of(network)
+    if behind:
+        later = _running_after(network, calibration.at(np.arange(1))[0], behind)
+        norms = {name: norm for name, norm in norms.items() if norm in later}
     seen = dict.fromkeys(norms.values(), 0)
 
     def weigh(module: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -67,6 +72,22 @@ def _reestimate(
         for name, module in norms.items()
         for kind in ("running_mean", "running_var")
     }
+
+
+def _running_after(model: nn.Module, image: torch.Tensor, layers: Collection[str]) -> set[nn.Module]:
+    """The modules that run after the first of `layers`."""
+    first = {model.get_submodule(name) for name in layers}
+    calls: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: calls.append(module)) for module in model.modules()
+    ]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    start = next((place for place, module in enumerate(calls) if module in first), len(calls))
+    return set(calls[start:])
 
 
 def check_statistics(model: nn.Module) -> None:

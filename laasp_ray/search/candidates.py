@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from laasp_ray.config import FilterPruneConfig, LaaspConfig
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
+from laasp_ray.pruning.compensation import NOTHING, MadeUp
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove, step_sizes
 from laasp_ray.pruning.masking import CannotMask, Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
@@ -28,6 +30,11 @@ NETWORK_BEFORE = LossTask("the network before this iteration's prune", Plan.empt
 """The task of the current network. Its loss is what a candidate's loss is compared with."""
 
 logger = logging.getLogger(__name__)
+
+
+def not_made_up(removal: Removal) -> MadeUp:
+    """Nothing is made up for."""
+    return NOTHING
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Proposal:
     candidate: Candidate
     step: Plan
     mask: Mask | CannotMask
+    made_up: MadeUp = field(default_factory=dict)
 
 
 def measure_baseline(graph: PruningGraph, macs: Macs, config: FilterPruneConfig) -> Baseline:
@@ -76,33 +84,26 @@ def propose(
     config: LaaspConfig,
     given: Scores = NO_SCORES,
     memory: ScoreMemory | None = None,
+    made_up: Callable[[Removal], MadeUp] = not_made_up,
 ) -> list[Proposal]:
     """All candidates for `model`. `graph` and `macs` are the model's own graph and multiply-accumulates.
 
-    `given` has the scores of criteria of data (search/activations.py). `memory` keeps those of criteria of weights from
-    one call to the next. Layers are in network order, and criteria in the
-    pool's order. Criteria that choose the same filters of a layer make one candidate. Layers of one coupled group make
-    one candidate if they remove the same channels; the first of them gets it. Raises ExhaustedError if no layer has a
-    filter left to prune.
+    `given` has the scores of criteria that need more than a layer's weights; a layer that one of them does not score
+    has no pick of it. `memory` keeps the scores of the others from one call to the next. `made_up` says how readers
+    make up for a prune. Layers are in network order, and criteria in the pool's order. A prune that reaches the target
+    takes no more filters than the target needs. Criteria that choose the same filters of a layer make one candidate.
+    Layers of one coupled group make one candidate if they remove the same channels; the first of them gets it. Raises
+    ExhaustedError if no layer has a filter left to prune.
     """
     memory = ScoreMemory() if memory is None else memory
     of_weights = [name for name in config.criteria if name not in given]
     proposals: dict[Hashable, Proposal] = {}
-    for layer, group in graph.layers.items():
-        count = filters_to_remove(
-            group,
-            step_size=baseline.step_sizes.get(layer, 1),
-            original=baseline.filters.get(layer, group.filters),
-            step_rule=config.step_rule,
-            step=config.step,
-            max_pruned=config.max_pruned,
-            round_to=config.round_to,
-        )
-        if count == 0:
-            continue
+    for layer, count in counts_of(graph, macs, baseline, config).items():
+        group = graph.layers[layer]
         known = memory.scores(of_weights, layer, model.get_submodule(layer))
-        scores = {name: given[name][layer] if name in given else known[name] for name in config.criteria}
-        for filters, proposers in _picks(scores, count, group.blocks).items():
+        scores = {name: given[name].get(layer) if name in given else known[name] for name in config.criteria}
+        there = {name: of_filters for name, of_filters in scores.items() if of_filters is not None}
+        for filters, proposers in _picks(there, count, group.blocks).items():
             removal = graph.removal(layer, filters)
             try:
                 step = plan_of(removal)
@@ -120,7 +121,7 @@ def propose(
                 flops_reduction=1 - macs_after(macs, step) / baseline.macs.total,
                 also=tuple((layer, name) for name in proposers[1:]),
             )
-            proposals[key] = Proposal(candidate, step, mask_of(removal))
+            proposals[key] = Proposal(candidate, step, mask_of(removal), made_up(removal))
     if not proposals:
         rounded = f" and prune.round_to={config.round_to}" if config.round_to > 1 else ""
         raise ExhaustedError(
@@ -130,9 +131,53 @@ def propose(
     return list(proposals.values())
 
 
+def counts_of(graph: PruningGraph, macs: Macs, baseline: Baseline, config: LaaspConfig) -> dict[str, int]:
+    """Layer -> the number of filters that a prune of it takes, for layers that have any to give."""
+    counts = {}
+    for layer, group in graph.layers.items():
+        count = filters_to_remove(
+            group,
+            step_size=baseline.step_sizes.get(layer, 1),
+            original=baseline.filters.get(layer, group.filters),
+            step_rule=config.step_rule,
+            step=config.step,
+            max_pruned=config.max_pruned,
+            round_to=config.round_to,
+        )
+        if count:
+            counts[layer] = _enough(graph, layer, count, macs, baseline, config)
+    return counts
+
+
+def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: Baseline, config: LaaspConfig) -> int:
+    """The least number of filters up to `count` with which a prune of the layer reaches the targets, or `count`."""
+    group = graph.layers[layer]
+    width = group.filters // group.blocks
+
+    def reaches(filters: int) -> bool:
+        some = [block * width + index for block in range(group.blocks) for index in range(filters // group.blocks)]
+        try:
+            step = graph.step(layer, some)
+        except PruningError:
+            return False
+        gone = {
+            "FLOPs": 1 - macs_after(macs, step) / baseline.macs.total,
+            "parameters": 1 - parameters_after(graph.shapes, step) / baseline.parameters,
+        }
+        return all(of in gone and gone[of] >= share for of, share in config.targets.items())
+
+    if not config.targets or not reaches(count):
+        return count
+    unit = math.lcm(group.blocks, config.round_to)
+    fewer = [group.filters - kept for kept in range(unit, group.filters, unit) if group.filters - kept < count]
+    return next((filters for filters in sorted(fewer) if reaches(filters)), count)
+
+
 def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:
     """The tasks that measure the proposals. The last task is the current network."""
-    tasks = [LossTask(proposal.candidate.name, proposal.step, proposal.mask) for proposal in proposals]
+    tasks = [
+        LossTask(proposal.candidate.name, proposal.step, proposal.mask, proposal.made_up) for proposal in proposals
+    ]
     return [*tasks, NETWORK_BEFORE]
 
 

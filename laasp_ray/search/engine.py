@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError, describe_error
-from laasp_ray.pruning.masking import CannotMask, Mask
+from laasp_ray.pruning.masking import CannotMask, Masked
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import full_precision
@@ -283,9 +283,9 @@ def _cross_entropies(outputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     return functional.cross_entropy(outputs.float(), labels, reduction="none").cpu().numpy()
 
 
-def _mask(task: LossTask) -> Mask:
+def _mask(task: LossTask) -> Masked:
     assert isinstance(task.mask, Mapping)
-    return task.mask
+    return {layer: task.made_up.get(layer, channels) for layer, channels in task.mask.items()}
 
 
 def _cut(positions: Sequence[int], size: int) -> list[list[int]]:

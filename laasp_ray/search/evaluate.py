@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from laasp_ray.errors import SearchError, UnmaskedError
+from laasp_ray.pruning.compensation import MadeUp, apply_compensated
 from laasp_ray.pruning.masking import CannotMask, Mask
-from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
@@ -63,12 +64,14 @@ class CalibrationSet:
 class LossTask:
     """A prune whose loss is to be measured. Errors call it `name`. With an empty step it is the current network.
 
-    `mask` has the same effect as `step` without cutting, or is the reason why there is no mask.
+    `mask` has the same effect as `step` without cutting, or is the reason why there is no mask. `made_up` says how the
+    layers that read the removed channels make up for them; those that it does not name do not.
     """
 
     name: str
     step: Plan
     mask: Mask | CannotMask = NO_MASK
+    made_up: MadeUp = field(default_factory=dict, compare=False)
 
     @property
     def unpruned(self) -> bool:
@@ -122,5 +125,5 @@ def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:
     if task.step.is_empty and not task.unpruned:
         raise UnmaskedError(f"{task.name} came without the plan to cut it by, and its mask cannot be used here")
     pruned = clone_sharing_parameters(model)
-    apply_plan(pruned, task.step)
+    apply_compensated(pruned, task.step, task.made_up)
     return pruned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 from laasp_ray.config import SearchConfig
 from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
+from laasp_ray.search.grams import Grams, grams
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
@@ -40,6 +42,12 @@ class Executor(Protocol):
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         """The scores of filters by a criterion of data. Errors are those of search/activations.py."""
 
+    def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
+        """The sums of products of these layers' inputs (search/grams.py)."""
+
+    def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
+        """The statistics of the BatchNorms that run after one of the layers `behind`, measured again."""
+
     def close(self) -> None: ...
 
 
@@ -55,6 +63,12 @@ class _NoExecutor:
         raise SearchError("a method whose measures_losses is False has no executor: set it to True")
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
+        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+
+    def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
+        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+
+    def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
         raise SearchError("a method whose measures_losses is False has no executor: set it to True")
 
     def close(self) -> None:
@@ -87,6 +101,12 @@ class InProcessExecutor:
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         return importance(*self._ready(network), wanted)
+
+    def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
+        return grams(*self._ready(network), readers, self._search.memory_bytes)
+
+    def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
+        return reestimate(*self._ready(network), behind)
 
     def close(self) -> None:
         return None

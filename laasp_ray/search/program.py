@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.errors import is_out_of_memory
-from laasp_ray.pruning.masking import CannotMask, Mask, run_deaf, run_deaf_from
+from laasp_ray.pruning.masking import CannotMask, Masked, run_masked
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Program:
 
     @torch.inference_mode()
     def run(
-        self, images: torch.Tensor, branches: Mapping[BranchPoint, Sequence[Sequence[Mask]]], *, whole: bool
+        self, images: torch.Tensor, branches: Mapping[BranchPoint, Sequence[Sequence[Masked]]], *, whole: bool
     ) -> Iterator[tuple[BranchPoint | None, int, Outcome]]:
         """The outputs for `images` of every branch and, if `whole`, of the unchanged network.
 
@@ -216,7 +216,7 @@ class Program:
             frees.setdefault(self._last_reader[position], []).append(position)
         return frees
 
-    def _attempt(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> Outcome:
+    def _attempt(self, branch_point: BranchPoint, masks: Sequence[Masked], unchanged: Mapping[int, Any]) -> Outcome:
         try:
             return self._branch(branch_point, masks, unchanged)
         except Exception as error:  # the network's own code may raise any error; it is the candidate's error
@@ -224,7 +224,7 @@ class Program:
                 raise
             return error.with_traceback(None)  # the traceback's frames hold the branch's values
 
-    def _branch(self, branch_point: BranchPoint, masks: Sequence[Mask], unchanged: Mapping[int, Any]) -> torch.Tensor:
+    def _branch(self, branch_point: BranchPoint, masks: Sequence[Masked], unchanged: Mapping[int, Any]) -> torch.Tensor:
         frees = self._branch_frees(branch_point)
         values: dict[int, Any] = {}
         times = len(masks)
@@ -251,17 +251,17 @@ class Program:
         return values[branch_point.affected[-1]]
 
     def _deaf(
-        self, layer: str, masks: Sequence[Mask], inputs: torch.Tensor, output: torch.Tensor | None
+        self, layer: str, masks: Sequence[Masked], inputs: torch.Tensor, output: torch.Tensor | None
     ) -> torch.Tensor:
         """A layer's outputs, mask by mask. `output` is the unchanged one; it is given if all masks read the same
         `inputs`.
         """
         module, channels = self._modules[layer], [mask[layer] for mask in masks]
         if output is not None:
-            parts = [run_deaf_from(module, inputs, output, gone) for gone in channels]
+            parts = [run_masked(module, inputs, gone, output) for gone in channels]
         else:
             rows = inputs.chunk(len(masks))
-            parts = [run_deaf(module, some, gone) for some, gone in zip(rows, channels, strict=True)]
+            parts = [run_masked(module, some, gone) for some, gone in zip(rows, channels, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def perform(self, operation: Operation, value: Callable[[int], Any], overwrite: bool) -> Any:

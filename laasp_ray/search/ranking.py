@@ -4,28 +4,35 @@ cluster.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, SearchConfig, StepRule
+from laasp_ray.config import DEFAULT_CRITERIA, Compensate, LaaspConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
+from laasp_ray.criteria.obs import NAME as OBS
 from laasp_ray.errors import PruningError
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.pruning.channels import Removal
+from laasp_ray.pruning.compensation import MadeUp
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.arguments import checked_data, checked_search, taken_by
 from laasp_ray.search.batchnorm import check_statistics
-from laasp_ray.search.candidates import measure_baseline, propose, ranking_of, tasks_of
+from laasp_ray.search.candidates import counts_of, measure_baseline, not_made_up, propose, ranking_of, tasks_of
+from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, Prepare
 from laasp_ray.search.executor import SerialBackend, settings_of
+from laasp_ray.search.grams import grams
 from laasp_ray.search.schedule import measure
 
 __all__ = ["rank"]
@@ -51,6 +58,7 @@ def rank(
     memory_mb: int = 0,
     components: int = 2,
     pooling: str = "max",
+    compensate: Compensate = "off",
     seed: int = 0,
 ) -> Ranking:
     """Every prune that one iteration of LAASP could make on `model`, with its loss, lowest loss first.
@@ -66,7 +74,8 @@ def rank(
     which come first. With a probability of at least 1 - `racing_error` the choice is the same as without racing. `seed`
     draws the samples. Criteria of data get `components` and `pooling` if they accept them: pls fits that many
     components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a share of the free
-    memory).
+    memory). With `compensate` every prune is measured with the layers that read its channels made up for (see
+    config/prune.py).
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not
@@ -83,6 +92,7 @@ def rank(
         criteria=tuple(criteria),
         components=components,
         pooling=pooling,
+        compensate=compensate,
     )
     for network in (model,) if reference is None else (model, reference):
         check_suitable(network)
@@ -115,12 +125,25 @@ def _rank(
         baseline = measure_baseline(graph, macs, config)
     else:
         baseline = measure_baseline(graph_of(reference), count_macs(reference, example), config)
-    given = {
+    given: dict[str, Mapping[str, torch.Tensor]] = {
         name: importance(model, calibration, ImportanceRequest.of(graph.layers, name, config))
         for name in config.criteria
         if looks_at_data(name)
     }
-    proposals = propose(model, graph, macs, baseline, config, given)
+    made_up: Callable[[Removal], MadeUp] = not_made_up
+    if config.compensate != "off" or OBS in config.criteria:
+        compensator = CompensationMemory().at(
+            model,
+            graph,
+            "full" if config.compensate == "off" else config.compensate,
+            Measured(capture(model, Plan.empty())),
+            lambda network, readers: grams(model, calibration, readers, search.memory_bytes),
+        )
+        if OBS in config.criteria:
+            given[OBS] = compensator.obs_scores(model, graph, counts_of(graph, macs, baseline, config))
+        if config.compensate != "off":
+            made_up = compensator.made_up
+    proposals = propose(model, graph, macs, baseline, config, given, made_up=made_up)
     tasks = tasks_of(proposals)
     backend = SerialBackend(Engine(model, calibration, memory_bytes=search.memory_bytes), tasks)
     results = measure(backend, len(tasks), settings_of(search, len(calibration), seed), lambda position, result: None)

@@ -37,9 +37,12 @@ class BranchPointMemory:
 
 
 def only_pruned(before: NetworkState, after: NetworkState) -> bool:
-    """Whether the tensors that a prune did not cut, one at least, have the same values."""
+    """Whether the weights that a prune did not cut, one at least, have the same values.
+
+    A compensated prune changes biases and statistics of other layers, too. Training changes all weights.
+    """
     if before.tensors.keys() != after.tensors.keys():
         return False
-    pairs = [(tensor, after.tensors[name]) for name, tensor in before.tensors.items()]
+    pairs = [(tensor, after.tensors[name]) for name, tensor in before.tensors.items() if tensor.ndim > 1]
     uncut = [(one, other) for one, other in pairs if one.shape == other.shape and one.is_floating_point()]
     return bool(uncut) and all(torch.equal(one, other) for one, other in uncut)

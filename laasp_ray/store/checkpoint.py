@@ -24,9 +24,11 @@ UNPRUNED = "unpruned"
 comparisons.
 """
 _FOLDER = "checkpoints"
+WEIGHTS = "weights/"
+"""The folder of the tensors that iterations changed."""
 _SUFFIX = ".safetensors"
 _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
-_ATTEMPT = re.compile(r"^\d{6,}-a(\d+)$")
+_ATTEMPT = re.compile(r"(?:^|/)\d{6,}-a(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,30 @@ def delete_checkpoints(
         if file.endswith(_SUFFIX) and file not in kept and not later and not earlier:
             storage.delete(file)
     storage.delete_leftovers(_FOLDER)
+
+
+def save_weights(
+    storage: Storage, iteration: int, weights: Mapping[str, torch.Tensor], attempt: int = 1
+) -> dict[str, str]:
+    """Writes the tensors that an iteration changed as `weights/NNNNNN.safetensors`; gives the file with its digest."""
+    packed = pack_tensors(weights, {})
+    file = f"{WEIGHTS}{numbered_name(iteration, attempt)}{_SUFFIX}"
+    storage.write(file, packed)
+    return {file: digest_of(packed)}
+
+
+def load_weights(storage: Storage, file: str, digests: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of such a file; none if `file` is empty. Raises StoreError if it is gone or damaged."""
+    if not file:
+        return {}
+    return unpack_tensors(checked_digest(storage, file, digests), f"{file} in {storage.uri}")[0]
+
+
+def delete_weights(storage: Storage, keep: Collection[str], attempt: int) -> None:
+    """Removes such files that are not in `keep`, but for those of later attempts."""
+    for file in storage.list(WEIGHTS):
+        if file.endswith(_SUFFIX) and file not in keep and attempt_of(file.removesuffix(_SUFFIX)) <= attempt:
+            storage.delete(file)
 
 
 def attempt_of(name: str) -> int:

@@ -13,12 +13,16 @@ from torch.nn import functional
 from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
+from laasp_ray.pruning.compensation import apply_compensated
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.plan import apply_plan
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
-from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
+from laasp_ray.search.candidates import measure_baseline, not_made_up, propose, tasks_of
+from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, ready
+from laasp_ray.search.grams import grams
 
 SPREAD = 8
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -46,26 +50,37 @@ OTHERS_OF_A_FAMILY = {
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(builder, criteria):
+def prepared(builder, criteria, compensate="off"):
     """A network at whose every channel something happens, the images' losses, and all candidates' tasks."""
     torch.manual_seed(0)
     model = build(ModelConfig(builder=builder, arguments={"num_classes": 10})).eval()
     scramble(model, IMAGES)
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
-    config = LaaspConfig(flops_reduction=0.5, criteria=criteria)
-    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    return ready(model, torch.device("cpu")), CalibrationSet(IMAGES, torch.arange(len(IMAGES)) % 10, 4), tasks
+    config = LaaspConfig(flops_reduction=0.5, criteria=criteria, compensate=compensate)
+    calibration = CalibrationSet(IMAGES, torch.arange(len(IMAGES)) % 10, 4)
+    baseline, made_up, norms = measure_baseline(graph, macs, config), not_made_up, None
+    if compensate != "off":
+        compensator = CompensationMemory().at(
+            model,
+            graph,
+            compensate,
+            Measured(capture(model, Plan.empty())),
+            lambda network, readers: grams(model, calibration, readers),
+        )
+        made_up, norms = compensator.made_up, compensator.norms
+    tasks = tasks_of(propose(model, graph, macs, baseline, config, made_up=made_up))
+    return ready(model, torch.device("cpu")), calibration, tasks, norms
 
 
 @torch.inference_mode()
-def losses_of_copy(model, task, calibration):
-    """Image by image, what `measure` gives the mean of."""
+def losses_of_copy(model, task, calibration, norms):
+    """Image by image, what `measure` gives the mean of: of the network as a run would prune it."""
     pruned = clone_sharing_parameters(model)
-    apply_plan(pruned, task.step)
+    apply_compensated(pruned, task.step, task.made_up, norms)
     return functional.cross_entropy(pruned(calibration.images), calibration.labels, reduction="none").numpy()
 
 
-def check(builder, model, calibration, tasks):
+def check(builder, model, calibration, tasks, norms):
     """Compares the engine's losses of these tasks with copies', and says which were masked."""
     engine = Engine(model, calibration)
     found = engine.losses(tasks, np.arange(len(calibration)))
@@ -77,7 +92,7 @@ def check(builder, model, calibration, tasks):
             task.name
         )
         np.testing.assert_allclose(
-            losses, losses_of_copy(model, task, calibration), rtol=1e-4, atol=2e-5, err_msg=task.name
+            losses, losses_of_copy(model, task, calibration, norms), rtol=1e-4, atol=2e-5, err_msg=task.name
         )
     assert len({tuple(row) for row in found.values}) > len(tasks) // 2  # the prunes do tell
     if builder == "torchvision.convnext_tiny":
@@ -94,14 +109,17 @@ def check(builder, model, calibration, tasks):
         for builder in NETWORKS
     ],
 )
-def test_a_spread_of_candidates(builder):
-    model, calibration, tasks = prepared(builder, ("l1",))
+@pytest.mark.parametrize("compensate", ["off", "full"])
+def test_a_spread_of_candidates(builder, compensate):
+    model, calibration, tasks, norms = prepared(builder, ("l1",), compensate)
     spread = [tasks[position] for position in np.linspace(0, len(tasks) - 1, SPREAD + 1).round().astype(int)]
-    check(builder, model, calibration, spread)  # the last is the network as it stands
+    assert compensate == "off" or all(task.made_up for task in spread[:-1])
+    check(builder, model, calibration, spread, norms)  # the last is the network as it stands
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("compensate", ["off", "channels", "full"])
 @pytest.mark.parametrize("builder", NETWORKS)
-def test_every_candidate(builder):
-    check(builder, *prepared(builder, DEFAULT_CRITERIA))
+def test_every_candidate(builder, compensate):
+    check(builder, *prepared(builder, DEFAULT_CRITERIA, compensate))
