@@ -12,6 +12,8 @@ training, and random prunes. The run to one target is the run to the next one up
 - `laasp`: all layers, criteria l1, l2, euclidean, cosine. `l1` to `cosine`: that criterion alone.
 - `pls`: by VIP over the layers inside the blocks, at the percentage that makes each iteration worth most nearly 2%.
 - `uniform`: all layers lose the same share of their filters, lowest l1 first. `random`: random filters of any layer.
+- `...-made_up`: with compensation (prune.compensate=full, prune.reestimate_batchnorm). `obs`: that criterion alone.
+  `laasp_obs`: LAASP with obs in its pool.
 - `laasp-...`: LAASP with one option, or without one criterion of its pool. The cosine schedule begins its final epochs
   at the others' learning rate. Where parameters or latency are the target, it is a third or two thirds of that for
   FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency. Three prunes an iteration are taken
@@ -91,14 +93,14 @@ COMPARED = {
 MADE_UP = ("prune.compensate=full", "prune.reestimate_batchnorm=true")
 POOL = 'prune.criteria=["l1", "l2", "euclidean", "cosine", "obs"]'
 COMPENSATED = {
-    **{f"{name}+c": replace(method, settings=(*method.settings, *MADE_UP)) for name, method in COMPARED.items()},
+    **{f"{name}-made_up": replace(method, settings=(*method.settings, *MADE_UP)) for name, method in COMPARED.items()},
     "obs": Method(('prune.criteria=["obs"]',)),
-    "obs+c": Method(('prune.criteria=["obs"]', *MADE_UP)),
-    "pool+obs": Method((POOL,)),
-    "pool+obs+c": Method((POOL, *MADE_UP)),
-    "l1+obs+c": Method(('prune.criteria=["l1", "obs"]', *MADE_UP)),
-    "pool+obs+channels": Method((POOL, "prune.compensate=channels", MADE_UP[1])),
-    "pool+obs+c-batchnorm": Method((POOL, MADE_UP[0])),
+    "obs-made_up": Method(('prune.criteria=["obs"]', *MADE_UP)),
+    "laasp_obs": Method((POOL,)),
+    "laasp_obs-made_up": Method((POOL, *MADE_UP)),
+    "l1_obs-made_up": Method(('prune.criteria=["l1", "obs"]', *MADE_UP)),
+    "laasp_obs-made_up_channels": Method((POOL, "prune.compensate=channels", MADE_UP[1])),
+    "laasp_obs-made_up_statistics_kept": Method((POOL, MADE_UP[0])),
 }
 OPTIONS = {
     "laasp-distillation": Method(("train.distill=0.5",)),

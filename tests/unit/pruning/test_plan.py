@@ -133,7 +133,8 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "plan version 2 cannot be read"),
+        ({"version": 3}, "plan version 3 cannot be read"),
+        ({"biases": "conv"}, "plan.biases is 'conv'"),
         ({"extra": 1}, "has .*extra.*wanted the keys"),
         ({"tensors": []}, "plan.tensors is"),
         ({"tensors": {"a": {"x": [[0]]}}}, "'x'"),
