@@ -44,8 +44,8 @@ _BUILT_IN = (_magnitude, _similarity, _pls, _obs)
 
 
 def known() -> tuple[str, ...]:
-    """The registered names; criteria of weights come first."""
-    return tuple(sorted(CRITERIA, key=lambda name: _of_data.is_data_criterion(CRITERIA[name])))
+    """The registered names; criteria of weights come first, then obs."""
+    return tuple(sorted(CRITERIA, key=lambda name: (_of_data.is_data_criterion(CRITERIA[name]), name == _obs.NAME)))
 
 
 def get(name: str) -> AnyCriterion:

@@ -124,7 +124,7 @@ def test_nan_is_an_error_naming_criterion_and_filter():
 
 
 def test_default_pool_is_known():
-    assert criteria.known() == ("l1", "l2", "euclidean", "cosine", "cosine_dissimilar", "pls")
+    assert criteria.known() == ("l1", "l2", "euclidean", "cosine", "cosine_dissimilar", "obs", "pls")
 
 
 def test_a_criterion_of_activations_is_no_function_of_a_weight():
