@@ -22,6 +22,9 @@ class SearchConfig:
         Literal["on", "off"], Doc("on drops candidates that are worse with confidence before they have seen all images")
     ] = "on"
     racing_error: Annotated[float, Doc("chance that racing drops the best candidate, below one half")] = 0.01
+    racing_margin: Annotated[
+        float, Doc("loss difference that does not matter in a race, as a share of the network's own loss; 0: none")
+    ] = 0.0
     memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
     candidates_per_task: Annotated[int, Doc("most candidates of a unit of work on Ray; 0: sized by what they cost")] = 0
     reestimate_batchnorm: Annotated[
@@ -37,6 +40,7 @@ class SearchConfig:
         check(self.images >= 1, "search.images", self.images, "at least 1")
         check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
+        check(0 <= self.racing_margin < 1, "search.racing_margin", self.racing_margin, "a share from 0 to below 1")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
         check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
         enough = self.images >= 2 or not self.reestimate_batchnorm

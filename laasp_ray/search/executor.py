@@ -143,5 +143,6 @@ def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
         candidates_per_task=search.candidates_per_task,
         racing=search.racing == "on",
         racing_error=search.racing_error,
+        racing_margin=search.racing_margin,
         seed=seed,
     )

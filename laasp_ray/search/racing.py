@@ -5,7 +5,8 @@ each, and the hard strata, which are small, are sampled most. Soon all images of
 error. Two candidates are compared by their paired differences, image by image. The bound is normal, with the variance
 of a stratified mean without replacement (Cochran, Sampling Techniques, 1977, 5.3). The best candidate is wrongly
 dropped only if in some round another candidate seems better by more than the bound. So the error is divided equally
-between all candidates and rounds. In the last round all images are used, and no error is left.
+between all candidates and rounds. In the last round all images are used, and no error is left. With a margin a
+candidate is dropped, too, if it is better by less than that with confidence.
 """
 
 from __future__ import annotations
@@ -48,10 +49,13 @@ class Race:
 
     `samples[t]` are the positions of the images that round t adds. All samples depend only on `base` and `seed`, so the
     order of the measurements does not matter. `error` is the probability that the best candidate on all images is
-    dropped.
+    dropped. `margin` is the difference of losses that does not matter: the bound is then on dropping a candidate that is
+    better than the choice by more.
     """
 
-    def __init__(self, base: np.ndarray, candidates: int, *, error: float = 0.01, seed: int = 0) -> None:
+    def __init__(
+        self, base: np.ndarray, candidates: int, *, error: float = 0.01, margin: float = 0.0, seed: int = 0
+    ) -> None:
         draw = np.random.default_rng(seed)
         strata = strata_of(base)
         self._sizes = np.array([len(stratum) for stratum in strata])
@@ -67,6 +71,7 @@ class Race:
             self.samples.append(np.concatenate(parts))
             self._strata.append(np.repeat(np.arange(len(strata)), counts - taken))
             taken, target = counts, int(target * GROWTH)
+        self._margin = margin
         self.survivors = list(range(candidates))
         self.fell: dict[int, int] = {}
         self.rounds = 0
@@ -117,7 +122,8 @@ class Race:
             spread = (own * (seen - 1) + pooled * PRIOR_IMAGES) / (seen - 1 + PRIOR_IMAGES)
             variance += share**2 * (1 - seen / size) * (spread + UNSEEN * greatest / seen) / seen
         stays = np.zeros(len(estimates), bool)
-        stays[finite] = self._means(differences) <= self._limit * np.sqrt(variance)
+        stays[finite] = self._means(differences) + self._margin <= self._limit * np.sqrt(variance)
+        stays[best] = True
         return stays
 
     def _means(self, losses: np.ndarray) -> np.ndarray:

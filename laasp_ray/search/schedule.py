@@ -67,6 +67,7 @@ class Settings:
     candidates_per_task: int = 0
     racing: bool = False
     racing_error: float = 0.01
+    racing_margin: float = 0.0
     seed: int = 0
 
 
@@ -192,7 +193,8 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
         work.collect()
     base = work.values[unchanged]
     work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
-    race = Race(base, candidates, error=settings.racing_error, seed=settings.seed)
+    margin = settings.racing_margin * float(base.mean(dtype=np.float64)) if settings.racing_margin else 0.0
+    race = Race(base, candidates, error=settings.racing_error, margin=margin, seed=settings.seed)
     left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # missing images: (round, candidate)
     asked = np.zeros(left.shape, bool)
     round_of = np.empty(settings.images, int)
