@@ -74,6 +74,7 @@ FLAGS: Flags = {
     "--batch-size": Flag("train.batch_size", int, "that goes by --set train.learning_rate=..."),
     "--calibration-images": Flag("search.images", int),
     "--criteria": Flag("prune.criteria", _words, f"{COMMA}; of method laasp"),
+    "--compensate": Flag("prune.compensate"),
     "--method": Flag("prune.method", only=FilterPruneConfig),
     "--iterations": Flag("prune.iterations", int),
     "--percent": Flag("prune.percent", float, "of method pls"),

@@ -49,8 +49,8 @@ class Race:
 
     `samples[t]` are the positions of the images that round t adds. All samples depend only on `base` and `seed`, so the
     order of the measurements does not matter. `error` is the probability that the best candidate on all images is
-    dropped. `margin` is the difference of losses that does not matter: the bound is then on dropping a candidate that is
-    better than the choice by more.
+    dropped. `margin` is the difference of losses that does not matter: the bound is then on dropping a candidate that
+    is better than the choice by more.
     """
 
     def __init__(
