@@ -37,12 +37,14 @@ class BranchPointMemory:
 
 
 def only_pruned(before: NetworkState, after: NetworkState) -> bool:
-    """Whether the weights that a prune did not cut, one at least, have the same values.
+    """Whether the tensors that a prune did not cut, one at least, have the same values.
 
-    A compensated prune changes biases and statistics of other layers, too. Training changes all weights.
+    A compensated prune changes biases and statistics, too, and training changes all weights. So where a weight was not
+    cut, only weights count.
     """
     if before.tensors.keys() != after.tensors.keys():
         return False
-    pairs = [(tensor, after.tensors[name]) for name, tensor in before.tensors.items() if tensor.ndim > 1]
+    pairs = [(tensor, after.tensors[name]) for name, tensor in before.tensors.items()]
     uncut = [(one, other) for one, other in pairs if one.shape == other.shape and one.is_floating_point()]
-    return bool(uncut) and all(torch.equal(one, other) for one, other in uncut)
+    weights = [(one, other) for one, other in uncut if one.ndim > 1]
+    return bool(uncut) and all(torch.equal(one, other) for one, other in weights or uncut)

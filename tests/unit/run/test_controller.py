@@ -167,7 +167,7 @@ def test_given_weights_are_measured_first_and_the_first_training_left_out(undist
     weights = tmp_path / "weights.safetensors"
     unpruned = load_file(Path(reference.storage) / reference.name / "checkpoints" / "unpruned.safetensors")
     save_file({name.removeprefix("model/"): tensor for name, tensor in unpruned.items()}, weights)
-    config = on_digits(tmp_path / "runs", digits, train__pretrained=str(weights), prune__flops_reduction=0.02)
+    config = on_digits(tmp_path / "runs", digits, train__pretrained=str(weights), prune__iterations=1)
     run(config)
     names = [event.name for event in events_of(config)]
     assert names[:4] == ["start", "baseline", "calibration", "iteration"]

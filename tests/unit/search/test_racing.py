@@ -313,10 +313,10 @@ def test_within_the_margin_the_race_ends_sooner():
         while not race.decided:
             race.finish_round(losses[race.survivors][:, race.samples[race.rounds]])
         rounds[margin] = race.rounds
-        assert len(race.survivors) == 1  # the best so far never falls
+        assert race.survivors  # the best so far never falls
     assert rounds[0.02] < rounds[0.0] == len(race.samples)
 
 
 def test_a_margin_is_a_share():
-    with pytest.raises(ConfigError, match="search.racing_margin is 1.5, must be a share"):
+    with pytest.raises(ConfigError, match=r"search\.racing_margin is 1\.5, must be a share"):
         SearchConfig(racing_margin=1.5)

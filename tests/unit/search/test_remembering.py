@@ -97,7 +97,7 @@ def test_the_verdict_is_found_anew_after_training_and_kept_after_a_prune():
     after, state = pruned(model, network, step)
     memory.of(state, after)
     assert memory.found == 1
-    trained = replace(state, tensors={**state.tensors, "tail.bias": state.tensors["tail.bias"] + 1e-6})
+    trained = replace(state, tensors={**state.tensors, "tail.weight": state.tensors["tail.weight"] + 1e-6})
     memory.of(trained, rebuild(model, trained).eval())
     assert memory.found == 2
 
@@ -115,6 +115,11 @@ def test_what_tells_a_prune_from_training():
     cut = {"0.weight": before.tensors["0.weight"][:1], "0.bias": before.tensors["0.bias"][:1]}
     assert only_pruned(before, before)
     assert only_pruned(before, replace(before, tensors={**before.tensors, **cut}))
-    moved = {"1.bias": before.tensors["1.bias"].nextafter(torch.tensor(9.0))}
-    assert not only_pruned(before, replace(before, tensors={**before.tensors, **cut, **moved}))
+    moved = {name: before.tensors[name].nextafter(torch.tensor(9.0)) for name in ("1.weight", "1.bias")}
+    assert not only_pruned(before, replace(before, tensors={**before.tensors, **cut, "1.weight": moved["1.weight"]}))
+    # A compensated prune moves biases. If all weights were cut, biases are all there is to tell.
+    assert only_pruned(before, replace(before, tensors={**before.tensors, **cut, "1.bias": moved["1.bias"]}))
+    both = {**cut, "1.weight": before.tensors["1.weight"][:, :1]}
+    assert only_pruned(before, replace(before, tensors={**before.tensors, **both}))
+    assert not only_pruned(before, replace(before, tensors={**before.tensors, **both, "1.bias": moved["1.bias"]}))
     assert not only_pruned(before, replace(before, tensors={name: tensor[:1] for name, tensor in cut.items()}))
