@@ -23,12 +23,12 @@ import torch
 from machine import machine
 from methods import METHODS, settings_of
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import LaaspConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
-from laasp_ray.methods.base import IterationContext
+from laasp_ray.methods.base import IterationContext, IterationResult, PruningMethod
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.methods.memory import IterationMemory
 from laasp_ray.methods.preparation import graph_for
@@ -69,7 +69,7 @@ def main() -> int:
                 continue
             rows = list(one(options, method, seed, targets))
             print(
-                f"{method:>16} seed {seed}: " + "  ".join(f"{r['gone']:.3f} {r['top1']:.4f}" for r in rows), flush=True
+                f"{method:>26} seed {seed}: " + "  ".join(f"{r['gone']:.3f} {r['top1']:.4f}" for r in rows), flush=True
             )
             if options.json is not None:
                 with options.json.open("a") as file:
@@ -77,72 +77,85 @@ def main() -> int:
     return 0
 
 
+class Loop:
+    """The loop of a run without its training: one network that is pruned iteration by iteration."""
+
+    def __init__(self, config: RunConfig, weights: Path, images: int, seed: int, way: PruningMethod[Any]) -> None:
+        self.config, self.way = config, way
+        self.model = build(config.model)
+        load_weights(self.model, weights)
+        self._example = torch.zeros(1, *config.model.input_shape)
+        drawn = draw_calibration_images(open_source(config.data, "train"), config.data, images=images, seed=seed)
+        calibration = CalibrationSet(
+            drawn.images, drawn.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
+        )
+        self._executor = InProcessExecutor(self.model, calibration, CPU, config.search, seed)
+        graph = graph_for(config.prune, self.model, self._example)
+        assert isinstance(config.prune, LaaspConfig)
+        self._baseline = measure_baseline(graph, count_macs(self.model, self._example), config.prune)
+        self.network, self._memory = capture(self.model, Plan.empty()), IterationMemory()
+        self._measured, self.iterations, self.gone = Measured(self.network), 0, 0.0
+
+    def step(self) -> IterationResult:
+        """One iteration; the network is pruned afterwards."""
+        self.iterations += 1
+        result = self.way.iterate(
+            IterationContext(
+                model=rebuild(self.model, self.network).eval(),
+                network=self.network,
+                example_input=self._example,
+                baseline=self._baseline,
+                config=self.config.prune,
+                executor=self._executor,
+                iteration=self.iterations,
+                on_candidate=lambda done, total, latest: None,
+                memory=self._memory,
+                measured=self._measured,
+            )
+        )
+        assert result.step is not None and result.decision is not None
+        pruned = rebuild(self.model, self.network)
+        apply_plan(pruned, result.step)
+        found = capture(pruned, self.network.plan.then(result.step))
+        self.network = NetworkState(found.plan, {**found.tensors, **result.weights})
+        steps = (*self._measured.steps, result.step)
+        new = len(steps) == MOST_STEPS
+        self._measured = Measured(self.network) if new else Measured(self._measured.network, steps)
+        self.gone = result.decision.flops_reduction
+        return result
+
+
 def one(options: argparse.Namespace, method: str, seed: int, targets: list[float]) -> Iterator[dict[str, Any]]:
     """The rows of a method: one before the first prune, one for each target."""
     config = config_of(options, method, seed, targets[-1])
-    model = build(config.model)
-    load_weights(model, options.data / "checkpoints" / f"{CHECKPOINTS[options.network]}.safetensors")
-    example = torch.zeros(1, *config.model.input_shape)
-    drawn = draw_calibration_images(open_source(config.data, "train"), config.data, images=options.images, seed=seed)
-    calibration = CalibrationSet(
-        drawn.images, drawn.labels, config.search.batch_size, lambda batch: normalise(batch, config.data)
-    )
-    executor = InProcessExecutor(model, calibration, CPU, config.search, seed)
-    test = EvaluationData(open_source(config.data, "test"), config.data, batch_size=250, seed=0, device=CPU)
     chooser = METHODS[method].of_seed
-    way = Laasp() if chooser is None else chooser(seed)
-    graph = graph_for(config.prune, model, example)
-    baseline = measure_baseline(graph, count_macs(model, example), config.prune)
-    network, memory, gone, iteration = capture(model, Plan.empty()), IterationMemory(), 0.0, 0
-    measured, increase, began = Measured(network), 0.0, time.process_time()
+    weights = options.data / "checkpoints" / f"{CHECKPOINTS[options.network]}.safetensors"
+    loop = Loop(config, weights, options.images, seed, Laasp() if chooser is None else chooser(seed))
+    test = EvaluationData(open_source(config.data, "test"), config.data, batch_size=250, seed=0, device=CPU)
+    increase, began = 0.0, time.process_time()
 
     def row() -> dict[str, Any]:
-        metrics = evaluate(rebuild(model, network).eval(), test)
+        metrics = evaluate(rebuild(loop.model, loop.network).eval(), test)
         return {
             "network": options.network,
             "method": method,
             "seed": seed,
-            "gone": round(gone, 4),
+            "gone": round(loop.gone, 4),
             "top1": metrics.top1,
             "loss": metrics.loss,
             "increases": round(increase, 4),
-            "iterations": iteration,
+            "iterations": loop.iterations,
             "cpu_s": round(time.process_time() - began, 1),
         }
 
     yield row()
     for target in targets:
-        while gone < target:
-            iteration += 1
-            result = way.iterate(
-                IterationContext(
-                    model=rebuild(model, network).eval(),
-                    network=network,
-                    example_input=example,
-                    baseline=baseline,
-                    config=config.prune,
-                    executor=executor,
-                    iteration=iteration,
-                    on_candidate=lambda done, total, latest: None,
-                    memory=memory,
-                    measured=measured,
-                )
-            )
-            assert result.step is not None and result.decision is not None
-            network = after(model, network, result.step, result.weights)
-            steps = (*measured.steps, result.step)
-            measured = Measured(network) if len(steps) == MOST_STEPS else Measured(measured.network, steps)
-            gone = result.decision.flops_reduction
-            increase += result.decision.loss - result.decision.loss_before
+        while loop.gone < target:
+            decision = loop.step().decision
+            assert decision is not None
+            increase += decision.loss - decision.loss_before
         yield row()
     test.close()
-
-
-def after(model: torch.nn.Module, network: NetworkState, step: Plan, weights: Any) -> NetworkState:
-    pruned = rebuild(model, network)
-    apply_plan(pruned, step)
-    found = capture(pruned, network.plan.then(step))
-    return NetworkState(found.plan, {**found.tensors, **weights})
 
 
 def config_of(options: argparse.Namespace, method: str, seed: int, target: float) -> RunConfig:

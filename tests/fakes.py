@@ -49,7 +49,12 @@ class FakeExecutor(Executor):
         return network
 
     def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+        self,
+        network: NetworkState,
+        tasks: Sequence[LossTask],
+        on_result: OnResult,
+        on_share: OnShare,
+        images: int | None = None,
     ) -> list[MeasuredLoss]:
         raise AssertionError(f"no losses should be asked for, {len(tasks)} are")
 

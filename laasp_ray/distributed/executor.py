@@ -75,7 +75,12 @@ class RayExecutor:
         return with_statistics(network, unpack(arrays, copy=True))
 
     def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+        self,
+        network: NetworkState,
+        tasks: Sequence[LossTask],
+        on_result: OnResult,
+        on_share: OnShare,
+        images: int | None = None,
     ) -> list[MeasuredLoss]:
         branch_points = self._branch_points.of(network, rebuild(self._unpruned, network).eval())
         costs = [branch_points.cost(task) for task in tasks]
@@ -87,7 +92,7 @@ class RayExecutor:
             return [*self._inputs(network), ray.put((some, branch_points.untraced))]
 
         backend = WorkersBackend(self._workers, inputs_with(light), lambda: inputs_with(tasks), costs)
-        settings = settings_of(self._search, self._images, self._seed)
+        settings = settings_of(self._search, min(images or self._images, self._images), self._seed)
         try:
             return measure(backend, len(tasks), settings, on_result, on_share)
         finally:

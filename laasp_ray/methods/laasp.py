@@ -40,6 +40,9 @@ from laasp_ray.search.engine import BranchPoints
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.policy import decide
 
+CHECKED = 1000
+"""The images that the chosen prune is measured on with and without compensation."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -185,19 +188,22 @@ def _if_it_helps(
 ) -> tuple[Decision, MadeUp, dict[str, Any]]:
     """The decision, and how its prune is made up for: not at all if its loss is lower without.
 
-    Both losses are of all calibration images, as an estimate of a race could not be compared.
+    Both losses are of the same CHECKED images, as an estimate of a race could not be compared.
     """
     made_up = now.made_up(removal)
     if not made_up:
         return decision, made_up, {}
     plan, mask = plan_of(removal), mask_of(removal)
     tasks = [LossTask("the chosen prune, made up for", plan, mask, made_up), LossTask("the chosen prune", plan, mask)]
-    full, plain = now.executor.measure(now.scored, tasks, lambda position, result: None, lambda share: None)
-    helps = not plain.loss < full.loss
-    if not helps:
-        logger.info("the chosen prune is not made up for: its loss is %g without, %g with", plain.loss, full.loss)
-    decision = replace(decision, loss=full.loss if helps else plain.loss)
-    return decision, made_up if helps else NOTHING, {"compensated": helps, "loss_uncompensated": plain.loss}
+    with_it, without = now.executor.measure(
+        now.scored, tasks, lambda position, result: None, lambda share: None, images=CHECKED
+    )
+    details = {"loss_compensated": with_it.loss, "loss_uncompensated": without.loss}
+    if not without.loss < with_it.loss:
+        return decision, made_up, {"compensated": True, **details}
+    logger.info("the chosen prune is not made up for: its loss is %g without, %g with", without.loss, with_it.loss)
+    loss = decision.loss + without.loss - with_it.loss
+    return replace(decision, loss=loss), NOTHING, {"compensated": False, **details}
 
 
 def _of_data(config: LaaspConfig) -> list[str]:

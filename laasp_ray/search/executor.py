@@ -31,10 +31,16 @@ class Executor(Protocol):
         """
 
     def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+        self,
+        network: NetworkState,
+        tasks: Sequence[LossTask],
+        on_result: OnResult,
+        on_share: OnShare,
+        images: int | None = None,
     ) -> list[MeasuredLoss]:
-        """The losses of `tasks` on `network`, in their order. The last task is the current network.
+        """The losses of `tasks` on `network`, in their order. The last task is the current network, if they race.
 
+        With `images` only so many images are used, the first of the calibration set, which is shuffled.
         `on_result` is called with each loss when it is final, in any order. `on_share` is called with the share of the
         work that is done, if it is known. A task that fails has an `error` and does not stop the others.
         """
@@ -58,7 +64,12 @@ class _NoExecutor:
         return network
 
     def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+        self,
+        network: NetworkState,
+        tasks: Sequence[LossTask],
+        on_result: OnResult,
+        on_share: OnShare,
+        images: int | None = None,
     ) -> list[MeasuredLoss]:
         raise SearchError("a method whose measures_losses is False has no executor: set it to True")
 
@@ -93,10 +104,15 @@ class InProcessExecutor:
         return with_statistics(network, reestimate(*self._ready(network)))
 
     def measure(
-        self, network: NetworkState, tasks: Sequence[LossTask], on_result: OnResult, on_share: OnShare
+        self,
+        network: NetworkState,
+        tasks: Sequence[LossTask],
+        on_result: OnResult,
+        on_share: OnShare,
+        images: int | None = None,
     ) -> list[MeasuredLoss]:
         backend = SerialBackend(Engine(*self._ready(network), memory_bytes=self._search.memory_bytes), tasks)
-        settings = settings_of(self._search, len(self._calibration), self._seed)
+        settings = settings_of(self._search, min(images or len(self._calibration), len(self._calibration)), self._seed)
         return measure(backend, len(tasks), settings, on_result, on_share)
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:

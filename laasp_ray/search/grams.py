@@ -21,8 +21,10 @@ from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
-PATCHES = 20_000
-"""About so many patches of a layer's input are taken, as many of each image: at places that differ between images."""
+PATCHES, MOST_IMAGES = 20_000, 1000
+"""About so many patches of a layer's input are taken, as many of each image: at places that differ between images. So
+many images are enough; they are the first of the calibration set, which is shuffled.
+"""
 CHUNKS = 8
 """The largest number of chunks. Each chunk's sums are sent to the process that adds them."""
 MOST_BYTES = 2_000_000_000
@@ -55,7 +57,8 @@ def parts(readers: Iterable[Reader], memory_bytes: int = 0) -> Iterator[tuple[Re
 
 
 def gram_chunks(images: int, batch_size: int) -> list[np.ndarray]:
-    """Positions of images in at most CHUNKS chunks of whole batches."""
+    """Positions of the images that are used, in at most CHUNKS chunks of whole batches."""
+    images = min(images, MOST_IMAGES)
     size = math.ceil(math.ceil(images / batch_size) / CHUNKS) * batch_size
     return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
 
@@ -81,7 +84,7 @@ def grams_of(
         )
         for reader in readers
     }
-    each = max(1, math.ceil(PATCHES / len(calibration)))
+    each = max(1, math.ceil(PATCHES / min(len(calibration), MOST_IMAGES)))
     for start in range(0, len(chunk), calibration.batch_size):
         positions = chunk[start : start + calibration.batch_size]
         what = f"a batch of {len(positions)} images, whose values layers are compensated by,"
