@@ -3,9 +3,10 @@
 Sources of the figures: the LAASP paper (Ghimire, Lee, Kim 2023), its code and its published logs. A recipe's docstring
 says which figures are our choice. The targets are the paper's strongest; --flops-reduction sets its other rows.
 
-Every recipe trains from scratch. With --pretrained it begins with pruning. --prune-epoch then says which epoch of the
-schedule the weights belong to, and so sets the learning rate of the fine-tunes and of the final training. If the given
-network is fully trained, a late epoch means fine-tuning it and an early epoch means training it again.
+A recipe trains from scratch, but for those of finetune.py, which begin with given weights. With --pretrained any recipe
+begins with pruning. --prune-epoch then says which epoch of the schedule the weights belong to, and so sets the learning
+rate of the fine-tunes and of the final training. If the given network is fully trained, a late epoch means fine-tuning
+it and an early epoch means training it again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import replace
 from laasp_ray.config import GroupSparsityConfig, RunConfig
 from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.errors import ConfigError
-from laasp_ray.recipes import cifar10, digits, group_sparsity, imagenet
+from laasp_ray.recipes import cifar10, digits, finetune, group_sparsity, imagenet
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for room in (cifar10, imagenet, digits, group_sparsity) for recipe in room.RECIPES
+    recipe.__name__: recipe for room in (cifar10, imagenet, digits, finetune, group_sparsity) for recipe in room.RECIPES
 }
 VARIANTS: dict[str, dict[str, Callable[[RunConfig], RunConfig]]] = {**cifar10.VARIANTS}
 

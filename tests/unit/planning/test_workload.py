@@ -278,6 +278,7 @@ def planned(name, pictures, method=None):
             config,
             model=dataclasses.replace(config.model, arguments=arguments, input_shape=(3, side, side)),
             data=dataclasses.replace(config.data, path=str(pictures), format="folder", image_size=side),
+            train=dataclasses.replace(config.train, pretrained=None),  # the plan does not depend on the weights
             prune=config.prune if method is None else build_section(with_method(to_plain(config.prune), method)),
         )
     )
@@ -291,6 +292,8 @@ HEAVY = {
     "resnet34_imagenet",
     "resnet50_imagenet",
     "resnet50_digits",
+    "resnet50_imagenet_finetune",
+    "resnet56_cifar10_finetune",
     "resnet152_aap",
     "vgg16_aap",
 }

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from helpers import randomise_batchnorm, write_digits
+from safetensors.torch import save_file
 from tiny_recipes import run_here, tiny
 from torch import nn
 
@@ -35,6 +36,9 @@ MACS = {
     "resnet34_imagenet": "3664",
     "resnet50_imagenet": "4089",
     "mobilenet_v2_imagenet": "300.77",
+    "resnet56_cifar10_finetune": "125.75",
+    "resnet50_imagenet_finetune": "4089",
+    "mobilenet_v2_imagenet_finetune": "300.77",
 }
 # Every row of the paper's results; ResNet-20 has none.
 ROWS = {
@@ -48,6 +52,7 @@ ROWS = {
     "mobilenet_v2_imagenet": (0.300, 0.545),
 }
 DIGITS = "resnet50_digits"
+FINE_TUNED = {name for name in MACS if name.endswith("_finetune")}
 HEAVY = {
     "resnet20_cifar10-2023",
     "resnet32_cifar10",
@@ -139,8 +144,18 @@ def test_schedules(names, variant, expected):
         assert schedule(recipe(name, variant)) == expected
 
 
+def test_recipes_of_trained_networks_prune_at_once_with_compensation():
+    for name in FINE_TUNED:
+        prune, train = recipe(name).prune, recipe(name).train
+        assert (train.epochs, train.prune_epoch, train.schedule, train.learning_rate) == (10, 0, "cosine", 0.01)
+        assert (prune.compensate, prune.reestimate_batchnorm, prune.criteria[-1]) == ("full", True, "obs")
+        assert train.pretrained and initial_state(recipe(name)).phase == "prune"
+        fine_tunes = round(prune.flops_reduction / prune.fine_tune_every)
+        assert 10 <= train.epochs + fine_tunes * prune.fine_tune_epochs <= 30
+
+
 def test_what_all_recipes_of_a_data_set_share():
-    for name in MACS:
+    for name in set(MACS) - FINE_TUNED:
         config = recipe(name)
         assert (config.train.momentum, config.train.nesterov, config.prune.max_pruned) == (0.9, True, 0.75)
         assert config.prune.criteria == ("l1", "l2", "euclidean", "cosine")
@@ -192,7 +207,7 @@ def by_pls(name):
 
 
 RUNS = {
-    **{name: functools.partial(recipe, name) for name in (*MACS, DIGITS)},
+    **{name: functools.partial(recipe, name) for name in (*MACS, DIGITS) if name not in FINE_TUNED},
     "resnet20_cifar10-2023": lambda: recipe("resnet20_cifar10", "2023"),
     **{f"{name}-pls": functools.partial(by_pls, name) for name in ("resnet56_cifar10", "resnet50_imagenet")},
 }
@@ -235,6 +250,26 @@ def test_one_iteration_of_each_phase(name, pictures, tmp_path):
         assert torch.equal(load_pruned(tmp_path / config.name)(images), result.model(images))
     metrics = result.summary["metrics"]
     assert metrics["images"] == 3 and 0 <= metrics["top1"] <= metrics["top5"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if "mobilenet" in name else pytest.mark.exhaustive) for name in sorted(FINE_TUNED)],
+)
+def test_one_iteration_of_a_trained_network(name, pictures, tmp_path):
+    config = tiny(recipe(name), pictures, tmp_path)
+    torch.manual_seed(0)
+    save_file(randomise_batchnorm(build(config.model)).state_dict(), tmp_path / "weights.safetensors")
+    train = dataclasses.replace(config.train, prune_epoch=0, pretrained=str(tmp_path / "weights.safetensors"))
+    result, events = run_here(dataclasses.replace(config, train=train))
+    phases = [event.data["phase"] for event in events if event.name == "epoch"]
+    assert phases == ["fine-tune", "final", "final"]
+    assert [event.name for event in events][:4] == ["start", "baseline", "calibration", "iteration"]
+    (details,) = [event.data["details"] for event in events if event.name == "iteration"]
+    assert details["compensated"] is not (details["loss_uncompensated"] < details["loss_compensated"])
+    images = torch.randn(2, *config.model.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_pruned(tmp_path / config.name)(images), result.model(images))
 
 
 def test_the_variant_recovers_for_six_epochs_after_every_fiftieth(pictures, tmp_path):
