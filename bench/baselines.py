@@ -13,11 +13,13 @@ from fractions import Fraction
 from typing import TypeVar
 
 import torch
+import torch_pruning
 
 from laasp_ray import criteria
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.methods import IterationContext, IterationResult, PruningMethod, pls
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
 from laasp_ray.pruning.joint import independent_layers, joint_removal
@@ -98,6 +100,45 @@ class PlsByFlops(PruningMethod):
         )
         context.clock.lap("score")
         return context.prune(chosen, "pls")
+
+
+class TorchPruning(PruningMethod):
+    """torch-pruning's own base pruner, global over all layers, by its importance of this name.
+
+    The share of channels is raised by thousandths until an iteration is worth `prune.step`. A layer that would get
+    below its limit keeps what it has.
+    """
+
+    def __init__(self, importance: str) -> None:
+        self._importance = importance
+
+    def iterate(self, context: IterationContext) -> IterationResult:
+        rooms = rooms_of(context, context.graph.layers)
+        context.clock.lap("graph")
+        options = (picks for ratio in range(2, 500, 2) if (picks := self._picks(context, rooms, ratio / 1000)))
+        chosen = worth_about(options, lambda picks: worth(context, picks), context.config.step)
+        context.clock.lap("propose")
+        return context.prune(chosen, self._importance)
+
+    def _picks(self, now: IterationContext, rooms: Mapping[str, Room], ratio: float) -> Picks:
+        model = deep_copy(now.model)
+        names = {module: name for name, module in model.named_modules()}
+        layers = torch.nn.modules.conv._ConvNd | torch.nn.Linear
+        kept = [module for module, name in names.items() if isinstance(module, layers) and name not in rooms]
+        pruner = torch_pruning.pruner.BasePruner(
+            model,
+            now.example_input,
+            importance=getattr(torch_pruning.importance, self._importance)(),
+            global_pruning=True,
+            pruning_ratio=ratio,
+            ignored_layers=kept,
+        )
+        chosen = {}
+        for group in pruner.step(interactive=True):
+            layer, filters = names[group[0].dep.target.module], tuple(sorted(set(group[0].idxs)))
+            if layer in rooms and 0 < len(filters) <= rooms[layer].allowed:
+                chosen[layer] = filters
+        return chosen
 
 
 def rooms_of(now: IterationContext, layers: Iterable[str]) -> dict[str, Room]:

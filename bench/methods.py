@@ -12,6 +12,7 @@ training, and random prunes. The run to one target is the run to the next one up
 - `laasp`: all layers, criteria l1, l2, euclidean, cosine. `l1` to `cosine`: that criterion alone.
 - `pls`: by VIP over the layers inside the blocks, at the percentage that makes each iteration worth most nearly 2%.
 - `uniform`: all layers lose the same share of their filters, lowest l1 first. `random`: random filters of any layer.
+- `torch_pruning-...`: that library's own pruner, over all layers at once.
 - `...-made_up`: with compensation (prune.compensate=full, prune.reestimate_batchnorm). `obs`: that criterion alone.
   `laasp_obs`: LAASP with obs in its pool.
 - `laasp-...`: LAASP with one option, or without one criterion of its pool. The cosine schedule begins its final epochs
@@ -44,7 +45,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from baselines import PlsByFlops, RandomPruning, UniformPruning
+from baselines import PlsByFlops, RandomPruning, TorchPruning, UniformPruning
 from machine import machine
 from methods_table import Row, line_of, read_rows, row_of, table, verdict, write_rows
 
@@ -89,6 +90,8 @@ COMPARED = {
     "pls": Method((), of_seed=lambda seed: PlsByFlops()),
     "uniform": Method(of_seed=lambda seed: UniformPruning()),
     "random": Method(of_seed=RandomPruning),
+    "torch_pruning-group_norm": Method(of_seed=lambda seed: TorchPruning("GroupMagnitudeImportance")),
+    "torch_pruning-lamp": Method(of_seed=lambda seed: TorchPruning("LAMPImportance")),
 }
 MADE_UP = ("prune.compensate=full", "prune.reestimate_batchnorm=true")
 POOL = 'prune.criteria=["l1", "l2", "euclidean", "cosine", "obs"]'
