@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import ClusterConfig, RunConfig
 from laasp_ray.errors import SearchError
 from laasp_ray.records import Metrics
 from laasp_ray.report.summary import summarise
@@ -113,11 +113,19 @@ class BracketDirector(Director):
     """A trajectory of prunes, then trials of its iterations that close in on the deepest one that meets the bar."""
 
     def __init__(
-        self, config: RunConfig, goal: MaxDrop, slots: int, record: Record, earlier: Mapping[str, Outcome]
+        self,
+        config: RunConfig,
+        goal: MaxDrop,
+        slots: int,
+        alone: ClusterConfig,
+        record: Record,
+        earlier: Mapping[str, Outcome],
     ) -> None:
-        """`config` is the sweep's. `slots` trials run at a time. `earlier` are the outcomes of the sweep so far."""
+        """`config` is the sweep's. `slots` trials run at a time; the trajectory before them has the section `alone`.
+        `earlier` are the outcomes of the sweep so far.
+        """
         super().__init__(record)
-        self.trajectory = trajectory_of(config)
+        self.trajectory = replace(trajectory_of(config), cluster=alone)
         self._goal, self._slots, self._sweep = goal, slots, config
         self._handed = has_pruned(self.trajectory)
         self._iterations: list[float] = []
@@ -125,6 +133,7 @@ class BracketDirector(Director):
         self.results: dict[int, bool] = {}
         self._earlier = dict(earlier)
         self._unfinished: list[int] = []
+        self._queue: list[int] = []
         if self._handed:
             self._begin()
 
@@ -168,10 +177,11 @@ class BracketDirector(Director):
             number = self._unfinished.pop(0)
             if not bracket.is_needless(number, self.results, self.iterations):
                 return Trial(config=self.config_of(number))
-        following = bracket.next_iterations(self.results, running, self.iterations, free) if free > 0 else []
-        if not following:
+        if free > 0 and not self._queue:
+            self._queue = bracket.next_iterations(self.results, running, self.iterations, free)
+        if free <= 0 or not self._queue:
             return None
-        run = self.config_of(following[0])
+        run = self.config_of(self._queue.pop(0))
         fork(folder_of(self.trajectory), run)
         return Trial(config=run)
 
@@ -185,6 +195,7 @@ class BracketDirector(Director):
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
+        self._queue.clear()  # what is tried next depends on what is known
         number = number_of(name)
         if outcome.error:
             raise SearchError(f"the trial {name} ended: {outcome.error}")

@@ -91,7 +91,7 @@ def dry_run(
 
 def _shares(config: RunConfig, goal: Goal, distributed: bool, address: str | None, concurrent: int | None) -> Shares:
     if not distributed:
-        return Shares(1, config.cluster)
+        return Shares(1, config.cluster, config.cluster)
     from laasp_ray.distributed import cluster
 
     with cluster.connected(address) as resources:

@@ -11,10 +11,11 @@ from laasp_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shares:
-    """`slots` runs at a time, each with the section `cluster`."""
+    """`slots` runs at a time, each with the section `cluster`; one that nothing runs beside has the section `alone`."""
 
     slots: int
     cluster: ClusterConfig
+    alone: ClusterConfig
 
 
 def share_out(
@@ -45,10 +46,9 @@ def share_out(
         )
     slots = min(concurrent or fits, runs)
     ours = replace(cluster, workers=workers, gpus=0)
-    if slots == 1:
-        return Shares(1, ours)
     if gpus:
-        return Shares(slots, replace(ours, search_workers=cluster.search_workers or gpus - workers * (slots - 1)))
-    threads = cluster.threads or max(1, cpus // (workers * slots))
-    searching = cluster.search_workers or (max(1, cpus // slots) if all_search else 0)
-    return Shares(slots, replace(ours, threads=threads, search_workers=searching))
+        others = workers * (slots - 1)
+        return Shares(slots, replace(ours, search_workers=cluster.search_workers or (others and gpus - others)), ours)
+    ours = replace(ours, threads=cluster.threads or max(1, cpus // (workers * slots)))
+    searching = cluster.search_workers or (max(1, cpus // slots) if all_search and slots > 1 else 0)
+    return Shares(slots, replace(ours, search_workers=searching), ours)

@@ -92,6 +92,15 @@ def test_other_settings_under_the_same_name_are_refused(finished, pictures):
         run(inside(config, "flops-0.12"), TARGETS)
 
 
+def test_a_sweep_goes_on_with_what_its_numbers_depend_on(finished, tmp_path):
+    config, _ = finished
+    (first, *_) = Journal(folder(config)).events()
+    threads = torch.get_num_threads()
+    assert first.data["arithmetic"] == {"ray": False, "workers": 1, "threads": threads, "driver_threads": threads}
+    with pytest.raises(ConfigError, match=r"'sweep' was started with --no-ray: given there, not given here"):
+        run_sweep(config, TARGETS, say=lambda line: None)
+
+
 def test_a_sweep_that_was_cut_off_goes_on(tmp_path, pictures, monkeypatch):
     config = sweep_of(tmp_path, pictures)
 
