@@ -6,6 +6,7 @@ goes on where it was.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from laasp_ray.sweep import bracket, latency
 from laasp_ray.sweep.goals import MaxDrop, WithinLatency, filter_prune, inside
 from laasp_ray.sweep.targets import TargetRuns
 from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of
+
+logger = logging.getLogger(__name__)
 
 TRAJECTORY = "trajectory"
 SLACK = 0.5
@@ -243,7 +246,7 @@ class LatencyDirector(Director):
             self._choose()
 
     def _choose(self) -> None:
-        iteration = self._begun() or latency.first_within(self.trajectory, self._goal.ms)
+        iteration = self._begun() or self._first_within()
         prune = replace(filter_prune(self.trajectory), iterations=iteration)
         self._trial = replace(
             self.trajectory,
@@ -254,6 +257,17 @@ class LatencyDirector(Director):
         self.trials = [self._trial]
         if is_finished(self._trial):
             self.outcomes[self._trial.name] = outcome_of(self._trial)
+
+    def _first_within(self) -> int:
+        iteration, took = latency.first_within(self.trajectory, self._goal.ms)
+        if took > self._goal.ms:
+            logger.warning(
+                "the trajectory's last network takes %.2f ms when it is measured again, not %g: it is trained, and not "
+                "named as within; ask for less under another --name to have it pruned on",
+                took,
+                self._goal.ms,
+            )
+        return iteration
 
     def _begun(self) -> int | None:
         """The iteration whose trial has begun, before the sweep was cut off: what is measured varies."""

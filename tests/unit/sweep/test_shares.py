@@ -45,7 +45,7 @@ def test_cpus_are_divided_by_threads_and_the_search_has_all():
     assert (shares.slots, shares.cluster.threads, shares.cluster.search_workers) == (4, 2, 0)
     plan = plan_resources({"CPU": 8}, shares.cluster)
     assert (plan.workers, plan.trainer_threads, slots_of({"CPU": 8}, plan)) == (1, 2, 8)
-    held = 8 * plan.task_options["num_cpus"] + 4 * plan.trainer_resources["CPU"] + 4 * 0.01
+    held = 8 * plan.task_options["num_cpus"] + 4 * plan.trainer_resources["CPU"]
     assert held <= 8
 
 
