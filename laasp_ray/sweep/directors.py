@@ -229,7 +229,7 @@ class BracketDirector(Director):
 
 
 NEEDLESS = "another trial has shown that it cannot be the answer"
-BELOW = "what finished trials gained after this epoch does not bring it to the bar"
+BELOW = "predicted to miss the bar: what finished trials gained after this epoch does not bring it there"
 
 
 class LatencyDirector(Director):

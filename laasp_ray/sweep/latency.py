@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.methods.targets import measure_latency
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.untouched import random_state_kept
@@ -19,10 +19,17 @@ AIM = 0.97
 
 
 @random_state_kept()
-def unpruned_ms(config: RunConfig) -> float:
-    """The median latency of the unpruned network, ms a batch of `prune.latency_batch`."""
+def to_go(config: RunConfig, ms: float) -> tuple[float, float]:
+    """The median latency of the unpruned network, ms a batch of `prune.latency_batch`, and the share of it that a
+    trajectory to `ms` removes.
+
+    Raises ConfigError if it is within `ms` already.
+    """
     model = models.build(config.model)
-    return measure_latency(model, model, config, repeats=REPEATS)[0].median_ms
+    now = measure_latency(model, model, config, repeats=REPEATS)[0].median_ms
+    if now <= ms:
+        raise ConfigError(f"--latency-ms {ms:g}: the unpruned network takes {now:.2f} ms already; ask for less")
+    return now, 1 - AIM * ms / now
 
 
 @random_state_kept()

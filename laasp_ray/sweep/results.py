@@ -95,10 +95,13 @@ def bracket_said(
     noise = f"one standard error of top-1 on {images:,} test images is {error:.2f} points"
     if met == 0:
         first = rows.get(1)
-        measured = "" if first is None or first.top1_after is None else f" ({first.top1_after:.2f}%, {noise})"
+        if first is None or first.top1_after is None:
+            falls = f"was stopped, since it was predicted to end below {bar:.2f}%"
+        else:
+            falls = f"already falls below {bar:.2f}% ({first.top1_after:.2f}%, {noise})"
         return (
-            f"no reduction is within {points:g} points of {base:.2f}%: the first iteration already falls below "
-            f"{bar:.2f}%{measured}; allow a larger drop, or a smaller prune.step"
+            f"no reduction is within {points:g} points of {base:.2f}%: the first iteration {falls}; allow a larger "
+            "drop, or a smaller prune.step"
         )
     answer = rows[met]
     reduction, top1 = answer.flops_reduction or 0.0, answer.top1_after or 0.0
@@ -115,7 +118,10 @@ def bracket_said(
         if min(top1 - bar, gap) < error:
             return f"{said}; {noise}, so that another seed may choose a neighbour"
         return f"{said}; {noise}"
-    return f"{said}; iteration {met + 1} was stopped, since it could not reach the bar any more; {noise}"
+    return (
+        f"{said}; iteration {met + 1} was stopped, since it was predicted to end below the bar, and its own end was "
+        f"not measured; {noise}"
+    )
 
 
 def test_images(run: RunConfig) -> int:

@@ -43,7 +43,7 @@ from laasp_ray.sweep.goals import (
 )
 from laasp_ray.sweep.in_process import run_here
 from laasp_ray.sweep.journal import ENDED, FINISHED, STARTED
-from laasp_ray.sweep.latency import AIM, unpruned_ms
+from laasp_ray.sweep.latency import to_go
 from laasp_ray.sweep.on_cluster import DirectedTrials, carry_out
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.space import SpaceDirector
@@ -75,8 +75,8 @@ class SweepResult:
         if not failed:
             return ""
         return (
-            f"{len(failed)} of {len(self.rows)} trials have no result: {failed[0].name}, {failed[0].status}; the "
-            f"others are in {self.folder}/sweep.json, and the same command tries again"
+            f"{len(failed)} of {counted(len(self.rows), 'trial')} without a result: {failed[0].name}, "
+            f"{failed[0].status}; the others are in {self.folder}/sweep.json, and the same command tries again"
         )
 
 
@@ -178,12 +178,7 @@ def _checked(config: RunConfig, goal: Goal) -> dict[str, Any]:
     check_goal(goal, config, len(prepared.test))
     data: dict[str, Any] = {"config": public_data(config.to_dict()), "goal": goal.to_json()}
     if isinstance(goal, WithinLatency):
-        now = unpruned_ms(config)
-        if now <= goal.ms:
-            raise ConfigError(
-                f"--latency-ms {goal.ms:g}: the unpruned network takes {now:.2f} ms already; ask for less"
-            )
-        data["latency_share"] = 1 - AIM * goal.ms / now
+        data["latency_share"] = to_go(config, goal.ms)[1]
     return data
 
 
@@ -276,7 +271,7 @@ def _result(
     machine = ""
     finished = [run for run in director.trials if is_finished(run)]
     if finished:
-        say(f"measuring the latency of {len(finished)} networks")
+        say(f"measuring the latency of {counted(len(finished), 'network')}")
     for run in director.trials:
         latency = None
         if run in finished:

@@ -26,9 +26,10 @@ def watch():
     while not ended.wait(0.3):
         alive = [a for a in ray._private.state.actors().values() if a["State"] == "ALIVE"]
         trainers = [a["Address"]["NodeID"] for a in alive if a["ActorClassName"] == "RayTrainWorker"]
+        now = [a["Address"]["NodeID"] for a in alive if a["ActorClassName"] == "ImplicitFunc"]
         seen.update(trainers)
-        drivers.update(a["Address"]["NodeID"] for a in alive if a["ActorClassName"] == "ImplicitFunc")
-        held.append(len(trainers))
+        drivers.update(now)
+        held.append((len(now), len(trainers)))
 
 threading.Thread(target=watch, daemon=True).start()
 folder = Path(sys.argv[1])
@@ -37,7 +38,7 @@ lines = []
 result = run_sweep(config, Targets((0.03, 0.06, 0.09, 0.12)), say=lines.append)
 ended.set()
 mine = ray.get_runtime_context().get_node_id()
-print(json.dumps([sorted(seen), drivers == {mine}, max(held), [row.status for row in result.rows], lines[0]]))
+print(json.dumps([sorted(seen), drivers == {mine}, [max(of) for of in zip(*held, strict=True)], [row.status for row in result.rows], lines[0]]))
 ray.shutdown()
 """
 
@@ -95,7 +96,7 @@ def test_trials_train_on_both_nodes_and_their_drivers_are_where_the_sweeps_is(tm
     with local_cluster(2) as environment:
         nodes, drivers_are_here, at_once, statuses, said = run(SCRIPT, tmp_path, environment)
     assert said == "2 runs at a time, of 1 worker each"
-    assert len(nodes) == 2 and at_once == 2 and drivers_are_here
+    assert len(nodes) == 2 and at_once[0] == 2 and drivers_are_here  # trainers meet if the machine is not too slow
     assert statuses == ["finished"] * 4
 
 

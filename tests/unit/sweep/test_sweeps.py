@@ -265,7 +265,7 @@ def test_what_fails_is_told_with_the_others_kept_and_tried_again(tmp_path, pictu
     with monkeypatch.context() as patch:
         patch.setattr(in_process, "_progress", Fails)
         failure = run(config, TARGETS).failure
-    assert failure.startswith("1 of 3 trials have no result: flops-0.12, TrainingError: the loss is nan; the others")
+    assert failure.startswith("1 of 3 trials without a result: flops-0.12, TrainingError: the loss is nan; the others")
     stored = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [row["status"] for row in stored["trials"]] == ["finished", "finished", "TrainingError: the loss is nan"]
     again = run(config, TARGETS)
