@@ -38,7 +38,8 @@ lines = []
 result = run_sweep(config, Targets((0.03, 0.06, 0.09, 0.12)), say=lines.append)
 ended.set()
 mine = ray.get_runtime_context().get_node_id()
-print(json.dumps([sorted(seen), drivers == {mine}, [max(of) for of in zip(*held, strict=True)], [row.status for row in result.rows], lines[0]]))
+most = [max(of) for of in zip(*held, strict=True)]
+print(json.dumps([sorted(seen), drivers == {mine}, most, [row.status for row in result.rows], lines[0]]))
 ray.shutdown()
 """
 
