@@ -18,7 +18,7 @@ from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.sweep.latency import REPEATS
-from laasp_ray.sweep.trials import Outcome, folder_of
+from laasp_ray.sweep.trials import Outcome, folder_of, has_begun
 
 Measured = tuple[tuple[float, float], str]
 """The latencies of the unpruned and the pruned network, ms, and what they were measured on."""
@@ -26,8 +26,8 @@ Measured = tuple[tuple[float, float], str]
 
 def row_of(run: RunConfig, outcome: Outcome | None, target: str, latency_ms: tuple[float, float] | None) -> SweepRow:
     """The row of a trial, from its journal. `outcome` tells why a trial has no result."""
-    events = read_events(Journal(folder_of(run)))
     uri = folder_of(run).uri
+    events = read_events(Journal(folder_of(run))) if has_begun(run) else []
     if not events:
         why = "not begun" if outcome is None else outcome.error or outcome.stopped or "not begun"
         return SweepRow(name=run.name, target=target, folder=uri, status=why)
