@@ -28,8 +28,8 @@ def share_out(
 ) -> Shares:
     """Shares the cluster's `resources` ('CPU', 'GPU') between runs, of which there are at most `runs`.
 
-    A run has `cluster.workers` trainers, or as many as a run of its own would have, and as many runs as then fit go on
-    at a time, or `concurrent` of them. With GPUs, each is one trainer's, and a run searches on those that the other
+    A run has `cluster.workers` trainers, or as many as a run of its own would have. As many runs as fit then are under
+    way at a time, or `concurrent` of them. With GPUs, each is one trainer's, and a run searches on those that the other
     runs' trainers do not need. Without, trainers share the CPUs by their threads, and the search has all: it and the
     trainers of other runs slow each other down, but none waits. If `all_search`, each run has its share of them.
 
