@@ -214,11 +214,12 @@ def _run_on_ray(
         network = put_network(prepared.unpruned)
 
         def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
-            made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault)
-            if share.gpus:  # or the search's workers could take the room of trainers that are still to come
-                started = trainer()
-                assert isinstance(started, RayTrainer)
-                started.start(made.make_room)
+            if not share.gpus:
+                return RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault)
+            started = trainer()
+            assert isinstance(started, RayTrainer)
+            made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault, started.nodes)
+            started.start(made.make_room)  # or the search's workers could take the room of trainers that come later
             return made
 
         return _control(

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laasp_ray.cli.stopping import guarded
@@ -39,13 +39,14 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
             raise ConfigError("give either a run's folder, or --storage with the folder of all runs")
         if options.watch and (options.run is None or options.json):
             raise ConfigError("--watch shows one run as text: give the run's folder, and not --storage or --json")
+        folder = Storage.open(options.storage or options.run)
         if options.watch:
-            _watch(Storage.open(options.run))
-        elif options.run is not None and not is_sweep(Storage.open(options.run)):
-            (found,) = statuses([Storage.open(options.run)])
+            _watch(folder)
+        elif options.run is not None and not is_sweep(folder):
+            (found,) = statuses({_name_of(folder): folder})
             print(json.dumps(found.to_dict(), indent=2) if options.json else status_text(found))
         else:
-            runs = _runs_of(Storage.open(options.storage or options.run))
+            runs = _runs_of(folder)
             found_all = statuses(runs, on_damaged=_say_damaged)
             if options.json:
                 print(json.dumps([one.to_dict() for one in found_all], indent=2))
@@ -57,42 +58,44 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
 
 @dataclass(frozen=True)
 class _Look:
-    """A run's folder as it was read."""
+    """A run's folder as it was read, and what the run is called."""
 
+    name: str
     folder: Storage
     owner: OwnerSeen | None
     events: Sequence[RunEvent]
     attempt: int
 
 
-def _raise(folder: Storage, error: LaaspError) -> None:
+def _raise(name: str, error: LaaspError) -> None:
     raise error
 
 
-def statuses(runs: Iterable[Storage], on_damaged: Callable[[Storage, LaaspError], None] = _raise) -> list[RunStatus]:
-    """The status of each run. Looks twice at the heartbeats of those that are not finished, and waits in between.
+def statuses(runs: Mapping[str, Storage], on_damaged: Callable[[str, LaaspError], None] = _raise) -> list[RunStatus]:
+    """The status of each run, by what it is called. Looks twice at the heartbeats of those that are not finished, and
+    waits in between.
 
-    `on_damaged` gets each folder that cannot be read, or holds no run, with the error; by default it is raised.
+    `on_damaged` gets the name of each that cannot be read, or is no run, with the error; by default it is raised.
     """
     looks = []
-    for storage in runs:
+    for name, storage in runs.items():
         try:
-            looks.append(_look(storage.brief()))
+            looks.append(_look(name, storage.brief()))
         except LaaspError as error:
-            on_damaged(storage, error)
+            on_damaged(name, error)
     last = _looked_again([look.folder for look in looks], [look.owner for look in looks])
     return [
-        status_of(_name_of(look.folder), look.folder.uri, look.events, look.attempt, look.owner, now)
+        status_of(look.name, look.folder.uri, look.events, look.attempt, look.owner, now)
         for look, now in zip(looks, last, strict=True)
     ]
 
 
-def _look(folder: Storage) -> _Look:
+def _look(name: str, folder: Storage) -> _Look:
     owner, events = see_owner(folder), Journal(folder).events()
     if owner is None and not events:
         raise StoreError(f"{folder.uri} holds no run: give the folder of a run, such as runs/resnet50_digits")
     attempt = events[-1].attempt if events else 0
-    return _Look(folder, owner, [read_event(event, folder.uri) for event in events], attempt)
+    return _Look(name, folder, owner, [read_event(event, folder.uri) for event in events], attempt)
 
 
 def _name_of(folder: Storage) -> str:
@@ -119,10 +122,16 @@ def _looked_again(folders: Sequence[Storage], first: Sequence[OwnerSeen | None])
 
 
 def _watch(storage: Storage) -> None:
-    """Prints the status again whenever it changes."""
+    """Prints the status again whenever it changes. Raises ConfigError for the folder of a sweep."""
+    if is_sweep(storage):
+        example = next(iter(_runs_of(storage)), "NAME")
+        raise ConfigError(
+            f"--watch shows one run, and {storage.uri} is a sweep: give the folder of one of its trials, such as "
+            f"{storage.child(example).uri}, or leave out --watch to list them"
+        )
     before = None
     while True:
-        (found,) = statuses([storage])
+        (found,) = statuses({_name_of(storage): storage})
         text = status_text(found)
         # A heartbeat alone is no news.
         news = "\n".join(line for line in text.splitlines() if "last heartbeat" not in line)
@@ -134,11 +143,11 @@ def _watch(storage: Storage) -> None:
         time.sleep(WATCH_S)
 
 
-def _runs_of(storage: Storage) -> list[Storage]:
-    """The folders in `storage` that hold a run which has begun."""
+def _runs_of(storage: Storage) -> dict[str, Storage]:
+    """The folders in `storage` that hold a run which has begun, by their names there: a trial's is SWEEP/TRIAL."""
     names = sorted({name.removesuffix(_START) for name in storage.list() if name.endswith(_START)})
-    return [storage.child(name) for name in names]
+    return {name: storage.child(name) for name in names}
 
 
-def _say_damaged(folder: Storage, error: LaaspError) -> None:
-    print(f"{_name_of(folder)}: {error}", file=sys.stderr)
+def _say_damaged(name: str, error: LaaspError) -> None:
+    print(f"{name}: {error}", file=sys.stderr)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
@@ -15,7 +15,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
 from laasp_ray.report import repeats
-from laasp_ray.report.sweep import sweep_table
+from laasp_ray.report.sweep import counted, sweep_table
 from laasp_ray.store.storage import Storage
 from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, checked_targets
 from laasp_ray.sweep.plan import dry_run
@@ -28,6 +28,8 @@ _FLAGS = {
     if name not in ("--flops-reduction", "--parameters-reduction", "--latency-reduction")
 }
 _SUFFIX = "-sweep"
+_TRIALS = 10
+_BEST = "best"
 
 
 def sweep(arguments: Sequence[str] | None = None, prog: str = "sweep_flops.py") -> int:
@@ -75,14 +77,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--space", metavar="FILE", help="search further settings beside the targets: YAML, or Python with SPACE"
     )
-    parser.add_argument("--trials", type=at_least_1, default=10, metavar="N", help="trials of each target with --space")
+    parser.add_argument(
+        "--trials", type=at_least_1, metavar="N", help=f"trials of each target with --space (default {_TRIALS})"
+    )
     parser.add_argument(
         "--concurrent", type=int, metavar="N", help="runs at a time (default: as many as fit, of --workers each)"
     )
     parser.add_argument(
         "--best-within",
         type=float,
-        default=BEST_WITHIN,
         metavar="POINTS",
         help=f"the best of several targets is the deepest that loses at most so many points (default {BEST_WITHIN:g})",
     )
@@ -99,6 +102,10 @@ def _goal(options: argparse.Namespace) -> Goal:
         raise ConfigError("--concurrent is of a cluster: with --no-ray trials run one after the other; leave one out")
     if options.base_top1 is not None and options.max_drop is None:
         raise ConfigError("--base-top1 goes with --max-drop")
+    if options.trials is not None and options.space is None:
+        raise ConfigError("--trials goes with --space: every other sweep knows itself how many it makes")
+    if options.best_within is not None and (options.max_drop is not None or options.latency_ms is not None):
+        raise ConfigError(f"--best-within chooses one of several targets: {given[0]} says itself which is the best")
     if options.max_drop is not None:
         if len(shares) > 1:
             raise ConfigError("--max-drop looks at one trajectory: give one --flops-reduction, the deepest to look at")
@@ -109,7 +116,7 @@ def _goal(options: argparse.Namespace) -> Goal:
         return WithinLatency(options.latency_ms)
     targets = checked_targets(shares)
     if options.space is not None:
-        return SpaceSearch(targets, read_space(options.space), options.trials)
+        return SpaceSearch(targets, read_space(options.space), options.trials or _TRIALS)
     return Targets(targets)
 
 
@@ -155,7 +162,7 @@ def _run(config: RunConfig, goal: Goal, options: argparse.Namespace) -> SweepRes
         distributed=not options.no_ray,
         ray_address=options.ray_address,
         concurrent=options.concurrent,
-        best_within=options.best_within,
+        best_within=BEST_WITHIN if options.best_within is None else options.best_within,
     )
     print(sweep_table(result.rows, result.best))
     print(f"best ({result.content['rule']}): {result.said}")
@@ -166,16 +173,24 @@ def _run(config: RunConfig, goal: Goal, options: argparse.Namespace) -> SweepRes
 
 
 def _repeat(config: RunConfig, goal: Goal, options: argparse.Namespace) -> None:
-    """A sweep for each seed; what they found for each target, with mean and spread."""
+    """A sweep for each seed; the mean and the spread of their best ones and, where all seeds have the same targets, of
+    each target.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for one in repeats.runs_of(config, options.repeats):
-        for row in _run(one, goal, options).rows:
-            if row.is_finished:
-                figures = {"top1": (row.top1_after or 0.0) / 100, "flops_reduction": row.flops_reduction or 0.0}
+        result = _run(one, goal, options)
+        for row in filter(attrgetter("is_finished"), result.rows):
+            figures = {"top1": (row.top1_after or 0.0) / 100, "flops_reduction": row.flops_reduction or 0.0}
+            if isinstance(goal, Targets):
                 found.setdefault(row.name, {})[one.name] = figures
+            if row.name == result.best:
+                found.setdefault(_BEST, {})[one.name] = figures
     content = {name: repeats.collected(runs) for name, runs in sorted(found.items())}
     storage = Storage.open(config.storage)
     storage.write(f"{config.name}-repeats.json", json.dumps(content, indent=2).encode())
     for name, spread in content.items():
         print(f"\n{name}\n{repeats.table(spread)}")
-    print(f"{options.repeats} sweeps: {storage.uri}/{config.name}-repeats.json", file=sys.stdout)
+    without = options.repeats - len(found.get(_BEST, {}))
+    if without:
+        print(f"{without} of {counted(options.repeats, 'sweep')} found no best one")
+    print(f"{counted(options.repeats, 'sweep')}: {storage.uri}/{config.name}-repeats.json")

@@ -55,15 +55,18 @@ class RayExecutor:
         config: RunConfig,
         share: ResourcePlan,
         on_fault: Callable[[str], None] = lambda text: None,
+        trainers: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
-        """`network` is the object reference of `unpruned`. `on_fault` is called for each worker that was lost."""
+        """`network` is the object reference of `unpruned`. `on_fault` is called for each worker that was lost.
+        `trainers` gives the Ray node of each trainer that shares its GPU with the search.
+        """
         self._network, self._unpruned, self._search = network, unpruned, config.search
         self._images, self._seed = len(calibration.labels), config.seed
         self._branch_points = BranchPointMemory(normalise(calibration.images[:1], config.data))
         self._calibration = ray.put(
             (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
         )
-        self._workers = SearchWorkers(share, on_fault=on_fault)
+        self._workers = SearchWorkers(share, on_fault=on_fault, trainers=trainers)
         self._sent: tuple[NetworkState, Any] | None = None
 
     def for_scoring(self, network: NetworkState) -> NetworkState:

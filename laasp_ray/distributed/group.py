@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ MAILBOX_S = 60.0
 """A mailbox without an answer for so many seconds is given up, with its group."""
 COMING_S = 900.0
 """A group of which no worker has come up for so many seconds is given up."""
+NODES_S = 30.0
 ENDING_S = 20.0
 """Seconds that an abandoned group gets to free its share of the cluster."""
 
@@ -181,6 +183,20 @@ class WorkerGroup:
         late = self._deadlines.late()
         if late:
             raise GroupLostError("; ".join(map(str, late)))
+
+    def nodes(self) -> list[str]:
+        """The Ray node of each worker. Of a group that is lost, or has not posted all heartbeats after NODES_S, those
+        that are known.
+        """
+        began = time.monotonic()
+        known: list[str] = []
+        with contextlib.suppress(GroupLostError):
+            while True:
+                known = [beat.place.node_id for beat in self.ask(self.mailbox.beats.remote()).values()]
+                if len(known) == self.workers or time.monotonic() - began > NODES_S:
+                    break
+                time.sleep(0.1)
+        return known
 
     def abandon(self) -> None:
         """Ends the group's processes without asking them: some may hang, others wait for those.

@@ -39,6 +39,11 @@ def this_place(device: str) -> Place:
     )
 
 
+def near(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """Places a process on the node, or on another one if that is gone or has no room."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)
+
+
 def kill_at(place: Place) -> None:
     """Kills a process that does not answer, without waiting for it. `ray.kill` does not end one that is stopped or
     hangs in native code.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from laasp_ray.distributed.cluster import ResourcePlan
-from laasp_ray.distributed.places import Place, kill_at
+from laasp_ray.distributed.places import Place, kill_at, near
 from laasp_ray.distributed.search_worker import SearchWorker
 from laasp_ray.distributed.versions import installed
 from laasp_ray.distributed.waiting import Waiting
@@ -71,11 +71,13 @@ class Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """`place` is None until the worker is up, which `coming` tells. `given` are its jobs; it works on the first one
-    since `since`."""
+    """`node` is that of the trainer whose GPU it shares. `place` is None until the worker is up, which `coming` tells.
+    `given` are its jobs; it works on the first one since `since`.
+    """
 
     actor: Any
     gpu_share: float
+    node: str | None
     coming: Any
     place: Place | None = None
     given: deque[tuple[Any, Job]] = field(default_factory=deque)
@@ -91,9 +93,10 @@ class SearchWorkers:
         share: ResourcePlan,
         clock: Callable[[], float] = time.monotonic,
         on_fault: Callable[[str], None] = lambda text: None,
+        trainers: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
-        """`on_fault` is called for each worker that was lost."""
-        self._share, self._clock, self._on_fault = share, clock, on_fault
+        """`on_fault` is called for each worker that was lost. `trainers` gives the Ray node of each of this run's."""
+        self._share, self._clock, self._on_fault, self._trainers = share, clock, on_fault, trainers
         self._workers: list[_Worker] = []
         self._todo: deque[Job] = deque()
         self._finished: deque[Job] = deque()
@@ -198,12 +201,19 @@ class SearchWorkers:
         if self._share.gpus:
             # A process that lives on cannot change its first CUDA_VISIBLE_DEVICES: it sees all GPUs, and is given one.
             options |= {"num_gpus": gpu_share, "runtime_env": {"env_vars": SEE_ALL_GPUS}}
+        node = self._beside() if self._share.gpus and gpu_share != WHOLE else None
+        where = "SPREAD" if node is None else near(node)
         actor = (
-            ray.remote(SearchWorker)
-            .options(scheduling_strategy="SPREAD", max_restarts=0, **options)
-            .remote(installed())
+            ray.remote(SearchWorker).options(scheduling_strategy=where, max_restarts=0, **options).remote(installed())
         )
-        self._workers.append(_Worker(actor, gpu_share, actor.place.remote()))
+        self._workers.append(_Worker(actor, gpu_share, node, actor.place.remote()))
+
+    def _beside(self) -> str | None:
+        """The node of a trainer that no worker of ours is beside yet. Beside another run's, or where its trainers are
+        still to come, a worker would take what that run counts on.
+        """
+        left = Counter(self._trainers()) - Counter(worker.node for worker in self._workers if worker.node)
+        return next(iter(left), None)
 
     def _hand_out(self) -> None:
         """Gives jobs to the workers with the fewest. Idle workers repeat jobs that wait at others or are slow there."""

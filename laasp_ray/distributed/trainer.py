@@ -82,6 +82,10 @@ class RayTrainer:
         self._group = self._group or self._start()
         self._make_room = make_room
 
+    def nodes(self) -> list[str]:
+        """The Ray node of each worker; none while there is no group."""
+        return [] if self._group is None else self._group.nodes()
+
     def set_teacher(self, teacher: NetworkState) -> None:
         self._teacher = ray.put((teacher.plan, pack(teacher.tensors)))
 

@@ -1,7 +1,8 @@
 """Trials under Ray Tune: who runs next is asked of a plan, and each trial is a function in a process of its own.
 
 Nothing of Tune's own state is kept: the plan knows what is done. Trials hold no devices, since what they start does;
-how many run at a time is the caller's to bound.
+how many run at a time is the caller's to bound. They all run on the caller's node: they see the folders that the caller
+sees, and what they measure is measured on one machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -20,10 +22,12 @@ from ray.tune.stopper import Stopper
 
 from laasp_ray.errors import SearchError
 
-TRIAL_CPUS = 0.01
-"""What a trial's process holds. It waits, mostly."""
+TRIAL_HOLDS = {"memory": 1}
+"""What a trial's process takes of its node, of which Ray wants something: it waits, mostly. The head of a cluster may
+have no CPUs.
+"""
 FAILURES = 5
-"""How often a trial is begun again after its process was lost, with its node, say."""
+"""How often a trial is begun again after its process was lost."""
 METRIC = "top1"
 _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the driver as it ends a run's
@@ -53,12 +57,13 @@ class TrialPlan(Protocol):
 
 
 def run_trials(plan: TrialPlan, function: Callable[[Mapping[str, Any], Report], None], slots: int) -> None:
-    """Calls `function(settings, report)` for each trial on the connected cluster, at most `slots` at a time.
+    """Calls `function(settings, report)` for each trial on this node of the connected cluster, `slots` at a time.
 
     `function` is one of a module's. Raises the plan's first error, or a SearchError if Tune ended before the plan was
     done.
     """
     suggestions = _Suggestions(plan)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
     def trial(settings: Mapping[str, Any]) -> None:
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # Ray hides all GPUs; a run's driver measures latencies on one
@@ -67,7 +72,7 @@ def run_trials(plan: TrialPlan, function: Callable[[Mapping[str, Any], Report], 
 
     with _tune_set_up(), tempfile.TemporaryDirectory(prefix="laasp_ray-tune-") as scratch:
         tune.Tuner(
-            tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
+            tune.with_resources(trial, tune.PlacementGroupFactory([TRIAL_HOLDS], bundle_label_selector=[here])),
             tune_config=tune.TuneConfig(
                 search_alg=suggestions,
                 scheduler=_Stopping(suggestions),

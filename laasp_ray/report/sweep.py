@@ -134,6 +134,11 @@ def pareto_png(rows: Sequence[SweepRow], best: str | None, title: str) -> bytes:
     return buffer.getvalue()
 
 
+def counted(number: int, what: str) -> str:
+    """`number` of `what`, a noun that takes an s."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def _flops_left(row: SweepRow) -> float:
     return 100 * (1 - (row.flops_reduction or 0.0))
 

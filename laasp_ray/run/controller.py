@@ -253,6 +253,7 @@ class Controller:
     def _train(self) -> PhaseResult:
         started = time.perf_counter()
         phase, parts = replace(next_training_phase(self.state, self._config), masks=self._masks), self._parts
+        began = self.state.epochs_trained - self.state.phase_epochs_done
         self._notify(PhaseStarted(phase=phase.phase, detail=f"{len(phase.epochs) - phase.done} epochs"))
         try:
             done = self._trainer().run(self._network, self._optimizer_state, phase, self._epoch_done)
@@ -271,6 +272,10 @@ class Controller:
                 evaluation_seconds=done.seconds,
             )
         )
+        if self._config.train.keep_checkpoints:
+            delete_checkpoints(
+                parts.storage, keep=[self.state.checkpoint, UNPRUNED], attempt=parts.attempt, since=began
+            )
         return done
 
     def _trainer(self) -> Trainer:

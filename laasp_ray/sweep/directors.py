@@ -6,11 +6,12 @@ goes on where it was.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from laasp_ray.config import RunConfig
+from laasp_ray.config import ClusterConfig, RunConfig
 from laasp_ray.errors import SearchError
 from laasp_ray.records import Metrics
 from laasp_ray.report.summary import summarise
@@ -22,6 +23,8 @@ from laasp_ray.sweep import bracket, latency
 from laasp_ray.sweep.goals import MaxDrop, WithinLatency, filter_prune, inside
 from laasp_ray.sweep.targets import TargetRuns
 from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of
+
+logger = logging.getLogger(__name__)
 
 TRAJECTORY = "trajectory"
 SLACK = 0.5
@@ -113,11 +116,19 @@ class BracketDirector(Director):
     """A trajectory of prunes, then trials of its iterations that close in on the deepest one that meets the bar."""
 
     def __init__(
-        self, config: RunConfig, goal: MaxDrop, slots: int, record: Record, earlier: Mapping[str, Outcome]
+        self,
+        config: RunConfig,
+        goal: MaxDrop,
+        slots: int,
+        alone: ClusterConfig,
+        record: Record,
+        earlier: Mapping[str, Outcome],
     ) -> None:
-        """`config` is the sweep's. `slots` trials run at a time. `earlier` are the outcomes of the sweep so far."""
+        """`config` is the sweep's. `slots` trials run at a time; the trajectory before them has the section `alone`.
+        `earlier` are the outcomes of the sweep so far.
+        """
         super().__init__(record)
-        self.trajectory = trajectory_of(config)
+        self.trajectory = replace(trajectory_of(config), cluster=alone)
         self._goal, self._slots, self._sweep = goal, slots, config
         self._handed = has_pruned(self.trajectory)
         self._iterations: list[float] = []
@@ -125,6 +136,7 @@ class BracketDirector(Director):
         self.results: dict[int, bool] = {}
         self._earlier = dict(earlier)
         self._unfinished: list[int] = []
+        self._queue: list[int] = []
         if self._handed:
             self._begin()
 
@@ -168,10 +180,11 @@ class BracketDirector(Director):
             number = self._unfinished.pop(0)
             if not bracket.is_needless(number, self.results, self.iterations):
                 return Trial(config=self.config_of(number))
-        following = bracket.next_iterations(self.results, running, self.iterations, free) if free > 0 else []
-        if not following:
+        if free > 0 and not self._queue:
+            self._queue = bracket.next_iterations(self.results, running, self.iterations, free)
+        if free <= 0 or not self._queue:
             return None
-        run = self.config_of(following[0])
+        run = self.config_of(self._queue.pop(0))
         fork(folder_of(self.trajectory), run)
         return Trial(config=run)
 
@@ -185,6 +198,7 @@ class BracketDirector(Director):
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
+        self._queue.clear()  # what is tried next depends on what is known
         number = number_of(name)
         if outcome.error:
             raise SearchError(f"the trial {name} ended: {outcome.error}")
@@ -215,7 +229,7 @@ class BracketDirector(Director):
 
 
 NEEDLESS = "another trial has shown that it cannot be the answer"
-BELOW = "what finished trials gained after this epoch does not bring it to the bar"
+BELOW = "predicted to miss the bar: what finished trials gained after this epoch does not bring it there"
 
 
 class LatencyDirector(Director):
@@ -232,7 +246,7 @@ class LatencyDirector(Director):
             self._choose()
 
     def _choose(self) -> None:
-        iteration = self._begun() or latency.first_within(self.trajectory, self._goal.ms)
+        iteration = self._begun() or self._first_within()
         prune = replace(filter_prune(self.trajectory), iterations=iteration)
         self._trial = replace(
             self.trajectory,
@@ -243,6 +257,17 @@ class LatencyDirector(Director):
         self.trials = [self._trial]
         if is_finished(self._trial):
             self.outcomes[self._trial.name] = outcome_of(self._trial)
+
+    def _first_within(self) -> int:
+        iteration, took = latency.first_within(self.trajectory, self._goal.ms)
+        if took > self._goal.ms:
+            logger.warning(
+                "the trajectory's last network takes %.2f ms when it is measured again, not %g: it is trained, and not "
+                "named as within; ask for less under another --name to have it pruned on",
+                took,
+                self._goal.ms,
+            )
+        return iteration
 
     def _begun(self) -> int | None:
         """The iteration whose trial has begun, before the sweep was cut off: what is measured varies."""

@@ -2,61 +2,64 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
-from torch import nn
-
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.errors import SearchError
+from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.methods.targets import measure_latency
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.run.events import IterationDone, read_events
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
 
-logger = logging.getLogger(__name__)
-
 REPEATS = 50
+AIM = 0.97
+"""A trajectory goes on to this share of the latency that is asked for: one low measurement ends it."""
 
 
 @random_state_kept()
-def unpruned_ms(config: RunConfig) -> float:
-    """The median latency of the unpruned network, ms a batch of `prune.latency_batch`."""
+def to_go(config: RunConfig, ms: float) -> tuple[float, float]:
+    """The median latency of the unpruned network, ms a batch of `prune.latency_batch`, and the share of it that a
+    trajectory to `ms` removes.
+
+    Raises ConfigError if it is within `ms` already.
+    """
     model = models.build(config.model)
-    return measure_latency(model, model, config, repeats=REPEATS)[0].median_ms
+    now = measure_latency(model, model, config, repeats=REPEATS)[0].median_ms
+    if now <= ms:
+        raise ConfigError(f"--latency-ms {ms:g}: the unpruned network takes {now:.2f} ms already; ask for less")
+    return now, 1 - AIM * ms / now
 
 
 @random_state_kept()
-def first_within(run: RunConfig, ms: float) -> int:
-    """The first iteration of the run from which on every network is within `ms` when it is measured again.
+def first_within(run: RunConfig, ms: float) -> tuple[int, float]:
+    """The first iteration of the run from which on every network is within `ms`, and the latency of its network, ms.
 
-    Each network is measured on its own, with more passes than the run's own measurement had. If the last one is not
-    within `ms` this time, it is taken, with a warning.
+    Each network is measured again, on its own and with more passes than the run's own measurement had. If the last one
+    is not within `ms` this time, it is what is returned.
     """
     unpruned = models.build(run.model)
-    networks = list(_networks(unpruned, run))
-    if not networks:
+    plans = _plans(run)
+    if not plans:
         raise SearchError(f"the run {run.name} made no prune: there is no network within {ms:g} ms")
-    found = len(networks)
-    for number in range(len(networks), 0, -1):
-        measured = measure_latency(unpruned, networks[number - 1], run, repeats=REPEATS)[1].median_ms
+    found: tuple[int, float] | None = None
+    for number in range(len(plans), 0, -1):
+        network = deep_copy(unpruned)
+        apply_plan(network, plans[number - 1])
+        measured = measure_latency(unpruned, network, run, repeats=REPEATS)[1].median_ms
         if measured > ms:
-            if number == len(networks):
-                logger.warning("the last network takes %.2f ms when it is measured again, not %g", measured, ms)
-            break
-        found = number
+            return found or (number, measured)
+        found = number, measured
+    assert found is not None
     return found
 
 
-def _networks(unpruned: nn.Module, run: RunConfig) -> Iterator[nn.Module]:
-    network = capture(unpruned, Plan.empty())
+def _plans(run: RunConfig) -> list[Plan]:
+    """What is gone of the unpruned network after each iteration."""
+    plans, plan = [], Plan.empty()
     for event in read_events(Journal(Storage.open(run.storage).child(run.name))):
         if isinstance(event, IterationDone) and event.step is not None:
-            model, step = rebuild(unpruned, network), Plan.from_json(event.step)
-            apply_plan(model, step)
-            network = capture(model, network.plan.then(step))
-            yield rebuild(unpruned, network)
+            plan = plan.then(Plan.from_json(event.step))
+            plans.append(plan)
+    return plans

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.address import check_address
-from laasp_ray.errors import ConfigError
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.planning.dry_run import Machine, machine_for, seconds_of
 from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.sweep import counted
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, prepare
 from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, check_goal, filter_prune
+from laasp_ray.sweep.latency import to_go
 from laasp_ray.sweep.run import all_search, deepest_of, runs_of
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.targets import runs_for
@@ -72,16 +73,15 @@ def dry_run(
     config = deepest_of(config, goal)
     prepared = prepare(config)
     check_goal(goal, config, len(prepared.test))
-    if isinstance(goal, WithinLatency):
-        raise ConfigError(
-            "--dry-run cannot tell how many prunes lead to a latency; plan the sweep with --flops-reduction instead"
-        )
+    latency = to_go(config, goal.ms) if isinstance(goal, WithinLatency) else None
     shares = _shares(config, goal, distributed, ray_address, concurrent)
     prepared = replace(prepared, config=replace(config, cluster=shares.cluster))
     machine = machine_for(prepared, distributed=distributed, ray_address=ray_address)
     lines = [f"Dry run of the sweep {config.name}: nothing is trained and nothing stored.", ""]
     if isinstance(goal, MaxDrop):
         lines += _bracket_lines(prepared, goal, machine, shares.slots)
+    elif latency is not None:
+        lines += _latency_lines(prepared, machine, *latency)
     else:
         lines += _target_lines(prepared, goal, machine, shares.slots)
     if repeats > 1:
@@ -91,7 +91,7 @@ def dry_run(
 
 def _shares(config: RunConfig, goal: Goal, distributed: bool, address: str | None, concurrent: int | None) -> Shares:
     if not distributed:
-        return Shares(1, config.cluster)
+        return Shares(1, config.cluster, config.cluster)
     from laasp_ray.distributed import cluster
 
     with cluster.connected(address) as resources:
@@ -132,20 +132,36 @@ def _target_lines(prepared: Prepared, goal: Goal, machine: Machine, slots: int) 
         return [
             *lines,
             "",
-            f"{goal.trials} trials of each target, each a whole run, since its settings may change its prunes: about "
-            f"{format_duration(total)}, {slots} at a time.",
+            f"{counted(goal.trials, 'trial')} of each target, each a whole run, since its settings may change its "
+            f"prunes: about {format_duration(total)}, {slots} at a time.",
         ]
     total = duration(costs, slots)
     return [
         *lines,
         "",
         f"The prunes are made once, by {runs.deepest.name}; each other trial begins where its target is reached.",
-        f"{slots} runs at a time, each of {machine.workers} workers: at most about {format_duration(total)}, where "
-        f"separate runs of as many workers would take {format_duration(alone)} one after the other "
+        f"{counted(slots, 'run')} at a time, of {counted(machine.workers, 'worker')} each: at most about "
+        f"{format_duration(total)}, where separate runs of as many would take {format_duration(alone)} one after the "
+        "other "
         f"({total / alone:.2f} of it)."
         if alone
         else "",
     ]
+
+
+def _latency_lines(prepared: Prepared, machine: Machine, now: float, share: float) -> list[str]:
+    """A plan for a latency of `now` ms of which `share` goes. How it falls with FLOPs is not known before."""
+    run = replace(prepared.config, prune=replace(filter_prune(prepared.config), flops_reduction=share))
+    cost = _cost(prepared, run, machine)
+    each = cost.shared / max(1, cost.iterations)
+    rows = [
+        ("latency", f"{now:.2f} ms here, of which {share:.1%} is to go: 3% more than asked, since measurements vary"),
+        ("trajectory", f"about {cost.iterations} iterations if the latency falls as FLOPs do; it may fall more slowly"),
+        ("time, trajectory", f"about {format_duration(cost.shared)} then, {format_duration(each)} an iteration"),
+        ("time, the trial", format_duration(cost.own)),
+        ("time, all", f"about {format_duration(cost.alone)}, and the measurements of latency"),
+    ]
+    return table_lines(rows, rule=False, left=(0, 1))
 
 
 def _bracket_lines(prepared: Prepared, goal: MaxDrop, machine: Machine, slots: int) -> list[str]:

@@ -18,7 +18,7 @@ from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.sweep.latency import REPEATS
-from laasp_ray.sweep.trials import Outcome, folder_of
+from laasp_ray.sweep.trials import Outcome, folder_of, has_begun
 
 Measured = tuple[tuple[float, float], str]
 """The latencies of the unpruned and the pruned network, ms, and what they were measured on."""
@@ -26,8 +26,8 @@ Measured = tuple[tuple[float, float], str]
 
 def row_of(run: RunConfig, outcome: Outcome | None, target: str, latency_ms: tuple[float, float] | None) -> SweepRow:
     """The row of a trial, from its journal. `outcome` tells why a trial has no result."""
-    events = read_events(Journal(folder_of(run)))
     uri = folder_of(run).uri
+    events = read_events(Journal(folder_of(run))) if has_begun(run) else []
     if not events:
         why = "not begun" if outcome is None else outcome.error or outcome.stopped or "not begun"
         return SweepRow(name=run.name, target=target, folder=uri, status=why)
@@ -95,10 +95,13 @@ def bracket_said(
     noise = f"one standard error of top-1 on {images:,} test images is {error:.2f} points"
     if met == 0:
         first = rows.get(1)
-        measured = "" if first is None or first.top1_after is None else f" ({first.top1_after:.2f}%, {noise})"
+        if first is None or first.top1_after is None:
+            falls = f"was stopped, since it was predicted to end below {bar:.2f}%"
+        else:
+            falls = f"already falls below {bar:.2f}% ({first.top1_after:.2f}%, {noise})"
         return (
-            f"no reduction is within {points:g} points of {base:.2f}%: the first iteration already falls below "
-            f"{bar:.2f}%{measured}; allow a larger drop, or a smaller prune.step"
+            f"no reduction is within {points:g} points of {base:.2f}%: the first iteration {falls}; allow a larger "
+            "drop, or a smaller prune.step"
         )
     answer = rows[met]
     reduction, top1 = answer.flops_reduction or 0.0, answer.top1_after or 0.0
@@ -115,7 +118,10 @@ def bracket_said(
         if min(top1 - bar, gap) < error:
             return f"{said}; {noise}, so that another seed may choose a neighbour"
         return f"{said}; {noise}"
-    return f"{said}; iteration {met + 1} was stopped, since it could not reach the bar any more; {noise}"
+    return (
+        f"{said}; iteration {met + 1} was stopped, since it was predicted to end below the bar, and its own end was "
+        f"not measured; {noise}"
+    )
 
 
 def test_images(run: RunConfig) -> int:

@@ -11,10 +11,11 @@ from laasp_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shares:
-    """`slots` runs at a time, each with the section `cluster`."""
+    """`slots` runs at a time, each with the section `cluster`; one that nothing runs beside has the section `alone`."""
 
     slots: int
     cluster: ClusterConfig
+    alone: ClusterConfig
 
 
 def share_out(
@@ -27,8 +28,8 @@ def share_out(
 ) -> Shares:
     """Shares the cluster's `resources` ('CPU', 'GPU') between runs, of which there are at most `runs`.
 
-    A run has `cluster.workers` trainers, or as many as a run of its own would have, and as many runs as then fit go on
-    at a time, or `concurrent` of them. With GPUs, each is one trainer's, and a run searches on those that the other
+    A run has `cluster.workers` trainers, or as many as a run of its own would have. As many runs as fit then are under
+    way at a time, or `concurrent` of them. With GPUs, each is one trainer's, and a run searches on those that the other
     runs' trainers do not need. Without, trainers share the CPUs by their threads, and the search has all: it and the
     trainers of other runs slow each other down, but none waits. If `all_search`, each run has its share of them.
 
@@ -45,10 +46,9 @@ def share_out(
         )
     slots = min(concurrent or fits, runs)
     ours = replace(cluster, workers=workers, gpus=0)
-    if slots == 1:
-        return Shares(1, ours)
     if gpus:
-        return Shares(slots, replace(ours, search_workers=cluster.search_workers or gpus - workers * (slots - 1)))
-    threads = cluster.threads or max(1, cpus // (workers * slots))
-    searching = cluster.search_workers or (max(1, cpus // slots) if all_search else 0)
-    return Shares(slots, replace(ours, threads=threads, search_workers=searching))
+        others = workers * (slots - 1)
+        return Shares(slots, replace(ours, search_workers=cluster.search_workers or (others and gpus - others)), ours)
+    ours = replace(ours, threads=cluster.threads or max(1, cpus // (workers * slots)))
+    searching = cluster.search_workers or (max(1, cpus // slots) if all_search and slots > 1 else 0)
+    return Shares(slots, replace(ours, search_workers=searching), ours)

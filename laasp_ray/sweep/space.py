@@ -11,6 +11,7 @@ tree-structured Parzen estimator chooses, for each target on its own: accuracies
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,9 +107,17 @@ def check_space(space: Space, config: RunConfig) -> None:
     for key, entry in space.items():
         if key in _FIXED or key.partition(".")[0] in ("cluster", "model", "data"):
             raise ConfigError(f"the space has {key}, which is the same for all trials: set it with --set")
-        ((_, values),) = entry.items()
+        ((kind, values),) = entry.items()
         for value in values:
             with_settings(config, {key: value})
+        if kind in ("uniform", "loguniform"):
+            try:
+                with_settings(config, {key: values[0] + (values[1] - values[0]) / math.pi})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"the space has {kind}: {list(values)} for {key}, which does not take what lies between ({error}); "
+                    "for whole numbers give int: [low, high]"
+                ) from error
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -131,9 +140,7 @@ class SpaceDirector(Director):
         check_space(goal.space, config)
         self._config, self._goal = config, goal
         targets = checked_targets(goal.flops_reductions)
-        self._studies = {
-            target: Study(goal.space, derive_seed(config.seed, f"space {target}") % 2**32) for target in targets
-        }
+        self._studies = {target: Study(goal.space) for target in targets}
         self._slots = [(target, number) for number in range(1, goal.trials + 1) for target in targets]
         self._settings: dict[str, dict[str, Any]] = {}
         self._of: dict[str, tuple[float, Any]] = {}
@@ -173,7 +180,7 @@ class SpaceDirector(Director):
         if name in self._settings:  # it has begun before the sweep was cut off
             settings, asked = self._settings[name], None
         else:
-            settings, asked = study.ask()
+            settings, asked = study.ask(derive_seed(self._config.seed, f"space {name}") % 2**32)
         self._of[name] = target, asked
         return Trial(config=self._run(target, name, settings))
 
@@ -189,7 +196,7 @@ class SpaceDirector(Director):
 class Study:
     """Optuna's choices for one target."""
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: Space) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -197,11 +204,15 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._distributions = {key: _distribution(entry) for key, entry in space.items()}
         self._choices = {key: entry["choice"] for key, entry in space.items() if "choice" in entry}
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=5)
-        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._study = optuna.create_study(direction="maximize")
 
-    def ask(self) -> tuple[dict[str, Any], optuna.trial.Trial]:
-        """Settings to try, and Optuna's trial of them."""
+    def ask(self, seed: int) -> tuple[dict[str, Any], optuna.trial.Trial]:
+        """Settings to try, and Optuna's trial of them. They follow from the seed and from the results of other trials,
+        whichever session had them.
+        """
+        import optuna
+
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True, n_startup_trials=5)
         trial = self._study.ask(self._distributions)
         return {key: self._value(key, value) for key, value in trial.params.items()}, trial
 

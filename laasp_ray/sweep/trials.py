@@ -24,7 +24,7 @@ from laasp_ray.run.events import (
     read_events,
 )
 from laasp_ray.run.preflight import folded
-from laasp_ray.store.journal import Journal
+from laasp_ray.store.journal import Journal, event_file
 from laasp_ray.store.storage import Storage
 from laasp_ray.sweep.trajectory import EndsBeforeFinal, Forks, Observers, PruningEndedError, StoppedError
 
@@ -77,11 +77,12 @@ def folder_of(config: RunConfig) -> Storage:
 
 
 def has_begun(config: RunConfig) -> bool:
-    return Journal(folder_of(config)).last(RunStarted.NAME) is not None
+    """Whether the run's first event is there. Of a fork that was cut off later ones may be there without it."""
+    return folder_of(config).exists(event_file(1, RunStarted.NAME))
 
 
 def is_finished(config: RunConfig) -> bool:
-    return Journal(folder_of(config)).last(RunFinished.NAME) is not None
+    return has_begun(config) and Journal(folder_of(config)).last(RunFinished.NAME) is not None
 
 
 def has_pruned(config: RunConfig) -> bool:

@@ -1,5 +1,6 @@
-"""The mission's command: the main job, submitted to a cluster that was started on this machine."""
+"""The main job and a sweep, submitted to a cluster that was started on this machine."""
 
+import json
 import re
 import subprocess
 import sys
@@ -27,19 +28,7 @@ def cluster():
 
 
 def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
-    command = [
-        RAY,
-        "job",
-        "submit",
-        "--working-dir",
-        str(ROOT),
-        "--",
-        "python",
-        "jobs/prune_resnet50.py",
-        "--storage",
-        str(tmp_path / "runs"),
-    ]
-    done = _submit(command, cluster)
+    done = _submit(["jobs/prune_resnet50.py", "--storage", tmp_path / "runs"], cluster)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     events = Journal(Storage.open(str(tmp_path / "runs")).child("resnet50_digits")).events()
     finish = events[-1]
@@ -49,8 +38,26 @@ def test_the_submitted_job_prunes_resnet50_to_the_end(cluster, tmp_path):
     load_pruned(tmp_path / "runs" / "resnet50_digits")
 
 
-def _submit(command, environment):
+def test_a_submitted_sweep_leaves_a_finished_run_for_each_target(cluster, tmp_path):
+    """ResNet-20 on the digits, one worker a run, so that two runs are under way at once."""
+    network = ["--set", "model.builder=cifar.resnet20", "--set", 'model.arguments={"num_classes": 10}']
+    shorter = ["--epochs", "2", "--prune-epoch", "1", "--calibration-images", "40", "--set", "prune.step=0.03"]
+    where = ["--workers", "1", "--storage", tmp_path / "runs", "--name", "sweep"]
+    command = ["jobs/sweep_flops.py", "resnet50_digits", *network, *shorter, *where, "--flops-reduction", "0.05", "0.1"]
+    done = _submit(command, cluster)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "best (the largest reduction" in done.stdout
+    folder = tmp_path / "runs" / "sweep"
+    rows = json.loads((folder / "sweep.json").read_text())["trials"]
+    assert [(row["name"], row["status"]) for row in rows] == [("flops-0.05", "finished"), ("flops-0.1", "finished")]
+    assert rows[0]["shared_seconds"] > 0 and rows[1]["flops_reduction"] >= 0.1
+    for row in rows:
+        load_pruned(folder / row["name"])
+
+
+def _submit(job, environment):
     """Tries again while the head, which answers already, has no agent yet to hand the job to."""
+    command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--", "python", *map(str, job)]
     for _ in range(30):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
         if "No available agent" not in done.stdout + done.stderr:

@@ -59,7 +59,9 @@ class FakeActor:
 
 
 class FakeRay:
-    """Stands for the module `ray` in search_workers and importance. `devices` CPUs; `room`: workers that come up."""
+    """Stands for the module `ray` in search_workers and importance. `devices` CPUs or GPUs; `room`: workers that come
+    up.
+    """
 
     exceptions = ray.exceptions
 
@@ -78,7 +80,7 @@ class FakeRay:
         return self.now
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": float(self.devices)}
+        return {"CPU": float(self.devices), "GPU": float(self.devices)}
 
     def available_resources(self) -> dict[str, float]:
         return {}

@@ -154,3 +154,20 @@ def test_a_worker_that_is_refused_for_its_versions_ends_the_search_with_the_reas
     monkeypatch.setattr(cluster, "get", refuse)
     with pytest.raises(ConfigError, match=r"node 10\.0\.0\.7 has torch"):
         workers.collect()
+
+
+def test_workers_that_share_gpus_are_beside_the_runs_own_trainers(monkeypatch):
+    _, cluster = made(monkeypatch, 5)
+    share = plan_resources({"CPU": 8, "GPU": 5}, ClusterConfig(workers=3))
+    a, b = "a" * 56, "b" * 56
+    workers = SearchWorkers(share, cluster.clock, trainers=lambda: [b, a, b])
+    workers.call(job(square, 3))
+    placed = [(actor.options["num_gpus"], node_of(actor)) for actor in cluster.actors]
+    assert placed == [(0.4, b), (0.4, b), (0.4, a), (1.0, None), (1.0, None)]
+    workers._replace(workers._workers[1])
+    assert (cluster.actors[-1].options["num_gpus"], node_of(cluster.actors[-1])) == (0.4, b)
+
+
+def node_of(actor):
+    where = actor.options["scheduling_strategy"]
+    return None if where == "SPREAD" else where.node_id

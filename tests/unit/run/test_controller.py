@@ -11,7 +11,7 @@ import torch
 from fakes import Silent
 from helpers import small_run, write_digits, write_pictures
 from safetensors.torch import load_file, save_file
-from whole_runs import events_of, on_digits, power_cut, read_events_of
+from whole_runs import events_of, on_digits, on_pictures, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.api import _close
@@ -77,6 +77,17 @@ def test_a_run_meets_its_target_and_writes_down_what_it_did(undisturbed):
         f"{epochs - 2:06d}",
         f"{epochs - 1:06d}",
     }
+
+
+def test_the_last_weights_of_each_training_phase_are_kept_if_asked(tmp_path):
+    pictures = write_pictures(tmp_path / "images", side=8, train=12, test=6)
+    config = on_pictures(tmp_path, pictures, train__keep_checkpoints=True, prune__fine_tune_epochs=2)
+    run(config)
+    epochs = [event for event in events_of(config) if event.name == "epoch"]
+    last = {event.data["training_phase"]: event.data["checkpoint"] for event in epochs}
+    assert len(last) >= 3 and len(epochs) > len(last) + 2
+    names = {path.stem for path in (tmp_path / config.name / "checkpoints").iterdir()}
+    assert {name for name in names if not name.startswith("initial")} == {"unpruned", *last.values()}
 
 
 def test_the_saved_network_is_the_one_that_was_trained(undisturbed):

@@ -33,9 +33,10 @@ def trajectory(monkeypatch):
     return dataclasses.replace(recipe("resnet20_cifar10"), name="sweep", storage="nowhere")
 
 
-def director_of(config, slots=2, points=1.35, earlier=()):
+def director_of(config, slots=2, points=1.35, earlier=(), alone=None):
     recorded = []
-    made = BracketDirector(config, MaxDrop(points), slots, lambda *said: recorded.append(said), dict(earlier))
+    cluster = alone or config.cluster
+    made = BracketDirector(config, MaxDrop(points), slots, cluster, lambda *said: recorded.append(said), dict(earlier))
     return made, recorded
 
 
@@ -58,6 +59,27 @@ def test_the_deepest_within_the_drop_is_found_with_few_trials(trajectory):
         assert director.bounds.met == DEEPEST_WITHIN
         assert len(director.trials) <= most and len(recorded) == len(director.trials) + 1
         assert director.bar == pytest.approx(90.65)
+
+
+def test_several_at_once_cut_what_is_unknown_evenly(trajectory):
+    """Of 20 iterations 5, 10 and 16 leave 0 to 5, 5 to 10, 10 to 16 and 16 to 21."""
+    director, _ = director_of(trajectory, slots=3)
+    director.next()
+    director.ended(TRAJECTORY, Outcome())
+    running = [director.next().name for _ in range(3)]
+    assert running == ["iteration-005", "iteration-010", "iteration-016"] and director.next() is None
+    # What is handed out after a result takes it into account: 10 to 16 is left, without what runs.
+    director.ended("iteration-016", Outcome(top1=top1_of(16)))
+    director.ended("iteration-010", Outcome(top1=top1_of(10)))
+    assert [director.next().name for _ in range(2)] == ["iteration-012", "iteration-014"]
+
+
+def test_nothing_runs_beside_the_trajectory(trajectory):
+    alone = dataclasses.replace(trajectory.cluster, search_workers=7)
+    director, _ = director_of(trajectory, alone=alone)
+    assert director.next().config.cluster == alone
+    director.ended(TRAJECTORY, Outcome())
+    assert director.next().config.cluster == trajectory.cluster
 
 
 def test_a_trial_is_stopped_when_it_cannot_be_the_answer_any_more(trajectory):

@@ -30,12 +30,22 @@ def test_gpus_are_divided_so_that_trainers_and_the_search_fit_beside_each_other(
     assert share_out(eight, ClusterConfig(workers=2), 9, concurrent=2).cluster.search_workers == 6
 
 
+def test_a_run_that_nothing_runs_beside_searches_on_the_whole_cluster():
+    eight = {"CPU": 64, "GPU": 8}
+    shares = share_out(eight, ClusterConfig(workers=2), 9)
+    plan = plan_resources(eight, shares.alone)
+    assert (plan.workers, slots_of(eight, plan)) == (2, 8)
+    assert share_out(eight, ClusterConfig(workers=2, search_workers=3), 9).alone.search_workers == 3
+    alone = share_out({"CPU": 8}, ClusterConfig(workers=1), 4, all_search=True).alone
+    assert (alone.search_workers, alone.threads) == (0, 2)  # sums depend on threads: as all others have
+
+
 def test_cpus_are_divided_by_threads_and_the_search_has_all():
     shares = share_out({"CPU": 8}, ClusterConfig(workers=1), 4)
     assert (shares.slots, shares.cluster.threads, shares.cluster.search_workers) == (4, 2, 0)
     plan = plan_resources({"CPU": 8}, shares.cluster)
     assert (plan.workers, plan.trainer_threads, slots_of({"CPU": 8}, plan)) == (1, 2, 8)
-    held = 8 * plan.task_options["num_cpus"] + 4 * plan.trainer_resources["CPU"] + 4 * 0.01
+    held = 8 * plan.task_options["num_cpus"] + 4 * plan.trainer_resources["CPU"]
     assert held <= 8
 
 

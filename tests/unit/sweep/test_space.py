@@ -71,6 +71,11 @@ def test_a_file_that_cannot_be_used_is_told(tmp_path):
         ({"prune.steps": {"uniform": [0.1, 0.2]}}, r"prune\.steps, which is no key of this run"),
         ({"nothing": {"choice": [1]}}, "nothing, which is no key"),
         ({"prune.step": {"uniform": [0.1, 2.0]}}, r"prune\.step"),
+        (
+            {"prune.fine_tune_epochs": {"uniform": [1, 3]}},
+            r"uniform: \[1, 3\] for prune\.fine_tune_epochs, which does not take what .*for whole numbers give int",
+        ),
+        ({"train.batch_size": {"loguniform": [32, 128]}}, r"loguniform: \[32, 128\] for train\.batch_size"),
     ],
 )
 def test_keys_and_values_that_no_run_takes_are_told(space, message):
@@ -86,19 +91,34 @@ def test_settings_go_into_a_config():
 def test_a_study_learns_from_earlier_sessions():
     """Twenty trials of an earlier session say that the second choice and high steps are better."""
     space = {"prune.step": {"uniform": [0.0, 1.0]}, "prune.criteria": {"choice": [["l1"], ["cosine"]]}}
-    study = Study(space, seed=0)
+    study = Study(space)
     for number in range(20):
         settings = {"prune.step": number / 20, "prune.criteria": [["l1"], ["cosine"]][number % 2]}
         study.add(settings, 50 + number + 20 * (number % 2))
     asked = []
-    for _ in range(10):
-        settings, trial = study.ask()
+    for number in range(10):
+        settings, trial = study.ask(number)
         study.tell(trial, settings, 50 + 20 * settings["prune.step"])
         asked.append(settings)
     assert sum(settings["prune.step"] for settings in asked) / 10 > 0.6
     assert sum(settings["prune.criteria"] == ["cosine"] for settings in asked) >= 7
-    settings, trial = study.ask()
+    settings, trial = study.ask(10)
     study.tell(trial, settings, None)  # a trial that failed teaches nothing
+
+
+def test_a_session_asks_for_what_the_one_before_would_have_asked_for():
+    space = {"train.learning_rate": {"loguniform": [0.01, 1.0]}, "prune.step": {"uniform": [0.0, 1.0]}}
+    whole, asked = Study(space), []
+    for number in range(8):
+        settings, trial = whole.ask(number)
+        whole.tell(trial, settings, 50.0 + number)
+        asked.append(settings)
+    assert len({str(settings) for settings in asked}) == 8
+    for cut in (1, 4, 7):
+        study = Study(space)
+        for number in range(cut):
+            study.add(asked[number], 50.0 + number)
+        assert study.ask(cut)[0] == asked[cut]
 
 
 def test_tune_is_what_it_was():

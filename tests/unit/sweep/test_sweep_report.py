@@ -76,9 +76,11 @@ def test_how_sure_a_bracket_is():
     near = bracket_said({**rows, 4: row("x", 0.35, 90.9)}, 3, 9, bar=91.0, base=92.0, points=1.0, images=10_000)
     assert near.endswith("so that another seed may choose a neighbour")
     stopped = bracket_said({3: rows[3], 4: ROWS[3]}, 3, 9, bar=91.0, base=92.0, points=1.0, images=10_000)
-    assert "iteration 4 was stopped, since it could not reach the bar any more" in stopped
+    assert "iteration 4 was stopped, since it was predicted to end below the bar, and its own end was not" in stopped
     none = bracket_said({1: row("x", 0.02, 90.0)}, 0, 9, bar=91.0, base=92.0, points=1.0, images=10_000)
     assert none.startswith("no reduction is within 1 points of 92.00%: the first iteration already falls below 91.00%")
+    predicted = bracket_said({1: ROWS[3]}, 0, 9, bar=91.0, base=92.0, points=1.0, images=10_000)
+    assert "the first iteration was stopped, since it was predicted to end below 91.00%; allow" in predicted
 
 
 def test_the_time_of_a_sweep():
