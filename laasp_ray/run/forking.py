@@ -3,8 +3,8 @@
 A run to a deep target passes through all shallower ones: it makes the decisions that a run to one of those would make,
 until that target is reached. A fork is a run of its own from there on. It needs nothing of the other run any more.
 
-Where a decision may depend on the target (LAASP's last prune takes no more than it needs; a method that is not built
-in may do anything), the fork begins one iteration earlier and makes the last decision itself.
+Where a decision may depend on the target (an exact one, several prunes an iteration, a method that is not built in),
+the fork begins one iteration earlier and makes the last decision itself.
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ def _until_reached(journal: Journal, config: RunConfig) -> tuple[list[Event], Ru
 def decides_by_target(prune: PruneConfig) -> bool:
     """Whether a decision of the method may depend on the target, so that a fork makes its last one itself.
 
-    LAASP's last prune takes no more filters than the target needs.
+    LAASP's last prune may take no more filters than the target needs, and several prunes end where it is reached.
     """
-    return isinstance(prune, LaaspConfig) or is_import_path(prune.method)
+    of_laasp = isinstance(prune, LaaspConfig) and (prune.exact_target or prune.prunes_per_iteration > 1)
+    return of_laasp or is_import_path(prune.method)
 
 
 def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:

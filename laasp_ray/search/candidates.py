@@ -90,10 +90,10 @@ def propose(
 
     `given` has the scores of criteria that need more than a layer's weights; a layer that one of them does not score
     has no pick of it. `memory` keeps the scores of the others from one call to the next. `made_up` says how readers
-    make up for a prune. Layers are in network order, and criteria in the pool's order. A prune that reaches the target
-    takes no more filters than the target needs. Criteria that choose the same filters of a layer make one candidate.
-    Layers of one coupled group make one candidate if they remove the same channels; the first of them gets it. Raises
-    ExhaustedError if no layer has a filter left to prune.
+    make up for a prune. Layers are in network order, and criteria in the pool's order. With `prune.exact_target` a
+    prune that reaches the target takes no more filters than the target needs. Criteria that choose the same filters of
+    a layer make one candidate. Layers of one coupled group make one candidate if they remove the same channels; the
+    first of them gets it. Raises ExhaustedError if no layer has a filter left to prune.
     """
     memory = ScoreMemory() if memory is None else memory
     of_weights = [name for name in config.criteria if name not in given]
@@ -166,7 +166,7 @@ def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: B
         }
         return all(of in gone and gone[of] >= share for of, share in config.targets.items())
 
-    if not config.targets or not reaches(count):
+    if not config.exact_target or not config.targets or not reaches(count):
         return count
     unit = math.lcm(group.blocks, config.round_to)
     fewer = [group.filters - kept for kept in range(unit, group.filters, unit) if group.filters - kept < count]

@@ -36,7 +36,7 @@ def folder(config):
 
 @pytest.fixture(scope="module")
 def trajectory(tmp_path_factory, digits):
-    config = on_digits(tmp_path_factory.mktemp("trajectory"), digits)
+    config = on_digits(tmp_path_factory.mktemp("trajectory"), digits, prune__exact_target=False)
     run(config, Forks(folder(config), [shallow(config)]))
     return config
 
@@ -49,15 +49,15 @@ def told(config):
     ]
 
 
-@pytest.mark.parametrize("prunes", [1, 3])
-def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits, prunes):
-    """Of three prunes an iteration a run to the shallow target makes fewer in its last one."""
-    config = trajectory
-    if prunes > 1:
-        config = on_digits(tmp_path / "deep", digits, prune__prunes_per_iteration=prunes)
+@pytest.mark.parametrize(("prunes", "exact"), [(1, False), (1, True), (3, False)])
+def test_it_ends_as_a_run_that_did_it_all_itself(tmp_path, trajectory, digits, prunes, exact):
+    """Of three prunes an iteration a run to the shallow target makes fewer in its last one; an exact one is smaller."""
+    config, settings = trajectory, {"prune__prunes_per_iteration": prunes, "prune__exact_target": exact}
+    if prunes > 1 or exact:
+        config = on_digits(tmp_path / "deep", digits, **settings)
         run(config, Forks(folder(config), [shallow(config)]))
     again = run(shallow(config))
-    alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW, prune__prunes_per_iteration=prunes)
+    alone = on_digits(tmp_path, digits, prune__flops_reduction=SHALLOW, **settings)
     result = run(alone)
     iterations = [sum(event.name == "iteration" for event in events_of(one)) for one in (shallow(config), config)]
     assert 0 < iterations[0] < iterations[1] or prunes > 1
@@ -95,7 +95,7 @@ def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
 
 def test_a_fork_that_was_cut_off_is_made_again(tmp_path, trajectory, digits, monkeypatch):
     position = [event.name for event in events_of(trajectory)].index("iteration")
-    config, names = on_digits(tmp_path, digits), []
+    config, names = on_digits(tmp_path, digits, prune__exact_target=False), []
     with power_cut(monkeypatch, position + 1):
         run(config)
     reached = events_of(config)
@@ -118,7 +118,7 @@ def test_a_fork_that_was_cut_off_is_made_again(tmp_path, trajectory, digits, mon
         fork(folder(config), small)
     assert any(name.startswith("journal/") for name in names)
     fork(folder(config), small)
-    assert [event.name for event in events_of(small)] == [event.name for event in reached[:-1]]
+    assert [event.name for event in events_of(small)] == [event.name for event in reached]
     assert run(small).summary["flops_reduction"] >= small.prune.flops_reduction
 
 

@@ -22,6 +22,7 @@ from laasp_ray.sweep.run import run_sweep
 from laasp_ray.sweep.trials import Trial
 
 TARGETS = Targets((0.06, 0.09, 0.12))
+SHARED = {"prune__exact_target": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def run(config, goal, **options):
 
 
 def sweep_of(tmp_path, pictures, **changes):
-    return dataclasses.replace(on_pictures(tmp_path, pictures, **changes), name="sweep")
+    return dataclasses.replace(on_pictures(tmp_path, pictures, **SHARED | changes), name="sweep")
 
 
 def weights(folder, config):
@@ -59,7 +60,7 @@ def test_each_trial_is_the_run_that_was_made_for_it_alone(tmp_path, pictures, fi
     config, result = finished
     assert [row.name for row in result.rows] == ["flops-0.06", "flops-0.09", "flops-0.12"]
     for row, target in zip(result.rows[:2], TARGETS.flops_reductions[:2], strict=True):
-        alone = on_pictures(tmp_path, pictures, prune__flops_reduction=target, name=f"alone{target}")
+        alone = on_pictures(tmp_path, pictures, prune__flops_reduction=target, name=f"alone{target}", **SHARED)
         prune(alone, distributed=False, progress=Silent())
         theirs, ours = weights(folder(alone), alone), weights(row.folder, config)
         assert row.is_finished and row.flops_reduction >= target
@@ -78,8 +79,18 @@ def test_it_prunes_once(finished):
     deepest = [event.time for event in events_of(runs[2]) if event.name == IterationDone.NAME]
     for one, start in zip(runs[:2], starts[:2], strict=True):
         times = [event.time for event in events_of(one) if event.name == IterationDone.NAME]
-        assert times[:-1] == deepest[: len(times) - 1]  # the last iteration takes no more than the target needs
-        assert start.forked["from"].endswith("flops-0.12") and start.forked["iteration"] == len(times) - 1
+        assert times == deepest[: len(times)]
+        assert start.forked["from"].endswith("flops-0.12") and start.forked["iteration"] == len(times)
+
+
+def test_with_exact_targets_a_trial_makes_its_last_prune_itself(tmp_path, pictures, finished):
+    config = sweep_of(tmp_path, pictures, prune__exact_target=True)
+    result = run(config, Targets(TARGETS.flops_reductions[1:]))
+    alone = on_pictures(tmp_path, pictures, prune__flops_reduction=0.09, name="alone")
+    prune(alone, distributed=False, progress=Silent())
+    theirs, ours = weights(folder(alone), alone), weights(result.rows[0].folder, config)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert 0.09 <= result.rows[0].flops_reduction < finished[1].rows[1].flops_reduction
 
 
 def test_other_settings_under_the_same_name_are_refused(finished, pictures):
