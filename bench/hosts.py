@@ -21,7 +21,8 @@ from pathlib import Path
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PORT = 6379
-NETWORK = "10.77.0"
+NETWORK = f"10.77.{os.getpid() % 256}"
+"""Several benchmarks may run on one machine, each with a network of its own."""
 BRIDGE = f"{NETWORK}.254"
 """This machine's own address, as the hosts see it."""
 OBJECT_STORE_BYTES = 80_000_000
