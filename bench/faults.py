@@ -113,7 +113,7 @@ def disturbed(run: Run, strikes: list[Strike], kinds: list[str], draw: random.Ra
             continue
         there = min(there, len(run.events()))
         run.wait(lambda there=there: len(run.events()) > there or run.finished, f"after {strike.fault}")
-        outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, began))
+        outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, run.struck or began))
         print(
             f"      {outcome.seconds:6.1f} s  {strike.fault}, {strike.delay:.1f} s after event {there - 1}", flush=True
         )

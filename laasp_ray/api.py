@@ -204,12 +204,13 @@ def _run_on_ray(
     def on_fault(text: str) -> None:
         journal.append(FaultSurvived.NAME, data_of(FaultSurvived(text=text)))
 
+    grows, known_parts = check_address(address) != "local", batch_parts_of(journal)
     with (
         cluster.connected(address) as there,
-        autoscaling.with_gpus(there, config.cluster, grows=check_address(address) != "local") as resources,
+        autoscaling.with_devices(there, config.cluster, known_parts, grows=grows) as resources,
         tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch,
     ):
-        share = cluster.plan_resources(resources, config.cluster, batch_parts_of(journal))
+        share = cluster.plan_resources(resources, config.cluster, known_parts)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
 
