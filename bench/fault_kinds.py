@@ -27,6 +27,8 @@ Mode = Literal["plain", "kept state", "s3", "jobs", "clock"]
 whose clock can be moved.
 """
 TRAINING, SEARCH, ANY = ("epoch", "training_phase"), ("iteration",), ()
+SHORT = 256 << 20
+"""Bytes of address space that a search worker lacks when its memory is short."""
 _WRITES = ("PUT", "POST")
 _FILLER = """
 import ray, numpy, time
@@ -216,7 +218,8 @@ def memory_short(run: Run, draw: random.Random) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
         sizes = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmSize")]
         _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
-        resource.prlimit(pid, resource.RLIMIT_AS, (sizes[0] if sizes else hard, hard))
+        # Below what it has, or it could give memory back and take as much again.
+        resource.prlimit(pid, resource.RLIMIT_AS, (max(0, sizes[0] - SHORT) if sizes else hard, hard))
         time.sleep(draw.uniform(1, 4))
         resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
     run.wait(lambda: driver.poll() is not None or len(run.events()) > there, "memory is short", (driver,))
