@@ -27,6 +27,7 @@ Mode = Literal["plain", "kept state", "s3", "jobs", "clock"]
 whose clock can be moved.
 """
 TRAINING, SEARCH, ANY = ("epoch", "training_phase"), ("iteration",), ()
+MEMORY_SHORT = "search worker short of memory"
 SHORT = 256 << 20
 """Bytes of address space that a search worker lacks when its memory is short."""
 _WRITES = ("PUT", "POST")
@@ -353,7 +354,7 @@ FAULTS: dict[str, Fault] = {
     "worker host with other images": Fault(other_images, TRAINING, modes=("plain",)),
     "head and driver lost": Fault(head_lost, modes=("plain", "s3")),
     "head lost, comes back with its state": Fault(head_returns, modes=("kept state",)),
-    "search worker short of memory": Fault(memory_short, SEARCH),
+    MEMORY_SHORT: Fault(memory_short, SEARCH),
     "object store full for 15 s": Fault(object_store_full),
     "driver's clock back an hour": Fault(clock_back, modes=("clock",)),
     "last event torn": Fault(torn_event),
