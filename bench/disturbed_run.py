@@ -65,8 +65,8 @@ class Run:
         mark, query = self.place.seen_at.partition("?")[1:]
         self.folder = RunFolder(f"{self.place.seen_at.partition('?')[0].rstrip('/')}/{self.name}{mark}{query}")
         self.starts = 0
-        self.struck = 0.0
-        """When the last fault happened, if it had to wait for its process."""
+        self.struck: tuple[int, float] | None = None
+        """After how many events, and when, a process got its signal, if the last fault is one."""
         self._marked = 0
         self.driver = self.start()
 
@@ -120,7 +120,7 @@ class Run:
 
     def mark(self) -> None:
         """A fault is about to happen: what drivers said until now is not part of `said` any more."""
-        self.struck = 0.0
+        self.struck = None
         self._marked = self.log.stat().st_size
 
     def said(self) -> str:
@@ -137,10 +137,10 @@ class Run:
         there, deadline = len(self.events()), time.monotonic() + COMING_S
         while True:
             found = [pid for host in self.cluster.alive() for pid in self.cluster.processes(host, title)]
-            if len(self.events()) > there:
+            if found:
+                return found[0]
+            if len(self.events()) > there or time.monotonic() > deadline or self.driver.poll() is not None:
                 return None
-            if found or time.monotonic() > deadline or self.driver.poll() is not None:
-                return found[0] if found else None
             time.sleep(0.5)
 
     def signal(self, title: str, number: int) -> bool:
@@ -148,7 +148,7 @@ class Run:
         pid = self.process(title)
         if pid is None:
             return False
-        self.struck = time.time()
+        self.struck = len(self.events()), time.time()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
             return True

@@ -117,8 +117,13 @@ def disturbed(run: Run, strikes: list[Strike], kinds: list[str], draw: random.Ra
             print(f"      {strike.fault}: not possible at this moment, or without effect", flush=True)
             continue
         there = min(there, len(run.events()))
+        if run.struck is not None:
+            there, began = run.struck
+            if not _may_happen(strike.fault, there, kinds):
+                print(f"      {strike.fault}: too late to have an effect", flush=True)
+                continue
         run.wait(lambda there=there: len(run.events()) > there or run.finished, f"after {strike.fault}")
-        outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, run.struck or began))
+        outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, began))
         print(
             f"      {outcome.seconds:6.1f} s  {strike.fault}, {strike.delay:.1f} s after event {there - 1}", flush=True
         )
