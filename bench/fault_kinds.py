@@ -79,6 +79,7 @@ def job_stopped(run: Run, draw: random.Random) -> bool:
     run.driver.wait(timeout=120)
     if not run.released:
         raise HungError(f"the job that was stopped did not let the run go\n{run.said()}")
+    run.struck = len(run.events()), time.time()  # until now the driver may still have written an event
     run.again()
     return True
 

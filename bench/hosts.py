@@ -27,6 +27,9 @@ BRIDGE = f"{NETWORK}.254"
 """This machine's own address, as the hosts see it."""
 OBJECT_STORE_BYTES = 80_000_000
 START_S = 120
+HEAD_BACK_S = 600
+"""Processes end if a head that keeps its state is away for so long. Ray's default of 60 s is short for a busy machine.
+"""
 VETH_PAUSE_S = 2.0
 """After its namespace is deleted a device's name is taken for about so long."""
 
@@ -115,7 +118,9 @@ class Hosts:
     @property
     def environment(self) -> Mapping[str, str]:
         """The environment of a driver."""
+        more = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_BACK_S)} if self.keeps_state else {}
         return {
+            **more,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
             "RAY_ADDRESS": f"{NETWORK}.1:{PORT}",
