@@ -16,6 +16,7 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.decoding import normalise
+from laasp_ray.data.sources.identity import digest_of_names
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError
@@ -213,6 +214,7 @@ def _run_on_ray(
         share = cluster.plan_resources(resources, config.cluster, known_parts)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
+        images = digest_of_names(prepared.train), digest_of_names(prepared.test)
 
         def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
             made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault)
@@ -228,7 +230,7 @@ def _run_on_ray(
             journal,
             progress,
             method,
-            lambda: RayTrainer(network, config, share, scratch, on_fault),
+            lambda: RayTrainer(network, config, share, scratch, images, on_fault),
             executor,
             share.workers,
         )
