@@ -23,6 +23,8 @@ from laasp_ray.store.ownership import see_owner
 
 LONG_S = 900.0
 """No recovery takes longer, or the run hangs."""
+COMING_S = 60.0
+"""A process that an earlier fault ended is waited for so long."""
 _DRIVER = f"{sys.executable} {interruptions.ROOT / 'jobs' / 'prune.py'}"
 
 
@@ -63,6 +65,8 @@ class Run:
         mark, query = self.place.seen_at.partition("?")[1:]
         self.folder = RunFolder(f"{self.place.seen_at.partition('?')[0].rstrip('/')}/{self.name}{mark}{query}")
         self.starts = 0
+        self.struck: tuple[int, float] | None = None
+        """After how many events, and when, a process got its signal, if the last fault is one."""
         self._marked = 0
         self.driver = self.start()
 
@@ -115,7 +119,8 @@ class Run:
         return True
 
     def mark(self) -> None:
-        """What drivers said until now is not part of `said` any more."""
+        """A fault is about to happen: what drivers said until now is not part of `said` any more."""
+        self.struck = None
         self._marked = self.log.stat().st_size
 
     def said(self) -> str:
@@ -125,15 +130,25 @@ class Run:
             return file.read().decode(errors="replace")[-3000:]
 
     def process(self, title: str) -> int | None:
-        """One process of the run on any host whose command line holds `title`."""
-        found = [pid for host in self.cluster.alive() for pid in self.cluster.processes(host, title)]
-        return found[0] if found else None
+        """One process of the run on any host whose command line holds `title`.
+
+        It may have to come up first, after an earlier fault. None if it does not before the next event, or COMING_S.
+        """
+        there, deadline = len(self.events()), time.monotonic() + COMING_S
+        while True:
+            found = [pid for host in self.cluster.alive() for pid in self.cluster.processes(host, title)]
+            if found:
+                return found[0]
+            if len(self.events()) > there or time.monotonic() > deadline or self.driver.poll() is not None:
+                return None
+            time.sleep(0.5)
 
     def signal(self, title: str, number: int) -> bool:
         """A signal to one process of the run on any host; False if there is none."""
         pid = self.process(title)
         if pid is None:
             return False
+        self.struck = len(self.events()), time.time()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
             return True

@@ -64,6 +64,8 @@ class FaultProxy:
                     return await self._answer(session, request)
                 except ClientError:  # the store has not started yet
                     return web.Response(status=503)
+                except ConnectionError:  # the client was killed in the middle of its request
+                    return _cut(request)
 
             app.router.add_route("*", "/{path:.*}", answer)
             runner = web.AppRunner(app)

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -38,9 +39,10 @@ from pathlib import Path
 
 import hosts
 from disturbed_run import HungError, Place, Run
-from fault_kinds import ANY, FAULTS, Mode
+from fault_kinds import ANY, FAULTS, MEMORY_SHORT, Mode
 from machine import machine
 from object_stores import s3_store
+from run_folder import RunFolder
 
 SETTINGS = {
     "prune.flops_reduction": 0.3,
@@ -50,6 +52,9 @@ SETTINGS = {
 }
 FAKETIME = "faketime/libfaketimeMT.so.1"
 DISK_MB = 256
+SAME = "the same"
+ROUNDING = 1e-5
+"""A part of a loss: memory that is short leads to parts of one to three images, for which sums are made otherwise."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,11 @@ def disturbed(run: Run, strikes: list[Strike], kinds: list[str], draw: random.Ra
             print(f"      {strike.fault}: not possible at this moment, or without effect", flush=True)
             continue
         there = min(there, len(run.events()))
+        if run.struck is not None:
+            there, began = run.struck
+            if not _may_happen(strike.fault, there, kinds):
+                print(f"      {strike.fault}: too late to have an effect", flush=True)
+                continue
         run.wait(lambda there=there: len(run.events()) > there or run.finished, f"after {strike.fault}")
         outcome = Outcome(strike.fault, kinds[there - 1], _seconds_to_the_next(run, began))
         print(
@@ -130,6 +140,35 @@ def _may_happen(fault: str, there: int, kinds: list[str]) -> bool:
     """Whether the fault may come before the event that follows the first `there` ones."""
     before = FAULTS[fault].before
     return there < len(kinds) and (before == ANY or kinds[there] in before)
+
+
+def verdict_of(run: RunFolder, peace: RunFolder, strikes: list[Strike]) -> str:
+    """Whether a run has the decisions, the plan and the weights of the undisturbed one, to the last bit.
+
+    Where a search worker was short of memory, losses may differ by ROUNDING; it is said by how much.
+    """
+    found, expected = run.outcome(), peace.outcome()
+    if found == expected:
+        return SAME
+    rounding = _rounding(run.decisions(), peace.decisions())
+    if (
+        any(strike.fault == MEMORY_SHORT for strike in strikes)
+        and found == {**expected, "decisions": found["decisions"]}
+        and rounding <= ROUNDING
+    ):
+        return f"{SAME}, but for {rounding:.0e} of a loss (memory was short)"
+    return f"DIFFERENT: {found}, expected {expected}"
+
+
+def _rounding(found: list[dict[str, typing.Any]], expected: list[dict[str, typing.Any]]) -> float:
+    """The largest difference of a loss, as a part of it; infinite if anything else differs."""
+    most = 0.0
+    for one, other in itertools.zip_longest(found, expected, fillvalue={}):
+        losses = ("loss", "loss_before")
+        if {**one, **dict.fromkeys(losses)} != {**other, **dict.fromkeys(losses)}:
+            return math.inf
+        most = max(most, *(abs(one[key] - other[key]) / abs(other[key]) for key in losses))
+    return most
 
 
 def _seconds_to_the_next(run: Run, began: float) -> float:
@@ -208,7 +247,7 @@ def main() -> None:
         peace = Run(cluster, place, "peace", SETTINGS, mode == "jobs", environment)
         peace.wait(lambda: peace.finished, "the undisturbed run")
         print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
-        expected, kinds = peace.folder.outcome(), peace.events()
+        kinds = peace.events()
         gaps = [max(0.0, after - before) for before, after in itertools.pairwise(peace.folder.times())]
         for number in range(len(earlier), len(earlier) + options.runs):
             draw = random.Random(f"{options.seed}/{number}")
@@ -227,8 +266,7 @@ def main() -> None:
             outcomes: list[Outcome] = []
             try:
                 outcomes.extend(disturbed(run, strikes, kinds, draw))
-                found = run.folder.outcome()
-                verdict = "the same" if found == expected else f"DIFFERENT: {found}, expected {expected}"
+                verdict = verdict_of(run.folder, peace.folder, strikes)
             except (HungError, subprocess.TimeoutExpired) as error:
                 verdict = f"FAILED: {error}"
                 run.kill_driver()
@@ -240,7 +278,7 @@ def main() -> None:
                 with options.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
     report(lines)
-    if any(line["verdict"] != "the same" for line in lines):
+    if not all(line["verdict"].startswith(SAME) for line in lines):
         sys.exit(1)
 
 
@@ -262,10 +300,10 @@ def report(lines: list[dict[str, typing.Any]]) -> None:
             print(
                 f"| {name} | {len(seconds[name])} | {statistics.median(seconds[name]):.0f} | {max(seconds[name]):.0f} |"
             )
-    same = sum(line["verdict"] == "the same" for line in lines)
+    same = sum(line["verdict"].startswith(SAME) for line in lines)
     print(f"\n{sum(map(len, seconds.values()))} faults in {len(lines)} runs, {same} of which ended as undisturbed ones")
     for line in lines:
-        if line["verdict"] != "the same":
+        if line["verdict"] != SAME:
             print(f"run {line['run']}: {line['verdict']}")
 
 

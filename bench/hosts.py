@@ -21,11 +21,17 @@ from pathlib import Path
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PORT = 6379
-NETWORK = "10.77.0"
+NETWORK = f"10.77.{os.getpid() % 256}"
+"""Several benchmarks may run on one machine, each with a network of its own."""
 BRIDGE = f"{NETWORK}.254"
 """This machine's own address, as the hosts see it."""
 OBJECT_STORE_BYTES = 80_000_000
-START_S = 120
+START_S = 180
+STARTED = b"Ray runtime started"
+"""The line of a `ray start` that has joined the cluster."""
+HEAD_BACK_S = 600
+"""Processes end if a head that keeps its state is away for so long. Ray's default of 60 s is short for a busy machine.
+"""
 VETH_PAUSE_S = 2.0
 """After its namespace is deleted a device's name is taken for about so long."""
 
@@ -90,11 +96,14 @@ class Hosts:
         log = (self.folder / f"ray{host}.log").open("ab")
         began = time.monotonic()
         while True:
+            at = log.tell()
             process = self.run(host, [*RAY, "start", *role, *place], stdout=log, environment=self._state_of(host))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=8)
-            if process.poll() is None:
-                return
+            while process.poll() is None:
+                if STARTED in Path(log.name).read_bytes()[at:]:
+                    return
+                if time.monotonic() - began > START_S:
+                    break
+                time.sleep(0.2)
             if time.monotonic() - began > START_S:
                 raise RuntimeError(f"host {host} does not start: see {log.name}")
 
@@ -114,7 +123,9 @@ class Hosts:
     @property
     def environment(self) -> Mapping[str, str]:
         """The environment of a driver."""
+        more = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_BACK_S)} if self.keeps_state else {}
         return {
+            **more,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
             "RAY_ADDRESS": f"{NETWORK}.1:{PORT}",

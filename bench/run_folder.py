@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from laasp_ray.store.storage import Storage
 
@@ -26,11 +27,14 @@ class RunFolder:
         """The time of each event, seconds."""
         return [self.storage.read_json(name)["time"] for name in self.files()]
 
+    def decisions(self) -> list[dict[str, Any]]:
+        """What each iteration has chosen, and the losses that it measured of it."""
+        names = [name for name in self.files() if kind_of(name) == "iteration"]
+        return [self.storage.read_json(name)["data"]["decision"] for name in names]
+
     def outcome(self) -> dict[str, str]:
         """Digests of decisions, plan and weights of a finished run."""
-        decisions = [
-            self.storage.read_json(name)["data"]["decision"] for name in self.files() if kind_of(name) == "iteration"
-        ]
+        decisions = self.decisions()
         files = {"plan": "pruned/plan.json", "weights": "pruned/model.safetensors"}
         return {
             "decisions": f"{len(decisions)}: {_digest(json.dumps(decisions).encode())}",

@@ -16,6 +16,7 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.data.calibration import CalibrationImages
 from laasp_ray.data.loaders.decoding import normalise
+from laasp_ray.data.sources.identity import digest_of_names
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError
@@ -204,14 +205,16 @@ def _run_on_ray(
     def on_fault(text: str) -> None:
         journal.append(FaultSurvived.NAME, data_of(FaultSurvived(text=text)))
 
+    grows, known_parts = check_address(address) != "local", batch_parts_of(journal)
     with (
         cluster.connected(address) as there,
-        autoscaling.with_gpus(there, config.cluster, grows=check_address(address) != "local") as resources,
+        autoscaling.with_devices(there, config.cluster, known_parts, grows=grows) as resources,
         tempfile.TemporaryDirectory(prefix="laasp_ray-train-") as scratch,
     ):
-        share = cluster.plan_resources(resources, config.cluster, batch_parts_of(journal))
+        share = cluster.plan_resources(resources, config.cluster, known_parts)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
+        images = digest_of_names(prepared.train), digest_of_names(prepared.test)
 
         def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
             if not share.gpus:
@@ -228,7 +231,7 @@ def _run_on_ray(
             journal,
             progress,
             method,
-            lambda: RayTrainer(network, config, share, scratch, on_fault),
+            lambda: RayTrainer(network, config, share, scratch, images, on_fault),
             executor,
             share.workers,
         )

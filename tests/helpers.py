@@ -20,6 +20,8 @@ from torch import nn
 from laasp_ray.config import FilterPruneConfig, RunConfig
 from laasp_ray.config.methods import with_method
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.data.sources.identity import digest_of_names
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.methods.base import IterationContext, IterationResult, OnCandidate, PruningMethod
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
@@ -121,6 +123,11 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
         else:
             settings[section] = value
     return RunConfig.from_dict(settings)
+
+
+def images_of(config: RunConfig) -> tuple[str, str]:
+    """The digests of the training and the test images, as the trainers on Ray compare them."""
+    return digest_of_names(open_source(config.data, "train")), digest_of_names(open_source(config.data, "test"))
 
 
 def first_standing(

@@ -20,10 +20,13 @@ class ClusterConfig:
 
     workers: Annotated[
         int,
-        Doc("Ray Train workers, fixed when a run begins; 0: one per GPU, without GPUs two at most"),
+        Doc(
+            "Ray Train workers, fixed when a run begins; 0: one per GPU, without GPUs two at most; without GPUs an "
+            "autoscaler is asked for a CPU for each"
+        ),
     ] = 0
     gpus: Annotated[int, Doc("GPUs that the cluster's autoscaler is asked for; 0: the GPUs that are there")] = 0
-    wait_minutes: Annotated[float, Doc("minutes to wait for the GPUs of cluster.gpus")] = 30.0
+    wait_minutes: Annotated[float, Doc("minutes to wait for what an autoscaler is asked for")] = 30.0
     search_workers: Annotated[int, Doc("search workers at most; 0: one per device of the cluster")] = 0
     threads: Annotated[int, Doc("threads of a trainer without a GPU; 0: its share of the cluster's CPUs")] = 0
     trainer_gpu_share: Annotated[float, Doc("what a trainer takes of a GPU, above one half and below 1")] = 0.6

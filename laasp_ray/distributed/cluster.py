@@ -60,7 +60,8 @@ def plan_resources(
     room = gpus or cpus
     if room == 0:
         raise ConfigError(
-            "the Ray cluster has no CPU and no GPU: start it with some, e.g. ray start --head --num-cpus=2"
+            "the Ray cluster has no CPU and no GPU: start it with some, e.g. ray start --head --num-cpus=2, or set "
+            "cluster.gpus or cluster.workers, for which its autoscaler is asked, if it has one"
         )
     if config.workers > room and batch_parts is None:
         kind = "GPUs, one for each worker" if gpus else "CPUs and no GPU, one for each worker"
@@ -113,7 +114,7 @@ def connected(address: str | None = None) -> Iterator[Mapping[str, float]]:
             ray.init(
                 address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {})
             )
-    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+    except Exception as error:  # Ray raises even `Exception` itself, for processes that do not come up in a minute
         ray.shutdown()
         raise ConfigError(_refused(address, error)) from error
     try:

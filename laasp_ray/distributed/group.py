@@ -56,14 +56,15 @@ class NoRoomError(Exception):
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What every group of a run gets: the reference of the unpruned network, the config, the plan of the resources, and
-    a folder for Ray Train's own files.
+    """What every group of a run gets: the reference of the unpruned network, the config, the plan of the resources, a
+    folder for Ray Train's own files, and the digests of the driver's training and test images.
     """
 
     unpruned: Any
     config: RunConfig
     share: ResourcePlan
     storage_path: str
+    images: tuple[str, str]
 
 
 class WorkerGroup:
@@ -92,6 +93,7 @@ class WorkerGroup:
                 "parts": share.workers,
                 "threads": share.trainer_threads,
                 "versions": installed(),
+                "images": settings.images,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,

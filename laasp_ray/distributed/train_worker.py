@@ -53,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """The loop of one rank.
 
     `settings` are its mailbox, the unpruned network's reference, the run's config, the parts of a global batch, the
-    number of threads (None: its share of the CPUs here), and the driver's versions.
+    number of threads (None: its share of the CPUs here), and the driver's versions and digests of images.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -71,7 +71,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             if data is None:
                 with _naming_the_node():
                     data = _open_data(config, settings["parts"], command.payload.training_phase)
-                _check_same_data(data)
+                _check_same_data(data, settings["images"])
             teacher = teacher or _teacher(command.payload)
             for kind, value in _carry_out(command, unpruned, teacher, config, data, heart):
                 if rank == 0:
@@ -159,19 +159,19 @@ def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase) -> 
     )
 
 
-def _check_same_data(data: PhaseData) -> None:
-    """Raises DataError unless all ranks read the same images, as a node with another copy of them would not."""
-    if data.world == 1:
-        return
+def _check_same_data(data: PhaseData, expected: tuple[str, str]) -> None:
+    """Raises DataError, in all ranks, unless every rank reads the driver's images, whose digests are `expected`.
+
+    A node with another copy of them would train on others, and a rank that is alone has no other to compare with.
+    """
     here = f"{ray.util.get_node_ip_address()} ({data.train_images:,} training and {data.test_images:,} test images)"
     everyone: list[Any] = [None] * data.world
     dist.all_gather_object(everyone, (here, data.digest()))
-    (first, expected), *others = everyone
-    for other, digest in others:
+    for other, digest in everyone:
         if digest != expected:
             raise DataError(
-                f"the nodes have different images: {first} and {other} differ in names, labels or order; data.path "
-                "must hold the same images on every node"
+                f"the nodes have different images: those on {other} and the driver's differ in names, labels or order; "
+                "data.path must hold the same images on every node"
             )
 
 

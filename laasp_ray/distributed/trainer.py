@@ -58,14 +58,16 @@ class RayTrainer:
         config: RunConfig,
         share: ResourcePlan,
         storage_path: str,
+        images: tuple[str, str],
         on_fault: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`.
 
+        `images` are the digests of the training and the test images, which every node must have.
         `on_fault` is called for each group that was lost.
         """
         self._on_fault = on_fault
-        self._settings = GroupSettings(unpruned, config, share, storage_path)
+        self._settings = GroupSettings(unpruned, config, share, storage_path, images)
         self._group: WorkerGroup | None = None
         self._make_room: Callable[[], None] = lambda: None
         self._commands = 0

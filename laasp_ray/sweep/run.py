@@ -243,7 +243,7 @@ def _shares(
     grows = check_address(address) != "local"
     with (
         cluster.connected(address) as there,
-        autoscaling.with_gpus(there, config.cluster, grows=grows) as resources,
+        autoscaling.with_devices(there, config.cluster, grows=grows) as resources,
     ):
         shares = share_out(resources, config.cluster, runs_of(goal), concurrent, all_search=all_search(config, goal))
         yield shares, Arithmetic.of(shares.cluster, gpus=resources.get("GPU", 0) >= 1)

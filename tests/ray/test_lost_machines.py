@@ -13,7 +13,7 @@ BEGINNING = """
 import json, os, signal, sys, tempfile, threading, time
 import ray, torch
 from ray.cluster_utils import Cluster
-from helpers import randomise_batchnorm, small_run
+from helpers import images_of, randomise_batchnorm, small_run
 from laasp_ray import models
 from laasp_ray.distributed import deadlines, group, trainer as trainer_module
 from laasp_ray.distributed.cluster import plan_resources
@@ -45,7 +45,7 @@ second = cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 trainer_module.WORTH_GROWING_S = 0.0
 share = plan_resources(ray.cluster_resources(), config.cluster)
-trainer = RayTrainer(put_network(network), config, share, folder)
+trainer = RayTrainer(put_network(network), config, share, folder, images_of(config))
 workers, undisturbed, disturbed = [], [], []
 
 def hear(epoch):
@@ -82,7 +82,7 @@ for module in (deadlines, group):
             setattr(module, name, seconds)
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 share = plan_resources(ray.cluster_resources(), config.cluster)
-trainer = RayTrainer(put_network(network), config, share, folder)
+trainer = RayTrainer(put_network(network), config, share, folder, images_of(config))
 undisturbed, disturbed = [], []
 trainer.run(state, {}, phase(0, 2), undisturbed.append)
 

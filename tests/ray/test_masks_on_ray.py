@@ -3,7 +3,7 @@
 import pytest
 import ray
 import torch
-from helpers import small_run
+from helpers import images_of, small_run
 from torch import nn
 
 from laasp_ray.distributed.cluster import plan_resources
@@ -46,7 +46,7 @@ def test_two_workers_hold_masks_and_train_what_one_process_does(session, tmp_pat
     assert share.workers == 2
     kept = {name: group_mask(model.get_parameter(name), GroupRule(8, 6)) for name in KEPT}
     masks = {name: pack_mask(mask) for name, mask in kept.items()}
-    trainer = RayTrainer(put_network(model), config, share, str(tmp_path))
+    trainer = RayTrainer(put_network(model), config, share, str(tmp_path), images_of(config))
     try:
         spread, measured = epochs_of(trainer, model, masks)
         again, measured_again = epochs_of(trainer, model, masks)

@@ -10,7 +10,7 @@ import interruptions
 import pytest
 import ray
 import torch
-from helpers import first_standing, randomise_batchnorm, small_run
+from helpers import first_standing, images_of, randomise_batchnorm, small_run
 
 from laasp_ray import models
 from laasp_ray.config import ClusterConfig
@@ -20,7 +20,7 @@ from laasp_ray.data.sources.registry import open_source
 from laasp_ray.distributed.cluster import plan_resources
 from laasp_ray.distributed.executor import RayExecutor
 from laasp_ray.distributed.trainer import RayTrainer, put_network
-from laasp_ray.errors import ConfigError, TrainingError
+from laasp_ray.errors import ConfigError, DataError, TrainingError
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
@@ -179,7 +179,7 @@ def training_phase(number, epochs, **more):
 def test_a_killed_trainer_costs_nothing_but_time_and_a_further_training_phase_is_cheap(
     config, network, share, tmp_path
 ):
-    trainer = RayTrainer(put_network(network), config, share, str(tmp_path))
+    trainer = RayTrainer(put_network(network), config, share, str(tmp_path), images_of(config))
     state = capture(network, Plan.empty())
     try:
         undisturbed, done = [], []
@@ -229,7 +229,9 @@ def test_a_killed_trainer_costs_nothing_but_time_and_a_further_training_phase_is
 @pytest.mark.exhaustive
 def test_a_killed_trainer_loses_neither_its_average_nor_its_teacher(config, network, share, tmp_path):
     options = dataclasses.replace(config.train, label_smoothing=0.1, ema=0.9, distill=0.5)
-    trainer = RayTrainer(put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path))
+    trainer = RayTrainer(
+        put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path), images_of(config)
+    )
     state = capture(network, Plan.empty())
     torch.manual_seed(1)
     teacher = capture(randomise_batchnorm(models.build(config.model), seed=1), Plan.empty())
@@ -270,7 +272,9 @@ def test_a_phase_goes_on_from_its_middle_and_an_error_in_training_reaches_the_dr
 ):
     """Two things of one trainer, for it takes long to start; the tests of kills have more of the first."""
     options = dataclasses.replace(config.train, label_smoothing=0.1, ema=0.9, distill=0.5)
-    trainer = RayTrainer(put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path))
+    trainer = RayTrainer(
+        put_network(network), dataclasses.replace(config, train=options), share, str(tmp_path), images_of(config)
+    )
     state = capture(network, Plan.empty())
     torch.manual_seed(1)
     teacher = capture(randomise_batchnorm(models.build(config.model), seed=1), Plan.empty())
@@ -300,12 +304,24 @@ def test_a_phase_goes_on_from_its_middle_and_an_error_in_training_reaches_the_dr
 
 def test_an_error_that_keeps_coming_ends_the_training_phase_with_what_it_said(config, network, share, tmp_path):
     impatient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, worker_failures=0))
-    trainer = RayTrainer(put_network(network), impatient, share, str(tmp_path))
+    trainer = RayTrainer(put_network(network), impatient, share, str(tmp_path), images_of(config))
     state = capture(network, Plan.empty())
     unknown = dataclasses.replace(training_phase(0, 1), epochs=("no epoch's plan",))
     try:
         with pytest.raises(TrainingError, match=r"lost once without finishing an epoch.*AttributeError"):
             trainer.run(state, {}, unknown, lambda epoch: None)
+    finally:
+        trainer.close()
+
+
+def test_a_lone_worker_that_has_other_images_than_the_driver_is_named(session, config, network, tmp_path):
+    """A rank that is alone has no other to compare with: it trained on what it found."""
+    share = plan_resources(ray.cluster_resources(), dataclasses.replace(config.cluster, workers=1))
+    train, test = images_of(config)
+    trainer = RayTrainer(put_network(network), config, share, str(tmp_path), (train, test[::-1]))
+    try:
+        with pytest.raises(DataError, match=r"different images: those on \d.* and the driver's differ in names"):
+            trainer.run(capture(network, Plan.empty()), {}, training_phase(0, 1), lambda epoch: None)
     finally:
         trainer.close()
 

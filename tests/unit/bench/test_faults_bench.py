@@ -4,7 +4,8 @@ import random
 from collections import Counter
 
 import faults
-from fault_kinds import FAULTS
+import pytest
+from fault_kinds import FAULTS, MEMORY_SHORT
 
 KINDS = ["start", "epoch", "training_phase", "calibration", "iteration", "epoch", "training_phase", "finish"]
 GAPS = [1.0, 0.5, 2.0, 1.0, 1.0, 0.5, 3.0]
@@ -33,6 +34,36 @@ def test_one_fault_before_every_event_that_it_can_come_before():
     assert [KINDS[strike.event + 1] for strike in strikes] == ["epoch", "training_phase", "epoch", "training_phase"]
     # After the run's last event there is nothing left to disturb.
     assert not faults._may_happen("driver killed", len(KINDS), KINDS)
+
+
+class Ended:
+    """The folder of a run that ended, of one iteration."""
+
+    def __init__(self, loss=0.5, filters=(1, 2), weights="abc"):
+        self.decision = {"layer": "conv1", "filters": filters, "loss": loss, "loss_before": 0.25}
+        self.weights = weights
+
+    def decisions(self):
+        return [self.decision]
+
+    def outcome(self):
+        return {"decisions": repr(self.decision), "plan": "p", "weights": self.weights}
+
+
+@pytest.mark.parametrize(
+    ("ended", "struck", "verdict"),
+    [
+        (Ended(), MEMORY_SHORT, "the same"),
+        (Ended(loss=0.500001), MEMORY_SHORT, "the same, but for 2e-06 of a loss (memory was short)"),
+        (Ended(loss=0.500001), "rank killed", "DIFFERENT"),
+        (Ended(loss=0.51), MEMORY_SHORT, "DIFFERENT"),
+        (Ended(filters=(1, 3)), MEMORY_SHORT, "DIFFERENT"),
+        (Ended(loss=0.500001, weights="abd"), MEMORY_SHORT, "DIFFERENT"),
+    ],
+)
+def test_only_memory_that_was_short_excuses_the_last_digits_of_a_loss(ended, struck, verdict):
+    found = faults.verdict_of(ended, Ended(), [faults.Strike(0, 0.0, struck)])
+    assert found == verdict if verdict != "DIFFERENT" else found.startswith("DIFFERENT: ")
 
 
 def test_the_table_counts_runs_that_ended_otherwise(capsys):

@@ -76,3 +76,15 @@ def test_the_callers_handlers_of_signals_come_back():
         elsewhere.join()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_cluster_that_does_not_start_in_time_is_an_error_of_one_sentence(monkeypatch):
+    """On a machine with forty times the load that it can bear, Ray's own processes took more than a minute."""
+
+    def init(**options):
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(ConfigError, match=r"no Ray cluster could be reached at 'local': .*timed out during startup"):  # noqa: SIM117
+        with cluster.connected("local"):
+            pytest.fail("there is none")

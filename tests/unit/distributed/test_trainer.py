@@ -40,7 +40,7 @@ class Cluster:
         monkeypatch.setattr(trainer_module.time, "sleep", lambda seconds: None)
         config = small_run(tmp_path, cluster__worker_failures=failures)
         self.faults = []
-        self.trainer = RayTrainer(None, config, SHARE, "", self.faults.append)
+        self.trainer = RayTrainer(None, config, SHARE, "", ("", ""), self.faults.append)
         self.trainer._make_room = lambda: setattr(self, "room_made", self.room_made + 1)
         self.heard = []
 
