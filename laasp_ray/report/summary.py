@@ -45,7 +45,8 @@ class Summary:
     `before` and `after` are the test metrics before the first prune and at the end. `best` is the epoch of the final
     training with the highest top-1 on the test images. `iteration_seconds` has the mean seconds of each part of an
     iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each pruned
-    layer, and `filters` the initial number in every prunable layer.
+    layer, and `filters` the initial number in every prunable layer. `compensated` says for every prune that could be
+    made up for whether it was.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Summary:
     kept_filters: Mapping[str, int] = field(default_factory=dict)
     excluded_images: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    compensated: tuple[bool, ...] = ()
     finished: bool = False
     exhausted: bool = False
 
@@ -115,6 +117,7 @@ def summarise(events: Sequence[Happening]) -> Summary:
         kept_filters=iterations[-1].kept_filters if iterations else {},
         excluded_images=tuple(event.image for event in events if isinstance(event, ImageExcluded)),
         faults=tuple(event.text for event in events if isinstance(event, FaultSurvived)),
+        compensated=tuple(event.details["compensated"] for event in iterations if "compensated" in event.details),
         finished=finish is not None,
     )
 
@@ -127,6 +130,10 @@ def format_summary(summary: Summary) -> str:
     lines = [f"Run {summary.name}: {state}, {_reductions(summary)}", ""]
     lines += table_lines(_network_rows(summary))
     lines += ["", *_iteration_lines(summary)] if summary.targets else [""]
+    if summary.compensated:
+        made_up, prunes = sum(summary.compensated), len(summary.compensated)
+        worse = "" if made_up == prunes else f"; for {prunes - made_up} the loss was lower without"
+        lines += [f"Compensation: {made_up} of {prunes} prunes were made up for{worse}"]
     if summary.phase_seconds:
         spent = ", ".join(f"{phase} {format_duration(seconds)}" for phase, seconds in summary.phase_seconds.items())
         lines += [f"Training: {summary.epochs} epochs; {spent}"]

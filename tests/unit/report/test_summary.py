@@ -145,3 +145,16 @@ def test_other_targets_are_told_with_what_is_reached_of_them(tmp_path):
     assert "Iterations: 1" in format_summary(summary)
     short = summarise(journal(tmp_path / "short", [*happened, events.Exhausted(reason="nothing left")]))
     assert "short of its target, with no filter left to give), FLOPs reduction" in format_summary(short).splitlines()[0]
+
+
+def test_prunes_that_were_made_up_for_are_counted(tmp_path):
+    happened = [
+        START,
+        *(
+            iteration(number, number / 10, {"conv1": 8 - number}, 1.0, details={"compensated": used})
+            for number, used in ((1, True), (2, False), (3, True))
+        ),
+    ]
+    text = format_summary(summarise(journal(tmp_path, happened)))
+    assert "Compensation: 2 of 3 prunes were made up for; for 1 the loss was lower without" in text
+    assert "Compensation" not in format_summary(summarise(journal(tmp_path / "plain", FIRST)))
