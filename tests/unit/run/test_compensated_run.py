@@ -7,10 +7,27 @@ import numpy as np
 import pytest
 import torch
 from fakes import Silent
+from torch import nn
 from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.pruning.plan import Plan
+
+
+class WithoutBias(nn.Module):
+    """Convolutions without bias or BatchNorm: compensation gives them a bias."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.third = nn.Conv2d(12, 12, 3, stride=2, bias=False)
+        self.head = nn.Linear(12, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
 
 SETTINGS = {
     "prune__criteria": ["l1", "obs"],
@@ -118,3 +135,23 @@ def test_a_prune_that_compensation_makes_worse_is_plain(tmp_path, pictures, monk
     (data,) = iterations(config)
     assert data["details"]["compensated"] is False
     assert data["decision"]["loss"] == pytest.approx(data["details"]["loss_uncompensated"], rel=1e-5)
+
+
+def test_layers_without_bias_get_one_that_is_trained_cut_and_loaded(tmp_path, pictures, monkeypatch):
+    settings = SETTINGS | {"model__builder": f"{__name__}:WithoutBias", "prune__reestimate_batchnorm": False}
+    settings |= {"prune__flops_reduction": 0.5, "prune__step": 0.1, "prune__fine_tune_every": 0.2}
+    config = on_pictures(tmp_path / "whole", pictures, **settings)
+    result, names = whole(config)
+    folder = Path(config.storage) / config.name
+    plan = Plan.from_json(json.loads((folder / "pruned" / "plan.json").read_text()))
+    assert plan.biases and set(plan.biases) <= {"second", "third"}
+    assert all(len(plan.tensors[f"{name}.bias"][0][0]) < 12 for name in plan.biases if name in plan.layers)
+    again = load_pruned(folder, WithoutBias(3))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in result.model.state_dict().items())
+    assert any(bool(result.model.get_submodule(name).bias.abs().max() > 0) for name in plan.biases)
+    cut = on_pictures(tmp_path / "cut", pictures, **settings)
+    for position in [place for place, name in enumerate(names) if name in ("iteration", "epoch")]:
+        with power_cut(monkeypatch, position):
+            run(cut)
+    found = run(cut).model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in result.model.state_dict().items())
