@@ -48,7 +48,7 @@ def main() -> None:
         common = [RECIPE, "--data", str(options.data / "cifar10_mini"), "--storage", str(out)]
         common += ["--pretrained", str(options.data / "checkpoints" / "resnet20_epoch130.safetensors")]
         common += ["--prune-epoch", "130", "--epochs", str(options.epochs)]
-        common += ["--calibration-images", str(options.images)]
+        common += ["--calibration-images", str(options.images), "--set", "prune.exact_target=false"]
         seconds = {"sweep": swept(common, options.targets, out)}
         for target in options.targets:
             seconds[alone(target)] = timed(

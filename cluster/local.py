@@ -29,7 +29,7 @@ import psutil
 
 DEFAULT_PORT = 26379
 PORTS_A_NODE = 200
-"""A node's block of ports: its own processes take the first eight, its workers those from the twentieth on."""
+"""A node's block of ports: its own processes take the first ten, its workers those from the twentieth on."""
 HEAD_PORTS = ("port", "dashboard-port")
 NODE_PORTS = (
     "node-manager-port",
@@ -39,6 +39,8 @@ NODE_PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+HEAD_METRICS_FROM, HEAD_METRICS = 8, ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+"""Ports of the head that no flag sets, by the variables that do. Without them they are 44217 and 44227."""
 WORKER_PORTS_FROM = 20
 RAY_WITHOUT_CLIENT_PORT = (
     "from ray.scripts import scripts; scripts.get_ray_client_dependency_error = lambda: 'not wanted'; scripts.main()"
@@ -67,6 +69,11 @@ def ports_of(node: int, first: int) -> dict[str, int]:
     return {**ports, "min-worker-port": base + WORKER_PORTS_FROM, "max-worker-port": base + PORTS_A_NODE - 1}
 
 
+def metrics_ports(first: int) -> dict[str, int]:
+    """The head's further ports by their variable."""
+    return {variable: first + HEAD_METRICS_FROM + number for number, variable in enumerate(HEAD_METRICS)}
+
+
 def check_ports(nodes: int, first: int) -> None:
     """Raises ClusterError where a port that a node listens on is taken, or there is none of that number."""
     last = first + nodes * PORTS_A_NODE - 1
@@ -76,7 +83,7 @@ def check_ports(nodes: int, first: int) -> None:
             "give another --port or fewer --nodes"
         )
     fixed = [port for node in range(nodes) for name, port in ports_of(node, first).items() if "worker" not in name]
-    taken = [port for port in fixed if not _is_free(port)]
+    taken = [port for port in (*fixed, *metrics_ports(first).values()) if not _is_free(port)]
     if taken:
         raise ClusterError(
             f"taken already on this machine: port {', '.join(map(str, taken))}. Give another --port "
@@ -132,6 +139,8 @@ def environment_of(node: int, options: argparse.Namespace) -> dict[str, str]:
         # So that the `python` of a submitted job is the one that has this project.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
     }
+    if node == 0:
+        own |= {variable: str(port) for variable, port in metrics_ports(options.port).items()}
     if options.gpus_per_node:
         first = node * options.gpus_per_node
         own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + options.gpus_per_node)))

@@ -46,6 +46,7 @@ def options_of(*arguments):
 def test_no_two_nodes_share_a_port():
     nodes = [local.ports_of(node, 30000) for node in range(3)]
     fixed = [port for ports in nodes for name, port in ports.items() if "worker" not in name]
+    fixed += local.metrics_ports(30000).values()
     ranges = [port for ports in nodes for port in range(ports["min-worker-port"], ports["max-worker-port"] + 1)]
     assert len({*fixed, *ranges}) == len(fixed) + len(ranges)
     assert nodes[0]["port"] == 30000 and "port" not in nodes[1]
