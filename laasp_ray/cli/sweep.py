@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
-from laasp_ray.config import LaaspConfig, RunConfig
+from laasp_ray.config import RunConfig
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
 from laasp_ray.report import repeats
@@ -126,9 +126,11 @@ def _sweep(options: argparse.Namespace) -> None:
     )
     goal = _goal(options)
     config = overridden(recipe(options.recipe, options.variant), options)
-    if isinstance(config.prune, LaaspConfig) and not any(text.startswith("prune.exact_target") for text in options.set):
-        # With exact targets every trial has a last iteration of its own, which waits for the trajectory.
-        config = replace(config, prune=replace(config.prune, exact_target=False))
+    if any(text.startswith("prune.exact_target") for text in options.set):
+        raise ConfigError(
+            "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their targets "
+            "by up to a step; leave it out"
+        )
     if options.name is None:
         config = replace(config, name=config.name + _SUFFIX)  # beside runs of the recipe
     if options.flops_reduction:

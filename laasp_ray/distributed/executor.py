@@ -114,8 +114,11 @@ class RayExecutor:
     def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
         remedy = "leave out prune.reestimate_batchnorm"
         arguments = [self._inputs(network), tuple(behind)]
-        arrays = self._workers.call(Job(statistics_task, arguments, "the measurement of BatchNorm statistics", remedy))
-        return unpack(arrays, copy=True)
+        try:
+            job = Job(statistics_task, arguments, "the measurement of BatchNorm statistics", remedy)
+            return unpack(self._workers.call(job), copy=True)
+        finally:
+            self._workers.rest()  # training comes next, on the same devices
 
     def _inputs(self, network: NetworkState) -> list[Any]:
         """References to the unpruned network, to this one and to the calibration set."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -31,6 +33,11 @@ from laasp_ray.search.candidates import NETWORK_BEFORE, Baseline
 from laasp_ray.search.compensating import Compensator, Measured
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
+
+CHECKED = 1000
+"""The images that a chosen prune is measured on with and without compensation."""
+
+logger = logging.getLogger(__name__)
 
 Section = TypeVar("Section", bound=PruneConfig)
 """The class of a method's section `prune`."""
@@ -164,6 +171,35 @@ class IterationContext(Generic[Section]):
         """How readers make up for a prune; empty if `prune.compensate` is off."""
         return NOTHING if self._compensate == "off" else self.compensator.made_up(removal)
 
+    def if_it_helps(self, removal: Removal, loss: float) -> tuple[MadeUp, float, dict[str, Any]]:
+        """How a chosen prune of this loss is made up for, its loss then, and what the event says of it.
+
+        It is not made up for if its loss is lower without. Both losses are of the same CHECKED images, as an estimate
+        of a race could not be compared.
+        """
+        made_up = self.made_up(removal)
+        if not made_up:
+            return made_up, loss, {}
+        plan, mask = plan_of(removal), mask_of(removal)
+        tasks = [
+            LossTask("the chosen prune, made up for", plan, mask, made_up),
+            LossTask("the chosen prune", plan, mask),
+        ]
+        with_it, without = self.executor.measure(
+            self.scored, tasks, lambda position, result: None, lambda share: None, images=CHECKED
+        )
+        details = {"loss_compensated": with_it.loss, "loss_uncompensated": without.loss}
+        if math.isfinite(with_it.loss) and not without.loss < with_it.loss:
+            return made_up, loss, {"compensated": True, **details}
+        logger.info(
+            "the chosen prune is not made up for: its loss is %g without, %g with it %s",
+            without.loss,
+            with_it.loss,
+            with_it.error,
+        )
+        changed = loss + without.loss - with_it.loss if math.isfinite(with_it.loss) else without.loss
+        return NOTHING, changed, {"compensated": False, **details}
+
     def carried_out(self, removal: Removal, made_up: MadeUp) -> tuple[Plan, dict[str, torch.Tensor]]:
         """The plan of a prune, and the tensors that have new values after it."""
         step = plan_of(removal)
@@ -179,7 +215,7 @@ class IterationContext(Generic[Section]):
         found = {name: tensor for name, tensor in after.tensors.items() if name in changed}
         if reestimates:
             readers = [side.module for side, channels in removal.items() if channels and side.role == "inputs"]
-            found |= self.executor.statistics(after, readers)
+            found |= self.executor.statistics(after, readers) if readers else {}
         return step, found
 
     def measure(self, removal: Removal, name: str) -> tuple[MeasuredLoss, float]:
@@ -203,7 +239,8 @@ class IterationContext(Generic[Section]):
         after, before = self.measure(removal, f"the prune by {criterion}")
         if after.error:
             raise SearchError(f"the network that {criterion} leaves cannot be evaluated: {after.error}")
-        step, weights = self.carried_out(removal, self.made_up(removal))
+        made_up, loss, details = self.if_it_helps(removal, after.loss)
+        step, weights = self.carried_out(removal, made_up)
         self.clock.lap("evaluate")
         first, *further = [
             LayerPrune(layer=layer, criterion=criterion, filters=chosen) for layer, chosen in filters.items()
@@ -213,12 +250,14 @@ class IterationContext(Generic[Section]):
             layer=first.layer,
             criterion=first.criterion,
             filters=first.filters,
-            loss=after.loss,
+            loss=loss,
             loss_before=before,
             flops_reduction=self.flops_reduction(step),
             further=tuple(further),
         )
-        return IterationResult(decision=decision, step=step, weights=weights, seconds=self.clock.seconds)
+        return IterationResult(
+            decision=decision, step=step, weights=weights, details=details, seconds=self.clock.seconds
+        )
 
 
 class PruningMethod(ABC, Generic[Section]):

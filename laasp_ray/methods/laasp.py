@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,20 +27,13 @@ from laasp_ray.methods.estimate import Estimate, assumed, described
 from laasp_ray.methods.joint import with_next_best
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
-from laasp_ray.pruning.channels import Removal, plan_of
-from laasp_ray.pruning.compensation import NOTHING, MadeUp
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.masking import mask_of
 from laasp_ray.pruning.plan import parameters_after
-from laasp_ray.records import CandidateLoss, Decision, MeasuredLoss, Ranking
+from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search.activations import ImportanceRequest, check_request
 from laasp_ray.search.candidates import counts_of, propose, ranking_of, tasks_of
 from laasp_ray.search.engine import BranchPoints
-from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.policy import decide
-
-CHECKED = 1000
-"""The images that the chosen prune is measured on with and without compensation."""
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +113,8 @@ class Laasp(PruningMethod[LaaspConfig]):
         decision, removal = with_next_best(
             context, decide(ranking, iteration=context.iteration, loss_before=results[-1].loss), ranking
         )
-        decision, made_up, details = _if_it_helps(context, decision, removal)
+        made_up, loss, details = context.if_it_helps(removal, decision.loss)
+        decision = replace(decision, loss=loss)
         context.clock.lap("evaluate")
         step, weights = context.carried_out(removal, made_up)
         context.clock.lap("compensate")
@@ -181,29 +174,6 @@ class Laasp(PruningMethod[LaaspConfig]):
             candidates=len(proposals),
             removes=removes,
         )
-
-
-def _if_it_helps(
-    now: IterationContext[LaaspConfig], decision: Decision, removal: Removal
-) -> tuple[Decision, MadeUp, dict[str, Any]]:
-    """The decision, and how its prune is made up for: not at all if its loss is lower without.
-
-    Both losses are of the same CHECKED images, as an estimate of a race could not be compared.
-    """
-    made_up = now.made_up(removal)
-    if not made_up:
-        return decision, made_up, {}
-    plan, mask = plan_of(removal), mask_of(removal)
-    tasks = [LossTask("the chosen prune, made up for", plan, mask, made_up), LossTask("the chosen prune", plan, mask)]
-    with_it, without = now.executor.measure(
-        now.scored, tasks, lambda position, result: None, lambda share: None, images=CHECKED
-    )
-    details = {"loss_compensated": with_it.loss, "loss_uncompensated": without.loss}
-    if not without.loss < with_it.loss:
-        return decision, made_up, {"compensated": True, **details}
-    logger.info("the chosen prune is not made up for: its loss is %g without, %g with", without.loss, with_it.loss)
-    loss = decision.loss + without.loss - with_it.loss
-    return replace(decision, loss=loss), NOTHING, {"compensated": False, **details}
 
 
 def _of_data(config: LaaspConfig) -> list[str]:

@@ -199,6 +199,10 @@ def parameters_after(shapes: Mapping[str, tuple[int, ...]], plan: Plan) -> int:
         for axis, kept in plan.tensors.get(name, {}).items():
             left[axis] = len(kept[0])
         total += math.prod(left)
+    for layer in plan.biases:
+        if f"{layer}.bias" not in shapes:
+            rows = plan.tensors.get(f"{layer}.weight", {}).get(0)
+            total += shapes[f"{layer}.weight"][0] if rows is None else len(rows[0])
     return total
 
 

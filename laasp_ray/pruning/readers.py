@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from laasp_ray.config import Compensate
-from laasp_ray.pruning.channels import Removal
+from laasp_ray.pruning.channels import ChannelAxis, Removal
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.masking import is_plain
 from laasp_ray.pruning.plan import Plan
@@ -87,20 +87,22 @@ def readers_of(
 
     `widths` (layer -> columns) are those of the network that the moments are measured on. They decide what is mixed.
     """
-    layers = {
-        side: layer for layer, coupling in graph.couplings.items() for side in coupling.sides if side.role == "inputs"
-    }
+    blocks: dict[ChannelAxis, set[int]] = {}
+    for coupling in graph.couplings.values():
+        for side, channels in coupling.sides.items():
+            if side.role == "inputs":
+                blocks.setdefault(side, set()).add(_block(channels.values()))
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     readers: dict[str, Reader] = {}
     reasons: dict[str, str] = {}
-    for side, layer in layers.items():
+    for side, sizes in blocks.items():
         module = model.get_submodule(side.module)
         if not is_plain(module):
             reasons[side.module] = f"it is a {type(module).__name__}: not one of torch's plain layers, or with hooks"
         elif names[id(module.get_parameter("weight"))] > 1:
             reasons[side.module] = "its weight is shared with another layer"
         else:
-            block = _block(graph.couplings[layer].sides[side].values())
+            block = min(sizes) if len(sizes) == 1 else 1  # maps of several sizes may be concatenated
             reader = _reader(side.module, module, block, mode, widths[side.module])
             if reader.inputs > MOST_INPUTS:
                 reasons[side.module] = f"it has {reader.inputs:,} inputs, more than {MOST_INPUTS:,}"

@@ -3,8 +3,9 @@
 A run to a deep target passes through all shallower ones: it makes the decisions that a run to one of those would make,
 until that target is reached. A fork is a run of its own from there on. It needs nothing of the other run any more.
 
-Where a decision may depend on the target (an exact one, several prunes an iteration, a method that is not built in),
-the fork begins one iteration earlier and makes the last decision itself.
+Where a decision may depend on the target (several prunes an iteration, which end when it is reached; a method that is
+not built in), the fork begins one iteration earlier and makes the last decision itself. With an exact target candidates
+of several iterations depend on it, so that nothing can be shared.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def fork(source: Storage, config: RunConfig) -> Storage:
 
 
 def _check(config: RunConfig, theirs: Mapping[str, Any], source: Storage) -> None:
+    if isinstance(config.prune, LaaspConfig) and config.prune.exact_target:
+        raise ConfigError(
+            f"{config.name} cannot begin with what the run in {source.uri} did: with prune.exact_target a run to "
+            "another target has other candidates; set it to false for both"
+        )
     keys = [key for key in differing_keys(public_data(config.to_dict()), theirs) if key not in _MAY_DIFFER]
     if keys:
         raise ConfigError(
@@ -123,10 +129,9 @@ def _until_reached(journal: Journal, config: RunConfig) -> tuple[list[Event], Ru
 def decides_by_target(prune: PruneConfig) -> bool:
     """Whether a decision of the method may depend on the target, so that a fork makes its last one itself.
 
-    LAASP's last prune may take no more filters than the target needs, and several prunes end where it is reached.
+    Several prunes an iteration end where it is reached.
     """
-    of_laasp = isinstance(prune, LaaspConfig) and (prune.exact_target or prune.prunes_per_iteration > 1)
-    return of_laasp or is_import_path(prune.method)
+    return getattr(prune, "prunes_per_iteration", 1) > 1 or is_import_path(prune.method)
 
 
 def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
@@ -138,6 +143,9 @@ def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
         )
     named = {file for event in events for file in event.data.get("digests", {})} | {needed}
     weights = {needed, unpruned_file(), *state.weights}
+    gone = [file for file in state.weights if file and not source.exists(file)]
+    if gone:
+        raise StoreError(f"{gone[0]} in {source.uri} is not stored any more: begin this run where it was there")
     return [
         file
         for file in sorted(named)

@@ -51,6 +51,7 @@ class CompensationMemory:
         self._moments: dict[str, tuple[Reader, Moments]] = {}
         self._norms: dict[str, str] | None = None
         self._reasons: dict[str, str] = {}
+        self._unread: set[str] = set()
         self._orders: dict[str, _Known] = {}
 
     def at(
@@ -72,6 +73,7 @@ class CompensationMemory:
             if reader.mixed and mode == "full" and reader.layer not in self._moments:
                 logger.info("%s has too many inputs: one mix of channels serves all taps of its kernel", reader.layer)
         self._bring_up(readers, widths, measured, measure)
+        readers = {layer: reader for layer, reader in readers.items() if layer not in self._unread}
         moments = {layer: self._moments[layer][1] for layer in readers}
         return Compensator(readers, moments, self._norms, self._orders)
 
@@ -81,14 +83,23 @@ class CompensationMemory:
         known = self._measured
         if known is None or known.network is not measured.network or measured.steps[: len(known.steps)] != known.steps:
             self._moments.clear()
+            self._orders.clear()
             known = Measured(measured.network)
         for step in measured.steps[len(known.steps) :]:
             self._moments = {layer: _after(*pair, step) for layer, pair in self._moments.items()}
-        new = [reader for layer, reader in readers.items() if layer not in self._moments]
+        new = [
+            reader
+            for layer, reader in readers.items()
+            if layer not in self._unread and (layer not in self._moments or self._moments[layer][0] != reader)
+        ]
         missing = [reader.with_columns(widths[reader.layer]) for reader in new]
         if missing:
             grams = measure(measured.network, missing)
             for reader in missing:
+                if not grams[reader.layer].patches:
+                    logger.info("%s is not compensated: it is not called as a module of its own", reader.layer)
+                    self._unread.add(reader.layer)
+                    continue
                 pair = reader, inverted(grams[reader.layer], reader.layer)
                 for step in measured.steps:
                     pair = _after(*pair, step)
@@ -131,6 +142,8 @@ class Compensator:
         """Layer -> scores of its filters by obs, of which the `counts` lowest are meant. Of layers with one choice (a
         residual stream's) the first has it. Layers that obs cannot score have none.
         """
+        for layer in self.orders.keys() - {layer for layer, count in counts.items() if count}:
+            del self.orders[layer]
         scores: dict[str, torch.Tensor] = {}
         seen: set[frozenset[int]] = set()
         for layer, count in counts.items():

@@ -129,6 +129,9 @@ def patches(module: nn.Module, inputs: torch.Tensor, reader: Reader, each: int, 
     """Values (groups, n, inputs of a group) that the layer reads at `each` places of each image, or all if there are
     fewer. `positions` (B,) are the images' in the calibration set; they say which places.
     """
+    if len(inputs) != len(positions):  # the network folds something into the batch: each row counts as an image
+        each = max(1, each * len(positions) // len(inputs))
+        positions = np.arange(len(inputs))
     if isinstance(module, nn.Linear):
         return _of_linear(inputs, reader, each, positions)
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from laasp_ray.config import FilterPruneConfig, RunConfig
+from laasp_ray.config import FilterPruneConfig, LaaspConfig, RunConfig
 from laasp_ray.errors import ConfigError
 
 TARGETS, MAX_DROP, LATENCY, SPACE = "targets", "max-drop", "latency", "space"
@@ -118,6 +118,14 @@ def filter_prune(config: RunConfig) -> FilterPruneConfig:
     if not isinstance(config.prune, FilterPruneConfig):
         raise ConfigError(f"a sweep over FLOPs needs a method that removes filters, not {config.prune.method}")
     return config.prune
+
+
+def sharing(config: RunConfig) -> RunConfig:
+    """The config with which runs to several targets make the same prunes: without exact targets. Raises ConfigError as
+    `filter_prune` does.
+    """
+    prune = filter_prune(config)
+    return replace(config, prune=replace(prune, exact_target=False)) if isinstance(prune, LaaspConfig) else config
 
 
 def inside(config: RunConfig, name: str, **prune: Any) -> RunConfig:

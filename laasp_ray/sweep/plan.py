@@ -16,7 +16,7 @@ from laasp_ray.report.durations import format_duration
 from laasp_ray.report.sweep import counted
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, prepare
-from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, check_goal, filter_prune
+from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, check_goal, filter_prune, sharing
 from laasp_ray.sweep.latency import to_go
 from laasp_ray.sweep.run import all_search, deepest_of, runs_of
 from laasp_ray.sweep.shares import Shares, share_out
@@ -67,7 +67,7 @@ def dry_run(
     repeats: int = 1,
 ) -> str:
     """The plan of a sweep as text. Makes the sweep's checks, and raises their errors. Stores nothing."""
-    filter_prune(config)
+    config = sharing(config)
     if distributed:
         check_address(ray_address)
     config = deepest_of(config, goal)

@@ -40,6 +40,7 @@ from laasp_ray.sweep.goals import (
     check_goal,
     checked_targets,
     filter_prune,
+    sharing,
 )
 from laasp_ray.sweep.in_process import run_here
 from laasp_ray.sweep.journal import ENDED, FINISHED, STARTED
@@ -105,7 +106,7 @@ def run_sweep(
     Raises ConfigError, DataError or StoreError before anything expensive, and SearchError if a trial that others need
     has failed; the same call then goes on. `failure` of the result says which other trials failed.
     """
-    filter_prune(config)
+    config = sharing(config)
     storage = Storage.open(config.storage).child(config.name)
     storage.check_writable()
     if distributed:

@@ -37,6 +37,7 @@ def tiny(tmp_path, pictures, monkeypatch):
         (["--flops-reduction", "0.3", "0.3"], "--flops-reduction 0.3 is given twice"),
         (["--max-drop", "1", "--latency-ms", "2"], "--max-drop and --latency-ms ask for two different sweeps"),
         (["--max-drop", "1", "--flops-reduction", "0.1", "0.2"], "--max-drop looks at one trajectory"),
+        (["--flops-reduction", "0.1", "--set", "prune.exact_target=true"], "prune.exact_target is of a run by itself"),
         (["--max-drop", "0"], "--max-drop 0 must be above 0"),
         (["--latency-ms", "2", "--flops-reduction", "0.1"], "leave out --flops-reduction"),
         (["--flops-reduction", "0.1", "--base-top1", "90"], "--base-top1 goes with --max-drop"),

@@ -11,7 +11,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.moments import Gram, inverted
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.norms import norms_after
-from laasp_ray.pruning.plan import Plan, apply_plan
+from laasp_ray.pruning.plan import Plan, apply_plan, parameters_after
 from laasp_ray.pruning.readers import Reader
 from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.evaluate import CalibrationSet
@@ -202,3 +202,75 @@ def test_norms_that_alone_read_a_layer():
     assert norms_after(model) == {"reader": "norm"}
     shared = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     assert norms_after(nn.Sequential(shared, shared)) == {}  # both run twice
+
+
+class TwoMaps(nn.Module):
+    """Maps flattened to 4 and to 1 features a channel, read by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.p, self.q, self.h = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(20, 3)
+
+    def forward(self, x):
+        q = nn.functional.adaptive_avg_pool2d(self.q(x), 2).flatten(1)
+        return self.h(torch.cat([q, self.p(x).mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize("mode", ["full", "channels"])
+def test_maps_of_several_sizes_have_no_common_block(mode):
+    model, images = TwoMaps().eval(), torch.randn(32, 3, 6, 6)
+    reader = compensator_of(model, images, mode).readers["h"]
+    assert (reader.block, reader.inputs, reader.mixed) == (1, 20, False)
+    pruned, _ = pruned_with(model, images, "p", [0], mode)
+    assert bool((pruned.h.weight[:, 16:] != 0).all())  # the kept filters of p
+
+
+class Folded(nn.Module):
+    """Two views of an image in the batch; rows of places in the batch of a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.h = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.b(self.a(x.reshape(-1, 3, 8, 8)).relu())
+        y = self.h(y.movedim(1, -1).reshape(-1, 6))
+        return y.reshape(len(x), -1, 4).mean(1)
+
+
+def test_what_is_folded_into_the_batch_is_seen():
+    model, images = Folded().eval(), torch.randn(16, 6, 8, 8)
+    calibration = CalibrationSet(images, torch.zeros(16, dtype=torch.long), 4, memory_format=torch.contiguous_format)
+    found = grams(model, calibration, [Reader("b", 1, 6, 9), Reader("h", 1, 6)])
+    assert found["b"].patches == 16 * 2 * 36  # every place of every view
+    assert found["h"].patches == 16 * 2 * 36
+    pruned_with(model, images, "a", [1])
+
+
+class Functional(nn.Module):
+    """A layer whose weight is used without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        return nn.functional.conv2d(self.a(x), self.b.weight, self.b.bias).mean((2, 3))
+
+
+def test_a_layer_that_is_not_called_is_not_compensated(caplog):
+    caplog.set_level("INFO")
+    compensator = compensator_of(Functional(), torch.randn(8, 3, 4, 4))
+    assert compensator.readers == {}
+    assert "b is not compensated: it is not called as a module of its own" in caplog.text
+
+
+def test_new_biases_are_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 64, 1, bias=False)).eval()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    step = PruningGraph(model, torch.zeros(1, 3, 4, 4)).step("0", [1]).with_biases(["1"])
+    apply_plan(model, step)
+    assert parameters_after(shapes, step) == sum(parameter.numel() for parameter in model.parameters()) == 12 + 192 + 64
