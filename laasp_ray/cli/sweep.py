@@ -128,8 +128,8 @@ def _sweep(options: argparse.Namespace) -> None:
     config = overridden(recipe(options.recipe, options.variant), options)
     if any(text.startswith("prune.exact_target") for text in options.set):
         raise ConfigError(
-            "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their targets "
-            "by up to a step; leave it out"
+            "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their "
+            "targets by up to a step; leave it out"
         )
     if options.name is None:
         config = replace(config, name=config.name + _SUFFIX)  # beside runs of the recipe
