@@ -21,7 +21,7 @@ from laasp_ray.pruning.compensation import Compensation, LostInputs
 from laasp_ray.pruning.readers import Reader
 
 RIDGE = 1e-3
-"""What is added to the moments' diagonal, as a share of its mean: inputs are not told apart by less."""
+"""What is added to the moments' diagonal, as a share of its mean: differences below it do not count."""
 GROWTH, MOST_RIDGE = 10.0, 10.0
 
 logger = logging.getLogger(__name__)
