@@ -69,6 +69,7 @@ class RayTrainer:
         self._on_fault = on_fault
         self._settings = GroupSettings(unpruned, config, share, storage_path, images)
         self._group: WorkerGroup | None = None
+        self._coming: WorkerGroup | None = None
         self._make_room: Callable[[], None] = lambda: None
         self._commands = 0
         self._teacher: Any = None
@@ -177,8 +178,11 @@ class RayTrainer:
                 logger.warning("a node is gone: there is no room for %d trainers any more", workers)
                 group.abandon()
                 continue
-            except BaseException:
+            except Exception:
                 group.abandon()
+                raise
+            except BaseException:  # the driver is being stopped and may have seconds only: `close` ends the group
+                self._coming = group
                 raise
             return group
 
@@ -218,6 +222,8 @@ class RayTrainer:
 
     def close(self) -> None:
         """Stops the workers. Workers that hang in a collective end with the Ray session."""
+        if self._coming is not None:
+            self._coming.abandon()
         if self._group is not None:
             self._group.close()
             self._group = None

@@ -62,8 +62,8 @@ class Group:
         )
 
     def wait_until_up(self, room, when_late):
-        if self.script and self.script[0] is NoRoomError:
-            raise NoRoomError
+        if self.script and self.script[0] in (NoRoomError, KeyboardInterrupt):
+            raise self.script[0]
 
     def begin(self):
         pass
@@ -175,3 +175,13 @@ def test_room_is_that_of_nodes_that_are_alive():
     assert room_for_trainers(nodes, SHARE) == 4
     on_cpus = ResourcePlan(workers=2, gpus=0, trainer_resources={"CPU": 0.05}, task_options={})
     assert room_for_trainers(nodes, on_cpus) == 10
+
+
+def test_a_stop_while_a_group_comes_up_is_not_kept_waiting(cluster):
+    # Ending the group may take a minute, and Ray kills a stopped job's driver after three seconds.
+    made = cluster([KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert made.abandoned == 0
+    made.trainer.close()
+    assert made.abandoned == 1
