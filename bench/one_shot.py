@@ -36,7 +36,7 @@ from laasp_ray.models import build, load_weights
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.search.candidates import measure_baseline
-from laasp_ray.search.compensating import MOST_STEPS, Measured
+from laasp_ray.search.compensating import Measured
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.executor import InProcessExecutor
 from laasp_ray.train.data import EvaluationData
@@ -118,9 +118,7 @@ class Loop:
         apply_plan(pruned, result.step)
         found = capture(pruned, self.network.plan.then(result.step))
         self.network = NetworkState(found.plan, {**found.tensors, **result.weights})
-        steps = (*self._measured.steps, result.step)
-        new = len(steps) == MOST_STEPS
-        self._measured = Measured(self.network) if new else Measured(self._measured.network, steps)
+        self._measured = self._measured.after(result.step, self.network)
         self.gone = result.decision.flops_reduction
         return result
 

@@ -22,7 +22,7 @@ from laasp_ray.criteria import similarity as _similarity
 from laasp_ray.criteria.of_data import DataCriterion, FirstBatch, Shapes
 from laasp_ray.criteria.pooling import pooled
 from laasp_ray.criteria.registry import CRITERIA, AnyCriterion, Criterion, register
-from laasp_ray.errors import ConfigError, SearchError
+from laasp_ray.errors import ConfigError, LaaspError, SearchError
 
 __all__ = [
     "Criterion",
@@ -83,10 +83,10 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     criterion = get(name)
     if _of_data.is_data_criterion(criterion):
         raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")
-    if name == _obs.NAME:
-        return _obs.obs(rows)
     try:
         result = cast(Criterion, criterion)(rows)
+    except LaaspError:  # it says itself what is wrong
+        raise
     except Exception as error:  # a user's function can raise any error
         raise ConfigError(
             f"criterion {name!r} failed on weights of shape {tuple(rows.shape)}: {type(error).__name__}: {error}"

@@ -158,11 +158,10 @@ class IterationContext(Generic[Section]):
     @cached_property
     def compensator(self) -> Compensator:
         """What compensates prunes of `model`. Its moments are measured when it is first asked for."""
-        mode = self._compensate
         return self.memory.compensation.at(
             self.model,
             self.graph,
-            "full" if mode == "off" else mode,
+            self._compensate,
             self.measured or Measured(self.network),
             self.executor.grams,
         )
@@ -210,8 +209,8 @@ class IterationContext(Generic[Section]):
         norms = self.compensator.norms if made_up else {}
         step = apply_compensated(model, step, made_up, norms)
         after = capture(model, self.network.plan.then(step))
-        layers = [layer for name in made_up for layer in (name, norms.get(name, name))]
-        changed = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias", "running_mean")}
+        changed = {f"{layer}.{leaf}" for layer in made_up for leaf in ("weight", "bias")}
+        changed |= {f"{norms[layer]}.running_mean" for layer in made_up if layer in norms}
         found = {name: tensor for name, tensor in after.tensors.items() if name in changed}
         if reestimates:
             readers = [side.module for side, channels in removal.items() if channels and side.role == "inputs"]

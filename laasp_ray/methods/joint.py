@@ -9,8 +9,8 @@ from dataclasses import replace
 from laasp_ray.config import LaaspConfig
 from laasp_ray.methods.base import IterationContext
 from laasp_ray.pruning.channels import ChannelAxis, Removal, plan_of, unite
-from laasp_ray.pruning.plan import Plan, parameters_after
 from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
+from laasp_ray.search.candidates import reaches_targets
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,8 @@ def _pick(now: IterationContext[LaaspConfig], ranking: Ranking) -> tuple[list[Ca
             continue
         picked.append(entry)
         unite(total, removal)
-        if len(picked) == now.config.prunes_per_iteration or _reached(now, plan_of(total)):
+        if len(picked) == now.config.prunes_per_iteration or reaches_targets(
+            graph, now.macs, now.baseline, now.config, plan_of(total)
+        ):
             break
     return picked, total
-
-
-def _reached(now: IterationContext[LaaspConfig], step: Plan) -> bool:
-    gone = {
-        "FLOPs": now.flops_reduction(step),
-        "parameters": 1 - parameters_after(now.graph.shapes, step) / now.baseline.parameters,
-    }
-    return all(of in gone and gone[of] >= share for of, share in now.config.targets.items())

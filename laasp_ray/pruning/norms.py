@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 from torch import fx, nn
 
-from laasp_ray.errors import describe_error, is_out_of_memory
 from laasp_ray.pruning.masking import is_bare
+from laasp_ray.pruning.structure import traced
 from laasp_ray.pruning.verify import clone_sharing_parameters
-
-logger = logging.getLogger(__name__)
 
 
 def norms_after(model: nn.Module) -> dict[str, str]:
@@ -20,12 +17,8 @@ def norms_after(model: nn.Module) -> dict[str, str]:
     Empty for a network whose forward pass cannot be traced.
     """
     network = clone_sharing_parameters(model)
-    try:
-        graph = fx.Tracer().trace(network)
-    except Exception as error:  # tracing runs the network's own code and can fail in any way
-        if is_out_of_memory(error):
-            raise
-        logger.debug("what follows the layers is not known: %s", describe_error(error))
+    graph = traced(network)
+    if graph is None:
         return {}
     modules = dict(network.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")

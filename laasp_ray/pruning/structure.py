@@ -26,15 +26,22 @@ def structure_of(model: nn.Module) -> Structure | None:
     if not all(is_bare(module) and not parametrize.is_parametrized(module) for module in model.modules()):
         return None
     probe = clone_sharing_parameters(model)
+    graph = traced(probe)
+    if graph is None:
+        return None
+    places = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    return None if any("_tensor_constant" in str(node.target) for node in graph.nodes) else _lines(graph, probe, places)
+
+
+def traced(network: nn.Module) -> fx.Graph | None:
+    """The operations of a network's forward pass; None if it cannot be traced without values."""
     try:
-        graph = fx.Tracer().trace(probe)
+        return fx.Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code and can fail in any way
         if is_out_of_memory(error):
             raise
         logger.debug("the network's structure is not known: %s", describe_error(error))
         return None
-    places = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
-    return None if any("_tensor_constant" in str(node.target) for node in graph.nodes) else _lines(graph, probe, places)
 
 
 def _lines(graph: fx.Graph, network: nn.Module, places: dict[fx.Node, str]) -> Structure:

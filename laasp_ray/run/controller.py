@@ -43,7 +43,7 @@ from laasp_ray.run.events import (
 from laasp_ray.run.state import advance, next_training_phase
 from laasp_ray.run.totals import best_epoch, seconds_spent
 from laasp_ray.search.candidates import Baseline
-from laasp_ray.search.compensating import MOST_STEPS, Measured
+from laasp_ray.search.compensating import Measured
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import (
@@ -141,8 +141,7 @@ class Controller:
         apply_plan(model, step)
         after = capture(model, network.plan.then(step))
         after = NetworkState(after.plan, {**after.tensors, **weights})
-        steps = (*self._measured.steps, step)
-        self._measured = Measured(after) if len(steps) == MOST_STEPS else Measured(self._measured.network, steps)
+        self._measured = self._measured.after(step, after)
         return after
 
     def _record(self, event: RunEvent) -> None:

@@ -65,9 +65,9 @@ def importance(model: nn.Module, calibration: CalibrationSet, wanted: Importance
     return scores_of((state_of(model, calibration, wanted, first, chunk) for chunk in chunks), first, wanted)
 
 
-def chunks_of(images: int, batch_size: int) -> list[np.ndarray]:
-    """Positions of images in at most CHUNKS chunks of whole batches."""
-    size = math.ceil(math.ceil(images / batch_size) / CHUNKS) * batch_size
+def chunks_of(images: int, batch_size: int, most: int = CHUNKS) -> list[np.ndarray]:
+    """Positions of images in at most `most` chunks of whole batches."""
+    size = math.ceil(math.ceil(images / batch_size) / most) * batch_size
     return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
 
 

@@ -149,6 +149,17 @@ def counts_of(graph: PruningGraph, macs: Macs, baseline: Baseline, config: Laasp
     return counts
 
 
+def reaches_targets(graph: PruningGraph, macs: Macs, baseline: Baseline, config: LaaspConfig, step: Plan) -> bool:
+    """Whether the network of `graph` and `macs` has reached all targets after `step`. A target of latency is not known
+    before it is measured, and counts as not reached.
+    """
+    gone = {
+        "FLOPs": 1 - macs_after(macs, step) / baseline.macs.total,
+        "parameters": 1 - parameters_after(graph.shapes, step) / baseline.parameters,
+    }
+    return all(of in gone and gone[of] >= share for of, share in config.targets.items())
+
+
 def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: Baseline, config: LaaspConfig) -> int:
     """The least number of filters up to `count` with which a prune of the layer reaches the targets, or `count`."""
     group = graph.layers[layer]
@@ -160,11 +171,7 @@ def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: B
             step = graph.step(layer, some)
         except PruningError:
             return False
-        gone = {
-            "FLOPs": 1 - macs_after(macs, step) / baseline.macs.total,
-            "parameters": 1 - parameters_after(graph.shapes, step) / baseline.parameters,
-        }
-        return all(of in gone and gone[of] >= share for of, share in config.targets.items())
+        return reaches_targets(graph, macs, baseline, config, step)
 
     if not config.exact_target or not config.targets or not reaches(count):
         return count

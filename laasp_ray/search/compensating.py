@@ -38,6 +38,11 @@ class Measured:
     network: NetworkState
     steps: tuple[Plan, ...] = ()
 
+    def after(self, step: Plan, network: NetworkState) -> Measured:
+        """What moments are measured on once `step` has made `network`: that network itself after MOST_STEPS prunes."""
+        steps = (*self.steps, step)
+        return Measured(network) if len(steps) == MOST_STEPS else Measured(self.network, steps)
+
 
 class CompensationMemory:
     """The moments of the last trained network's readers, brought up to date prune by prune.
@@ -57,7 +62,10 @@ class CompensationMemory:
     def at(
         self, model: nn.Module, graph: PruningGraph, mode: Compensate, measured: Measured, measure: Measure
     ) -> Compensator:
-        """What compensates prunes of `model`, which is `measured.network` after `measured.steps`."""
+        """What compensates prunes of `model`, which is `measured.network` after `measured.steps`.
+
+        With mode `off`, for obs alone, moments are as for `full`.
+        """
         if self._norms is None:
             self._norms = norms_after(model)
         widths = {
@@ -70,7 +78,7 @@ class CompensationMemory:
             logger.info("%s is not compensated: %s", layer, reasons[layer])
         self._reasons |= reasons
         for reader in readers.values():
-            if reader.mixed and mode == "full" and reader.layer not in self._moments:
+            if reader.mixed and mode != "channels" and reader.layer not in self._moments:
                 logger.info("%s has too many inputs: one mix of channels serves all taps of its kernel", reader.layer)
         self._bring_up(readers, widths, measured, measure)
         readers = {layer: reader for layer, reader in readers.items() if layer not in self._unread}

@@ -57,6 +57,10 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def _no_executor() -> SearchError:
+    return SearchError("a method whose measures_losses is False has no executor: set it to True")
+
+
 class _NoExecutor:
     """The executor of a method that measures no losses."""
 
@@ -71,16 +75,16 @@ class _NoExecutor:
         on_share: OnShare,
         images: int | None = None,
     ) -> list[MeasuredLoss]:
-        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+        raise _no_executor()
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
-        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+        raise _no_executor()
 
     def grams(self, network: NetworkState, readers: Sequence[Reader]) -> Grams:
-        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+        raise _no_executor()
 
     def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
-        raise SearchError("a method whose measures_losses is False has no executor: set it to True")
+        raise _no_executor()
 
     def close(self) -> None:
         return None

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from laasp_ray.pruning.moments import Gram
 from laasp_ray.pruning.readers import Reader
+from laasp_ray.search.activations import chunks_of
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
@@ -58,9 +59,7 @@ def parts(readers: Iterable[Reader], memory_bytes: int = 0) -> Iterator[tuple[Re
 
 def gram_chunks(images: int, batch_size: int) -> list[np.ndarray]:
     """Positions of the images that are used, in at most CHUNKS chunks of whole batches."""
-    images = min(images, MOST_IMAGES)
-    size = math.ceil(math.ceil(images / batch_size) / CHUNKS) * batch_size
-    return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
+    return chunks_of(min(images, MOST_IMAGES), batch_size, CHUNKS)
 
 
 def added(chunks: Iterable[Grams]) -> dict[str, Gram]:

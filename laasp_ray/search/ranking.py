@@ -74,8 +74,7 @@ def rank(
     which come first. With a probability of at least 1 - `racing_error` the choice is the same as without racing. `seed`
     draws the samples. Criteria of data get `components` and `pooling` if they accept them: pls fits that many
     components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a share of the free
-    memory). With `compensate` every prune is measured with the layers that read its channels made up for (see
-    config/prune.py).
+    memory). With `compensate` the layers that read the removed channels make up for them.
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not
@@ -135,7 +134,7 @@ def _rank(
         compensator = CompensationMemory().at(
             model,
             graph,
-            "full" if config.compensate == "off" else config.compensate,
+            config.compensate,
             Measured(capture(model, Plan.empty())),
             lambda network, readers: grams(model, calibration, readers, search.memory_bytes),
         )

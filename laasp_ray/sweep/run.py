@@ -120,11 +120,7 @@ def run_sweep(
         if begun is not None:
             kept = Arithmetic.from_json(begun["arithmetic"])
             config = replace(config, cluster=kept.kept_by(config.cluster, config.name, ray=distributed))
-        outcomes = {
-            event.data["name"]: Outcome.from_json(event.data["outcome"])
-            for event in journal.events()
-            if event.name == ENDED
-        }
+        outcomes = _outcomes_of(journal)
 
         def record(name: str, outcome: Outcome) -> None:
             journal.append(ENDED, {"name": name, "outcome": outcome.to_json()})
@@ -147,6 +143,12 @@ def run_sweep(
     finally:
         owner.release()
     return result
+
+
+def _outcomes_of(journal: Journal) -> dict[str, Outcome]:
+    """The outcomes of the trials that have ended so far, by their names."""
+    ended = [event.data for event in journal.events() if event.name == ENDED]
+    return {data["name"]: Outcome.from_json(data["outcome"]) for data in ended}
 
 
 def _check_storage(storage: Storage) -> None:
