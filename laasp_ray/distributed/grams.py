@@ -17,8 +17,6 @@ from laasp_ray.pruning.moments import Gram
 from laasp_ray.pruning.readers import Reader
 from laasp_ray.search.grams import added, grams_of
 
-AHEAD = 1
-"""The number of chunks per slot that are requested before the first is added. Their sums may be gigabytes."""
 REMEDY = "lower search.batch_size or search.memory_mb"
 
 
@@ -30,7 +28,7 @@ def spread_grams(
     for readers in parts:
         arguments = ([inputs, tuple(readers), chunk] for chunk in chunks)
         jobs = (Job(grams_task, some, "a look at layers' inputs", REMEDY) for some in arguments)
-        sums = workers.in_order(jobs, AHEAD * workers.slots)
+        sums = workers.in_order(jobs, workers.slots)  # no more at a time: each chunk's sums may be gigabytes
         found |= added({layer: Gram(total) for layer, total in unpack(arrays, copy=False).items()} for arrays in sums)
     return found
 
