@@ -173,7 +173,10 @@ def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: B
             return False
         return reaches_targets(graph, macs, baseline, config, step)
 
-    if not config.exact_target or not config.targets or not reaches(count):
+    # A prune takes no more than all of the modules that it changes, which costs no plan to know.
+    most = sum(macs.per_layer.get(name, 0) for name in group.coupled)
+    is_far = 1 - (macs.total - most) / baseline.macs.total < config.flops_reduction
+    if not config.exact_target or not config.targets or is_far or not reaches(count):
         return count
     unit = math.lcm(group.blocks, config.round_to)
     fewer = [group.filters - kept for kept in range(unit, group.filters, unit) if group.filters - kept < count]
