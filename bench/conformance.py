@@ -100,6 +100,7 @@ def compare(name: str, weights: Path, calibration: CalibrationImages) -> tuple[s
         max_pruned=config.prune.max_pruned,
         batch_size=config.search.batch_size,
         prepare=lambda batch: normalise(batch, config.data),
+        compensate="off",  # as the authors' search
     )
     seconds = time.perf_counter() - started
     place, best = ranking.rank_of(logged.layer, logged.criterion), ranking[0]

@@ -46,6 +46,7 @@ def main() -> None:
         out = options.out or Path(scratch)
         print(machine("ray"), flush=True)
         common = [RECIPE, "--data", str(options.data / "cifar10_mini"), "--storage", str(out)]
+        common += ["--variant", "paper"]
         common += ["--pretrained", str(options.data / "checkpoints" / "resnet20_epoch130.safetensors")]
         common += ["--prune-epoch", "130", "--epochs", str(options.epochs)]
         common += ["--calibration-images", str(options.images)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laasp_ray import models
-from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, PruneConfig, RunConfig
+from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, LaaspConfig, PruneConfig, RunConfig
 from laasp_ray.config.compat import RENAMED_KEYS, current_name
 from laasp_ray.config.methods import keys_of, with_method
 from laasp_ray.config.run import doc_of_key
@@ -21,6 +22,9 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.methods import PruningMethod
 from laasp_ray.methods.group_sparsity import GroupSparsity
 from laasp_ray.methods.registry import BUILT_IN
+from laasp_ray.recipes import RECIPES, VARIANT_NAMES, for_trained_network, with_variant
+
+logger = logging.getLogger(__name__)
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The environment variable that Ray sets for the drivers of submitted jobs."""
@@ -92,6 +96,7 @@ FLAGS: Flags = {
 """All flags. A command takes those that its methods can use."""
 
 _RENAMED_FLAGS = {"--loss-images": "--calibration-images"}
+_FLOPS = "--flops-reduction"
 _OTHER_TARGETS = ("--parameters-reduction", "--latency-reduction")
 
 
@@ -149,6 +154,11 @@ def run_parser(prog: str, description: str, flags: Flags = FILTER_FLAGS) -> argp
         metavar="N",
         help="N runs, NAME-seedK, with the seeds from --seed on; their mean and spread go to NAME-repeats.json",
     )
+    if flags is not SPARSITY_FLAGS:
+        parser.add_argument(
+            "--variant",
+            help=f"another setting of the recipe: {', '.join(VARIANT_NAMES)} (default: with --pretrained compensated)",
+        )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long it would take")
     parser.add_argument("--verbose", action="store_true", help="log more")
     return parser
@@ -164,20 +174,46 @@ class _Renamed(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def of_variant(config: RunConfig, name: str, options: argparse.Namespace) -> RunConfig:
+    """The recipe called `name` in the variant that is asked for.
+
+    If none is, a built-in recipe that trains from scratch gets compensation where the flags begin it with weights and
+    do not say otherwise. Raises ConfigError for a variant that the recipe does not have.
+    """
+    if options.variant is not None:
+        return with_variant(config, name, options.variant)
+    assigned = _assigned(options)
+    begins = assigned.get("train.pretrained") is not None and config.train.pretrained is None
+    by_laasp = assigned.get("prune.method", LaaspConfig.method) == LaaspConfig.method
+    if name not in RECIPES or not begins or not by_laasp or assigned.get("prune.compensate") == "off":
+        return config
+    compensated = for_trained_network(config)
+    if compensated != config:
+        logger.info("the run begins with trained weights: prunes are compensated; --variant paper leaves that out")
+    return compensated
+
+
+def _assigned(options: argparse.Namespace) -> dict[str, Any]:
+    """Config key -> value, of all flags that are given."""
+    given = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in options.flags}
+    assigned = {options.flags[flag].key: value for flag, value in given.items() if value is not None}
+    return assigned | dict(_assignment(text) for text in options.set)
+
+
 def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     """`config` changed by the given flags. Raises ConfigError for an unknown key or a value that does not fit.
 
     If the method changes, the section `prune` becomes the new method's section. Keys that both sections have are kept.
     """
     settings = config.to_dict()
-    given = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in options.flags}
-    assigned = {options.flags[flag].key: value for flag, value in given.items() if value is not None}
-    assigned |= dict(_assignment(text) for text in options.set)
+    assigned = _assigned(options)
     method = assigned.pop("prune.method", settings["prune"]["method"])
     if method != settings["prune"]["method"] and isinstance(method, str):
         settings["prune"] = with_method(settings["prune"], method)
     settings["prune"]["method"] = method
-    other = given.get("--flops-reduction") is None and any(given.get(flag) for flag in _OTHER_TARGETS)
+    flags = options.flags
+    given = {name: getattr(options, name[2:].replace("-", "_")) for name in (_FLOPS, *_OTHER_TARGETS) if name in flags}
+    other = given.get(_FLOPS) is None and any(given.get(name) for name in _OTHER_TARGETS)
     if other and "flops_reduction" in settings["prune"]:
         settings["prune"]["flops_reduction"] = 0  # the recipe's is no target beside the one that is given
     for key, value in assigned.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laasp_ray import api
-from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, overridden, run_parser
+from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, of_variant, overridden, run_parser
 from laasp_ray.cli.status import status
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.config import GroupSparsityConfig, RunConfig
@@ -18,7 +18,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.methods.group_sparsity import REPORT
 from laasp_ray.methods.sparsity_report import sparsity_from_json
 from laasp_ray.planning.dry_run import dry_run
-from laasp_ray.recipes import RECIPES, VARIANTS, recipe, with_sparsity
+from laasp_ray.recipes import RECIPES, recipe, with_sparsity
 from laasp_ray.recipes.digits import resnet50_digits
 from laasp_ray.recipes.imagenet import resnet50_imagenet
 from laasp_ray.report import repeats
@@ -56,10 +56,7 @@ def prune(arguments: Sequence[str] | None = None, prog: str = "prune.py") -> int
     """`laasp-ray prune` and `jobs/prune.py RECIPE`."""
     parser = run_parser(prog, "Prunes a network while it trains, by a recipe.")
     parser.add_argument("recipe", help=_RECIPE_HELP)
-    parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
-    return guarded(
-        lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe, options.variant))
-    )
+    return guarded(lambda: _prune(parser.parse_args(arguments), lambda options: recipe(options.recipe)))
 
 
 def sparsify(arguments: Sequence[str] | None = None, prog: str = "sparsify.py") -> int:
@@ -110,7 +107,10 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("laasp_ray").setLevel(logging.INFO)
-    config = overridden(base(options), options)
+    config = base(options)
+    if "variant" in options:
+        config = of_variant(config, getattr(options, "recipe", config.name), options)
+    config = overridden(config, options)
     if options.dry_run:
         print(
             dry_run(

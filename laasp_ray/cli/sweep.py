@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 
-from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, overridden, run_parser
+from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, of_variant, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import ConfigError, SearchError
-from laasp_ray.recipes import RECIPES, VARIANTS, recipe
+from laasp_ray.recipes import RECIPES, recipe
 from laasp_ray.report import repeats
 from laasp_ray.report.sweep import counted, sweep_table
 from laasp_ray.store.storage import Storage
@@ -50,7 +50,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "recipe", help=f"one of {', '.join(sorted(RECIPES))}, or an import path package.module:function"
     )
-    parser.add_argument("--variant", help=f"another published setting of the recipe: {', '.join(VARIANTS)}")
     parser.add_argument(
         "--flops-reduction",
         type=float,
@@ -125,7 +124,7 @@ def _sweep(options: argparse.Namespace) -> None:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     goal = _goal(options)
-    config = overridden(recipe(options.recipe, options.variant), options)
+    config = overridden(of_variant(recipe(options.recipe), options.recipe, options), options)
     if any(text.startswith("prune.exact_target") for text in options.set):
         raise ConfigError(
             "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.data import DATA_FORMATS, DataConfig, LoaderName
 from laasp_ray.config.group_sparsity import GroupSparsityConfig
-from laasp_ray.config.laasp import DEFAULT_CRITERIA, LaaspConfig, StepRule
+from laasp_ray.config.laasp import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, LaaspConfig, StepRule
 from laasp_ray.config.methods import SECTIONS
 from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.pls import POOLING, PlsConfig
@@ -18,6 +18,7 @@ __all__ = [
     "DATA_FORMATS",
     "ClusterConfig",
     "Compensate",
+    "COMPENSATED_CRITERIA",
     "DEFAULT_CRITERIA",
     "DataConfig",
     "FilterPruneConfig",

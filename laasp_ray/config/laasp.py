@@ -11,6 +11,9 @@ from laasp_ray.config.prune import FilterPruneConfig
 
 StepRule = Literal["flops_share", "layer_share"]
 DEFAULT_CRITERIA = ("l1", "l2", "euclidean", "cosine")
+"""The paper's pool."""
+COMPENSATED_CRITERIA = (*DEFAULT_CRITERIA, "obs")
+"""The pool of runs with compensation."""
 
 
 @dataclass(frozen=True, kw_only=True)

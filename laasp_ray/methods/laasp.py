@@ -111,7 +111,10 @@ class Laasp(PruningMethod[LaaspConfig]):
         ranking = ranking_of(proposals, results)
         _say_copied(ranking)
         decision, removal = with_next_best(
-            context, decide(ranking, iteration=context.iteration, loss_before=results[-1].loss), ranking
+            context,
+            decide(ranking, iteration=context.iteration, loss_before=results[-1].loss),
+            ranking,
+            scores=lambda name, layer: _scores(context, given, name, layer),
         )
         made_up, loss, details = context.if_it_helps(removal, decision.loss)
         decision = replace(decision, loss=loss)
@@ -193,6 +196,14 @@ def _check_criteria(config: LaaspConfig, graph: PruningGraph, model: nn.Module) 
                 criteria.scores(name, model.get_submodule(layer))
             except LaaspError as error:
                 raise ConfigError(f"prune.criteria, tried on layer {layer}: {error}") from error
+
+
+def _scores(
+    context: IterationContext[LaaspConfig], given: Mapping[str, Mapping[str, torch.Tensor]], name: str, layer: str
+) -> torch.Tensor:
+    if name in given:
+        return given[name][layer]
+    return context.memory.scores.scores([name], layer, context.model.get_submodule(layer))[name]
 
 
 def _drawn_scores(graph: PruningGraph, criterion: str, seed: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from laasp_ray.recipes.registry import RECIPES, VARIANTS, recipe, with_sparsity
+from laasp_ray.recipes.registry import (
+    RECIPES,
+    VARIANT_NAMES,
+    VARIANTS,
+    for_trained_network,
+    recipe,
+    with_sparsity,
+    with_variant,
+)
 
-__all__ = ["RECIPES", "VARIANTS", "recipe", "with_sparsity"]
+__all__ = ["RECIPES", "VARIANT_NAMES", "VARIANTS", "for_trained_network", "recipe", "with_sparsity", "with_variant"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, RunConfig
+from laasp_ray.config import LaaspConfig, RunConfig
 from laasp_ray.recipes.cifar10 import resnet56_cifar10
 from laasp_ray.recipes.imagenet import mobilenet_v2_imagenet, resnet50_imagenet
+from laasp_ray.recipes.variants import compensated
 
 
 def resnet50_imagenet_finetune() -> RunConfig:
@@ -30,15 +31,7 @@ def resnet56_cifar10_finetune() -> RunConfig:
 
 
 def _finetune(config: RunConfig, pretrained: str, *, learning_rate: float) -> RunConfig:
-    prune = LaaspConfig(
-        flops_reduction=0.5,
-        step=0.02,
-        criteria=(*DEFAULT_CRITERIA, "obs"),
-        compensate="full",
-        reestimate_batchnorm=True,
-        fine_tune_every=0.05,
-        fine_tune_epochs=1,
-    )
+    prune = compensated(LaaspConfig(flops_reduction=0.5, step=0.02, fine_tune_every=0.05, fine_tune_epochs=1))
     train = replace(
         config.train,
         epochs=10,

@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from laasp_ray.config import GroupSparsityConfig, RunConfig
+from laasp_ray.config import GroupSparsityConfig, LaaspConfig, RunConfig
 from laasp_ray.config.names import did_you_mean, imported, is_import_path
 from laasp_ray.errors import ConfigError
 from laasp_ray.recipes import cifar10, digits, finetune, group_sparsity, imagenet
+from laasp_ray.recipes.variants import OF_LAASP, compensated, with_laasp
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe for room in (cifar10, imagenet, digits, finetune, group_sparsity) for recipe in room.RECIPES
 }
 VARIANTS: dict[str, dict[str, Callable[[RunConfig], RunConfig]]] = {**cifar10.VARIANTS}
+VARIANT_NAMES = (*OF_LAASP, *VARIANTS)
+"""All variants; not every recipe has every one."""
 
 
 def with_sparsity(config: RunConfig) -> RunConfig:
@@ -45,11 +48,26 @@ def recipe(name: str, variant: str | None = None) -> RunConfig:
     config = _imported(name) if is_import_path(name) else _known(name)
     if variant is None:
         return config
+    return with_variant(config, name, variant)
+
+
+def with_variant(config: RunConfig, name: str, variant: str) -> RunConfig:
+    """The variant of `config`, the recipe called `name`. Raises ConfigError if it has no such variant."""
+    prune = config.prune
+    if isinstance(prune, LaaspConfig) and variant in OF_LAASP:
+        return with_laasp(config, prune, variant)
     of_this = [known for known, recipes in VARIANTS.items() if name in recipes]
     if variant not in of_this:
+        of_this += OF_LAASP if isinstance(prune, LaaspConfig) else []
         has = f"its variants: {', '.join(of_this)}" if of_this else "it has none"
         raise ConfigError(f"the recipe {name} has no variant {variant!r}; {has}")
     return VARIANTS[variant][name](config)
+
+
+def for_trained_network(config: RunConfig) -> RunConfig:
+    """`config` with compensation, for a run that begins with trained weights. Other methods' runs are unchanged."""
+    prune = config.prune
+    return replace(config, prune=compensated(prune)) if isinstance(prune, LaaspConfig) else config
 
 
 def _known(name: str) -> RunConfig:

@@ -16,7 +16,7 @@ from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
 from laasp_ray.pruning.compensation import NOTHING, MadeUp
-from laasp_ray.pruning.graph import PruningGraph, filters_to_remove, step_sizes
+from laasp_ray.pruning.graph import ChannelGroup, PruningGraph, filters_to_remove, step_sizes
 from laasp_ray.pruning.masking import CannotMask, Mask, mask_of
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking
@@ -178,9 +178,14 @@ def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: B
     is_far = 1 - (macs.total - most) / baseline.macs.total < config.flops_reduction
     if not config.exact_target or not config.targets or is_far or not reaches(count):
         return count
+    return next(filter(reaches, fewer_filters(group, count, config)), count)
+
+
+def fewer_filters(group: ChannelGroup, count: int, config: LaaspConfig) -> list[int]:
+    """The numbers of filters (rising) below `count` that a prune of the layer may take."""
     unit = math.lcm(group.blocks, config.round_to)
-    fewer = [group.filters - kept for kept in range(unit, group.filters, unit) if group.filters - kept < count]
-    return next((filters for filters in sorted(fewer) if reaches(filters)), count)
+    fewer = (group.filters - kept for kept in range(unit, group.filters, unit))
+    return sorted(filters for filters in fewer if filters < count)
 
 
 def tasks_of(proposals: Sequence[Proposal]) -> list[LossTask]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.config import DEFAULT_CRITERIA, Compensate, LaaspConfig, SearchConfig, StepRule
+from laasp_ray.config import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, Compensate, LaaspConfig, SearchConfig, StepRule
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
 from laasp_ray.criteria.obs import NAME as OBS
@@ -44,7 +44,7 @@ def rank(
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
-    criteria: Sequence[str] = DEFAULT_CRITERIA,
+    criteria: Sequence[str] | None = None,
     step: float = 0.01,
     step_rule: StepRule = "flops_share",
     max_pruned: float = 0.75,
@@ -58,7 +58,7 @@ def rank(
     memory_mb: int = 0,
     components: int = 2,
     pooling: str = "max",
-    compensate: Compensate = "off",
+    compensate: Compensate = "full",
     seed: int = 0,
 ) -> Ranking:
     """Every prune that one iteration of LAASP could make on `model`, with its loss, lowest loss first.
@@ -74,7 +74,9 @@ def rank(
     which come first. With a probability of at least 1 - `racing_error` the choice is the same as without racing. `seed`
     draws the samples. Criteria of data get `components` and `pooling` if they accept them: pls fits that many
     components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a share of the free
-    memory). With `compensate` the layers that read the removed channels make up for them.
+    memory). The layers that read the removed channels make up for them, so losses are those after compensation; with
+    `compensate` off, what these channels gave is lost. `criteria` are the paper's four by default, and obs with
+    compensation.
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not
@@ -88,7 +90,7 @@ def rank(
         max_pruned=max_pruned,
         ignored=tuple(ignored),
         extra_layers=tuple(extra_layers),
-        criteria=tuple(criteria),
+        criteria=_pool(compensate) if criteria is None else tuple(criteria),
         components=components,
         pooling=pooling,
         compensate=compensate,
@@ -99,6 +101,10 @@ def rank(
     check_statistics(model)
     with random_state_kept():  # a network may draw from the global generators
         return _rank(deep_copy(model), calibration, config, search, reference, seed)
+
+
+def _pool(compensate: Compensate) -> tuple[str, ...]:
+    return DEFAULT_CRITERIA if compensate == "off" else COMPENSATED_CRITERIA
 
 
 def _rank(

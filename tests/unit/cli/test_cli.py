@@ -104,6 +104,33 @@ def test_every_flag_sets_its_key(tmp_path):
     assert (config.prune.criteria, config.cluster.workers, config.seed) == (("l1", "cosine"), 3, 5)
 
 
+def started(*given, name="resnet20_cifar10"):
+    options = flags.run_parser("prune.py", "").parse_args(list(given))
+    return flags.overridden(flags.of_variant(recipe(name), name, options), options)
+
+
+def test_a_run_from_trained_weights_is_compensated_unless_the_flags_say_otherwise():
+    def procedure(*given, **of):
+        config = started(*given, **of)
+        return config.prune.criteria, config.prune.compensate, config.prune.reestimate_batchnorm
+
+    pool, weights = ("l1", "l2", "euclidean", "cosine"), ("--pretrained", "/weights.safetensors")
+    plain, compensated = (pool, "off", False), ((*pool, "obs"), "full", True)
+    assert procedure() == plain
+    assert procedure(*weights) == compensated
+    assert procedure("--set", "train.pretrained=/weights.safetensors") == compensated
+    assert procedure(*weights, "--variant", "paper") == plain
+    assert procedure(*weights, "--variant", "2023") == plain
+    assert procedure(*weights, "--compensate", "off") == plain
+    assert procedure("--variant", "compensated") == compensated
+    assert procedure(*weights, "--criteria", "l1", "--compensate", "channels") == (("l1",), "channels", True)
+    pls = started(*weights, "--method", "pls").prune
+    assert (pls.compensate, pls.reestimate_batchnorm) == ("off", False)
+    # A recipe of one's own says itself what it is.
+    options = flags.run_parser("prune.py", "").parse_args(list(weights))
+    assert flags.of_variant(recipe("resnet20_cifar10"), "mine:small", options).prune.compensate == "off"
+
+
 def test_the_flags_of_pls():
     given = ["--method", "pls", "--iterations", "9", "--percent", "10", "--components", "3", "--pooling", "max2x2"]
     prune = config_of(*given).prune
@@ -182,11 +209,22 @@ def test_names_of_weights_are_no_paths():
     assert config_of("--pretrained", "torchvision:IMAGENET1K_V2").train.pretrained == "torchvision:IMAGENET1K_V2"
 
 
-def test_a_variant_of_a_recipe(images, tmp_path, capsys, monkeypatch):
+def test_a_variant_of_a_recipe(capsys, monkeypatch):
     chosen = []
-    monkeypatch.setattr(cli, "_prune", lambda options, base: chosen.append(base(options)))
-    assert cli.prune(["resnet56_cifar10", "--variant", "2023"]) == 0
-    assert chosen == [recipe("resnet56_cifar10", "2023")]
+
+    def noted(config, **options):
+        chosen.append(config)
+        return ""
+
+    monkeypatch.setattr(cli, "dry_run", noted)
+    given = ["resnet56_cifar10", "--variant", "2023", "--data", "/images", "--storage", "/runs", "--dry-run"]
+    assert cli.prune(given) == 0
+    assert cli.prune_resnet50(["--variant", "paper", "--storage", "/runs", "--dry-run"]) == 0
+    assert [config.name for config in chosen] == ["resnet56_cifar10-2023", "resnet50_digits-paper"]
+    assert (chosen[0].prune, chosen[1].prune) == (
+        recipe("resnet56_cifar10", "2023").prune,
+        recipe("resnet50_digits", "paper").prune,
+    )
     assert cli.prune(["vgg16_cifar10", "--variant", "2023"]) == 2
     assert "the recipe vgg16_cifar10 has no variant '2023'" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ def pictures(tmp_path_factory):
 def tiny(tmp_path, pictures, monkeypatch):
     """The recipe `tiny` is a run of seconds on pictures."""
     config = dataclasses.replace(on_pictures(tmp_path, pictures), name="tiny")
-    monkeypatch.setattr(command, "recipe", lambda name, variant: config)
+    monkeypatch.setattr(command, "recipe", lambda name: config)
     return tmp_path
 
 

@@ -124,6 +124,22 @@ def test_no_more_go_once_the_targets_are_reached(network, targets, layers):
     assert [prune.layer for prune in iteration.decision.prunes] == layers
 
 
+@pytest.mark.parametrize(
+    ("target", "exact", "last_filters"),
+    [
+        # Without 2 filters of "2" 10416 are left. One of "0" takes 36 * 9 and, of the 6 of "2", 6 * 16 * 9 more: 9228.
+        (1 - 9228 / 13008, True, (7,)),
+        (1 - 9227 / 13008, True, (6, 7)),
+        (1 - 9228 / 13008, False, (6, 7)),
+    ],
+)
+def test_the_last_of_several_takes_no_more_than_the_target_needs(network, target, exact, last_filters):
+    iteration = iteration_of(network, Scripted(LOSSES), flops_reduction=target, exact_target=exact)
+    assert [prune.filters for prune in iteration.decision.prunes] == [(0, 1), last_filters]
+    assert iteration.step.layers["0"] == tuple(range(8 - len(last_filters)))
+    assert iteration.decision.flops_reduction >= target
+
+
 def test_those_that_a_race_dropped_or_that_have_no_loss_stay(network):
     dropped, failed = MeasuredLoss(0.1, 5, 0.0, dropped_at=1), MeasuredLoss(math.nan, 0, 0.0, error="broken")
     rest = dict.fromkeys([("0", "l1"), ("4", LAST), ("2", LAST)], failed)

@@ -171,10 +171,37 @@ def test_a_variant_has_a_name_of_its_own_and_only_where_it_is_known():
     config = recipe("resnet56_cifar10", "2023")
     assert config.name == "resnet56_cifar10-2023"
     assert config.prune.flops_reduction == recipe("resnet56_cifar10").prune.flops_reduction
-    with pytest.raises(ConfigError, match=r"resnet56_cifar10 has no variant '2022'; its variants: 2023"):
+    with pytest.raises(
+        ConfigError, match=r"resnet56_cifar10 has no variant '2022'; its variants: 2023, paper, compensated"
+    ):
         recipe("resnet56_cifar10", "2022")
-    with pytest.raises(ConfigError, match=r"vgg16_cifar10 has no variant '2023'; it has none"):
+    with pytest.raises(ConfigError, match=r"vgg16_cifar10 has no variant '2023'; its variants: paper, compensated"):
         recipe("vgg16_cifar10", "2023")
+    with pytest.raises(ConfigError, match=r"resnet50_aap has no variant 'paper'; it has none"):
+        recipe("resnet50_aap", "paper")
+
+
+PLAIN = (("l1", "l2", "euclidean", "cosine"), "off", False)
+MADE_UP = (("l1", "l2", "euclidean", "cosine", "obs"), "full", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("resnet50_digits", MADE_UP),
+        ("resnet56_cifar10", PLAIN),
+        ("resnet50_imagenet", PLAIN),
+        ("resnet56_cifar10_finetune", MADE_UP),
+    ],
+)
+def test_the_paper_s_procedure_and_compensation_are_variants_of_every_recipe_of_laasp(name, default):
+    def procedure(config):
+        return config.prune.criteria, config.prune.compensate, config.prune.reestimate_batchnorm
+
+    whole, paper, compensated = (recipe(name, variant) for variant in (None, "paper", "compensated"))
+    assert (procedure(whole), procedure(paper), procedure(compensated)) == (default, PLAIN, MADE_UP)
+    assert (paper.name, compensated.name) == (f"{name}-paper", f"{name}-compensated")
+    assert paper.train == compensated.train == whole.train
 
 
 def test_the_three_starts():

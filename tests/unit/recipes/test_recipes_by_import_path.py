@@ -58,9 +58,10 @@ def test_what_is_no_recipe_is_told(path, message):
         recipe(path)
 
 
-def test_it_has_no_variants():
-    with pytest.raises(ConfigError, match=r"the recipe .*:mine has no variant 'pls'; it has none"):
+def test_it_has_the_variants_of_its_method():
+    with pytest.raises(ConfigError, match=r"the recipe .*:mine has no variant 'pls'; its variants: paper, compensated"):
         recipe(PATH, "pls")
+    assert recipe(PATH, "compensated").prune.compensate == "full"
 
 
 def test_that_there_are_import_paths_is_said_of_an_unknown_name():

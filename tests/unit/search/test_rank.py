@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from laasp_ray import models
-from laasp_ray.config import ModelConfig
+from laasp_ray.config import DEFAULT_CRITERIA, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.search import rank
@@ -60,12 +60,30 @@ def without_filters(network, images, layer, filters):
 
 
 def test_losses_are_those_of_the_network_cut_by_hand(network, images, labels):
-    ranking = rank(network, images, labels, criteria=("l1", "l2"), step=0.3, batch_size=5)
+    ranking = rank(network, images, labels, criteria=("l1", "l2"), step=0.3, batch_size=5, compensate="off")
     assert {entry.layer for entry in ranking} == {"first", "second"}
     for entry in ranking:
         expected = functional.cross_entropy(without_filters(network, images, entry.layer, entry.filters), labels)
         assert entry.loss == pytest.approx(expected.item(), rel=1e-5)
     assert [entry.loss for entry in ranking] == sorted(entry.loss for entry in ranking)
+
+
+def test_by_default_prunes_are_made_up_for_and_obs_is_in_the_pool(network, images, labels):
+    made_up = rank(network, images, labels, step=0.3)
+    again = rank(network, images, labels, step=0.3, compensate="full", criteria=(*DEFAULT_CRITERIA, "obs"))
+    plain = rank(network, images, labels, step=0.3, compensate="off")
+    assert [(entry.layer, entry.filters, entry.loss) for entry in made_up] == [
+        (entry.layer, entry.filters, entry.loss) for entry in again
+    ]
+    assert {name for entry in made_up for name in proposers(entry)} == {*DEFAULT_CRITERIA, "obs"}
+    assert {name for entry in plain for name in proposers(entry)} == set(DEFAULT_CRITERIA)
+    losses = {(entry.layer, entry.filters): entry.loss for entry in plain}
+    shared = [entry for entry in made_up if (entry.layer, entry.filters) in losses]
+    assert shared and all(entry.loss != losses[entry.layer, entry.filters] for entry in shared)
+
+
+def proposers(entry):
+    return {entry.criterion, *(name for _, name in entry.candidate.also)}
 
 
 def test_step_sizes_and_reductions_are_shares_of_the_multiply_accumulates(network, images, labels):
@@ -149,7 +167,7 @@ def test_resnet20_proposes_every_convolution_by_every_criterion():
     torch.manual_seed(0)
     model = randomise_batchnorm(models.build(ModelConfig(builder="cifar.resnet20", input_shape=(3, 32, 32))))
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    ranking = rank(model, images, labels)
+    ranking = rank(model, images, labels, compensate="off")
     proposals = sum(1 + len(entry.candidate.also) for entry in ranking)
     assert proposals == 21 * 4  # 19 convolutions of 3x3 and two shortcuts
     assert len({entry.layer for entry in ranking}) == 21
