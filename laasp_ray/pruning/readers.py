@@ -20,6 +20,11 @@ MOST_INPUTS = 5000
 5000 inputs are 200 MB in float64, and a kernel of 3 x 3 has 4,608 of 512 channels.
 """
 
+MOST_BYTES = 4_000_000_000
+"""The most memory of all layers' moments together. Beyond that the layers with the most inputs get one mix of channels.
+The moments of ResNet-50 are 1.0 GB. The bound is the same on every machine, so that decisions are.
+"""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -93,7 +98,7 @@ def readers_of(
             if side.role == "inputs":
                 blocks.setdefault(side, set()).add(_block(channels.values()))
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    readers: dict[str, Reader] = {}
+    whole: dict[str, Reader] = {}
     reasons: dict[str, str] = {}
     for side, sizes in blocks.items():
         module = model.get_submodule(side.module)
@@ -107,8 +112,24 @@ def readers_of(
             if reader.inputs > MOST_INPUTS:
                 reasons[side.module] = f"it has {reader.inputs:,} inputs, more than {MOST_INPUTS:,}"
             else:
-                readers[side.module] = replace(reader, columns=module.get_parameter("weight").shape[1])
-    return readers, reasons
+                whole[side.module] = reader
+    return {
+        layer: reader.with_columns(model.get_submodule(layer).get_parameter("weight").shape[1])
+        for layer, reader in _that_fit(whole, MOST_BYTES).items()
+    }, reasons
+
+
+def _that_fit(readers: Mapping[str, Reader], most_bytes: int) -> dict[str, Reader]:
+    """The readers, with one mix of channels for those with the most inputs if all moments need more than this."""
+    fitting = dict(readers)
+    total = sum(reader.gram_bytes for reader in fitting.values())
+    for reader in sorted(readers.values(), key=lambda reader: reader.inputs, reverse=True):
+        if total <= most_bytes:
+            break
+        if not reader.mixed and reader.taps > 1:
+            fitting[reader.layer] = replace(reader, mixed=True)
+            total += fitting[reader.layer].gram_bytes - reader.gram_bytes
+    return fitting
 
 
 def losses_of(readers: Mapping[str, Reader], removal: Removal) -> dict[str, list[list[int]]]:

@@ -1,5 +1,7 @@
 """Compensation: exact where lost inputs are a function of the others, least squares elsewhere, and carried by plans."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from laasp_ray.pruning.moments import Gram, inverted
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.norms import norms_after
 from laasp_ray.pruning.plan import Plan, apply_plan, parameters_after
-from laasp_ray.pruning.readers import Reader
+from laasp_ray.pruning.readers import Reader, _that_fit
 from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.evaluate import CalibrationSet
 from laasp_ray.search.grams import grams, grams_of, patches
@@ -274,3 +276,16 @@ def test_new_biases_are_parameters():
     step = PruningGraph(model, torch.zeros(1, 3, 4, 4)).step("0", [1]).with_biases(["1"])
     apply_plan(model, step)
     assert parameters_after(shapes, step) == sum(parameter.numel() for parameter in model.parameters()) == 12 + 192 + 64
+
+
+def test_the_largest_layers_get_one_mix_of_channels_where_all_moments_together_need_too_much():
+    small, large, linear = Reader("small", 1, 4, taps=9), Reader("large", 1, 10, taps=9), Reader("linear", 1, 200)
+    sizes = {"small": 37**2 * 8, "large": 91**2 * 8, "linear": 201**2 * 8}
+    readers = {reader.layer: reader for reader in (small, large, linear)}
+    assert {layer: reader.gram_bytes for layer, reader in readers.items()} == sizes
+    assert _that_fit(readers, sum(sizes.values())) == readers
+    fitting = _that_fit(readers, sum(sizes.values()) - 1)
+    assert fitting == {**readers, "large": dataclasses.replace(large, mixed=True)}
+    assert fitting["large"].gram_bytes == 11**2 * 8
+    # A linear layer has no taps to share a mix.
+    assert [reader.mixed for reader in _that_fit(readers, 1).values()] == [True, True, False]
