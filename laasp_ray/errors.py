@@ -58,6 +58,10 @@ class ArtifactError(LaaspError):
     """A saved network cannot be rebuilt from its folder."""
 
 
+class ExportError(LaaspError):
+    """A network cannot be exported, or what was exported does not compute the same."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device. CPU allocators raise a RuntimeError with varying
     messages.

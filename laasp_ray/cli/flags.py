@@ -91,6 +91,7 @@ FLAGS: Flags = {
     "--epochs-per-stage": Flag("prune.fine_tune_epochs", int, only=GroupSparsityConfig),
     "--from-run": Flag("prune.from_run"),
     "--workers": Flag("cluster.workers", int),
+    "--export": Flag("export.format"),
     "--seed": Flag("seed", int),
 }
 """All flags. A command takes those that its methods can use."""

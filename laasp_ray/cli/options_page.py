@@ -84,7 +84,8 @@ def _type(hint: Any) -> str:
         return " or ".join("none" if part is type(None) else _type(part) for part in arguments)
     if origin is tuple:
         many = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
-        return f"list of {many}{_type(arguments[0])}" + ("" if arguments[0] is str else "s")
+        plural = "" if arguments[0] is str or typing.get_origin(arguments[0]) is Literal else "s"
+        return f"list of {many}{_type(arguments[0])}{plural}"
     return NAMES.get(hint, "mapping")
 
 

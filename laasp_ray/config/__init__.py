@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.data import DATA_FORMATS, DataConfig, LoaderName
+from laasp_ray.config.export import ENGINES, Engine, ExportConfig, ExportFormat
 from laasp_ray.config.group_sparsity import GroupSparsityConfig
 from laasp_ray.config.laasp import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, LaaspConfig, StepRule
 from laasp_ray.config.methods import SECTIONS
@@ -21,6 +22,10 @@ __all__ = [
     "COMPENSATED_CRITERIA",
     "DEFAULT_CRITERIA",
     "DataConfig",
+    "ENGINES",
+    "Engine",
+    "ExportConfig",
+    "ExportFormat",
     "FilterPruneConfig",
     "GroupSparsityConfig",
     "LaaspConfig",

@@ -28,6 +28,7 @@ RENAMED_KEYS = {
 RESUMABLE_KEYS = (
     "storage",
     "cluster",
+    "export",
     "data.path",
     "data.threads",
     "data.max_unreadable",
@@ -37,7 +38,7 @@ RESUMABLE_KEYS = (
     "train.test_every",
 )
 """Settings that may change when a run is resumed: locations, amounts of resources, settings that change losses only by
-rounding, and settings of reports.
+rounding, and settings of reports and exports.
 """
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.compat import with_current_names
 from laasp_ray.config.data import DataConfig
+from laasp_ray.config.export import ExportConfig
 from laasp_ray.config.fields import Doc, build, check, doc_of, docs, to_plain
 from laasp_ray.config.methods import SECTIONS, build_section, known_to
 from laasp_ray.config.model import ModelConfig
@@ -35,6 +36,7 @@ class RunConfig:
     train: TrainConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     storage: Annotated[str, Doc("where runs are kept: a folder, or an s3:// or gs:// address")] = "runs"
     seed: Annotated[int, Doc("the one source of randomness")] = 0
 

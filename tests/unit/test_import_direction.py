@@ -12,7 +12,7 @@ LEVELS = [
     {"models", "recipes"},
     {"cost", "criteria", "data"},
     {"pruning"},
-    {"store"},
+    {"export", "store"},
     {"search", "train"},
     {"methods"},
     {"run"},
@@ -31,6 +31,8 @@ QUARANTINE = {
     "torch_pruning": (),
     "nvidia": ("data/loaders/dali.py",),
     "pyarrow": ("store/", "data/"),
+    "onnx": ("export/",),
+    "onnxruntime": ("export/",),
 }
 
 

@@ -1,0 +1,1 @@
+"""A finished network in a form that other programs run, checked against torch, and its latency there."""

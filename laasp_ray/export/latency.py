@@ -1,0 +1,152 @@
+"""Times the unpruned and the pruned network by turns, as torch runs them, as torch.compile does, and in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from laasp_ray.config import Engine, ExportConfig
+from laasp_ray.cost.latency import Conditions, Latency, conditions, inputs_of, measure_by_turns, ready, torch_pass
+from laasp_ray.cost.load import MachineLoad, why_too_busy
+from laasp_ray.cost.speedup import is_faster, why_not_faster
+from laasp_ray.errors import ExportError, LaaspError, describe_error
+from laasp_ray.export.network import INPUT, OUTPUT, onnx_of, onnx_session
+from laasp_ray.export.packages import REMEDY, missing
+
+ROUNDS, LEAST_S, WARMUP = 30, 0.5, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLatency:
+    """The latency of both networks in one engine at one batch, measured by turns.
+
+    `busy` has the reasons why the machine was too busy for the figures to mean anything; `load` is what they are
+    derived from. `slower` says why the pruned network is not faster, where it is not, and what would help. If nothing
+    could be measured, `failed` says why.
+    """
+
+    engine: Engine
+    batch_size: int
+    unpruned: Latency | None = None
+    pruned: Latency | None = None
+    load: MachineLoad | None = None
+    busy: tuple[str, ...] = ()
+    slower: str = ""
+    failed: str = ""
+
+
+Passes = tuple[Sequence[Callable[[], object]], Conditions]
+
+
+def measure_engines(
+    unpruned: nn.Module,
+    pruned: nn.Module,
+    input_shape: Sequence[int],
+    config: ExportConfig,
+    device: torch.device,
+    *,
+    onnx: bytes | None = None,
+) -> list[EngineLatency]:
+    """A row for every engine and batch of `config`, of copies of the networks on `device`.
+
+    `onnx` is the pruned network's file, if there is one. What an engine cannot do is in its rows, and never an error.
+    """
+    is_pruned = {name: p.shape for name, p in unpruned.named_parameters()} != {
+        name: p.shape for name, p in pruned.named_parameters()
+    }
+    networks, rows = (unpruned, pruned), []
+    for engine in config.latency:
+        try:
+            passes_for = _ENGINES[engine](networks, input_shape, device, onnx)
+        except Exception as error:
+            rows += [_not_measured(engine, batch, error) for batch in config.latency_batches]
+            continue
+        for batch in config.latency_batches:
+            try:
+                row = _row(engine, batch, *passes_for(batch), config.latency_seconds)
+            except Exception as error:
+                row = _not_measured(engine, batch, error)
+            rows.append(_explained(row, networks, input_shape) if is_pruned else row)
+    return rows
+
+
+def _row(
+    engine: Engine, batch: int, passes: Sequence[Callable[[], object]], where: Conditions, seconds: float
+) -> EngineLatency:
+    (unpruned, pruned), load = measure_by_turns(
+        passes, where, rounds=ROUNDS, warmup=WARMUP, least_s=min(LEAST_S, seconds), most_s=seconds
+    )
+    spreads = [unpruned.relative_spread, pruned.relative_spread]
+    busy = why_too_busy(load, where.threads, spreads, on_cpu=where.device == "cpu")
+    return EngineLatency(engine=engine, batch_size=batch, unpruned=unpruned, pruned=pruned, load=load, busy=busy)
+
+
+def _explained(row: EngineLatency, networks: tuple[nn.Module, nn.Module], input_shape: Sequence[int]) -> EngineLatency:
+    """The row, with the reason if the pruned network is not faster; figures of a busy machine show nothing."""
+    if row.unpruned is None or row.pruned is None or row.busy:
+        return row
+    if is_faster(row.unpruned.median_ms, row.pruned.median_ms):
+        return row
+    return replace(row, slower=why_not_faster(*networks, input_shape, row.batch_size))
+
+
+def _not_measured(engine: Engine, batch: int, error: Exception) -> EngineLatency:
+    reason = str(error) if isinstance(error, LaaspError) else describe_error(error)
+    return EngineLatency(engine=engine, batch_size=batch, failed=reason)
+
+
+_PassesFor = Callable[[int], Passes]
+_Networks = tuple[nn.Module, nn.Module]
+
+
+def _eager(networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None) -> _PassesFor:
+    copies = [ready(network, device) for network in networks]
+
+    def passes(batch: int) -> Passes:
+        inputs = inputs_of(input_shape, batch, device)
+        return [torch_pass(model, inputs) for model in copies], conditions(batch, device)
+
+    return passes
+
+
+def _compiled(networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None) -> _PassesFor:
+    copies = [ready(network, device) for network in networks]
+
+    def passes(batch: int) -> Passes:
+        # Both networks share their code, and past a limit of versions torch would run it uncompiled without a word.
+        torch._dynamo.reset()
+        inputs = inputs_of(input_shape, batch, device)
+        compiled = [torch.compile(model, dynamic=False) for model in copies]
+        return [torch_pass(model, inputs) for model in compiled], conditions(batch, device)
+
+    return passes
+
+
+def _in_onnxruntime(
+    networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None
+) -> _PassesFor:
+    if absent := missing():
+        raise ExportError(f"it needs {', '.join(absent)}: {REMEDY}")
+    unpruned, pruned = networks
+    threads = torch.get_num_threads()
+    files = (onnx_of(unpruned, input_shape), onnx_of(pruned, input_shape) if onnx is None else onnx)
+    sessions = [onnx_session(file, threads) for file in files]
+    on_gpu = "CUDAExecutionProvider" in sessions[0].get_providers()
+    name = torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu"
+
+    def passes(batch: int) -> Passes:
+        feed = {INPUT: inputs_of(input_shape, batch, torch.device("cpu")).numpy()}
+        runs = [lambda session=session: session.run([OUTPUT], feed) for session in sessions]
+        return runs, Conditions(batch, name, threads)
+
+    return passes
+
+
+_ENGINES: dict[Engine, Callable[[_Networks, Sequence[int], torch.device, bytes | None], _PassesFor]] = {
+    "eager": _eager,
+    "compile": _compiled,
+    "onnxruntime": _in_onnxruntime,
+}
