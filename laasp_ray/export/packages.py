@@ -27,5 +27,5 @@ def check_export(config: ExportConfig) -> None:
     absent = missing()
     if config.format == "onnx" and absent:
         raise ConfigError(
-            f"export.format is 'onnx', which needs {', '.join(absent)}: {REMEDY}, or give --export torch or --export none"
+            f"export.format is 'onnx', which needs {', '.join(absent)}: {REMEDY}, or give --export torch or none"
         )
