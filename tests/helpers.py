@@ -114,6 +114,7 @@ def small_run(storage: Path, **changes: Any) -> RunConfig:
     settings["search"] |= {"images": 40, "batch_size": 20}
     settings["train"] |= {"epochs": 3, "prune_epoch": 2, "batch_size": 128, "drop_epochs": [2], "learning_rate": 0.05}
     settings["cluster"]["workers"] = 2
+    settings["export"] |= {"format": "none", "latency": []}
     if "prune__method" in changes:
         settings["prune"] = with_method(settings["prune"], changes["prune__method"])
     for key, value in changes.items():

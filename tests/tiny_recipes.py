@@ -10,7 +10,7 @@ from whole_runs import events_of
 
 from laasp_ray import prune
 from laasp_ray.api import PruneResult
-from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, PruneConfig, RunConfig
+from laasp_ray.config import ExportConfig, FilterPruneConfig, GroupSparsityConfig, PruneConfig, RunConfig
 from laasp_ray.store.journal import Event
 
 
@@ -39,6 +39,7 @@ def tiny(config: RunConfig, pictures: Path, storage: Path, *, side: int = 32) ->
         ),
         prune=prune,
         search=dataclasses.replace(config.search, images=6, batch_size=6),
+        export=ExportConfig(format="none", latency=()),
         train=dataclasses.replace(
             config.train, epochs=2, prune_epoch=1, drop_epochs=(), batch_size=6, learning_rate=0.001
         ),

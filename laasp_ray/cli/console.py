@@ -13,12 +13,13 @@ COMMANDS = {
     "prune": "prune a network while it trains, by a recipe",
     "sparsify": "make a network's weights sparse in groups, and train it on",
     "evaluate": "measure a run's pruned and unpruned network",
+    "export": "export the network of a finished run, and check it",
     "sweep": "prune to several targets, or as far as a drop allows",
     "status": "say what a run is doing, or list all runs of a folder",
     "prepare-data": "make shards from a data set, and check every image",
 }
 """Subcommand -> its description."""
-_OWN_MODULE = ("prepare-data", "sweep")
+_OWN_MODULE = ("export", "prepare-data", "sweep")
 """The subcommands that are modules of their own."""
 
 

@@ -13,7 +13,7 @@ from laasp_ray import api
 from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, of_variant, overridden, run_parser
 from laasp_ray.cli.status import status
 from laasp_ray.cli.stopping import guarded
-from laasp_ray.config import GroupSparsityConfig, RunConfig
+from laasp_ray.config import ENGINES, ExportConfig, GroupSparsityConfig, RunConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.group_sparsity import REPORT
 from laasp_ray.methods.sparsity_report import sparsity_from_json
@@ -75,7 +75,16 @@ def evaluate(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") 
     parser.add_argument("--data", help="the data set's folder (default: the run's)")
     parser.add_argument("--format", help="its layout by name, or an import path (default: the run's)")
     parser.add_argument("--batch-size", type=at_least_1, default=100, help="images a batch for accuracy (default 100)")
-    parser.add_argument("--latency-batch", type=at_least_1, default=1, help="images a batch for latency (default 1)")
+    parser.add_argument(
+        "--latency-batch", type=at_least_1, nargs="+", default=[1, 64], help="images a batch for latency (default 1 64)"
+    )
+    parser.add_argument(
+        "--engines",
+        choices=(*ENGINES, "none"),
+        nargs="+",
+        default=list(ENGINES),
+        help=f"what times both networks (default {' '.join(ENGINES)}; compile may take minutes)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--trust",
@@ -87,12 +96,13 @@ def evaluate(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") 
         options = parser.parse_args(arguments)
         if options.json is not None and not options.json.parent.is_dir():
             raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
+        engines = [] if "none" in options.engines else list(dict.fromkeys(options.engines))
         measured = evaluation.evaluate_run(
             options.folder,
             data=absolute(options.data, "--data"),
             data_format=options.format,
             batch_size=options.batch_size,
-            latency_batch=options.latency_batch,
+            latency=ExportConfig(latency=tuple(engines), latency_batches=tuple(options.latency_batch)),
             trust=options.trust,
         )
         print(evaluation_table(measured))

@@ -130,6 +130,9 @@ def _sweep(options: argparse.Namespace) -> None:
             "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their "
             "targets by up to a step; leave it out"
         )
+    if not any(text.startswith("export.latency") for text in options.set):
+        # Trials run side by side; the sweep times their networks at its end, one after the other.
+        config = replace(config, export=replace(config.export, latency=()))
     if options.name is None:
         config = replace(config, name=config.name + _SUFFIX)  # beside runs of the recipe
     if options.flops_reduction:

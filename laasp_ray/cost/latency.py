@@ -89,7 +89,7 @@ def conditions(batch_size: int, device: torch.device) -> Conditions:
     return Conditions(batch_size, name, torch.get_num_threads())
 
 
-def torch_pass(model: nn.Module, inputs: torch.Tensor) -> Callable[[], None]:
+def torch_pass(model: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> Callable[[], None]:
     """A forward pass that has ended when the function returns, with the kernels that whoever runs the network gets:
     training in this process may have asked for deterministic ones.
     """

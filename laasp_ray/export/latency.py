@@ -37,6 +37,15 @@ class EngineLatency:
     slower: str = ""
     failed: str = ""
 
+    @property
+    def note(self) -> str:
+        """What has to be said beside the figures; empty if they speak for themselves."""
+        if self.busy:
+            return f"the machine was too busy for these figures to mean anything: {'; '.join(self.busy)}"
+        if self.failed:
+            return f"not measured: {self.failed}"
+        return f"not faster: {self.slower}" if self.slower else ""
+
 
 Passes = tuple[Sequence[Callable[[], object]], Conditions]
 
@@ -49,17 +58,23 @@ def measure_engines(
     device: torch.device,
     *,
     onnx: bytes | None = None,
+    compile_when_busy: bool = True,
 ) -> list[EngineLatency]:
     """A row for every engine and batch of `config`, of copies of the networks on `device`.
 
     `onnx` is the pruned network's file, if there is one. What an engine cannot do is in its rows, and never an error.
+    Without `compile_when_busy` nothing is compiled, which may take minutes, if earlier figures mean nothing anyway.
     """
     is_pruned = {name: p.shape for name, p in unpruned.named_parameters()} != {
         name: p.shape for name, p in pruned.named_parameters()
     }
-    networks, rows = (unpruned, pruned), []
+    networks = (unpruned, pruned)
+    rows: list[EngineLatency] = []
     for engine in config.latency:
+        busy = next((row.busy for row in rows if row.busy), ())
         try:
+            if engine == "compile" and busy and not compile_when_busy:
+                raise ExportError(f"the machine was too busy to compile for it ({busy[0]})")
             passes_for = _ENGINES[engine](networks, input_shape, device, onnx)
         except Exception as error:
             rows += [_not_measured(engine, batch, error) for batch in config.latency_batches]
@@ -90,7 +105,11 @@ def _explained(row: EngineLatency, networks: tuple[nn.Module, nn.Module], input_
         return row
     if is_faster(row.unpruned.median_ms, row.pruned.median_ms):
         return row
-    return replace(row, slower=why_not_faster(*networks, input_shape, row.batch_size))
+    try:
+        slower = why_not_faster(*networks, input_shape, row.batch_size)
+    except Exception as error:  # a network of one's own may do anything with its layers
+        slower = f"its layers cannot be looked at ({describe_error(error)})"
+    return replace(row, slower=slower)
 
 
 def _not_measured(engine: Engine, batch: int, error: Exception) -> EngineLatency:

@@ -59,6 +59,17 @@ class Export:
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """The export in one sentence."""
+        if not self.file:
+            return f"Not exported ({self.format}): {self.reason}"
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        return (
+            f"Exported: pruned/{self.file}{opset}, {self.convolutions} convolutions as planned; outputs within "
+            f"{self.max_difference:.1e} of torch's, which go up to {self.largest_output:.3g}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from laasp_ray.report.latency import latency_lines
 from laasp_ray.report.tables import table_lines
-from laasp_ray.run.evaluate import Measured
+from laasp_ray.run.evaluate import Evaluation
 
 
-def evaluation_table(measured: tuple[Measured, Measured]) -> str:
-    """The figures side by side, as text."""
-    unpruned, pruned = measured
+def evaluation_table(evaluation: Evaluation) -> str:
+    """The figures side by side, then the latencies, as text."""
+    unpruned, pruned = evaluation.unpruned, evaluation.pruned
     rows: list[tuple[str, str, str, str]] = [("", "unpruned", "pruned", "pruned / unpruned")]
 
     def row(label: str, form: str, a: float, b: float, ratio: bool = True) -> None:
@@ -19,11 +20,8 @@ def evaluation_table(measured: tuple[Measured, Measured]) -> str:
     row("loss", "{:.4f}", unpruned.metrics.loss, pruned.metrics.loss, ratio=False)
     row("MACs", "{:,}", unpruned.macs, pruned.macs)
     row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
-    row("latency, ms", "{:.2f}", unpruned.latency.median_ms, pruned.latency.median_ms)
     lines = table_lines(rows, rule=False)
-    how = pruned.latency
-    lines.append(
-        f"{pruned.metrics.images} test images; latency: median of {how.repeats}, batch {how.batch_size}, {how.device}, "
-        f"{how.threads} threads; MACs: convolutions and linear layers at one input"
-    )
+    lines.append(f"{pruned.metrics.images} test images; MACs: convolutions and linear layers at one input")
+    if evaluation.latency:
+        lines += ["", *latency_lines(evaluation.latency)]
     return "\n".join(lines)

@@ -7,22 +7,26 @@ from dataclasses import dataclass, field
 
 from laasp_ray.config import TARGETS
 from laasp_ray.errors import StoreError
+from laasp_ray.export.latency import EngineLatency
+from laasp_ray.export.network import Export
 from laasp_ray.records import Decision, Metrics
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.latency import latency_lines
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
-    BaselineMeasured,
     EpochDone,
     Exhausted,
     FaultSurvived,
     Happening,
     ImageExcluded,
     IterationDone,
+    LatencyMeasured,
     RunFinished,
     RunStarted,
     TrainingPhaseDone,
     last_of,
 )
+from laasp_ray.run.totals import exports_of, metrics_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Summary:
     training with the highest top-1 on the test images. `iteration_seconds` has the mean seconds of each part of an
     iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each pruned
     layer, and `filters` the initial number in every prunable layer. `compensated` says for every prune that could be
-    made up for whether it was.
+    made up for whether it was. `exports` and `latency` are of the finished network.
     """
 
     name: str
@@ -69,6 +73,8 @@ class Summary:
     excluded_images: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     compensated: tuple[bool, ...] = ()
+    exports: tuple[Export, ...] = ()
+    latency: tuple[EngineLatency, ...] = ()
     finished: bool = False
     exhausted: bool = False
 
@@ -102,7 +108,7 @@ def summarise(events: Sequence[Happening]) -> Summary:
         macs_after=finish.macs if finish else None,
         parameters_after=finish.parameters if finish else None,
         reached=reached,
-        before=_metrics_before(events),
+        before=metrics_before(events),
         after=finish.metrics if finish else None,
         best=BestEpoch(epoch=finish.best.epoch, epochs=epochs, metrics=finish.best.metrics)
         if finish and finish.best
@@ -118,6 +124,8 @@ def summarise(events: Sequence[Happening]) -> Summary:
         excluded_images=tuple(event.image for event in events if isinstance(event, ImageExcluded)),
         faults=tuple(event.text for event in events if isinstance(event, FaultSurvived)),
         compensated=tuple(event.details["compensated"] for event in iterations if "compensated" in event.details),
+        exports=exports_of(events),
+        latency=timed.rows if (timed := last_of(events, LatencyMeasured)) else (),
         finished=finish is not None,
     )
 
@@ -139,6 +147,9 @@ def format_summary(summary: Summary) -> str:
         lines += [f"Training: {summary.epochs} epochs; {spent}"]
     if summary.best is not None:
         lines += [_best_line(summary.best)]
+    lines += [export.text for export in summary.exports]
+    if summary.latency:
+        lines += ["", *latency_lines(summary.latency)]
     if summary.excluded_images:
         lines += [f"Images left out: {', '.join(summary.excluded_images)}"]
     if summary.faults:
@@ -147,15 +158,6 @@ def format_summary(summary: Summary) -> str:
         layers = [(name, str(kept), _count(summary.filters.get(name))) for name, kept in summary.kept_filters.items()]
         lines += ["", *table_lines([("layer", "filters kept", "of"), *layers])]
     return "\n".join(lines)
-
-
-def _metrics_before(events: Sequence[Happening]) -> Metrics | None:
-    """The metrics after the first training, or of the given weights if there was no such training."""
-    before: Metrics | None = None
-    for event in events:
-        if isinstance(event, BaselineMeasured) or (isinstance(event, TrainingPhaseDone) and event.phase == "train"):
-            before = event.metrics
-    return before
 
 
 def _mean_seconds(iterations: Sequence[IterationDone]) -> dict[str, float]:

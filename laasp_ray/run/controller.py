@@ -22,7 +22,8 @@ from laasp_ray.methods.targets import measure_targets
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
 from laasp_ray.pruning.sparsity.groups import masked
-from laasp_ray.records import Place, RunState
+from laasp_ray.records import Metrics, Place, RunState, to_json
+from laasp_ray.run.card import CARD, model_card
 from laasp_ray.run.events import (
     BaselineMeasured,
     CandidatesMeasured,
@@ -40,8 +41,9 @@ from laasp_ray.run.events import (
     last_of,
     read_events,
 )
+from laasp_ray.run.finishing import Delivered, deliver
 from laasp_ray.run.state import advance, next_training_phase
-from laasp_ray.run.totals import best_epoch, seconds_spent
+from laasp_ray.run.totals import best_epoch, metrics_before, seconds_spent
 from laasp_ray.search.candidates import Baseline
 from laasp_ray.search.compensating import Measured
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
@@ -360,11 +362,16 @@ class Controller:
             best=best_epoch(events),
             seconds=seconds_spent(events),
         )
-        details = self._save(model, summary)
+        made = deliver(
+            self._config, self._unpruned, model, self._network.plan, record=self._record, notify=self._notify
+        )
+        details = self._save(model, summary, made, metrics_before(events))
         self._record(replace(summary, details=details, text=self._result(summary, details)))
         return model
 
-    def _save(self, model: nn.Module, summary: RunFinished) -> Mapping[str, Any]:
+    def _save(
+        self, model: nn.Module, summary: RunFinished, made: Delivered, before: Metrics | None
+    ) -> Mapping[str, Any]:
         """Writes the finished network and the method's report. Returns the details for the last event."""
         storage = self._parts.storage
         finished = FinishedNetwork(config=self._config, model=model, example_input=self._example, masks=self._masks)
@@ -376,8 +383,13 @@ class Controller:
             model=model,
             model_config=self._config.model,
             plan=self._network.plan,
-            metrics=data_of(replace(summary, details=report.details)),
+            metrics={
+                **data_of(replace(summary, details=report.details)),
+                "export": to_json(made.exports),
+                "latency": to_json(made.latency),
+            },
             masks=self._masks,
+            files={CARD: model_card(self._config, summary, before, made).encode(), **made.files},
         )
         return {**report.details, "weights_bytes": written}
 

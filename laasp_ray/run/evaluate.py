@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ import torch
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.config import DataConfig, ModelConfig
+from laasp_ray.config import DataConfig, ExportConfig, ModelConfig
 from laasp_ray.config.fields import build
 from laasp_ray.config.names import is_import_path
-from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.sources.base import check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
-from laasp_ray.records import Metrics
+from laasp_ray.export.latency import EngineLatency, measure_engines
+from laasp_ray.records import Metrics, to_json
 from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
@@ -29,20 +30,31 @@ from laasp_ray.store.storage import Storage
 from laasp_ray.train.data import EvaluationData
 from laasp_ray.train.loop import evaluate
 
+LATENCY = ExportConfig()
+"""All engines, at batch 1 and 64."""
+
 
 @dataclass(frozen=True)
 class Measured:
-    """One network. `macs` are for one input; `latency` is for the batch size that it names."""
+    """One network. `macs` are for one input."""
 
     name: str
     metrics: Metrics
     macs: int
     parameters: int
-    latency: Latency
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both networks of a run, and their latency: a row for each engine and batch, measured by turns."""
+
+    unpruned: Measured
+    pruned: Measured
+    latency: tuple[EngineLatency, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class RunSettings:
     """The parts of a run's config that its evaluation uses. The other parts may name code, so they are not read."""
 
     model: ModelConfig
@@ -56,21 +68,24 @@ def evaluate_run(
     data: str | None = None,
     data_format: str | None = None,
     batch_size: int = 100,
-    latency_batch: int = 1,
+    latency: ExportConfig = LATENCY,
     trust: bool = False,
-) -> tuple[Measured, Measured]:
+) -> Evaluation:
     """Measures the unpruned network, with its weights just before the first prune, and the pruned network.
 
     Both are the same network if nothing was pruned. `folder` is the folder of a finished run, local or on object
     storage. `data` and `data_format` replace the data set's path and format; only the test images are needed. The
-    evaluation is in float32, on the GPU if there is one. A builder or a data format that the folder names by import
-    path is used only with `trust`, because that runs code. Raises ConfigError without `trust`, StoreError if the folder
-    holds no finished run.
+    evaluation is in float32, on the GPU if there is one. `latency` says which engines time both networks, and how. A
+    builder or a data format that the folder names by import path is used only with `trust`, because that runs code.
+    Raises ConfigError without `trust`, StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
-    config = _config(storage)
+    config = settings_of(storage)
     if not trust:
-        _check_runs_no_code(config, storage.uri, with_format=data_format is None)
+        named = {"the network's builder": config.model.builder}
+        if data_format is None:
+            named["the data set's format"] = config.data.format
+        check_runs_no_code(named, storage.uri)
     images_config = config.data
     if data is not None:
         images_config = dataclasses.replace(images_config, path=data)
@@ -91,36 +106,32 @@ def evaluate_run(
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
     finally:
         images.close()
-    latencies = measure_pair(unpruned, pruned, config.model.input_shape, batch_size=latency_batch, device=device)
+    rows = measure_engines(unpruned, pruned, config.model.input_shape, latency, device)
     first, second = (
-        _measured(name, network, config, device, *figures)
-        for name, network, figures in zip(
-            ("unpruned", "pruned"), (unpruned, pruned), zip(metrics, latencies, strict=True), strict=True
-        )
+        _measured(name, network, config, device, figures)
+        for name, network, figures in zip(("unpruned", "pruned"), (unpruned, pruned), metrics, strict=True)
     )
-    return first, second
+    return Evaluation(first, second, tuple(rows))
 
 
-def _config(storage: Storage) -> _Settings:
+def settings_of(storage: Storage) -> RunSettings:
+    """The parts of a run's config that are read of a stored run. Raises StoreError if they cannot be used."""
     settings = started_config(storage)
     if settings is None and not storage.exists("config.json"):
         raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
     try:
         settings = stored_config(storage) if settings is None else settings
-        return build(_Settings, {key: settings[key] for key in ("model", "data", "seed") if key in settings}, "")
+        return build(RunSettings, {key: settings[key] for key in ("model", "data", "seed") if key in settings}, "")
     except ConfigError as error:
         raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
 
 
-def _check_runs_no_code(config: _Settings, uri: str, *, with_format: bool) -> None:
-    """Raises ConfigError if the evaluation would run code that the run's folder names."""
-    named = {"the network's builder": config.model.builder}
-    if with_format:
-        named["the data set's format"] = config.data.format
+def check_runs_no_code(named: Mapping[str, str], uri: str) -> None:
+    """Raises ConfigError if one of these names of a run's folder is an import path: using it would run code."""
     for what, path in named.items():
         if is_import_path(path):
             raise ConfigError(
-                f"the run in {uri} names {what} by import path, {path!r}, and evaluating would run it: look at it, and "
+                f"the run in {uri} names {what} by import path, {path!r}, and using it would run that: look at it, and "
                 "add --trust if you trust the folder"
             )
 
@@ -131,18 +142,17 @@ def _classes(storage: Storage) -> tuple[str, ...] | None:
     return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
 
 
-def _outputs(network: nn.Module, config: _Settings, device: torch.device) -> int:
+def _outputs(network: nn.Module, config: RunSettings, device: torch.device) -> int:
     with torch.inference_mode():
         return network(torch.zeros(1, *config.model.input_shape, device=device)).shape[1]
 
 
-def _measured(
-    name: str, network: nn.Module, config: _Settings, device: torch.device, metrics: Metrics, latency: Latency
-) -> Measured:
+def _measured(name: str, network: nn.Module, config: RunSettings, device: torch.device, metrics: Metrics) -> Measured:
     example = torch.zeros(1, *config.model.input_shape, device=device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return Measured(name, metrics, count_macs(network, example).total, parameters, latency)
+    return Measured(name, metrics, count_macs(network, example).total, parameters)
 
 
-def to_dict(measured: tuple[Measured, Measured]) -> dict[str, Any]:
-    return {network.name: dataclasses.asdict(network) for network in measured}
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """The figures as JSON: each network's, and `latency` with a row for each engine and batch."""
+    return dict(to_json(evaluation))

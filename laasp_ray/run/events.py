@@ -15,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from laasp_ray.cost.latency import Latency
 from laasp_ray.errors import StoreError
+from laasp_ray.export.latency import EngineLatency
+from laasp_ray.export.network import Export
 from laasp_ray.records import CandidateLoss, Decision, Metrics, Phase, RunState, to_json
 from laasp_ray.store.journal import REMEDY, Event, Journal
 
@@ -169,6 +171,23 @@ class FaultSurvived:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkExported:
+    """The finished network was exported, or `export` says why it was not. After the run's end another export may come
+    (jobs/export.py): the last one of a format counts."""
+
+    NAME: ClassVar = "export"
+    export: Export
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyMeasured:
+    """The unpruned and the finished network were timed by turns: a row for each engine and batch."""
+
+    NAME: ClassVar = "latency"
+    rows: tuple[EngineLatency, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished:
     """The pruned network is in the store.
 
@@ -202,6 +221,8 @@ RunEvent = (
     | Exhausted
     | ImageExcluded
     | FaultSurvived
+    | NetworkExported
+    | LatencyMeasured
     | RunFinished
 )
 """The types of the journal's events."""

@@ -26,6 +26,7 @@ from laasp_ray.data.sources.identity import check_identity
 from laasp_ray.data.sources.places import with_places
 from laasp_ray.data.sources.registry import ImageSource, Split, open_source
 from laasp_ray.errors import ConfigError, PruningError, StoreError
+from laasp_ray.export.packages import check_export
 from laasp_ray.methods.base import PruningMethod
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline
 from laasp_ray.methods.registry import check_section, method_of
@@ -140,6 +141,7 @@ def prepare(
     """
     method = method or method_of(config)
     check_section(config, method)
+    check_export(config.export)
     check_available(config.data.loader)
     state = state or RunState()
     train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)

@@ -1,17 +1,35 @@
-"""What a run's events come to: its best epoch and the seconds of its work."""
+"""What a run's events come to: its metrics before pruning, its best epoch, its exports and the seconds of its work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from laasp_ray.export.network import Export
+from laasp_ray.records import Metrics
 from laasp_ray.run.events import (
     BaselineMeasured,
     BestEpoch,
     EpochDone,
     Happening,
     IterationDone,
+    NetworkExported,
     TrainingPhaseDone,
 )
+
+
+def metrics_before(events: Iterable[Happening]) -> Metrics | None:
+    """The test metrics after the first training, or of the given weights if there was no such training."""
+    before: Metrics | None = None
+    for event in events:
+        if isinstance(event, BaselineMeasured) or (isinstance(event, TrainingPhaseDone) and event.phase == "train"):
+            before = event.metrics
+    return before
+
+
+def exports_of(events: Iterable[Happening]) -> tuple[Export, ...]:
+    """The last export of each format, in the order of their first."""
+    found = {event.export.format: event.export for event in events if isinstance(event, NetworkExported)}
+    return tuple(found.values())
 
 
 def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:

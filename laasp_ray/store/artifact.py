@@ -1,4 +1,5 @@
-"""Writes and reads a pruned network: `model.safetensors`, `arch.json`, `plan.json`, `metrics.json` in one folder.
+"""Writes and reads a pruned network: `model.safetensors`, `arch.json`, `plan.json`, `metrics.json` in one folder, and
+what is made for others beside them (`model_card.md`, `model.onnx`).
 
 Reading it needs torch, safetensors and the network's builder. Nothing is unpickled.
 """
@@ -26,9 +27,11 @@ from laasp_ray.store.checkpoint import pack_tensors, unpack_tensors
 from laasp_ray.store.sparse import compact, expand
 from laasp_ray.store.storage import Storage
 
-_WEIGHTS, _ARCH, _PLAN, _METRICS = "model.safetensors", "arch.json", "plan.json", "metrics.json"
+_WEIGHTS, _ARCH, _PLAN, METRICS = "model.safetensors", "arch.json", "plan.json", "metrics.json"
 ARCH_VERSION = 1
 """Of `arch.json`; a reader of another version refuses it."""
+EXPORTS = ("model.onnx", "model.pt2")
+"""What may be made of the network for other programs; no reader here needs them."""
 _FOLDER = "pruned"
 _SHOWN = 5
 
@@ -56,14 +59,16 @@ def save_pruned(
     plan: Plan,
     metrics: Mapping[str, Any],
     masks: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> int:
     """Writes the pruned `model` to `storage`, the folder `pruned/` of a run. `plan` is relative to the unpruned
     network.
 
     `arch.json` is written last, so it shows that the other files are complete. A tied tensor is written under each of
-    its names. For a tensor with a mask (pruning/sparsity/groups.py) only the kept values are written. Returns the size
-    of the weights' file in bytes. Raises StoreError if a file cannot be written, ArtifactError if the state dict holds
-    something else than tensors.
+    its names. For a tensor with a mask (pruning/sparsity/groups.py) only the kept values are written. `files`: name ->
+    content of what else goes there; exports of an earlier network are removed. Returns the size of the weights' file in
+    bytes. Raises StoreError if a file cannot be written, ArtifactError if the state dict holds something else than
+    tensors.
     """
     state = model.state_dict()
     for name, value in state.items():
@@ -78,7 +83,12 @@ def save_pruned(
         storage.delete(_ARCH)
     storage.write(_WEIGHTS, weights)
     storage.write(_PLAN, _json_bytes(plan.to_json()))
-    storage.write(_METRICS, _json_bytes(metrics))
+    storage.write(METRICS, _json_bytes(metrics))
+    for name in EXPORTS:
+        if name not in (files or {}) and storage.exists(name):
+            storage.delete(name)
+    for name, content in (files or {}).items():
+        storage.write(name, content)
     storage.write(
         _ARCH,
         _json_bytes(
@@ -113,7 +123,7 @@ def load_pruned(folder: str | Path | Storage, model: nn.Module | None = None) ->
     are not in the zoo. It is pruned in place, its weights are replaced, and it is returned. Raises ArtifactError if
     files are missing, have another schema version, or do not fit the network.
     """
-    storage = _find(folder)
+    storage = pruned_folder(folder)
     arch = _read_arch(storage)
     network = _build(storage, arch.model_config) if model is None else model
     try:
@@ -141,13 +151,13 @@ def load_pruned(folder: str | Path | Storage, model: nn.Module | None = None) ->
     return network.eval()
 
 
-def read_arch(folder: str | Path) -> Arch:
+def read_arch(folder: str | Path | Storage) -> Arch:
     """The architecture of a run's pruned network, without its weights. Raises the errors of `load_pruned`."""
-    return _read_arch(_find(folder))
+    return _read_arch(pruned_folder(folder))
 
 
-def _find(folder: str | Path | Storage) -> Storage:
-    """The folder that holds `arch.json`: the given one, or `pruned` in it."""
+def pruned_folder(folder: str | Path | Storage) -> Storage:
+    """The folder of a run that holds `arch.json`: the given one, or `pruned` in it."""
     try:
         given = folder if isinstance(folder, Storage) else Storage.open(str(folder))
         for storage in (given, given.child(_FOLDER)):

@@ -31,6 +31,8 @@ SETTINGS = {
     "prune.step": 0.03,
     "prune.fine_tune_every": 0.04,
     "search.batch_size": 10,
+    "export.format": "none",
+    "export.latency": [],
 }
 FLAGS = [
     "--flops-reduction",

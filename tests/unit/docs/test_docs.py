@@ -16,6 +16,7 @@ import yaml
 
 from laasp_ray import config
 from laasp_ray.cli import main
+from laasp_ray.cli.export import export
 from laasp_ray.cli.prepare_data import prepare_data
 from laasp_ray.cli.sweep import sweep
 from laasp_ray.config import RunConfig
@@ -30,6 +31,7 @@ JOBS = {
     "prune": main.prune,
     "sparsify": main.sparsify,
     "evaluate": main.evaluate,
+    "export": export,
     "status": main.status,
     "prepare_data": prepare_data,
     "sweep_flops": sweep,

@@ -1,5 +1,5 @@
-"""Whole networks, pruned in every layer that can be, as ONNX and as a program of torch.export: their channels as planned,
-their outputs as torch's. The large ones are `exhaustive`; they print the largest difference."""
+"""Whole networks, pruned in every layer that can be, as ONNX and as a program of torch.export: their channels are as
+planned, their outputs are torch's. The large ones are `exhaustive`; they print the largest difference."""
 
 import copy
 

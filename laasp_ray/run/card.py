@@ -1,0 +1,137 @@
+"""The model card of a finished network: what it is, how it was made, its numbers, how to load it. Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from laasp_ray.config import LaaspConfig, RunConfig
+from laasp_ray.config.names import is_import_path
+from laasp_ray.export.latency import EngineLatency
+from laasp_ray.export.network import INPUT, OUTPUT, Export
+from laasp_ray.records import Metrics
+from laasp_ray.run.events import RunFinished
+from laasp_ray.run.finishing import Delivered
+
+CARD = "model_card.md"
+_ONNX = f'''import numpy, onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+logits = session.run(["{OUTPUT}"], {{"{INPUT}": images.astype(numpy.float32)}})[0]'''
+_TORCH = """import torch
+network = torch.export.load("model.pt2").module()
+logits = network(images)"""
+
+
+def model_card(config: RunConfig, summary: RunFinished, before: Metrics | None, made: Delivered) -> str:
+    """The card as text. `before` are the test metrics before the first prune, if there were any."""
+    kind = "Pruned" if config.prunes else "Trained"
+    parts = [
+        f"# {config.name}",
+        f"{kind} `{config.model.builder}`, made by laasp_ray.",
+        "## What it is",
+        *_what(config),
+        "## How it was made",
+        *_how(config, summary),
+        "## Numbers",
+        *_numbers(summary, before),
+        *_latency(made.latency),
+        "## How to load it",
+        *_loading(config, made.exports),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(config: RunConfig) -> Iterator[str]:
+    channels, height, width = config.model.input_shape
+    arguments = ", ".join(f"{key}={value!r}" for key, value in config.model.arguments.items()) or "none"
+    yield _bullets(
+        {
+            "network": f"`{config.model.builder}`, arguments: {arguments}",
+            "input": f"float32, (images, {channels}, {height}, {width}); each pixel, in 0 to 1, less the mean "
+            f"{_listed(config.data.mean)} and divided by {_listed(config.data.std)}, by channel",
+            "before that": f"the shorter side resized to {config.data.eval_resize}, the centre cropped"
+            if config.data.eval_resize
+            else "no resizing",
+            "output": "logits, (images, classes)",
+        }
+    )
+
+
+def _how(config: RunConfig, summary: RunFinished) -> Iterator[str]:
+    prune, train = config.prune, config.train
+    facts = {"method": f"`{prune.method}`" if config.prunes else "training alone"}
+    if targets := prune.targets:
+        facts["target"] = ", ".join(f"{share:.2%} of {of} gone" for of, share in targets.items())
+    if isinstance(prune, LaaspConfig) and config.prunes:
+        facts["criteria"] = ", ".join(prune.criteria)
+    facts["schedule"] = f"{train.epochs} epochs, pruning at epoch {train.prune_epoch}"
+    facts["start"] = "given weights" if train.pretrained else "from scratch"
+    facts["data"] = f"`{config.data.format}`"
+    facts["seed"] = str(config.seed)
+    facts["time"] = f"{summary.seconds:,.0f} s of epochs, iterations and evaluations"
+    yield _bullets(facts)
+    yield "`plan.json` has the channels that every layer kept. The run's folder has its whole config and journal."
+
+
+def _numbers(summary: RunFinished, before: Metrics | None) -> Iterator[str]:
+    after = summary.metrics
+    rows: list[tuple[str, ...]] = [
+        ("", "unpruned", "this network"),
+        ("multiply-accumulates", f"{summary.macs_unpruned:,}", f"{summary.macs:,}"),
+        ("parameters", f"{summary.parameters_unpruned:,}", f"{summary.parameters:,}"),
+        ("top-1", f"{before.top1:.2%}" if before else "-", f"{after.top1:.2%}"),
+        ("top-5", f"{before.top5:.2%}" if before else "-", f"{after.top5:.2%}"),
+        ("loss", f"{before.loss:.4f}" if before else "-", f"{after.loss:.4f}"),
+    ]
+    yield _table(rows)
+    yield (
+        f"Accuracy is on {after.images:,} test images, of the unpruned network just before the first prune. "
+        f"{summary.flops_reduction:.2%} of FLOPs are gone ({summary.macs_convention})."
+    )
+
+
+def _latency(rows: tuple[EngineLatency, ...]) -> Iterator[str]:
+    if not rows:
+        return
+    cells: list[tuple[str, ...]] = [("latency, median ms", "batch", "unpruned", "this network")]
+    for row in rows:
+        pair = [f"{one.median_ms:.2f}" if one else "-" for one in (row.unpruned, row.pruned)]
+        cells.append((row.engine, str(row.batch_size), *pair))
+    yield _table(cells)
+    places = sorted({f"{row.pruned.device}, {row.pruned.threads} threads" for row in rows if row.pruned})
+    notes = [f"- {row.engine} at batch {row.batch_size}: {row.note}" for row in rows if row.note]
+    yield "\n".join([f"Measured by turns on {'; '.join(places) or 'nothing'}.", *(["", *notes] if notes else [])])
+
+
+def _loading(config: RunConfig, exports: tuple[Export, ...]) -> Iterator[str]:
+    own = is_import_path(config.model.builder)
+    call = 'load_pruned("FOLDER", model=YOUR_UNPRUNED_NETWORK)' if own else 'load_pruned("FOLDER")'
+    needs = "torch, safetensors and" + (
+        " torchvision"
+        if config.model.builder.startswith("torchvision.") and not own
+        else " the builder's own package"
+        if own
+        else " nothing else"
+    )
+    yield f"With laasp_ray (it needs {needs}); `FOLDER` is the folder of this file:"
+    yield _code(f"from laasp_ray import load_pruned\nnetwork = {call}  # an nn.Module on the CPU, in eval mode")
+    for export in exports:
+        yield export.text + "."
+        if export.file:
+            yield _code(_ONNX if export.format == "onnx" else _TORCH)
+
+
+def _bullets(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    head, *others = (f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *others])
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
