@@ -49,6 +49,8 @@ SETTINGS = {
     "train.epochs": 10,
     "train.prune_epoch": 4,
     "train.drop_epochs": [4, 8],
+    "export.format": "none",
+    "export.latency": [],
 }
 FAKETIME = "faketime/libfaketimeMT.so.1"
 DISK_MB = 256

@@ -55,6 +55,8 @@ SETTINGS = {
     "train.drop_epochs": [2],
     "train.learning_rate": 0.05,
     "cluster.workers": 2,
+    "export.format": "none",
+    "export.latency": [],
 }
 Settings = Mapping[str, object]
 """Config keys and values, over those of SETTINGS."""

@@ -71,6 +71,8 @@ BUDGET = (
     "search.images=1000",
     "data.threads=1",
     "train.test_every=0",
+    "export.format=none",
+    "export.latency=[]",
 )
 
 

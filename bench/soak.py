@@ -44,6 +44,8 @@ SOAK = {
     "train.epochs": 3,
     "train.prune_epoch": 2,
     "train.drop_epochs": [],
+    "export.format": "none",
+    "export.latency": [],
 }
 
 

@@ -50,6 +50,7 @@ def main() -> None:
         common += ["--pretrained", str(options.data / "checkpoints" / "resnet20_epoch130.safetensors")]
         common += ["--prune-epoch", "130", "--epochs", str(options.epochs)]
         common += ["--calibration-images", str(options.images)]
+        common += ["--export", "none", "--set", "export.latency=[]"]
         seconds = {"sweep": swept(common, options.targets, out)}
         for target in options.targets:
             seconds[alone(target)] = timed(

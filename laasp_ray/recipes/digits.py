@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laasp_ray.config import DataConfig, LaaspConfig, ModelConfig, RunConfig, SearchConfig, TrainConfig
+from laasp_ray.config import DataConfig, ExportConfig, LaaspConfig, ModelConfig, RunConfig, SearchConfig, TrainConfig
 from laasp_ray.recipes.variants import compensated
 
 
@@ -42,6 +42,8 @@ def resnet50_digits() -> RunConfig:
             batch_size=128,
             weight_decay=5e-4,
         ),
+        # To compile both networks for both batches would take as long as the whole run; jobs/evaluate.py does it.
+        export=ExportConfig(latency=("eager", "onnxruntime")),
     )
 
 

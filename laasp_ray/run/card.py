@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from laasp_ray.config import LaaspConfig, RunConfig
+from laasp_ray.config import FilterPruneConfig, GroupSparsityConfig, LaaspConfig, RunConfig
 from laasp_ray.config.names import is_import_path
 from laasp_ray.export.latency import EngineLatency
 from laasp_ray.export.network import INPUT, OUTPUT, Export
@@ -63,6 +63,10 @@ def _how(config: RunConfig, summary: RunFinished) -> Iterator[str]:
         facts["target"] = ", ".join(f"{share:.2%} of {of} gone" for of, share in targets.items())
     if isinstance(prune, LaaspConfig) and config.prunes:
         facts["criteria"] = ", ".join(prune.criteria)
+    if isinstance(prune, FilterPruneConfig) and config.prunes:
+        facts["compensation"] = prune.compensate
+    if isinstance(prune, GroupSparsityConfig) and config.prunes:
+        facts["sparsity"] = f"{prune.pruned_per_group} of {prune.group} weights in each group are zero"
     facts["schedule"] = f"{train.epochs} epochs, pruning at epoch {train.prune_epoch}"
     facts["start"] = "given weights" if train.pretrained else "from scratch"
     facts["data"] = f"`{config.data.format}`"

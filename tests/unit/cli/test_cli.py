@@ -19,6 +19,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.models import build
 from laasp_ray.recipes import RECIPES, recipe
 
+UNTIMED = ("--engines", "none")
 CLASSES, TRAIN_IMAGES, TEST_IMAGES = 3, 24, 7
 SETTINGS = {
     "model.input_shape": [3, 16, 16],
@@ -512,14 +513,18 @@ def test_a_dry_run_of_every_kind_of_run(images, tmp_path, capsys, job, more, sai
 def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_path, capsys):
     folder, _ = finished
     out = tmp_path / "figures.json"
-    assert cli.evaluate([str(folder), "--batch-size", "3", "--json", str(out)]) == 0
+    timed = ["--engines", "eager", "--latency-batch", "1", "2"]
+    assert cli.evaluate([str(folder), "--batch-size", "3", *timed, "--json", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["unpruned", "pruned", "pruned", "/", "unpruned"]
-    labels = ["top-1", "top-5", "loss", "MACs", "parameters", "latency, ms"]
+    labels = ["top-1", "top-5", "loss", "MACs", "parameters"]
     assert [line[: len(label)] for line, label in zip(printed[1:], labels, strict=False)] == labels
-    assert printed[-1].startswith(f"{TEST_IMAGES} test images; latency: median of 20, batch 1, cpu")
+    assert printed[6] == f"{TEST_IMAGES} test images; MACs: convolutions and linear layers at one input"
+    assert printed[8].startswith("latency, ms (10th to 90th percentile)")
+    assert [line.split()[0] for line in printed[10:12]] == ["eager", "eager"]
+    assert printed[12].startswith("Forward passes by turns on cpu, ")
     figures, recorded = json.loads(out.read_text()), json.loads((folder / "pruned" / "metrics.json").read_text())
-    assert figures.keys() == {"unpruned", "pruned"}
+    assert figures.keys() == {"unpruned", "pruned", "latency"}
     assert figures["pruned"]["macs"] == recorded["macs"]
     assert figures["unpruned"]["macs"] == recorded["macs_unpruned"]
     assert figures["pruned"]["parameters"] == recorded["parameters"] < figures["unpruned"]["parameters"]
@@ -528,7 +533,8 @@ def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_
     assert figures["pruned"]["metrics"]["loss"] == pytest.approx(recorded["metrics"]["loss"], abs=1e-5)
     assert figures["pruned"]["metrics"]["images"] == TEST_IMAGES
     assert figures["pruned"]["metrics"]["top5"] == 1.0  # of three classes
-    assert figures["pruned"]["latency"]["median_ms"] > 0
+    assert [(row["engine"], row["batch_size"]) for row in figures["latency"]] == [("eager", 1), ("eager", 2)]
+    assert all(row[of]["median_ms"] > 0 for row in figures["latency"] for of in ("unpruned", "pruned"))
     assert f"{figures['pruned']['macs'] / figures['unpruned']['macs']:.3f}" in printed[4]
 
 
@@ -537,7 +543,7 @@ def test_evaluation_on_other_data(finished, images, tmp_path, capsys):
     (tmp_path / "other" / "train").symlink_to(images / "train")
     (tmp_path / "other" / "val").symlink_to(images / "train")
     # A folder may be given by its address, too.
-    assert cli.evaluate([f"file://{finished[0]}", "--data", str(tmp_path / "other")]) == 0
+    assert cli.evaluate([f"file://{finished[0]}", "--data", str(tmp_path / "other"), *UNTIMED]) == 0
     assert f"{TRAIN_IMAGES} test images" in capsys.readouterr().out
 
 
@@ -547,11 +553,11 @@ def test_evaluation_needs_the_test_images_alone(finished, images, tmp_path, caps
     for name in ("a", "c"):  # no image of b: what a class is called says its number, not its place among those there
         (tmp_path / "other" / "val" / name).symlink_to(images / "val" / name)
     out = tmp_path / "figures.json"
-    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "other"), "--json", str(out)]) == 0
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "other"), "--json", str(out), *UNTIMED]) == 0
     parts = [json.loads(out.read_text())["pruned"]["metrics"]]
     (tmp_path / "b" / "val").mkdir(parents=True)
     (tmp_path / "b" / "val" / "b").symlink_to(images / "val" / "b")
-    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "b"), "--json", str(out)]) == 0
+    assert cli.evaluate([str(finished[0]), "--data", str(tmp_path / "b"), "--json", str(out), *UNTIMED]) == 0
     parts.append(json.loads(out.read_text())["pruned"]["metrics"])
     counts = [part["images"] for part in parts]
     assert sum(counts) == TEST_IMAGES == recorded["images"]
@@ -563,7 +569,7 @@ def test_evaluation_needs_the_test_images_alone(finished, images, tmp_path, caps
 def test_evaluation_goes_by_the_journal_if_the_config_is_lost(finished, images, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
-    assert cli.evaluate([str(tmp_path / "run"), "--data", str(images)]) == 0
+    assert cli.evaluate([str(tmp_path / "run"), "--data", str(images), *UNTIMED]) == 0
     assert f"{TEST_IMAGES} test images" in capsys.readouterr().out
 
 

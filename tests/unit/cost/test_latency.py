@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laasp_ray.cost.latency import measure_pair
+from laasp_ray.cost.latency import Conditions, Latency, measure_by_turns, measure_pair
 
 
 class Log(list):
@@ -72,3 +72,43 @@ def test_mode_comes_back_when_the_network_fails():
 def test_too_few_repeats():
     with pytest.raises(ValueError, match="repeats=1"):
         measure_pair(nn.Identity(), nn.Identity(), (1,), device="cpu", repeats=1)
+
+
+def by_turns(times, clock, **how):
+    """Measures passes that take these seconds by a clock of the test's own, and compute half of that."""
+    taken = []
+
+    def run(name, seconds):
+        taken.append(name)
+        clock["wall"] += seconds
+        clock["cpu"] += seconds / 2
+
+    passes = [lambda name=name, seconds=seconds: run(name, seconds) for name, seconds in times.items()]
+    found, _ = measure_by_turns(passes, Conditions(4, "cpu", 2), **how)
+    return taken, found
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    times = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: times["wall"])
+    monkeypatch.setattr(time, "process_time", lambda: times["cpu"])
+    return times
+
+
+def test_rounds_go_on_until_there_are_enough_and_end_before_they_take_too_long(clock):
+    taken, found = by_turns({"a": 0.25, "b": 0.125}, clock, rounds=4, warmup=1)
+    assert taken == ["a", "b"] * 5
+    assert found == [
+        Latency(250.0, (250.0, 250.0), 4, "cpu", 2, 4, 125.0),
+        Latency(125.0, (125.0, 125.0), 4, "cpu", 2, 4, 62.5),
+    ]
+    # Rounds of 0.375 s: 2 s have passed after six; seven would end after 2.5 s.
+    assert by_turns({"a": 0.25, "b": 0.125}, clock, rounds=4, warmup=0, least_s=2.0)[1][0].repeats == 6
+    assert by_turns({"a": 0.25, "b": 0.125}, clock, rounds=9, warmup=0, most_s=2.5)[1][0].repeats == 6
+    assert by_turns({"a": 0.25, "b": 0.125}, clock, rounds=9, warmup=0, most_s=0.1)[1][0].repeats == 3
+
+
+def test_records_of_before_have_no_cpu_time():
+    old = Latency(2.0, (1.0, 4.0), 1, "cpu", 2, 20)
+    assert old.cpu_ms is None and old.relative_spread == 1.5

@@ -9,6 +9,7 @@ from helpers import small_run, write_digits
 from whole_runs import events_of, on_digits, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
+from laasp_ray.config import ExportConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.planning.dry_run import Machine, describe
@@ -70,7 +71,9 @@ def test_the_network_loads_and_is_evaluated_as_any_other(trained):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(load_pruned(folder)(images), result.model(images))
-    unpruned, pruned = evaluate_run(folder)
+    found = evaluate_run(folder, latency=ExportConfig(latency=()))
+    unpruned, pruned = found.unpruned, found.pruned
+    assert found.latency == ()
     assert unpruned.metrics == pruned.metrics and unpruned.macs == pruned.macs
     assert pruned.metrics.top1 == pytest.approx(result.summary["metrics"]["top1"])
 

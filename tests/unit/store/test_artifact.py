@@ -94,6 +94,29 @@ assert not foreign, foreign
     subprocess.run([sys.executable, "-c", code, str(torch.get_num_threads()), *folders], check=True)
 
 
+def test_a_network_of_the_zoo_is_loaded_with_torch_and_safetensors_only(saved):
+    code = """
+import sys
+from laasp_ray import load_pruned
+assert load_pruned(sys.argv[1]).layer1[0].conv1.out_channels == 3
+heavy = {"torchvision", "timm", "ray", "pyarrow", "torch_pruning", "fvcore", "nvidia.dali", "PIL", "rich", "scipy"}
+found = sorted((heavy | {"onnx", "onnxscript", "onnxruntime", "psutil", "pydantic"}) & set(sys.modules))
+assert not found, found
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(saved[0])]).returncode == 0
+
+
+def test_exports_of_an_earlier_network_go_and_other_files_come(saved):
+    run, model, plan = saved
+    folder = run / "pruned"
+    storage = Storage.open(str(folder))
+    given = {"model.onnx": b"graph", "model_card.md": b"# card"}
+    save_pruned(storage, model=model, model_config=CIFAR, plan=plan, metrics={}, files=given)
+    assert (folder / "model.onnx").read_bytes() == b"graph" and (folder / "model_card.md").read_bytes() == b"# card"
+    save_pruned(storage, model=model, model_config=CIFAR, plan=plan, metrics={}, files={"model.pt2": b"program"})
+    assert sorted(path.name for path in folder.glob("model.*")) == ["model.pt2", "model.safetensors"]
+
+
 def test_weights_buffers_and_shapes_are_those_saved(saved):
     run, model, plan = saved
     for folder in (run, run / "pruned", str(run)):

@@ -23,6 +23,7 @@ from laasp_ray.run.evaluate import evaluate_run
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.storage import Storage
 
+UNTIMED = ("--engines", "none")
 BUILT, OPENED = [], []
 
 
@@ -97,10 +98,10 @@ def test_evaluating_a_folder_does_not_open_its_data_by_import_path(tmp_path, cap
         assert cli.evaluate([folder, *given]) == 2
         error = capsys.readouterr().err
         assert f"names the data set's format by import path, '{__name__}:source'" in error and "--trust" in error
-    assert cli.evaluate([folder, "--format", "folder"]) == 0
+    assert cli.evaluate([folder, "--format", "folder", *UNTIMED]) == 0
     assert not OPENED
-    assert cli.evaluate([folder, "--trust"]) == 0
-    assert cli.evaluate([folder, "--format", f"{__name__}:source"]) == 0
+    assert cli.evaluate([folder, "--trust", *UNTIMED]) == 0
+    assert cli.evaluate([folder, "--format", f"{__name__}:source", *UNTIMED]) == 0
     assert OPENED == ["test", "test"]
     assert "6 test images" in capsys.readouterr().out
 
@@ -115,7 +116,7 @@ def test_a_builder_by_import_path_needs_trust(finished, capsys):
     with pytest.raises(ConfigError, match="import path"):
         evaluate_run(finished)
     assert not BUILT
-    assert cli.evaluate([finished, "--trust"]) == 0
+    assert cli.evaluate([finished, "--trust", *UNTIMED]) == 0
     assert BUILT and "top-1" in capsys.readouterr().out
 
 
