@@ -11,6 +11,7 @@ import torch
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.address import check_address
+from laasp_ray.export.packages import missing
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.planning.workload import Workload, network_of, workload_of
 from laasp_ray.report.durations import format_duration
@@ -99,6 +100,7 @@ def describe(
         *([("pruned", "nothing, without a target")] if workload.pruning is None else workload.pruning.rows),
         ("final", f"{workload.epochs['final']} epochs"),
         ("evaluations", f"about {workload.evaluations} on the test images"),
+        ("at the end", _at_the_end(config)),
         ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
         ("measured", measured),
         *((f"time, {part}", format_duration(spent)) for part, spent in seconds.items()),
@@ -138,10 +140,20 @@ def _start(config: RunConfig, workload: Workload) -> str:
     return f"{start}; pruning at epoch {train.prune_epoch} of {train.epochs}"
 
 
+def _at_the_end(config: RunConfig) -> str:
+    settings, absent = config.export, missing()
+    made = "onnx" if settings.format == "auto" else settings.format
+    export = f"no export, since {', '.join(absent)} is missing" if made == "onnx" and absent else f"export: {made}"
+    batches = ", ".join(map(str, settings.latency_batches))
+    timed = f"timed in {', '.join(settings.latency)} at batch {batches}" if settings.latency else "not timed"
+    return f"{export}; {timed}"
+
+
 def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
     lines = [] if workload.pruning is None else list(workload.pruning.assumptions)
     lines.append(
-        "work goes by images over all workers; what workers tell one another, starting them, and storing are left out"
+        "work goes by images over all workers; what workers tell one another, starting them, storing, exporting and "
+        "timing are left out"
     )
     if config.train.distill:
         lines.append("every epoch asks the teacher: those before the first prune do not, and are faster")

@@ -38,7 +38,7 @@ JOBS = {
 }
 OTHERS_FLAGS = {"--working-dir", "--head"}
 """Flags of Ray's own commands."""
-FILE_TYPES = {"json", "md", "parquet", "png", "py", "safetensors"}
+FILE_TYPES = {"json", "md", "onnx", "parquet", "png", "py", "safetensors"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")

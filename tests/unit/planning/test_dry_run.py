@@ -65,8 +65,17 @@ def test_what_it_says(tmp_path):
     assert "3 runs" in text and "racing drops" in text
     assert "teacher" not in text and "latency" not in text and "every iteration makes" not in text
     assert "at most" not in text.partition("fine-tunings")[0] and "drawn" not in text
+    assert "at the end        export: none; not timed" in text
     distilling, _ = said(small_run(tmp_path, train__distill=0.5, search__racing="off"))
     assert "every epoch asks the teacher" in distilling and "racing" not in distilling
+
+
+def test_what_it_says_of_the_finished_network(tmp_path, monkeypatch):
+    text, _ = said(small_run(tmp_path, export__format="auto", export__latency=["eager", "compile"]))
+    assert "at the end        export: onnx; timed in eager, compile at batch 1, 64" in text
+    monkeypatch.setattr("laasp_ray.planning.dry_run.missing", lambda: ("onnx",))
+    text, _ = said(small_run(tmp_path, export__format="auto"))
+    assert "at the end        no export, since onnx is missing; not timed" in text
 
 
 def test_what_it_says_of_other_targets_and_of_a_pool_that_looks_at_data(tmp_path):
