@@ -47,4 +47,5 @@ def _figure(latency: Latency | None) -> str:
     if latency is None:
         return "-"
     low, high = latency.spread
-    return f"{latency.median_ms:.2f} ({low:.2f} to {high:.2f})"
+    digits = 2 if latency.median_ms >= 1 else 3
+    return f"{latency.median_ms:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

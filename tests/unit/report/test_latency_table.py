@@ -46,3 +46,14 @@ def test_nothing_measured_has_no_place():
         f"{'compile':<37}      1         -       -         -       -",
         "- compile at batch 1: not measured: no compiler",
     ]
+
+
+def test_quick_passes_have_more_digits():
+    (line,) = latency_lines([row("eager", 1, 0.5, 0.25)])[2:3]
+    assert " ".join(line.split()) == "eager 1 0.500 (-0.500 to 1.500) 0.250 (-0.250 to 0.750) 2.00x 30"
+
+
+def test_a_busy_machine_leaves_the_cpu_time():
+    latency = Latency(738.0, (700.0, 800.0), 1, "cpu", 2, 30, 10.25)
+    found = EngineLatency(engine="eager", batch_size=1, unpruned=latency, pruned=latency, busy=("why",))
+    assert found.note.endswith("to mean anything: why; its CPU time was 10.2 and 10.2 ms a pass")
