@@ -5,12 +5,13 @@ import json
 import re
 
 import pytest
-from helpers import write_pictures
+from helpers import small_run, write_pictures
 from whole_runs import on_pictures
 
 from laasp_ray.cli import sweep as command
 from laasp_ray.cli.status import status
 from laasp_ray.cli.sweep import sweep
+from laasp_ray.errors import ConfigError
 from laasp_ray.report.sweep import SweepRow
 from laasp_ray.sweep import plan
 from laasp_ray.sweep.run import SweepResult
@@ -125,3 +126,17 @@ def test_repeats_of_a_search_have_the_mean_of_its_answers(tiny, capsys, monkeypa
     assert stored["best"]["spread"]["flops_reduction"]["mean"] == pytest.approx(0.4)
     assert stored["best"]["spread"]["top1"]["mean"] == pytest.approx(0.905)
     assert "1 of 3 sweeps found no best one" in capsys.readouterr().out
+
+
+def test_trials_are_timed_at_their_ends_only_if_that_is_asked_for(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(config, goal, **_):
+        seen.append(config.export.latency)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(command, "recipe", lambda name: small_run(tmp_path, export__latency=["eager"]))
+    monkeypatch.setattr(command, "run_sweep", stop)
+    for more in ([], ["--set", 'export.latency=["compile"]']):
+        assert sweep(["tiny", "--flops-reduction", "0.1", "--no-ray", *more]) == 2
+    assert seen == [(), ("compile",)]
