@@ -10,7 +10,7 @@ from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import load_pruned, models, prune
 from laasp_ray.cli import main as cli
-from laasp_ray.config import ModelConfig
+from laasp_ray.config import ExportConfig, ModelConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.sparsity.groups import GroupRule, satisfies
 from laasp_ray.run.evaluate import evaluate_run
@@ -178,7 +178,8 @@ def test_on_top_of_a_filter_pruned_network(tmp_path, pictures, monkeypatch):
         if isinstance(module, torch.nn.Conv2d) and name != "conv1"
     )
     # It is compared with the network that was never pruned, not with the one that it began with.
-    unpruned, pruned = evaluate_run(folder_of(config))
+    measured = evaluate_run(folder_of(config), latency=ExportConfig(latency=()))
+    unpruned, pruned = measured.unpruned, measured.pruned
     parameters = sum(p.numel() for p in models.build(config.model).parameters())
     assert (unpruned.parameters, pruned.parameters < parameters) == (parameters, True)
     assert pruned.metrics.top1 == result.summary["metrics"]["top1"]
