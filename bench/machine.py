@@ -6,9 +6,10 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from laasp_ray.run.machine import processor
 
 
 def machine(*packages: str) -> str:
@@ -22,11 +23,3 @@ def machine(*packages: str) -> str:
         f"{processor()}, {os.cpu_count()} CPUs, {gpu}, torch threads: {torch.get_num_threads()}; {platform.system()}, "
         f"Python {platform.python_version()}, {', '.join(versions)}"
     )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

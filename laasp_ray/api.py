@@ -182,6 +182,7 @@ def _run_here(
         lambda: InProcessTrainer(prepared.unpruned, config, device, parts),
         executor,
         parts,
+        "one process, without Ray",
     )
 
 
@@ -234,7 +235,16 @@ def _run_on_ray(
             lambda: RayTrainer(network, config, share, scratch, images, on_fault),
             executor,
             share.workers,
+            _spread_over(resources, share.workers),
         )
+
+
+def _spread_over(resources: Mapping[str, float], workers: int) -> str:
+    """What a run on Ray is spread over, in words."""
+    devices = [
+        f"{int(count)} {of}{'' if count == 1 else 's'}" for of in ("GPU", "CPU") if (count := resources.get(of, 0))
+    ]
+    return f"Ray, {' and '.join(devices)}, {workers} trainer{'' if workers == 1 else 's'}"
 
 
 def _control(
@@ -246,13 +256,14 @@ def _control(
     make_trainer: Callable[[], Trainer],
     make_executor: Callable[[CalibrationImages, Callable[[], Trainer]], Executor],
     parts: int,
+    workers: str,
 ) -> nn.Module:
     """Starts the journal if there is none, folds it, and runs the controller from that state."""
     config, owner = prepared.config, journal.owner
     assert owner is not None
     resumed = journal.last(RunStarted.NAME) is not None
     if not resumed:
-        start_run(prepared, storage, journal, method, parts)
+        start_run(prepared, storage, journal, method, parts, workers)
     if config.prune.begins_with is not None:
         keep_unpruned(config.prune.begins_with, storage)
     made: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from laasp_ray.methods import PruningMethod
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.run.events import CalibrationDrawn, RunStarted, data_of, read_event, started
+from laasp_ray.run.machine import this_machine
 from laasp_ray.run.preflight import Prepared, write_config
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.checkpoint import UNPRUNED, has_checkpoint, load_checkpoint, save_checkpoint
@@ -45,9 +46,15 @@ def batch_parts_of(journal: Journal) -> int | None:
 
 
 def start_run(
-    prepared: Prepared, storage: Storage, journal: Journal, method: PruningMethod[Any] | None, parts: int
+    prepared: Prepared,
+    storage: Storage,
+    journal: Journal,
+    method: PruningMethod[Any] | None,
+    parts: int,
+    workers: str = "",
 ) -> None:
-    """Stores the initial weights, writes the journal's first event, then config.json.
+    """Stores the initial weights, writes the journal's first event, then config.json. `workers` says in words what the
+    run is spread over.
 
     The weights are stored so that a resumed run does not depend on their source file. Their name is unique and
     config.json comes last: if two drivers start the same run at once, the slower one finds the other's event, and none
@@ -74,6 +81,9 @@ def start_run(
         checkpoint=initial,
         plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
         batch_parts=parts,
+        macs_by_layer=baseline.macs.per_layer,
+        weight_shapes=baseline.macs.weight_shapes,
+        machine=this_machine() | ({"workers": workers} if workers else {}),
         digests=digests,
     )
     journal.append(event.NAME, data_of(event))

@@ -27,8 +27,9 @@ class RunStarted:
     of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. `batch_parts` is
     the number of parts of a global batch, one for each worker at the start (None: an older run). `forked` is there if
     the run begins with what another one did: that one's folder (`from`), its `iteration`, and how many of the `events`
-    and `seconds` are its own. Here as in other events, `digests` are of the files that were stored for the event: name
-    in the run's folder -> sha256."""
+    and `seconds` are its own. `macs_by_layer` and `weight_shapes` are of the unpruned convolutions and linear layers.
+    `machine` says what the run began on: `driver`, `workers` and `software`, as texts. Here as in other events,
+    `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -47,6 +48,9 @@ class RunStarted:
     plan: Mapping[str, Any] | None = None
     batch_parts: int | None = None
     forked: Mapping[str, Any] | None = None
+    macs_by_layer: Mapping[str, int] = field(default_factory=dict)
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -192,7 +196,8 @@ class RunFinished:
     """The pruned network is in the store.
 
     `metrics` are the last ones on the test images. `seconds` is the time of epochs, iterations and evaluations.
-    `details` are the method's, and `text` is its result in one line.
+    `latency` (unpruned, pruned) is measured at the end, in the driver; None if filters are not pruned, or if that
+    failed. `details` are the method's, and `text` is its result in one line.
     """
 
     NAME: ClassVar = "finish"
@@ -207,6 +212,7 @@ class RunFinished:
     parameters_reduction: float | None = None
     latency_reduction: float | None = None
     best: BestEpoch | None = None
+    latency: tuple[Latency, Latency] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
