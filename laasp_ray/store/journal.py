@@ -115,10 +115,10 @@ class Journal:
         self._written = sequence
         return Event(sequence, name, values, now, self._attempt)
 
-    def events(self) -> list[Event]:
-        """All events in order, but for a last one that was cut off. Raises StoreError for a gap, a duplicate or an
-        unreadable file, naming it."""
-        files = self._files()
+    def events(self, after: int = 0) -> list[Event]:
+        """All events in order, but for the first `after` and a last one that was cut off. Raises StoreError for a gap,
+        a duplicate or an unreadable file, naming it."""
+        files = self._files()[after:]
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(self._read, files))
 
@@ -287,6 +287,26 @@ def write_candidates(storage: Storage, iteration: int, ranking: Ranking) -> dict
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_candidates_schema()), buffer)
     storage.write(_candidates_file(iteration), buffer.getvalue())
     return {_candidates_file(iteration): digest_of(buffer.getvalue())}
+
+
+def read_candidates(storage: Storage, iteration: int) -> list[tuple[str, str, float]]:
+    """The (layer, criterion, loss) of every proposal of `iteration`: one for each pair that shares a candidate. Raises
+    StoreError if there is no such file or it cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    file = _candidates_file(iteration)
+    raw = storage.read(file)
+    try:
+        rows = parquet.read_table(io.BytesIO(raw), columns=["layer", "criterion", "loss", "also"]).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError, KeyError) as error:
+        raise StoreError(f"{file} in {storage.uri} is no table of candidates ({error}); {REMEDY}") from error
+    return [
+        (pair["layer"], pair["criterion"], row["loss"])
+        for row in rows
+        for pair in ({"layer": row["layer"], "criterion": row["criterion"]}, *(row["also"] or ()))
+    ]
 
 
 def _candidates_schema() -> pyarrow.Schema:

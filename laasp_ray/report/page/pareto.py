@@ -1,0 +1,81 @@
+"""Accuracy against cost, for the pages of sweeps and of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from laasp_ray.report.page.svg import COLOURS, SERIES, draw
+from laasp_ray.report.sweep import SweepRow, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAMED = 14
+"""Of more runs than that only those of the front have their names in the plot."""
+
+
+def against_flops(rows: Sequence[SweepRow], best: str | None) -> Markup:
+    shown = [row for row in rows if row.is_finished and row.macs_unpruned and row.macs]
+    return _plot("pareto-flops", "FLOPs left, % of the unpruned network's", shown, best, _flops_left)
+
+
+def against_latency(rows: Sequence[SweepRow], best: str | None) -> Markup | None:
+    """None if no latency is known."""
+    shown = [row for row in rows if row.is_finished and row.latency_ms is not None]
+    if not shown:
+        return None
+    return _plot("pareto-latency", "median latency, ms", shown, best, lambda row: (row.latency_ms or (0, 0))[1])
+
+
+def _flops_left(row: SweepRow) -> float:
+    return 100 * (row.macs or 0) / (row.macs_unpruned or 1)
+
+
+def _plot(
+    name: str, label: str, rows: Sequence[SweepRow], best: str | None, place: Callable[[SweepRow], float]
+) -> Markup:
+    front = {row.name for row in pareto_front(rows)}
+    ordered = sorted(rows, key=place)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        line = [row for row in ordered if row.name in front]
+        axes.plot(
+            [place(row) for row in line],
+            [row.top1_after for row in line],
+            color=COLOURS["muted"],
+            linewidth=1.2,
+            zorder=1,
+        )
+        for text, chosen, colour, marker, size in (
+            ("run", [row for row in ordered if row.name != best], SERIES[0], "o", 40),
+            ("best", [row for row in ordered if row.name == best], SERIES[1], "*", 150),
+        ):
+            if chosen:
+                places = [place(row) for row in chosen], [row.top1_after for row in chosen]
+                axes.scatter(*places, s=size, color=colour, marker=marker, zorder=3, label=text)
+        before = {round(row.top1_before, 6) for row in rows if row.top1_before is not None}
+        if len(before) == 1:
+            axes.axhline(before.pop(), color=SERIES[2], linestyle=(0, (5, 3)), linewidth=1.2, label="before pruning")
+        named = [row for row in ordered if len(ordered) <= _NAMED or row.name in front or row.name == best]
+        for number, row in enumerate(named):
+            above = number % 2 == 0
+            axes.annotate(
+                row.name,
+                (place(row), row.top1_after or 0.0),
+                xytext=(0, 8 if above else -8),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if above else "top",
+                size=10,
+                zorder=4,
+            )
+        axes.margins(x=0.16, y=0.22)
+        axes.set_xlabel(label)
+        axes.set_ylabel("top-1, %")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.4)
+
+    return draw(name, f"Top-1 against {label}, {len(rows)} runs", 330, paint)
