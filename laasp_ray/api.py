@@ -25,6 +25,7 @@ from laasp_ray.methods.registry import check_section
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.report.page.writer import PageWriter
 from laasp_ray.report.progress import make_progress
 from laasp_ray.report.tensorboard import ScalarWriter
 from laasp_ray.run.beginning import batch_parts_of, calibration_of, check_method, keep_unpruned, start_run
@@ -279,6 +280,7 @@ def _control(
         return made["executor"]
 
     made["scalars"] = scalars = ScalarWriter(storage)
+    made["page"] = page = PageWriter(storage)
     try:
         services = RunServices(
             trainer,
@@ -286,7 +288,7 @@ def _control(
             method or method_of(config),
             storage,
             journal,
-            (progress, scalars),
+            (progress, scalars, page),
             locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
             attempt=owner.attempt,
         )

@@ -6,6 +6,10 @@ import pytest
 import torch
 from object_stores import ServerMissingError, google_store, s3_store
 
+from laasp_ray.report.page.writer import PageWriter
+
+_write_page = PageWriter._write
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -16,6 +20,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pages_unasked():
+    """Runs write no report.html, which takes a second of each, but in tests that ask for `pages`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PageWriter, "_write", lambda writer: None)
+        yield
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """Runs write report.html, as they do outside of tests."""
+    monkeypatch.setattr(PageWriter, "_write", _write_page)
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,11 @@ COMMANDS = {
     "export": "export the network of a finished run, and check it",
     "sweep": "prune to several targets, or as far as a drop allows",
     "status": "say what a run is doing, or list all runs of a folder",
+    "report": "write a run's or a sweep's page, or one of several runs side by side",
     "prepare-data": "make shards from a data set, and check every image",
 }
 """Subcommand -> its description."""
-_OWN_MODULE = ("export", "prepare-data", "sweep")
+_OWN_MODULE = ("export", "prepare-data", "report", "sweep")
 """The subcommands that are modules of their own."""
 
 

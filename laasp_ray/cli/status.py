@@ -16,11 +16,10 @@ from laasp_ray.run.events import RunEvent, read_event
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.ownership import OwnerSeen, see_owner
 from laasp_ray.store.storage import Storage
-from laasp_ray.sweep.journal import is_sweep
+from laasp_ray.sweep.journal import is_sweep, runs_in
 
 LOOKS_PER_BEAT = 4
 WATCH_S = 5.0
-_START = "/journal/000001-start.json"
 
 
 def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> int:
@@ -46,7 +45,7 @@ def status(arguments: Sequence[str] | None = None, prog: str = "status.py") -> i
             (found,) = statuses({_name_of(folder): folder})
             print(json.dumps(found.to_dict(), indent=2) if options.json else status_text(found))
         else:
-            runs = _runs_of(folder)
+            runs = runs_in(folder)
             found_all = statuses(runs, on_damaged=_say_damaged)
             if options.json:
                 print(json.dumps([one.to_dict() for one in found_all], indent=2))
@@ -124,7 +123,7 @@ def _looked_again(folders: Sequence[Storage], first: Sequence[OwnerSeen | None])
 def _watch(storage: Storage) -> None:
     """Prints the status again whenever it changes. Raises ConfigError for the folder of a sweep."""
     if is_sweep(storage):
-        example = next(iter(_runs_of(storage)), "NAME")
+        example = next(iter(runs_in(storage)), "NAME")
         raise ConfigError(
             f"--watch shows one run, and {storage.uri} is a sweep: give the folder of one of its trials, such as "
             f"{storage.child(example).uri}, or leave out --watch to list them"
@@ -141,12 +140,6 @@ def _watch(storage: Storage) -> None:
         if found.driver == "finished":
             return
         time.sleep(WATCH_S)
-
-
-def _runs_of(storage: Storage) -> dict[str, Storage]:
-    """The folders in `storage` that hold a run which has begun, by their names there: a trial's is SWEEP/TRIAL."""
-    names = sorted({name.removesuffix(_START) for name in storage.list() if name.endswith(_START)})
-    return {name: storage.child(name) for name in names}
 
 
 def _say_damaged(name: str, error: LaaspError) -> None:

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.summary import summarise
 from laasp_ray.report.tables import table_lines
+from laasp_ray.run.events import Happening, RunFinished, RunStarted, last_of
+from laasp_ray.run.totals import seconds_spent
 
 SCHEMA_VERSION = 1
 FINISHED = "finished"
@@ -42,6 +45,51 @@ class SweepRow:
     @property
     def is_finished(self) -> bool:
         return self.status == FINISHED
+
+
+def row_from(
+    name: str,
+    events: Sequence[Happening],
+    *,
+    target: str,
+    folder: str,
+    why: str = "not finished",
+    latency_ms: tuple[float, float] | None = None,
+) -> SweepRow:
+    """The row of a run, from its journal. `why` is the status of one that has not finished. Without a `latency_ms` it
+    is the one that the run measured at its end, if it did.
+    """
+    if not events:
+        return SweepRow(name=name, target=target, folder=folder, status=why)
+    summary, start = summarise(events), events[0]
+    finish = last_of(events, RunFinished)
+    if latency_ms is None and finish is not None and finish.latency is not None:
+        latency_ms = finish.latency[0].median_ms, finish.latency[1].median_ms
+    shared = dict(start.forked or {}) if isinstance(start, RunStarted) else {}
+    return SweepRow(
+        name=name,
+        target=target,
+        folder=folder,
+        status=FINISHED if finish is not None else why,
+        flops_reduction=summary.reached["FLOPs"],
+        macs=summary.macs_after,
+        macs_unpruned=summary.macs,
+        parameters=summary.parameters_after,
+        parameters_unpruned=summary.parameters,
+        latency_ms=latency_ms,
+        top1_before=None if summary.before is None else 100 * summary.before.top1,
+        top1_after=None if summary.after is None else 100 * summary.after.top1,
+        seconds=seconds_spent(events),
+        shared_seconds=float(shared.get("seconds", 0.0)),
+    )
+
+
+def row_of_json(data: Mapping[str, Any]) -> SweepRow:
+    """The inverse of a trial's form in `sweep.json`. A key that this version does not know is passed over."""
+    known = {key: value for key, value in data.items() if key in SweepRow.__dataclass_fields__}
+    if known.get("latency_ms") is not None:
+        known["latency_ms"] = tuple(known["latency_ms"])
+    return SweepRow(**known)
 
 
 def pareto_front(rows: Sequence[SweepRow]) -> list[SweepRow]:

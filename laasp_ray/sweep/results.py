@@ -11,10 +11,8 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.methods.targets import measure_latency
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.report.summary import summarise
-from laasp_ray.report.sweep import FINISHED, SweepRow
-from laasp_ray.run.events import RunFinished, RunStarted, last_of, read_events
-from laasp_ray.run.totals import seconds_spent
+from laasp_ray.report.sweep import SweepRow, row_from
+from laasp_ray.run.events import RunStarted, read_events
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.sweep.latency import REPEATS
@@ -28,31 +26,11 @@ def row_of(run: RunConfig, outcome: Outcome | None, target: str, latency_ms: tup
     """The row of a trial, from its journal. `outcome` tells why a trial has no result."""
     uri = folder_of(run).uri
     events = read_events(Journal(folder_of(run))) if has_begun(run) else []
-    if not events:
-        why = "not begun" if outcome is None else outcome.error or outcome.stopped or "not begun"
-        return SweepRow(name=run.name, target=target, folder=uri, status=why)
-    summary, start = summarise(events), events[0]
-    finish = last_of(events, RunFinished)
-    why = "not finished"
+    why = "not finished" if events else "not begun"
     if outcome is not None:
-        why = outcome.error or (outcome.stopped and f"stopped: {outcome.stopped}") or why
-    shared = dict(start.forked or {}) if isinstance(start, RunStarted) else {}
-    return SweepRow(
-        name=run.name,
-        target=target,
-        folder=uri,
-        status=FINISHED if finish is not None else why,
-        flops_reduction=summary.reached["FLOPs"],
-        macs=summary.macs_after,
-        macs_unpruned=summary.macs,
-        parameters=summary.parameters_after,
-        parameters_unpruned=summary.parameters,
-        latency_ms=latency_ms,
-        top1_before=None if summary.before is None else 100 * summary.before.top1,
-        top1_after=None if summary.after is None else 100 * summary.after.top1,
-        seconds=seconds_spent(events),
-        shared_seconds=float(shared.get("seconds", 0.0)),
-    )
+        stopped = outcome.stopped if not events else outcome.stopped and f"stopped: {outcome.stopped}"
+        why = outcome.error or stopped or why
+    return row_from(run.name, events, target=target, folder=uri, why=why, latency_ms=latency_ms)
 
 
 @random_state_kept()

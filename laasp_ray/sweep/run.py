@@ -1,7 +1,7 @@
 """A whole sweep: checks, the trials, and what came of them.
 
-Its folder, the name of its config in its storage, has the runs of its trials, a journal of its own, `sweep.json` and
-`pareto.png`. The journal's first event has the config and the goal; the others say how trials ended.
+Its folder, the name of its config in its storage, has the runs of its trials, a journal of its own, `sweep.json`,
+`pareto.png` and `report.html`. The journal's first event has the config and the goal; the others say how trials ended.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from laasp_ray.sweep.in_process import run_here
 from laasp_ray.sweep.journal import ENDED, FINISHED, STARTED
 from laasp_ray.sweep.latency import to_go
 from laasp_ray.sweep.on_cluster import DirectedTrials, carry_out
+from laasp_ray.sweep.page import SweepPage
 from laasp_ray.sweep.shares import Shares, share_out
 from laasp_ray.sweep.space import SpaceDirector
 from laasp_ray.sweep.targets import runs_for
@@ -120,11 +121,12 @@ def run_sweep(
         if begun is not None:
             kept = Arithmetic.from_json(begun["arithmetic"])
             config = replace(config, cluster=kept.kept_by(config.cluster, config.name, ray=distributed))
-        outcomes = _outcomes_of(journal)
+        outcomes, page = _outcomes_of(journal), SweepPage(storage.guarded(owner.ensure))
 
         def record(name: str, outcome: Outcome) -> None:
             journal.append(ENDED, {"name": name, "outcome": outcome.to_json()})
             outcomes[name] = outcome
+            page.write()
 
         with _shares(config, goal, distributed, ray_address, concurrent) as (shares, arithmetic):
             if begun is None:
@@ -140,6 +142,7 @@ def run_sweep(
         with arithmetic.of_driver():
             result = _result(storage.guarded(owner.ensure), goal, director, outcomes, best_within, say)
         journal.append(FINISHED, {"best": result.best, "said": result.said})
+        page.write()
     finally:
         owner.release()
     return result

@@ -23,6 +23,8 @@ _ROW = 15
 """The height of a row that has a name."""
 MOST_ROWS = 70
 MOST_WINNERS = 20
+_LOG_FROM = 20
+"""Losses that far apart are drawn on a logarithmic axis."""
 _MARKED = 40
 """A line of at most so many points has a mark at each."""
 _SCALES = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
@@ -67,6 +69,9 @@ def _over_time(curves: Curves, name: str, label: str, value: Callable[[Point], f
                 transform=axes.get_xaxis_transform(),
                 label="fault survived",
             )
+        values = [value(point) for point in (*curves.train, *curves.test) if math.isfinite(value(point))]
+        if name == "loss" and values and 0 < _LOG_FROM * min(values) < max(values):
+            _log(axes)
         axes.set_xlim(0, max(curves.seconds / size, 1e-9))
         axes.set_xlabel(f"{unit} of work")
         axes.set_ylabel(label)
@@ -174,7 +179,7 @@ def heat_map(found: LossMap) -> Markup:
         axes, scale = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
         axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="none")
         rows, columns = [row for row, _ in found.chosen], [column for _, column in found.chosen]
-        size = max(3.0, min(30.0, 300 / len(found.iterations)))
+        size = max(3.0, min(36.0, 600 / len(found.iterations)))
         axes.scatter(columns, rows, s=size, color="#ffffff", edgecolors="#111111", linewidths=0.8)
         axes.set_yticks(range(0, len(found.layers), every), found.layers[::every], fontsize=10)
         positions = _spread(len(found.iterations), 10)
@@ -207,8 +212,8 @@ def seconds(parts: Mapping[str, float]) -> Markup:
         ]
         axes.barh(names, list(parts.values()), color=colours, height=0.7)
         for number, spent in enumerate(parts.values()):
-            text = f" {format_duration(spent)} ({spent / total:.0%})"
-            axes.text(spent, number, text, va="center", size=11, color=INK)
+            text = f"{format_duration(spent)} ({spent / total:.0%})"
+            axes.annotate(text, (spent, number), xytext=(5, 0), textcoords="offset points", va="center", size=11)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.45 * max(parts.values()))
         axes.set_xticks([])
@@ -224,6 +229,15 @@ def _legend_above(axes: Axes) -> None:
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.2, columnspacing=1.2
         )
+
+
+def _log(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _whole_ticks(axis: Any) -> None:

@@ -117,7 +117,7 @@ def render(document: Document, now: float) -> str:
             title=f"{document.heading}: {document.state}",
             css=Markup(_file("page.css")),
             js=Markup(_file("page.js")),
-            footer=f"Written {written} by laasp_ray from the journal alone. FLOPs are multiply-accumulates of convolutions "
+            footer=f"Written {written} by laasp_ray from the journal. FLOPs are multiply-accumulates of convolutions "
             "and linear layers at one input.",
             **{key: getattr(document, key) for key in document.__dataclass_fields__},
         )

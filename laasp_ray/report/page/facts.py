@@ -235,7 +235,7 @@ def wins_of(record: RunRecord) -> dict[str, Counter[str]]:
 @dataclass(frozen=True, kw_only=True)
 class LossMap:
     """The least loss of each layer's candidates in each iteration, above the least of all in that iteration: `rises`
-    has a row for each of `layers`, with NaN where there was no candidate. `chosen` are (row, column) of the prunes made.
+    has a row for each of `layers`, with NaN where there was no candidate. `chosen` are (row, column) of the prunes.
     """
 
     layers: Sequence[str]

@@ -34,6 +34,10 @@ def _flops_left(row: SweepRow) -> float:
     return 100 * (row.macs or 0) / (row.macs_unpruned or 1)
 
 
+def _top1(row: SweepRow) -> float:
+    return row.top1_after or 0.0
+
+
 def _plot(
     name: str, label: str, rows: Sequence[SweepRow], best: str | None, place: Callable[[SweepRow], float]
 ) -> Markup:
@@ -45,7 +49,7 @@ def _plot(
         line = [row for row in ordered if row.name in front]
         axes.plot(
             [place(row) for row in line],
-            [row.top1_after for row in line],
+            [_top1(row) for row in line],
             color=COLOURS["muted"],
             linewidth=1.2,
             zorder=1,
@@ -55,7 +59,7 @@ def _plot(
             ("best", [row for row in ordered if row.name == best], SERIES[1], "*", 150),
         ):
             if chosen:
-                places = [place(row) for row in chosen], [row.top1_after for row in chosen]
+                places = [place(row) for row in chosen], [_top1(row) for row in chosen]
                 axes.scatter(*places, s=size, color=colour, marker=marker, zorder=3, label=text)
         before = {round(row.top1_before, 6) for row in rows if row.top1_before is not None}
         if len(before) == 1:
@@ -65,7 +69,7 @@ def _plot(
             above = number % 2 == 0
             axes.annotate(
                 row.name,
-                (place(row), row.top1_after or 0.0),
+                (place(row), _top1(row)),
                 xytext=(0, 8 if above else -8),
                 textcoords="offset points",
                 ha="center",

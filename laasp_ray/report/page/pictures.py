@@ -100,8 +100,8 @@ def _heat(record: RunRecord) -> Chart:
         return Chart(title=title, text="The folder no longer has the candidates' losses (candidates/).")
     missing = [number for number in compared if number not in record.candidates]
     said = (
-        "The least loss of each layer's candidates, above the least of the iteration: dark is harmless, and the highest "
-        "tenth is drawn alike. A dot is the prune that was made; an empty cell had no candidate."
+        "The least loss of each layer's candidates, above the least of the iteration: dark is harmless, and the "
+        "highest tenth is drawn alike. A dot is the prune that was made; an empty cell had no candidate."
     )
     if missing:
         said += f" Iterations without stored losses: {len(missing)}."

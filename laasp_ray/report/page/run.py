@@ -99,10 +99,9 @@ def _came_out(record: RunRecord, summary: Summary) -> str:
 
 
 def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
-    layers = layers_of(record)
-    counted = (
-        sum(layer.macs_now for layer in layers) if layers and all(x.macs_now is not None for x in layers) else None
-    )  # type: ignore[misc]
+    counts = [layer.macs_now for layer in layers_of(record)]
+    known = [count for count in counts if count is not None]
+    counted = sum(known) if known and len(known) == len(counts) else None
     macs = summary.macs_after if summary.macs_after is not None else counted
     return [
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
@@ -33,7 +33,7 @@ COLOURS = {
 """Name of a CSS variable -> its placeholder."""
 SERIES = tuple(COLOURS[f"c{number}"] for number in range(1, 7))
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # texts stay texts
     "svg.image_inline": True,
     "text.parse_math": False,  # names may hold $
@@ -70,7 +70,8 @@ def draw(name: str, description: str, height: float, paint: Callable[[Figure], N
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    settings: Any = {**_SETTINGS, "svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure)
