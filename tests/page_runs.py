@@ -9,9 +9,10 @@ from typing import Any
 from run_events import decision, epoch_done, iteration_done, metrics, phase_done, run_finished, run_started
 
 from laasp_ray.cost.latency import Latency
+from laasp_ray.export.latency import EngineLatency
 from laasp_ray.recipes import recipe
 from laasp_ray.records import Candidate, CandidateLoss, MeasuredLoss, Ranking
-from laasp_ray.run.events import FaultSurvived, RunEvent, data_of
+from laasp_ray.run.events import FaultSurvived, LatencyMeasured, RunEvent, data_of
 from laasp_ray.store.journal import Journal, write_candidates
 from laasp_ray.store.storage import Storage
 
@@ -61,6 +62,7 @@ def small_run() -> list[RunEvent]:
         pruned(2, "b", {"a": 3, "b": 6}, second, 475 / 1300, decision={"criterion": "cosine", "filters": (6, 7)}),
         epoch_done(phase="final", training_phase=1, loss=1.0, top1=0.7, seconds=60.0, epoch=8, epochs_trained=2),
         phase_done("final", training_phase=1, metrics=metrics(0.75, 0.8, 355), seconds=61.0, evaluation_seconds=3.0),
+        LatencyMeasured(rows=(EngineLatency(engine="eager", batch_size=1, unpruned=LATENCY[0], pruned=LATENCY[1]),)),
         run_finished(
             macs=825,
             macs_unpruned=1300,
@@ -69,7 +71,6 @@ def small_run() -> list[RunEvent]:
             parameters_unpruned=250,
             metrics=metrics(0.75, 0.8, 355),
             seconds=138.0,
-            latency=LATENCY,
         ),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan, parameters_after
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,18 +67,6 @@ def measure_latency(first: nn.Module, second: nn.Module, config: RunConfig, **op
     finally:
         if on_gpu:
             torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver keeps its process
-
-
-def latency_at_end(unpruned: nn.Module, pruned: nn.Module, config: RunConfig) -> tuple[Latency, Latency] | None:
-    """The latencies of a finished run's networks, for the record. None for a method that removes no filters. What goes
-    wrong is logged: it must not end the run."""
-    if not isinstance(config.prune, FilterPruneConfig):
-        return None
-    try:
-        return measure_latency(unpruned, pruned, config)
-    except Exception as error:
-        logger.warning("the latency of the pruned network could not be measured: %s", error)
-        return None
 
 
 def _batch(config: RunConfig) -> int:

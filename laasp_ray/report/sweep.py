@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from laasp_ray.cost.latency import Latency
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.summary import summarise
 from laasp_ray.report.tables import table_lines
-from laasp_ray.run.events import Happening, RunFinished, RunStarted, last_of
+from laasp_ray.run.events import Happening, IterationDone, LatencyMeasured, RunFinished, RunStarted, last_of
 from laasp_ray.run.totals import seconds_spent
 
 SCHEMA_VERSION = 1
@@ -63,8 +64,9 @@ def row_from(
         return SweepRow(name=name, target=target, folder=folder, status=why)
     summary, start = summarise(events), events[0]
     finish = last_of(events, RunFinished)
-    if latency_ms is None and finish is not None and finish.latency is not None:
-        latency_ms = finish.latency[0].median_ms, finish.latency[1].median_ms
+    pair = latency_in(events)
+    if latency_ms is None and finish is not None and pair is not None:
+        latency_ms = pair[0].median_ms, pair[1].median_ms
     shared = dict(start.forked or {}) if isinstance(start, RunStarted) else {}
     return SweepRow(
         name=name,
@@ -82,6 +84,18 @@ def row_from(
         seconds=seconds_spent(events),
         shared_seconds=float(shared.get("seconds", 0.0)),
     )
+
+
+def latency_in(events: Sequence[Happening]) -> tuple[Latency, Latency] | None:
+    """The latencies of the unpruned and the pruned network that were measured last, in the first engine and batch."""
+    for event in reversed(events):
+        if isinstance(event, LatencyMeasured):
+            for row in event.rows:
+                if row.unpruned is not None and row.pruned is not None:
+                    return row.unpruned, row.pruned
+        if isinstance(event, IterationDone) and event.latency is not None:
+            return event.latency
+    return None
 
 
 def row_of_json(data: Mapping[str, Any]) -> SweepRow:

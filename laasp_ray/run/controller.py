@@ -18,7 +18,7 @@ from laasp_ray.config import TARGETS, RunConfig
 from laasp_ray.errors import DataError, ExhaustedError, TrainingError
 from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
 from laasp_ray.methods.memory import IterationMemory
-from laasp_ray.methods.targets import latency_at_end, measure_targets
+from laasp_ray.methods.targets import measure_targets
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
 from laasp_ray.pruning.sparsity.groups import masked
@@ -360,7 +360,6 @@ class Controller:
             latency_reduction=self.state.latency_reduction if "latency" in targets else None,
             metrics=metrics,
             best=best_epoch(events),
-            latency=latency_at_end(self._unpruned, model, self._config) if self.state.plan else None,
             seconds=seconds_spent(events),
         )
         made = deliver(

@@ -196,8 +196,7 @@ class RunFinished:
     """The pruned network is in the store.
 
     `metrics` are the last ones on the test images. `seconds` is the time of epochs, iterations and evaluations.
-    `latency` (unpruned, pruned) is measured at the end, in the driver; None if filters are not pruned, or if that
-    failed. `details` are the method's, and `text` is its result in one line.
+    `details` are the method's, and `text` is its result in one line.
     """
 
     NAME: ClassVar = "finish"
@@ -212,7 +211,6 @@ class RunFinished:
     parameters_reduction: float | None = None
     latency_reduction: float | None = None
     best: BestEpoch | None = None
-    latency: tuple[Latency, Latency] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 

@@ -12,13 +12,13 @@ from laasp_ray.cost.latency import Latency
 from laasp_ray.cost.macs import Macs
 from laasp_ray.pruning.plan import Plan, pruned_macs
 from laasp_ray.report.page.reading import RunRecord
+from laasp_ray.report.sweep import latency_in
 from laasp_ray.run.events import (
     BaselineMeasured,
     EpochDone,
     FaultSurvived,
     IterationDone,
     RunEvent,
-    RunFinished,
     TrainingPhaseDone,
     last_of,
 )
@@ -268,9 +268,5 @@ def _finite(record: RunRecord, row: IterationRow) -> list[float]:
 
 
 def latency_of(record: RunRecord) -> tuple[Latency, Latency] | None:
-    """The latencies of the unpruned and the pruned network that were measured last."""
-    finish = last_of(record.events, RunFinished)
-    if finish is not None and finish.latency is not None:
-        return finish.latency
-    measured = [event.latency for event in record.events if isinstance(event, IterationDone) and event.latency]
-    return measured[-1] if measured else None
+    """The latencies of the unpruned and the pruned network that were measured last, in the first engine and batch."""
+    return latency_in(record.events)

@@ -18,6 +18,7 @@ from laasp_ray import config
 from laasp_ray.cli import main
 from laasp_ray.cli.export import export
 from laasp_ray.cli.prepare_data import prepare_data
+from laasp_ray.cli.report import report
 from laasp_ray.cli.sweep import sweep
 from laasp_ray.config import RunConfig
 from laasp_ray.config.fields import flatten
@@ -33,6 +34,7 @@ JOBS = {
     "evaluate": main.evaluate,
     "export": export,
     "status": main.status,
+    "report": report,
     "prepare_data": prepare_data,
     "sweep_flops": sweep,
 }
