@@ -114,5 +114,7 @@ class _Page:
         return found
 
     def requests(self) -> list[str]:
+        """What was fetched, but for what the page itself holds."""
         sent = [event for event in self._events if event.get("method") == "Network.requestWillBeSent"]
-        return [event["params"]["request"]["url"] for event in sent]
+        urls = [event["params"]["request"]["url"] for event in sent]
+        return [url for url in urls if not url.startswith("data:")]

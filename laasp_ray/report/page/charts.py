@@ -13,7 +13,7 @@ from markupsafe import Markup
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.facts import Curves, IterationRow, LayerRow, LossMap, Point
-from laasp_ray.report.page.svg import COLOURS, SERIES, draw
+from laasp_ray.report.page.svg import COLOURS, SERIES, WIDTH, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def _over_time(curves: Curves, name: str, label: str, value: Callable[[Point], f
         axes.set_xlabel(f"{unit} of work")
         axes.set_ylabel(label)
         axes.grid(axis="x", visible=False)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     return draw(name, f"{label} of training and test over {unit} of work, with a line at each prune", 290, paint)
 
@@ -138,7 +138,7 @@ def winners(won: Mapping[str, Counter[str]]) -> Markup:
         axes.margins(y=0.02)
         axes.grid(axis="y", visible=False)
         _whole_ticks(axes.xaxis)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     height = max(200, 110 + 20 * len(shown))
     return draw("winners", "Prunes of each layer, by the criterion that chose them", height, paint)
@@ -159,7 +159,7 @@ def widths(layers: Sequence[LayerRow]) -> Markup:
         axes.tick_params(axis="y", length=0, labelsize=10)
         axes.grid(axis="y", visible=False)
         _whole_ticks(axes.xaxis)
-        _legend_above(axes)
+        _legend_above(figure, axes)
 
     return draw("widths", f"Filters of {len(shown)} layers, before and now", max(200, 90 + _ROW * len(shown)), paint)
 
@@ -224,11 +224,11 @@ def seconds(parts: Mapping[str, float]) -> Markup:
     return draw("seconds", "Seconds of work by kind", max(110, 30 + 26 * len(parts)), paint)
 
 
-def _legend_above(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.2, columnspacing=1.2
-        )
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = max(1, WIDTH // (7 * max(map(len, labels)) + 45))
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.2)
 
 
 def _log(axes: Axes) -> None:

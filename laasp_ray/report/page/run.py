@@ -18,6 +18,7 @@ from laasp_ray.report.page.pictures import pictures_of
 from laasp_ray.report.page.reading import RunRecord
 from laasp_ray.report.page.settings import settings_of
 from laasp_ray.report.summary import Summary, summarise
+from laasp_ray.report.sweep import counted
 from laasp_ray.run.events import Exhausted, FaultSurvived, ImageExcluded, RunFinished, last_of
 from laasp_ray.run.totals import seconds_spent
 
@@ -86,7 +87,7 @@ def _came_out(record: RunRecord, summary: Summary) -> str:
     gone = ", ".join(f"{of} {numbers.change(share)}" for of, share in summary.reached.items())
     if finish is None:
         last = iterations_of(record)
-        made = f"{len(last)} iteration{'' if len(last) == 1 else 's'}, {summary.epochs} epochs"
+        made = f"{counted(len(last), 'iteration')} and {counted(summary.epochs, 'epoch')}"
         return f"{gone} after {made}." if summary.targets else f"{made}."
     said = [] if not finish.text or finish.text.startswith("pruned by") else [finish.text]
     said.append(gone)
@@ -101,8 +102,8 @@ def _came_out(record: RunRecord, summary: Summary) -> str:
 def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
     counts = [layer.macs_now for layer in layers_of(record)]
     known = [count for count in counts if count is not None]
-    counted = sum(known) if known and len(known) == len(counts) else None
-    macs = summary.macs_after if summary.macs_after is not None else counted
+    so_far = sum(known) if known and len(known) == len(counts) else None
+    macs = summary.macs_after if summary.macs_after is not None else so_far
     return [
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),
         _amount("Parameters", "", summary.parameters, summary.parameters_after),

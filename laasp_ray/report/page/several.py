@@ -187,7 +187,7 @@ def _notes(rows: Sequence[SweepRow], machine: str) -> list[str]:
 
 
 def _table(rows: Sequence[SweepRow], best: str | None) -> Table:
-    chosen = any(row.settings for row in rows)
+    chosen, shared = any(row.settings for row in rows), any(row.shared_seconds for row in rows)
     head = heads(
         "run",
         "target",
@@ -195,19 +195,18 @@ def _table(rows: Sequence[SweepRow], best: str | None) -> Table:
         "#FLOPs left",
         "#parameters",
         "#latency, ms",
-        "#unpruned, ms",
         "#top-1 before",
         "#top-1 after",
         "#points",
-        "#own time",
-        "#shared time",
+        "#own time" if shared else "#time",
+        *(["#shared time"] if shared else []),
         "state",
         *(["settings"] if chosen else []),
     )
-    return Table(head=head, rows=[_row(row, row.name == best, chosen) for row in rows])
+    return Table(head=head, rows=[_row(row, row.name == best, chosen, shared) for row in rows])
 
 
-def _row(row: SweepRow, is_best: bool, chosen: bool) -> Row:
+def _row(row: SweepRow, is_best: bool, chosen: bool, shared: bool) -> Row:
     before, after = row.latency_ms or (None, None)
     points = None if row.top1_before is None or row.top1_after is None else row.top1_after - row.top1_before
     own = row.seconds - row.shared_seconds
@@ -217,15 +216,17 @@ def _row(row: SweepRow, is_best: bool, chosen: bool) -> Row:
         number(numbers.change(row.flops_reduction), row.flops_reduction),
         number(numbers.short(row.macs), row.macs),
         number(numbers.short(row.parameters), row.parameters),
-        number(_ms(after), after),
-        number(_ms(before), before),
+        number(numbers.NONE if after is None else f"{after:.2f} of {before:.2f}", after),
         number(_top1(row.top1_before), row.top1_before),
         number(_top1(row.top1_after), row.top1_after),
         number(numbers.NONE if points is None else numbers.signed(points), points),
         number(format_duration(own), own),
-        number(format_duration(row.shared_seconds) if row.shared_seconds else numbers.NONE, row.shared_seconds),
-        text("best" if is_best else numbers.cut(row.status)),
     ]
+    if shared:
+        cells.append(
+            number(format_duration(row.shared_seconds) if row.shared_seconds else numbers.NONE, row.shared_seconds)
+        )
+    cells.append(text("best" if is_best else numbers.cut(row.status)))
     if chosen:
         cells.append(text(numbers.cut(", ".join(f"{key}={value}" for key, value in row.settings.items()))))
     return Row(cells=cells, best=is_best)
@@ -263,7 +264,3 @@ def _change(before: int | None, after: int | None) -> str:
 
 def _top1(value: float | None) -> str:
     return numbers.NONE if value is None else f"{value:.2f}%"
-
-
-def _ms(value: float | None) -> str:
-    return numbers.NONE if value is None else f"{value:.2f}"

@@ -95,8 +95,8 @@ def test_a_finished_sweep_has_its_best_its_table_and_its_plots(tmp_path):
         "Latency −25.00% 8.00 → 6.00 ms",
         "Latencies were measured by turns with the unpruned network: a machine.",
         "1 of 2 trials finished.",
-        "flops-0.3 30.00% −31.00% 690 70 6.00 8.00 90.00% 89.50% −0.50 1 min 00 s 40 s best",
-        "flops-0.5 50.00% – – – – – – – – 0 s – no room",
+        "flops-0.3 30.00% −31.00% 690 70 6.00 of 8.00 90.00% 89.50% −0.50 1 min 00 s 40 s best",
+        "flops-0.5 50.00% – – – – – – – 0 s – no room",
     ):
         assert part in said, part
     assert page.count("<svg") == 2 and not re.search(r"https?:", page)
@@ -107,8 +107,8 @@ def test_a_sweep_under_way_shows_what_there_is(tmp_path):
     run = store(Storage.open(str(tmp_path / "swept" / "flops-0.4")), small_run()[:3])
     said = words(sweep_page(read_sweep(storage), 0.0))
     assert "So far: 1 of 3 trials finished; the best one is chosen at the end." in said
-    assert "flops-0.4 25.00% 0.00% – – – – 50.00% – – 1 min 05 s – under way" in said
-    assert "flops-0.5 – – – – – – – – 0 s – no room" in said
+    assert "flops-0.4 25.00% 0.00% – – – 50.00% – – 1 min 05 s under way" in said
+    assert "flops-0.5 – – – – – – – 0 s no room" in said
     run.write("journal/000002-epoch.json", b"{}")
     rows = {row.name: row for row in read_sweep(storage).rows}
     assert "000002-epoch.json" in rows["flops-0.4"].status and rows["flops-0.3"].is_finished
@@ -126,7 +126,7 @@ def test_several_runs_are_side_by_side_with_what_differs(tmp_path, monkeypatch, 
     for part in (
         "4 runs side by side 1 not finished",
         "On the Pareto front: two, swept/flops-0.3",
-        "one 25.00% −36.54% 825 150 3.00 4.00 50.00% 75.00% +25.00 2 min 18 s – finished",
+        "one 25.00% −36.54% 825 150 3.00 of 4.00 50.00% 75.00% +25.00 2 min 18 s – finished",
         "swept/flops-0.5",
         "All runs have the same settings, but for their names and storage.",
     ):

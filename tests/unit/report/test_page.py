@@ -188,7 +188,7 @@ def test_a_run_under_way_says_what_is_not_there_yet():
     said = words(page_of([started()]))
     for part in (
         "under way: last event 2027-01-15 08:00 UTC",
-        "So far: FLOPs 0.00% after 0 iterations, 0 epochs.",
+        "So far: FLOPs 0.00% after 0 iterations and 0 epochs.",
         "Nothing has been trained or evaluated yet.",
         "No filters have been removed.",
         "No work is recorded yet.",
@@ -201,7 +201,7 @@ def test_a_run_under_way_says_what_is_not_there_yet():
         assert part in said, part
     events = small_run()[:4]
     said = words(page_of(events))
-    assert "So far: FLOPs −23.08% after 1 iteration, 1 epochs." in said
+    assert "So far: FLOPs −23.08% after 1 iteration and 1 epoch." in said
     assert "FLOPs −21.15% 1.30 k → 1.02 k" not in said
     assert "1,300 → 1,000 multiply-accumulates" in said  # 300 + 600 + 100
     assert "The folder no longer has the candidates' losses" in said
