@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from laasp_ray.report.page.numbers import cut
 from laasp_ray.report.page.svg import COLOURS, SERIES, draw
-from laasp_ray.report.sweep import SweepRow, pareto_front
+from laasp_ray.report.sweep import SweepRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,16 @@ def against_latency(rows: Sequence[SweepRow], best: str | None) -> Markup | None
     if not shown:
         return None
     return _plot("pareto-latency", "median latency, ms", shown, best, lambda row: (row.latency_ms or (0, 0))[1])
+
+
+def front_by(rows: Sequence[SweepRow], place: Callable[[SweepRow], float]) -> list[SweepRow]:
+    """The rows that no other one beats: with at least its top-1 at most at its `place`, and one of them better."""
+
+    def beats(other: SweepRow, row: SweepRow) -> bool:
+        a, b = (_top1(other), -place(other)), (_top1(row), -place(row))
+        return a[0] >= b[0] and a[1] >= b[1] and a != b
+
+    return [row for row in rows if not any(beats(other, row) for other in rows)]
 
 
 def _flops_left(row: SweepRow) -> float:
@@ -69,8 +79,8 @@ def _top1(row: SweepRow) -> float:
 def _plot(
     name: str, label: str, rows: Sequence[SweepRow], best: str | None, place: Callable[[SweepRow], float]
 ) -> Markup:
-    front = {row.name for row in pareto_front(rows)}
-    ordered = sorted(rows, key=place)
+    ordered = sorted(rows, key=lambda row: (place(row), -_top1(row)))
+    front = {row.name for row in front_by(ordered, place)}
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()

@@ -199,7 +199,7 @@ def _decisions(record: RunRecord) -> Part:
         "#here",
         "#candidates",
         "#time",
-        "written",
+        "written, UTC",
     )
     compensated = any(row.compensated is not None for row in rows)
     if compensated:
@@ -238,7 +238,7 @@ def _decision(row: IterationRow, compensated: bool) -> Row:
         number(numbers.percent(here), here),
         number(str(row.candidates) if row.candidates else numbers.NONE, row.candidates),
         number(format_duration(row.seconds), row.seconds),
-        Cell(text=numbers.moment(row.written), key=row.written),
+        Cell(text=numbers.moment(row.written).removesuffix(" UTC"), key=row.written),
     ]
     if compensated:
         cells.append(text({None: numbers.NONE, True: "yes", False: "no: its loss was lower without"}[row.compensated]))
