@@ -3,11 +3,17 @@
 import logging
 
 import pytest
+from fakes import Silent
+from helpers import write_pictures
 from page_runs import small_run, store
 from run_events import epoch_done, run_finished
+from whole_runs import on_pictures, read_events_of
 
+from laasp_ray import prune
 from laasp_ray.records import RunState
 from laasp_ray.report.page import writer
+from laasp_ray.report.page.facts import layers_of
+from laasp_ray.report.page.reading import RunReader
 from laasp_ray.run.events import PhaseStarted
 from laasp_ray.store.storage import Storage
 
@@ -78,3 +84,17 @@ def test_a_damaged_journal_does_not_end_the_run(tmp_path, clock, caplog):
     storage.write("journal/000002-epoch.json", b"{}")
     writer.PageWriter(storage, clock).on_event(run_finished(), RunState())
     assert "report.html could not be written" in caplog.text
+
+
+def test_a_whole_run_has_its_page_with_its_latency_and_its_machine(tmp_path):
+    pictures = write_pictures(tmp_path / "images", side=8, train=12, test=6)
+    config = on_pictures(tmp_path / "runs", pictures)
+    prune(config, distributed=False, progress=Silent())
+    page = (tmp_path / "runs" / config.name / "report.html").read_text()
+    start, *_, finish = read_events_of(config)
+    assert start.machine["workers"] == "one process, without Ray" and start.machine["driver"] in page
+    assert sum(start.macs_by_layer.values()) == start.macs
+    before, after = finish.latency
+    assert f"{before.median_ms:.2f} → {after.median_ms:.2f} ms" in page and ">finished<" in page
+    record = RunReader(Storage.open(config.storage).child(config.name)).read()
+    assert sum(layer.macs_now for layer in layers_of(record)) == finish.macs
