@@ -55,12 +55,16 @@ class Seen:
     asked: Any
 
 
-def look(port: int, url: str, script: str, *, width: int, dark: bool = False, scripts: bool = True) -> Seen:
-    """Shows the page at a width, light or dark, with or without JavaScript, and evaluates a script's expression."""
-    return asyncio.run(_look(port, url, script, width, dark, scripts))
+def look(
+    port: int, url: str, script: str, *, width: int, dark: bool = False, scripts: bool = True, media: str = ""
+) -> Seen:
+    """Shows the page at a width, light or dark, with or without JavaScript, and evaluates a script's expression.
+    `media` is 'print' for a page as it is printed.
+    """
+    return asyncio.run(_look(port, url, script, width, dark, scripts, media))
 
 
-async def _look(port: int, url: str, script: str, width: int, dark: bool, scripts: bool) -> Seen:
+async def _look(port: int, url: str, script: str, width: int, dark: bool, scripts: bool, media: str) -> Seen:
     async with aiohttp.ClientSession() as session:
         async with session.put(f"http://127.0.0.1:{port}/json/new?about:blank") as answer:
             address = (await answer.json())["webSocketDebuggerUrl"]
@@ -71,7 +75,7 @@ async def _look(port: int, url: str, script: str, width: int, dark: bool, script
             metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
             await page.call("Emulation.setDeviceMetricsOverride", **metrics)
             features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-            await page.call("Emulation.setEmulatedMedia", features=features)
+            await page.call("Emulation.setEmulatedMedia", media=media, features=features)
             await page.call("Emulation.setScriptExecutionDisabled", value=not scripts)
             await page.call("Page.navigate", url=url)
             await page.until("Page.loadEventFired")

@@ -138,3 +138,11 @@ def test_pages_are_read_without_javascript(shown, tmp_path):
     pixels = kept(seen, "small-without-scripts", tmp_path)
     assert seen.requests == [urls["small"]] and seen.complaints == []
     assert pixels.shape[0] > 2000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
+
+
+def test_a_printed_page_is_light_and_unfolded(shown, tmp_path):
+    port, urls = shown
+    folded = "[...document.querySelectorAll('details td')].map((e) => e.getBoundingClientRect().height > 0)"
+    seen = look(port, urls["small"], folded, width=1000, dark=True, media="print")
+    assert np.median(kept(seen, "small-printed", tmp_path)) > 250
+    assert len(seen.asked) > 100 and all(seen.asked)
