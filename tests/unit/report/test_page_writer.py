@@ -86,7 +86,7 @@ def test_a_damaged_journal_does_not_end_the_run(tmp_path, clock, caplog):
     assert "report.html could not be written" in caplog.text
 
 
-def test_a_whole_run_has_its_page_with_its_latency_and_its_machine(tmp_path):
+def test_a_whole_run_has_its_page_and_its_machine(tmp_path):
     pictures = write_pictures(tmp_path / "images", side=8, train=12, test=6)
     config = on_pictures(tmp_path / "runs", pictures)
     prune(config, distributed=False, progress=Silent())
@@ -94,7 +94,6 @@ def test_a_whole_run_has_its_page_with_its_latency_and_its_machine(tmp_path):
     start, *_, finish = read_events_of(config)
     assert start.machine["workers"] == "one process, without Ray" and start.machine["driver"] in page
     assert sum(start.macs_by_layer.values()) == start.macs
-    before, after = finish.latency
-    assert f"{before.median_ms:.2f} → {after.median_ms:.2f} ms" in page and ">finished<" in page
+    assert ">finished<" in page
     record = RunReader(Storage.open(config.storage).child(config.name)).read()
     assert sum(layer.macs_now for layer in layers_of(record)) == finish.macs
