@@ -11,9 +11,9 @@ from laasp_ray.report.page.facts import (
     IterationRow,
     LayerRow,
     iterations_of,
-    latency_of,
     layers_of,
 )
+from laasp_ray.report.page.latency import latency_part, latency_tile
 from laasp_ray.report.page.pictures import pictures_of
 from laasp_ray.report.page.reading import RunRecord
 from laasp_ray.report.page.settings import settings_of
@@ -44,6 +44,7 @@ def run_document(record: RunRecord) -> Document:
         Part(title="Layers and criteria", charts=pictures.layers),
         _decisions(record),
         _layers(record),
+        latency_part(record),
         _faults(record),
         _settings(record),
     ]
@@ -107,7 +108,7 @@ def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
     return [
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),
         _amount("Parameters", "", summary.parameters, summary.parameters_after),
-        _latency(record),
+        latency_tile(record),
         _accuracy("Top-1", "top1", summary),
         _accuracy("Top-5", "top5", summary),
         _time(record),
@@ -121,22 +122,6 @@ def _amount(what: str, unit: str, before: int, after: int | None) -> Tile:
     share = numbers.change(1 - after / before) if before else numbers.NONE
     text = f"{numbers.short(before)} {numbers.ARROW} {numbers.short(after)}"
     return Tile(what=what, value=share, before=text, note=f"{exact} {unit}".strip())
-
-
-def _latency(record: RunRecord) -> Tile:
-    pair = latency_of(record)
-    if pair is None:
-        ended = last_of(record.events, RunFinished) is not None
-        why = "not measured in this run; jobs/evaluate.py measures it" if ended else "measured at the run's end"
-        return Tile(what="Latency", value=numbers.NONE, note=why)
-    before, after = pair
-    device = (
-        after.device if after.device != "cpu" else f"CPU, {after.threads} thread{'' if after.threads == 1 else 's'}"
-    )
-    text = f"{before.median_ms:.2f} {numbers.ARROW} {after.median_ms:.2f} ms"
-    spread = f"10% to 90%: {after.spread[0]:.2f} to {after.spread[1]:.2f} ms"
-    note = f"batch {after.batch_size}, {device}, median of {after.repeats}; {spread}"
-    return Tile(what="Latency", value=numbers.change(1 - after.median_ms / before.median_ms), before=text, note=note)
 
 
 def _accuracy(what: str, key: str, summary: Summary) -> Tile:

@@ -6,15 +6,17 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from page_runs import big_run, pruned, small_run, started, store
+from page_runs import LATENCY, big_run, pruned, small_run, started, store
 from run_events import epoch_done, iteration_done, run_started
 
 from laasp_ray.errors import StoreError
+from laasp_ray.export.latency import EngineLatency
+from laasp_ray.export.network import Export
 from laasp_ray.report.page import facts
 from laasp_ray.report.page.reading import RunReader, RunRecord
 from laasp_ray.report.page.run import run_page
 from laasp_ray.report.page.settings import settings_of
-from laasp_ray.run.events import FaultSurvived, ImageExcluded, IterationDone
+from laasp_ray.run.events import FaultSurvived, ImageExcluded, IterationDone, LatencyMeasured, NetworkExported
 from laasp_ray.store.journal import write_candidates
 from laasp_ray.store.storage import Storage
 
@@ -77,6 +79,39 @@ def test_the_tables_have_decisions_layers_faults_and_what_differs(page):
         "All settings are those of the recipe resnet50_digits.",
     ):
         assert part in said, part
+
+
+def with_latency(*rows):
+    events = [LatencyMeasured(rows=rows) if isinstance(event, LatencyMeasured) else event for event in small_run()]
+    export = Export(format="onnx", file="model.onnx", max_difference=1e-6, largest_output=2.0, convolutions=2, opset=18)
+    return [*events, NetworkExported(export=export)]
+
+
+def test_every_engine_s_latency_is_there_and_the_exported_file():
+    rows = (
+        EngineLatency(engine="eager", batch_size=1, unpruned=LATENCY[0], pruned=LATENCY[1]),
+        EngineLatency(engine="onnxruntime", batch_size=64, unpruned=LATENCY[1], pruned=LATENCY[1], slower="of memory"),
+        EngineLatency(engine="compile", batch_size=1, failed="there is no compiler"),
+    )
+    said = words(page_of(with_latency(*rows)))
+    for part in (
+        "Latency −25.00% 4.00 → 3.00 ms",
+        "Exported: pruned/model.onnx, opset 18, 2 convolutions as planned; outputs within 1.0e-06 of torch's",
+        "Unpruned and pruned by turns on CPU, 2 threads; median, and 10% to 90% in brackets.",
+        "eager 1 4.00 (3.50 to 5.00) 3.00 (2.50 to 4.00) 1.33× –",
+        "onnxruntime 64 3.00 (2.50 to 4.00) 3.00 (2.50 to 4.00) 1.00× not faster: of memory",
+        "compile 1 – – – not measured: there is no compiler",
+    ):
+        assert part in said, part
+
+
+def test_a_latency_of_a_busy_machine_is_no_result():
+    busy = EngineLatency(
+        engine="eager", batch_size=1, unpruned=LATENCY[0], pruned=LATENCY[1], busy=("others used 80% of the cores",)
+    )
+    said = words(page_of(with_latency(busy)))
+    assert "Latency machine too busy 4.00 → 3.00 ms" in said and "−25.00%" not in said
+    assert "the machine was too busy for these figures to mean anything: others used 80% of the cores" in said
 
 
 def test_layers_come_to_the_multiply_accumulates_of_the_end(read):
