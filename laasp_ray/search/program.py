@@ -47,6 +47,7 @@ class Operation:
     fresh: bool = False
     macs: int = 0
     bytes: int = 0
+    elements: int = 0
     overwrite: Callable[..., Any] | None = None
     overwritten: int = -1
 
@@ -181,6 +182,11 @@ class Program:
             most = max(most, live)
             live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
         return most, max((self._branch_bytes(branch_point) for branch_point in branch_points), default=0)
+
+    def largest_value(self, branch_points: Collection[BranchPoint]) -> int:
+        """The most elements that one value of a branch has, for one image and mask."""
+        affected = {position for branch_point in branch_points for position in branch_point.affected}
+        return max((self._operations[position].elements for position in affected), default=0)
 
     def _branch_bytes(self, branch_point: BranchPoint) -> int:
         """The most memory of a branch, for one image and mask. Unchanged values that it reads are repeated for every
