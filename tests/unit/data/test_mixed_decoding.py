@@ -13,9 +13,7 @@ from laasp_ray.errors import ConfigError
 def test_the_gpus_own_decoder_gets_its_share(training, resize, operator, decoder, given, monkeypatch):
     made = []
     decode = getattr(fn.decoders, operator)
-    monkeypatch.setattr(
-        fn.decoders, operator, lambda *args, **options: made.append(options) or decode(*args, **options)
-    )
+    monkeypatch.setattr(fn.decoders, operator, lambda *of, **options: made.append(options) or decode(*of, **options))
     config = DataConfig(hw_decoder_load=0.25, eval_resize=resize)
     pipeline = object.__new__(dali._DecodePipeline)
     pipeline._config, pipeline._uint8 = config, False

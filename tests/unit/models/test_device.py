@@ -42,7 +42,7 @@ def test_a_torch_without_cuda_is_an_error_too(machine, monkeypatch):
 
     machine("nvidia0", "nvidia1")
     monkeypatch.setattr(torch.cuda, "init", init)
-    with pytest.raises(ConfigError, match="2 NVIDIA GPUs .* Torch not compiled with CUDA enabled"):
+    with pytest.raises(ConfigError, match=r"2 NVIDIA GPUs .* Torch not compiled with CUDA enabled"):
         device.this_device()
 
 

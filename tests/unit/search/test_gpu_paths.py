@@ -90,7 +90,7 @@ def test_branches_run_together_as_memory_and_indices_allow():
 
 
 def test_the_largest_value_of_a_branch_is_counted(resnet):
-    model, tasks = resnet
+    model, _ = resnet
     program = Engine(model, CalibrationSet(IMAGES, LABELS, 8)).branch_points.program
     of = {
         layer: program.largest_value([program.branch_point({layer})])

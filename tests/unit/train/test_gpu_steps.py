@@ -1,4 +1,4 @@
-"""What training does on a GPU, as far as a CPU shows it: steps do not wait, kernels are made for the sizes there are."""
+"""What training does on a GPU, as far as a CPU shows it: steps do not wait, kernels are for the sizes there are."""
 
 import dataclasses
 
