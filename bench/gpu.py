@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,16 +60,16 @@ class Stage:
 
 STAGES = (
     Stage("machine", "gpu_machine", "look", 40, 60, fresh=True),
-    Stage("losses", "gpu_right", "losses", 80, 60),
-    Stage("choice", "gpu_right", "choice", 60, 60),
-    Stage("run", "gpu_run", "whole_run", 170, 150, needs=("ray",)),
-    Stage("search", "gpu_search", "iteration", 120, 45),
-    Stage("training", "gpu_training", "synthetic", 60, 40),
-    Stage("data", "gpu_data", "real_images", 75, 45),
-    Stage("latency", "gpu_latency", "latencies", 60, 40),
+    Stage("losses", "gpu_right", "losses", 80, 120),
+    Stage("choice", "gpu_right", "choice", 60, 120),
+    Stage("run", "gpu_run", "whole_run", 170, 240, needs=("ray",)),
+    Stage("search", "gpu_search", "iteration", 120, 120),
+    Stage("training", "gpu_training", "synthetic", 60, 60),
+    Stage("data", "gpu_data", "real_images", 75, 120),
+    Stage("latency", "gpu_latency", "latencies", 60, 60),
     Stage("sparse kernels", "gpu_right", "kernels", 30, 30, gpu_only=True),
-    Stage("compiled training", "gpu_training", "compiled", 110, 60),
-    Stage("accuracy", "gpu_accuracy", "accuracy", 300, 30),
+    Stage("compiled training", "gpu_training", "compiled", 110, 90),
+    Stage("accuracy", "gpu_accuracy", "accuracy", 300, 60),
 )
 
 
@@ -76,6 +77,7 @@ def main() -> int:
     options = parse()
     if options.stage:
         return run_stage(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the stage that runs
     options.out.mkdir(parents=True, exist_ok=True)
     for old in (ROWS, "results.json", "results.md"):
         (options.out / old).unlink(missing_ok=True)
@@ -218,6 +220,7 @@ def preload() -> None:
 
 def _in_a_copy(options: argparse.Namespace, log: Path) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -23,6 +23,8 @@ from laasp_ray.search.evaluate import LossTask, pruned_copy
 
 CHECKPOINT = "resnet20_epoch130"
 LEAST_LOSS = 0.1
+STATISTICS = 8
+"""Images of which BatchNorms have their statistics. Those of fewer make a network that magnifies rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,18 @@ def prepared(options: argparse.Namespace, builder: str, *, side: int, images: in
     model = build(ModelConfig(builder=builder, arguments={"num_classes": classes}, input_shape=(3, side, side))).eval()
     data = options.data if small and side == 32 else None
     network = search.Network(builder, CHECKPOINT, side, images, images, (images,), 1)
-    inputs, labels = search.load_images(network, data, images)
+    inputs, labels = search.load_images(network, data, max(images, STATISTICS))
     checkpoint = None if data is None else data / "checkpoints" / f"{CHECKPOINT}.safetensors"
     if weights and builder == "cifar.resnet20" and checkpoint is not None and checkpoint.is_file():
         load_weights(model, checkpoint)
     else:
-        search.randomise(model, inputs[:8])
+        search.randomise(model, inputs[:STATISTICS])
         _scale_branches(model)
     example = torch.zeros(1, 3, side, side)
     config = LaaspConfig(flops_reduction=0.5)
     graph, macs = PruningGraph(model, example), count_macs(model, example)
     proposals = propose(model, graph, macs, measure_baseline(graph, macs, config), config)
-    return Prepared(builder.partition(".")[2], model, inputs, labels, graph, proposals)
+    return Prepared(builder.partition(".")[2], model, inputs[:images], labels[:images], graph, proposals)
 
 
 def large(options: argparse.Namespace) -> str:

@@ -240,7 +240,7 @@ class Program:
                 return values[position]
             shared = unchanged[position]
             many = times > 1 and isinstance(shared, torch.Tensor) and position not in self._constants
-            return shared.repeat(times, *[1] * (shared.ndim - 1)) if many else shared
+            return torch.cat([shared] * times) if many else shared  # unlike repeat it keeps channels last
 
         for position in branch_point.affected:
             operation = self._operations[position]

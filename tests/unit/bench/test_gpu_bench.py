@@ -112,6 +112,28 @@ def test_what_a_stage_leaves_running_is_ended_with_it(stages, tmp_path):
     assert not Path(f"/proc/{mark.read_text()}").exists()
 
 
+def test_a_command_that_is_ended_ends_its_stage(stages, tmp_path):
+    mark = tmp_path / "pid"
+    stages(("machine", f"open({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"))
+    code = f"""
+        import sys
+        sys.path[:0] = [{str(ROOT / "bench")!r}, {str(tmp_path)!r}]
+        import gpu
+        gpu.STAGES, gpu.PRELOADED = (gpu.Stage("machine", "own_stages", "machine", 100, 100),), ()
+        sys.argv = ["gpu.py", "--device", "cpu", "--out", {str(tmp_path / "out")!r}]
+        gpu.main()
+    """
+    command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    for _ in range(600):
+        if mark.exists() and mark.read_text():
+            break
+        time.sleep(0.1)
+    command.terminate()
+    assert command.wait(timeout=30) == 143
+    assert not Path(f"/proc/{mark.read_text()}").exists()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["stages"] == []
+
+
 def test_no_stage_begins_after_the_minutes_are_over(stages):
     options = stages(("machine", "time.sleep(3)"), ("late", "pass"))
     status, results = run(options, minutes=10.0 / 60)

@@ -156,3 +156,26 @@ def test_a_search_worker_enters_its_own_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert process.enter_device() == torch.device("cuda", 1)
     assert entered == [torch.device("cuda", 3), torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("joint", [1, 4])
+def test_branches_that_run_together_stay_channels_last(joint, monkeypatch):
+    torch.manual_seed(0)
+    # Here a branch's first operand of a sum is the unchanged value, whose format the sum takes on.
+    model = ready(randomise_batchnorm(build(ModelConfig(builder="torchvision.densenet121"))), CPU)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    graph, macs = PruningGraph(model, images[:1]), count_macs(model, images[:1])
+    config = LaaspConfig(flops_reduction=0.5, criteria=("l1", "euclidean", "cosine"))
+    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))[-40:]
+    measuring = Engine(model, CalibrationSet(images, LABELS[:2], 2))
+    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (2, joint))
+    formats, run = [], torch.nn.Conv2d._conv_forward
+
+    def seen(module, inputs, weight, bias):
+        formats.append(inputs.is_contiguous(memory_format=torch.channels_last))
+        return run(module, inputs, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", seen)
+    measuring.losses(tasks, np.arange(2))
+    assert len(formats) > 100
+    assert all(formats)
