@@ -63,7 +63,7 @@ def prepared(options: argparse.Namespace, builder: str, *, side: int, images: in
 
 def large(options: argparse.Namespace) -> str:
     """ResNet-50; in a rehearsal a smaller one."""
-    return "torchvision.resnet18" if options.toy else "torchvision.resnet50"
+    return "cifar.resnet32" if options.toy else "torchvision.resnet50"
 
 
 @torch.no_grad()
@@ -77,6 +77,13 @@ def _scale_branches(model: nn.Module) -> None:
 def spread(items: Sequence[Proposal], count: int) -> list[Proposal]:
     """`count` of the proposals, evenly spaced, so that all depths and criteria are among them."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
+
+
+def of_layers(proposals: Sequence[Proposal], count: int) -> list[Proposal]:
+    """All proposals of `count` evenly spaced layers: those of a layer branch off at one place."""
+    layers = list(dict.fromkeys(proposal.candidate.layer for proposal in proposals))
+    chosen = {layers[i] for i in np.linspace(0, len(layers) - 1, min(count, len(layers))).round().astype(int)}
+    return [proposal for proposal in proposals if proposal.candidate.layer in chosen]
 
 
 @torch.inference_mode()

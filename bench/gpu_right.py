@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import search
 import torch
-from gpu_networks import Prepared, device_of, difference_of, large, precise_losses, prepared, spread
+from gpu_networks import Prepared, device_of, difference_of, large, of_layers, precise_losses, prepared, spread
 from gpu_results import Rows
 
 from laasp_ray.config import LaaspConfig, Precision
@@ -140,7 +140,7 @@ def choice(options: argparse.Namespace, rows: Rows) -> None:
             masked, cut = (measured(network, few, device, untraced=reason) for reason in ("", "cut for comparison"))
             compared(f"{network.name}, masked against cut", masked, cut, rows)
         with rows.trying(f"{network.name}, together"):
-            few = tasks_of(spread(network.proposals, 8 if options.toy else 60))
+            few = tasks_of(of_layers(network.proposals, 2 if options.toy else 12))
             alone, together = (measured(network, few, device, made=made) for made in (OneByOne, Together))
             compared(f"{network.name}, branches together against one by one", together, alone, rows)
     for network in networks:
@@ -177,10 +177,11 @@ def compensation(options: argparse.Namespace, network: Prepared, device: torch.d
     """Moments of the device against the CPU's, and compensated losses against cut and compensated copies in float64."""
     on_device, on_cpu = (compensator_on(network, where) for where in (device, torch.device("cpu")))
     differences = [
-        float((ours.inverse - theirs.inverse).norm() / theirs.inverse.norm())
-        for ours, theirs in ((on_device.moments[layer], on_cpu.moments[layer]) for layer in on_cpu.moments)
+        float((group - other).norm() / other.norm())
+        for layer in on_cpu.moments
+        for group, other in zip(on_device.moments[layer].inverse, on_cpu.moments[layer].inverse, strict=True)
     ]
-    figures = {"layers": len(differences), "largest relative difference": max(differences)}
+    figures = {"matrices": len(differences), "largest relative difference": max(differences)}
     rows.add(f"{network.name}, inverted moments against the CPU's", figures)
     config, example = LaaspConfig(flops_reduction=0.5, compensate="full"), torch.zeros(1, *network.images.shape[1:])
     macs = count_macs(network.model, example)

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ONE = {"cluster.workers": 1}
 """One GPU has room for one trainer and one search worker."""
 TOY = interruptions.SETTINGS | {
-    "prune.flops_reduction": 0.05,
-    "prune.fine_tune_epochs": 1,
+    "prune.flops_reduction": 0.02,
+    "prune.fine_tune_every": 1.0,
     "search.images": 20,
     "search.batch_size": 20,
-    "train.epochs": 2,
-    "train.prune_epoch": 1,
+    "train.epochs": 1,
+    "train.prune_epoch": 0,
     "train.drop_epochs": [],
 }
 

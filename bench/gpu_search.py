@@ -12,7 +12,7 @@ import numpy as np
 import reference
 import search
 import torch
-from gpu_networks import Prepared, device_of, large, prepared, spread
+from gpu_networks import Prepared, device_of, large, of_layers, prepared, spread
 from gpu_results import Rows
 from gpu_right import OneByOne, Together, compensator_on
 
@@ -46,7 +46,7 @@ def iteration(options: argparse.Namespace, rows: Rows) -> None:
     network = prepared(options, large(options), side=side, images=8)
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(images, 3, side, side, generator=generator, device=device)
-    labels = torch.arange(images, device=device) % 1000
+    labels = torch.arange(images, device=device) % 10
     figures = {"seconds": time.monotonic() - began, "candidates": len(network.proposals)}
     rows.add(f"{network.name}, graph, proposals and images", figures)
     plain = fastest(network, inputs, rows, options)
@@ -56,10 +56,10 @@ def iteration(options: argparse.Namespace, rows: Rows) -> None:
     one = timed(network, proposals, inputs, labels, plain, rows, options, f"{network.name}, exhaustive", racing=False)
     timed(network, proposals, inputs, labels, plain, rows, options, f"{network.name}, racing", racing=True)
     with rows.trying(f"{network.name}, alone and together"):
-        together(network, tasks_of(spread(proposals, 6 if options.toy else 40)), inputs[:250], labels[:250], rows)
+        together(network, tasks_of(of_layers(proposals, 2 if options.toy else 8)), inputs[:250], labels[:250], rows)
     with rows.trying("resnet20, alone and together"):
         small = prepared(options, "cifar.resnet20", side=32, images=16 if options.toy else 1000)
-        tasks = tasks_of(spread(small.proposals, 6 if options.toy else 60))
+        tasks = tasks_of(of_layers(small.proposals, 2 if options.toy else 12))
         together(small, tasks, small.images.to(device), small.labels.to(device), rows)
     with rows.trying(f"{network.name}, the reference procedure"):
         beside_reference(network, inputs, labels, plain, one, rows, 1 if options.toy else 3)

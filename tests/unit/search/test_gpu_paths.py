@@ -21,6 +21,7 @@ from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine, branches_at_a_time, free_memory
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import InProcessExecutor
+from laasp_ray.search.tracing import trace
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 IMAGES, LABELS = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8)
@@ -158,17 +159,23 @@ def test_a_search_worker_enters_its_own_gpu(monkeypatch):
     assert entered == [torch.device("cuda", 3), torch.device("cuda", 1)]
 
 
-@pytest.mark.parametrize("joint", [1, 4])
+class SharedFirst(torch.nn.Module):
+    """The first operand of its product is a value that all branches share; the product takes on its format."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head, self.tail = (torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        first = self.stem(x)
+        return self.tail(first * self.head(self.inner(first))).mean((2, 3))
+
+
+@pytest.mark.parametrize("joint", [1, 3])
 def test_branches_that_run_together_stay_channels_last(joint, monkeypatch):
-    torch.manual_seed(0)
-    # Here a branch's first operand of a sum is the unchanged value, whose format the sum takes on.
-    model = ready(randomise_batchnorm(build(ModelConfig(builder="torchvision.densenet121"))), CPU)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    graph, macs = PruningGraph(model, images[:1]), count_macs(model, images[:1])
-    config = LaaspConfig(flops_reduction=0.5, criteria=("l1", "euclidean", "cosine"))
-    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))[-40:]
-    measuring = Engine(model, CalibrationSet(images, LABELS[:2], 2))
-    monkeypatch.setattr(Engine, "_sizes", lambda *_, **__: (2, joint))
+    images = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    program = trace(ready(SharedFirst(), CPU), images)
+    masks = [{"head": (number,)} for number in range(joint)]
     formats, run = [], torch.nn.Conv2d._conv_forward
 
     def seen(module, inputs, weight, bias):
@@ -176,6 +183,7 @@ def test_branches_that_run_together_stay_channels_last(joint, monkeypatch):
         return run(module, inputs, weight, bias)
 
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", seen)
-    measuring.losses(tasks, np.arange(2))
-    assert len(formats) > 100
+    [(_, _, outputs)] = program.run(images, {program.branch_point({"head"}): [masks]}, whole=False)
+    assert outputs.shape == (2 * joint, 8)
+    assert len(formats) == 3 + joint + 1  # stem, inner and head; head for each mask; tail for all
     assert all(formats)
