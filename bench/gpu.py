@@ -224,6 +224,7 @@ def _in_a_copy(options: argparse.Namespace, log: Path) -> None:
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = os.fdopen(os.dup(1), "w", buffering=1)
     status = 1
     try:
         status = run_stage(options)

@@ -20,7 +20,7 @@ ONE = {"cluster.workers": 1}
 """One GPU has room for one trainer and one search worker."""
 TOY = interruptions.SETTINGS | {
     "prune.flops_reduction": 0.02,
-    "prune.fine_tune_every": 1.0,
+    "prune.fine_tune_every": 0.9,
     "search.images": 20,
     "search.batch_size": 20,
     "train.epochs": 1,
