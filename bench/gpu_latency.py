@@ -45,12 +45,11 @@ def latencies(options: argparse.Namespace, rows: Rows) -> None:
             with rows.trying(f"eager, {name}, batch {batch}"):
                 add(rows, f"eager, {name}, batch {batch}", *eager(pair, images, dtype))
     for batch, images in reversed(inputs.items()):
-        with rows.trying(f"ONNX Runtime, batch {batch}"):
-            onnx_runtime(options, rows, pair, images, batch)
-    for batch, images in reversed(inputs.items()):
         with rows.trying(f"compiled, float32, batch {batch}"), torch.inference_mode():
             made = [torch.compile(model, dynamic=False) for model in pair]
             add(rows, f"compiled, float32, batch {batch}", *by_turns(made, images))
+        with rows.trying(f"ONNX Runtime, batch {batch}"):
+            onnx_runtime(options, rows, pair, images, batch)
 
 
 def pruned_by_share(network: Prepared) -> nn.Module:
