@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install quickstart test test-here test-ray exhaustive lint docs options clean
+.PHONY: install quickstart test test-here test-ray exhaustive lint docs options gpu clean
 
 install: $(STAMP)
 
@@ -39,6 +39,13 @@ lint: install
 
 options: install
 	$(BIN)/python -m laasp_ray.cli.options_page
+
+# Proves a machine with a GPU: make gpu, or make gpu DEVICE=cpu for a rehearsal. It installs nothing, so that it runs
+# without a network: on the environment of this project if it is there, else on the python3 that is.
+DEVICE ?= cuda
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --device $(DEVICE) $(if $(OUT),--out $(OUT)) \
+		$(if $(DATA),--data $(DATA)) $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_OPTIONS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict

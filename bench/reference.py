@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch_pruning
 from torch import nn
 from torch.nn import functional
 
@@ -37,6 +36,8 @@ def measure(
     memory_format: torch.memory_format,
 ) -> Timed:
     """`model` in eval mode on the device of `images` (n, C, H, W), which are in `memory_format`."""
+    import torch_pruning  # bench/gpu.py runs where it may be missing
+
     started = time.perf_counter()
     pruned = copy.deepcopy(model)
     graph = torch_pruning.DependencyGraph().build_dependency(pruned, example_inputs=images[:1])

@@ -49,7 +49,8 @@ def milliseconds(model: nn.Module, images: torch.Tensor, repeats: int) -> float:
         return timer.timeit(repeats).mean * 1000
 
 
-def compare(name: str, model: nn.Module, shape: tuple[int, ...], options: argparse.Namespace) -> None:
+def compare(name: str, model: nn.Module, shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, float]:
+    """Prints one row, and returns its figures."""
     model = prune(model).cuda().half().eval()
     images = torch.randn(options.batch, *shape, device="cuda", dtype=torch.float16)
     if images.ndim == 4:
@@ -67,6 +68,13 @@ def compare(name: str, model: nn.Module, shape: tuple[int, ...], options: argpar
         f"{name:<28} {len(conversion.converted):>4} sparse  dense {dense:8.3f} ms  sparse {sparse:8.3f} ms  "
         f"{dense / sparse:5.2f}x {verdict}  error {float(error):.1e}"
     )
+    return {
+        "sparse layers": len(conversion.converted),
+        "dense ms": dense,
+        "sparse ms": sparse,
+        "speed-up": dense / sparse,
+        "error": float(error),
+    }
 
 
 def main() -> int:

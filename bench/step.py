@@ -32,10 +32,10 @@ class InMemory:
     name = "in memory"
     rank, world, parts, own_parts = 0, 1, 1, (0,)
 
-    def __init__(self, batch: int, steps: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(batch * steps, 3, 32, 32, generator=generator).to(device)
-        self.labels = torch.randint(0, 10, (batch * steps,), generator=generator).to(device)
+    def __init__(self, batch: int, steps: int, device: torch.device, side: int = 32, classes: int = 10) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.images = torch.randn(batch * steps, 3, side, side, generator=generator, device=device)
+        self.labels = torch.randint(0, classes, (batch * steps,), generator=generator, device=device)
         self.device, self.share = device, batch
         self.train_images, self.test_images = batch * steps, 2
         self.train_loader = self.test_loader = self

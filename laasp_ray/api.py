@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from laasp_ray import models
@@ -23,6 +22,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.methods import PruningMethod, method_of
 from laasp_ray.methods.registry import check_section
 from laasp_ray.models.copying import deep_copy
+from laasp_ray.models.device import this_device
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.report.page.writer import PageWriter
@@ -163,7 +163,7 @@ def _run_here(
 ) -> nn.Module:
     config, parts = prepared.config, batch_parts_of(journal) or 1
     check_workers(config, len(prepared.train), parts)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
 
     def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
         images = CalibrationSet(

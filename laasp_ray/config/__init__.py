@@ -12,7 +12,7 @@ from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.pls import POOLING, PlsConfig
 from laasp_ray.config.prune import TARGETS, Compensate, FilterPruneConfig, PruneConfig
 from laasp_ray.config.run import RunConfig
-from laasp_ray.config.search import SearchConfig
+from laasp_ray.config.search import Precision, SearchConfig
 from laasp_ray.config.train import TrainConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "GroupSparsityConfig",
     "LaaspConfig",
     "LoaderName",
+    "Precision",
     "ModelConfig",
     "POOLING",
     "PlsConfig",

@@ -59,6 +59,9 @@ class DataConfig:
     ] = (0.229, 0.224, 0.225)
     loader: Annotated[LoaderName, Doc("what decodes and crops; auto: DALI where it runs, else torchvision")] = "auto"
     threads: Annotated[int, Doc("threads of a loader, at least 1")] = 2
+    hw_decoder_load: Annotated[
+        float, Doc("share of JPEG files that a GPU's own decoder takes, if it has one and DALI decodes, 0 to 1")
+    ] = 0.65
     max_unreadable: Annotated[int, Doc("images that may be left out as unreadable before the run ends")] = 20
 
     def __post_init__(self) -> None:
@@ -77,4 +80,5 @@ class DataConfig:
         check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         check(min(self.std) > 0, "data.std", self.std, "positive numbers")
         check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        check(0 <= self.hw_decoder_load <= 1, "data.hw_decoder_load", self.hw_decoder_load, "a share from 0 to 1")
         check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from laasp_ray.config.fields import Doc, check
+
+Precision = Literal["float32", "tf32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,13 @@ class SearchConfig:
     racing_margin: Annotated[
         float, Doc("loss difference that does not matter in a race, as a share of the network's own loss; 0: none")
     ] = 0.0
+    precision: Annotated[
+        Precision,
+        Doc(
+            "of the passes that measure losses, on a GPU: float32, or tf32, which is faster and rounds to 10 bits, so "
+            "that close candidates may change places"
+        ),
+    ] = "float32"
     memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
     candidates_per_task: Annotated[int, Doc("most candidates of a unit of work on Ray; 0: sized by what they cost")] = 0
     reestimate_batchnorm: Annotated[
@@ -41,6 +51,8 @@ class SearchConfig:
         check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
         check(0 <= self.racing_margin < 1, "search.racing_margin", self.racing_margin, "a share from 0 to below 1")
+        known = self.precision in typing.get_args(Precision)
+        check(known, "search.precision", self.precision, "'float32' or 'tf32'")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
         check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
         enough = self.images >= 2 or not self.reestimate_batchnorm

@@ -9,6 +9,9 @@ import torch
 
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.cluster import ResourcePlan, usable_cpus
+from laasp_ray.errors import ConfigError
+from laasp_ray.models.device import unusable
+from laasp_ray.search.precision import computing_in
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
 
 
@@ -37,8 +40,11 @@ def forward_speed(unpruned: torch.nn.Module, config: RunConfig) -> float:
     """The images a second of an evaluation task. Without a GPU it uses one thread."""
     if _device().type == "cpu":
         torch.set_num_threads(1)
-    return measure_forward(unpruned, config, _device())
+    with computing_in(config.search.precision):
+        return measure_forward(unpruned, config, _device())
 
 
 def _device() -> torch.device:
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        raise ConfigError(f"node {ray.util.get_node_ip_address()}: {unusable()}")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,6 +13,8 @@ from laasp_ray.config import DataConfig, SearchConfig
 from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed.cluster import usable_cpus
 from laasp_ray.distributed.transfer import unpack
+from laasp_ray.errors import ConfigError
+from laasp_ray.models.device import unusable
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search.engine import Engine
@@ -60,12 +62,27 @@ PROCESS = Process()
 
 
 def device() -> torch.device:
-    """The GPU that Ray assigned to this task, among all that the process sees (see SEE_ALL_GPUS)."""
+    """The GPU that Ray assigned to this task, among all that the process sees (see SEE_ALL_GPUS).
+
+    Raises ConfigError if torch cannot use it.
+    """
     given = ray.get_gpu_ids()
-    if not given or not torch.cuda.is_available():
+    if not given:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"node {ray.util.get_node_ip_address()}: {unusable()}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return torch.device("cuda", visible.split(",").index(str(given[0])) if visible else int(given[0]))
+
+
+def enter_device() -> torch.device:
+    """Makes this thread's device that of the task. Some of torch's functions work on a process's first GPU otherwise,
+    and take memory for a context there, which is another worker's.
+    """
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    return here
 
 
 def threads() -> int:
@@ -81,7 +98,8 @@ def _engine(
     """`untraced` is the driver's verdict on the network (search/tracing.py). The worker must mask what the driver
     masks.
     """
-    return Engine(model, calibration, memory_bytes=search.memory_bytes, untraced=untraced), tasks
+    engine = Engine(model, calibration, memory_bytes=search.memory_bytes, untraced=untraced, precision=search.precision)
+    return engine, tasks
 
 
 def _network(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from laasp_ray.distributed.places import Place, this_place
-from laasp_ray.distributed.process import PROCESS, device
+from laasp_ray.distributed.process import PROCESS, device, enter_device
 from laasp_ray.distributed.versions import check_versions
 
 
@@ -24,9 +24,11 @@ class SearchWorker:
         self._versions = versions
 
     def place(self) -> Place:
-        """The worker's place. Raises ConfigError if its node has other versions than the driver."""
+        """The worker's place. Raises ConfigError if its node has other versions than the driver, or a GPU that torch
+        cannot use.
+        """
         check_versions(self._versions)
-        return this_place(str(device()))
+        return this_place(str(enter_device()))
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """Calls the function. Ray does not fetch references inside a list argument; the function does, once."""

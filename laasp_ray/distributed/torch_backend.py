@@ -9,12 +9,17 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+
+from laasp_ray.errors import ConfigError
+from laasp_ray.models.device import unusable
 
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_check_gpu)
         worker_group.execute(_choose_interface)
         super().on_start(worker_group, backend_config)
 
@@ -28,6 +33,12 @@ class NodeTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> type[_TorchBackend]:
         return _Backend
+
+
+def _check_gpu() -> None:
+    """Raises ConfigError if Ray gave this trainer a GPU that torch cannot use. It would train on the CPU otherwise."""
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        raise ConfigError(f"node {ray.util.get_node_ip_address()}: {unusable()}")
 
 
 def _choose_interface() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from laasp_ray.config import FilterPruneConfig, RunConfig
 from laasp_ray.cost.latency import Latency, measure_pair
 from laasp_ray.errors import ConfigError
+from laasp_ray.models.device import this_device
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan, parameters_after
 
@@ -54,18 +55,18 @@ def check_latency_batch(unpruned: nn.Module, config: RunConfig) -> None:
 
 def measure_latency(first: nn.Module, second: nn.Module, config: RunConfig, **options: int) -> tuple[Latency, Latency]:
     """The latencies of two networks, by turns, in this process, on its GPU if it has one; `options` of measure_pair."""
-    on_gpu = torch.cuda.is_available()
+    device = this_device()
     try:
         return measure_pair(
             first,
             second,
             config.model.input_shape,
             batch_size=_batch(config),
-            device="cuda" if on_gpu else "cpu",
+            device=device.type,
             **options,
         )
     finally:
-        if on_gpu:
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # trainers and tasks share this GPU, and the driver keeps its process
 
 

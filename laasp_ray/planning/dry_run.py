@@ -7,17 +7,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from laasp_ray.config import RunConfig
 from laasp_ray.distributed.address import check_address
 from laasp_ray.export.packages import missing
+from laasp_ray.models.device import this_device
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.planning.workload import Workload, network_of, workload_of
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare
+from laasp_ray.search.precision import computing_in
 from laasp_ray.store.addresses import public
 from laasp_ray.store.journal import Journal
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
@@ -163,13 +163,10 @@ def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
 def _here(prepared: Prepared) -> Machine:
     config, network = prepared.config, network_of(prepared)
     check_workers(config, len(prepared.train), 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine(
-        workers=1,
-        tasks=1,
-        trainer=measure_training(network, config, device),
-        forward=measure_forward(network, config, device),
-    )
+    device = this_device()
+    with computing_in(config.search.precision):
+        forward = measure_forward(network, config, device)
+    return Machine(workers=1, tasks=1, trainer=measure_training(network, config, device), forward=forward)
 
 
 def _on_ray(prepared: Prepared, address: str | None) -> Machine:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from laasp_ray.models.device import on_device
 from laasp_ray.pruning.plan import Plan, apply_plan
 
 
@@ -50,8 +51,8 @@ class Compensation:
         parts = weight.detach().reshape(len(self.groups), weight.shape[0] // len(self.groups), -1, self.sharing)
         changed, gains = [], []
         for part, lost in zip(parts, self.groups, strict=True):
-            index = torch.tensor(lost.inputs, dtype=torch.long, device=weight.device)
-            coefficients = torch.tensor(lost.coefficients, dtype=weight.dtype, device=weight.device)
+            index = on_device(torch.tensor(lost.inputs, dtype=torch.long), weight.device)
+            coefficients = on_device(torch.tensor(lost.coefficients, dtype=weight.dtype), weight.device)
             taken = part.index_select(1, index)  # (out, lost, sharing)
             rest = part.index_fill(1, index, 0)
             changed.append(rest + torch.einsum("olt,li->oit", taken, coefficients[:, :-1]))

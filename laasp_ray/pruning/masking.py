@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from laasp_ray.models.device import on_device
 from laasp_ray.pruning.channels import Removal
 from laasp_ray.pruning.compensation import Compensation
 
@@ -61,7 +62,7 @@ def run_deaf(module: nn.Module, inputs: torch.Tensor, channels: Sequence[int]) -
     """The layer's output for `inputs` (n, C, ...) with these channels set to zero."""
     if not is_plain(module):
         axis = -1 if isinstance(module, nn.Linear) else 1
-        return module(inputs.index_fill(axis, torch.tensor(channels, device=inputs.device), 0))
+        return module(inputs.index_fill(axis, on_device(torch.tensor(channels), inputs.device), 0))
     bias = module.get_parameter("bias").detach() if module.bias is not None else None
     return _apply(module, inputs, _deaf_weight(module, channels), bias)
 
@@ -108,7 +109,7 @@ def _deaf_weight(module: nn.Module, channels: Sequence[int]) -> torch.Tensor:
     weight = module.get_parameter("weight").detach().clone()
     groups = int(getattr(module, "groups", 1))
     if groups == 1:
-        return weight.index_fill_(1, torch.tensor(channels, device=weight.device), 0)
+        return weight.index_fill_(1, on_device(torch.tensor(channels), weight.device), 0)
     rows, width = weight.shape[0] // groups, weight.shape[1]
     for channel in channels:  # each group of filters has its own inputs
         group = channel // width

@@ -20,6 +20,7 @@ from laasp_ray.data.sources.base import check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.export.latency import EngineLatency, measure_engines
+from laasp_ray.models.device import this_device
 from laasp_ray.records import Metrics, to_json
 from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
@@ -92,7 +93,7 @@ def evaluate_run(
     if data_format is not None:
         images_config = dataclasses.replace(images_config, format=data_format)
     place = images_config.path or images_config.format
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
     unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, UNPRUNED).model)

@@ -14,6 +14,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.export.graph import planned_convolutions
 from laasp_ray.export.latency import EngineLatency, measure_engines
 from laasp_ray.export.network import Export, export_network, failed
+from laasp_ray.models.device import this_device
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.run.events import LatencyMeasured, NetworkExported, PhaseStarted, RunEvent
 
@@ -59,7 +60,7 @@ def deliver(
     latency: Sequence[EngineLatency] = ()
     if settings.latency:
         notify(PhaseStarted(phase="latency", detail=f"both networks in {', '.join(settings.latency)}"))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = this_device()
         latency = measure_engines(
             unpruned, network, shape, settings, device, onnx=files.get("model.onnx"), compile_when_busy=False
         )

@@ -31,6 +31,7 @@ from laasp_ray.methods.base import PruningMethod
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, plain_baseline
 from laasp_ray.methods.registry import check_section, method_of
 from laasp_ray.models.copying import deep_copy
+from laasp_ray.models.device import this_device
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import NetworkState
@@ -139,6 +140,7 @@ def prepare(
     that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of the images at the
     run's start. `state` is the run's current state. `method` replaces the method that the config names.
     """
+    this_device()  # raises if there is a GPU that torch cannot use
     method = method or method_of(config)
     check_section(config, method)
     check_export(config.export)

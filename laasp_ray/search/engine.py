@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from laasp_ray.config import Precision
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError, describe_error
 from laasp_ray.pruning.masking import CannotMask, Masked
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
-from laasp_ray.search.precision import full_precision
+from laasp_ray.search.precision import computing_in
 from laasp_ray.search.program import BranchPoint, CannotTrace, Program
 from laasp_ray.search.tracing import checked, trace, verdict
 
@@ -29,6 +30,9 @@ FREE_MEMORY_SHARE = 0.5
 """The share of free memory that the values of a forward pass may use, unless `search.memory_mb` is set. The rest is for
 libraries' temporary memory and for the weights of copies.
 """
+
+MOST_ELEMENTS = 2**31 - 1
+"""The most elements of a tensor that 32-bit indices reach."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class Engine:
     """Measures prunes of `model`, which is in eval mode on the calibration set's device and is not changed.
 
     `memory_bytes` limits the memory of a forward pass's values (default: a share of the free memory). If memory runs
-    out all the same, fewer images are processed at a time. `untraced` is as for BranchPoints.
+    out all the same, fewer images are processed at a time. `untraced` is as for BranchPoints, and `precision` as in
+    `search.precision`.
     """
 
     def __init__(
@@ -121,21 +126,25 @@ class Engine:
         *,
         memory_bytes: int | None = None,
         untraced: str | None = None,
+        precision: Precision = "float32",
     ) -> None:
-        self._model, self._calibration = model, calibration
+        self._model, self._calibration, self._precision = model, calibration, precision
         self._memory = memory_bytes or free_memory(calibration.labels.device)
         example = calibration.at(np.arange(1))[0]
         self.branch_points = retried(lambda: BranchPoints(model, example, untraced), "the network, with one image,")
         self._program = self.branch_points.program
         self._copy_bytes = 0  # the bytes of one image in a forward pass; measured for the first copy
 
-    @full_precision()
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
         """Cross-entropies of `tasks` on the calibration set's images at `indices`. Batches are cut in their order.
 
         Raises MemoryShortError if memory runs out for a single image, UnmaskedError for a task that cannot be masked
         and has no plan.
         """
+        with computing_in(self._precision):
+            return self._losses(tasks, indices)
+
+    def _losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
         started = time.perf_counter()
         values = np.full((len(tasks), len(indices)), np.nan, np.float32)
         errors: dict[int, str] = {}
@@ -203,16 +212,17 @@ class Engine:
             branch_point: [[_mask(tasks[p]) for p in batch] for batch in cut] for branch_point, cut in batches.items()
         }
         failed: dict[BranchPoint, list[int]] = {}
+        found: list[tuple[Sequence[int], torch.Tensor]] = []
         for branch_point, number, outcome in program.run(images, masks, whole=bool(unchanged)):
             positions = unchanged if branch_point is None else batches[branch_point][number]
             if not isinstance(outcome, Exception):
                 repeats = 1 if branch_point is None else len(positions)
-                found = _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)
-                values[positions] = found
+                found.append((positions, _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)))
             elif branch_point is not None and len(positions) > 1:
                 failed.setdefault(branch_point, []).extend(positions)
             else:
                 errors.update((p, describe_error(outcome)) for p in positions if p not in errors)
+        _fill(values, found)
         return failed
 
     def _sizes(
@@ -227,8 +237,10 @@ class Engine:
         assert program is not None
         base, branch = program.peak_bytes(list(branch_points), whole=whole)
         size = self._images_at_a_time(base + branch, images)
-        one_by_one = program.sized or self._calibration.labels.device.type == "cpu" or not branch
-        return size, 1 if one_by_one else max(1, (self._memory // size - base) // branch)
+        if program.sized or self._calibration.labels.device.type == "cpu" or not branch:
+            return size, 1
+        largest = program.largest_value(list(branch_points))
+        return size, branches_at_a_time(self._memory // size - base, branch, size * largest)
 
     def _run_copy(
         self,
@@ -245,7 +257,7 @@ class Engine:
             def run(start: int, stop: int, share: float) -> None:
                 images, labels = self._calibration.at(indices[start:stop])
                 with torch.inference_mode():
-                    values[position, start:stop] = _cross_entropies(pruned(images), labels)
+                    values[position, start:stop] = _cross_entropies(pruned(images), labels).cpu().numpy()
 
             in_parts(len(indices), size, run)
         except (MemoryShortError, UnmaskedError):
@@ -272,15 +284,38 @@ class Engine:
         return min(self._calibration.batch_size, images, self._memory // each)
 
 
+def branches_at_a_time(memory: int, branch: int, largest: int) -> int:
+    """The number of branches that run together, for images of which each may use `memory` bytes.
+
+    `branch` is what one branch uses of it, and `largest` the elements of a branch's largest value, for all images. A
+    value of more than MOST_ELEMENTS would be beyond the range of many of the GPU's kernels.
+    """
+    return max(1, min(memory // branch, MOST_ELEMENTS // max(1, largest)))
+
+
 def free_memory(device: torch.device) -> int:
     """The bytes that a forward pass may use by default. On a CPU it is one core's part of the memory."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
+        # What torch keeps for later is free as well. Without it every iteration would have less than the one before.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * FREE_MEMORY_SHARE)
     return int(psutil.virtual_memory().available * FREE_MEMORY_SHARE / (psutil.cpu_count() or 1))
 
 
-def _cross_entropies(outputs: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    return functional.cross_entropy(outputs.float(), labels, reduction="none").cpu().numpy()
+def _cross_entropies(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(outputs.float(), labels, reduction="none")
+
+
+def _fill(values: np.ndarray, found: Sequence[tuple[Sequence[int], torch.Tensor]]) -> None:
+    """Writes losses (rows, images) into the rows of `values` at their positions: one copy for all, for which alone the
+    device is waited for.
+    """
+    if not found:
+        return
+    rows, start = torch.cat([losses for _, losses in found]).cpu().numpy(), 0
+    for positions, losses in found:
+        values[positions] = rows[start : start + len(losses)]
+        start += len(losses)
 
 
 def _mask(task: LossTask) -> Masked:

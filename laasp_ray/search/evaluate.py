@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from laasp_ray.errors import SearchError, UnmaskedError
+from laasp_ray.models.device import on_device
 from laasp_ray.pruning.compensation import MadeUp, apply_compensated
 from laasp_ray.pruning.masking import CannotMask, Mask
 from laasp_ray.pruning.plan import Plan
@@ -50,7 +51,7 @@ class CalibrationSet:
 
     def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The images at `indices` (n,) as input of the network, and their labels."""
-        chosen = torch.as_tensor(indices, device=self.labels.device)
+        chosen = on_device(torch.as_tensor(indices), self.labels.device)
         images = self.images[chosen]
         images = images if self.prepare is None else self.prepare(images)
         return in_format(images, self.memory_format), self.labels[chosen]

@@ -115,7 +115,7 @@ class InProcessExecutor:
         on_share: OnShare,
         images: int | None = None,
     ) -> list[MeasuredLoss]:
-        backend = SerialBackend(Engine(*self._ready(network), memory_bytes=self._search.memory_bytes), tasks)
+        backend = SerialBackend(self._engine(network), tasks)
         settings = settings_of(self._search, min(images or len(self._calibration), len(self._calibration)), self._seed)
         return measure(backend, len(tasks), settings, on_result, on_share)
 
@@ -130,6 +130,9 @@ class InProcessExecutor:
 
     def close(self) -> None:
         return None
+
+    def _engine(self, network: NetworkState) -> Engine:
+        return Engine(*self._ready(network), memory_bytes=self._search.memory_bytes, precision=self._search.precision)
 
     def _ready(self, network: NetworkState) -> tuple[nn.Module, CalibrationSet]:
         return ready_with(rebuild(self._unpruned, network), self._calibration)

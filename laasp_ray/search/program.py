@@ -47,6 +47,7 @@ class Operation:
     fresh: bool = False
     macs: int = 0
     bytes: int = 0
+    elements: int = 0
     overwrite: Callable[..., Any] | None = None
     overwritten: int = -1
 
@@ -182,6 +183,11 @@ class Program:
             live -= sum(self._operations[read].bytes for read in frees.get(position, ()))
         return most, max((self._branch_bytes(branch_point) for branch_point in branch_points), default=0)
 
+    def largest_value(self, branch_points: Collection[BranchPoint]) -> int:
+        """The most elements that one value of a branch has, for one image and mask."""
+        affected = {position for branch_point in branch_points for position in branch_point.affected}
+        return max((self._operations[position].elements for position in affected), default=0)
+
     def _branch_bytes(self, branch_point: BranchPoint) -> int:
         """The most memory of a branch, for one image and mask. Unchanged values that it reads are repeated for every
         mask.
@@ -234,7 +240,7 @@ class Program:
                 return values[position]
             shared = unchanged[position]
             many = times > 1 and isinstance(shared, torch.Tensor) and position not in self._constants
-            return shared.repeat(times, *[1] * (shared.ndim - 1)) if many else shared
+            return torch.cat([shared] * times) if many else shared  # unlike repeat it keeps channels last
 
         for position in branch_point.affected:
             operation = self._operations[position]

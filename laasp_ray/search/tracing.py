@@ -237,7 +237,8 @@ def _measured(
         per_output = module.get_parameter("weight")[0].numel() if isinstance(module, WEIGHTED) else 0
         macs = value.numel() // images * per_output if per_output else 0
         size = _bytes(value) // images if operation.reads else 0  # parameters need no memory of their own
-        measured.append(replace(operation, macs=macs, bytes=size))
+        elements = value.numel() // images if torch.is_tensor(value) else 0
+        measured.append(replace(operation, macs=macs, bytes=size, elements=elements))
         over = [
             read
             for read in operation.reads

@@ -7,10 +7,13 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 DEPTH = 2
 """The batches that wait, besides the one that is being prepared."""
+CPU = torch.device("cpu")
 _LOOK_S = 0.1
 
 
@@ -21,8 +24,19 @@ class _End:
         self.error = error
 
 
-def fed_ahead(batches: Iterator[T], depth: int = DEPTH) -> Generator[T, None, None]:
-    """The same `batches`, prepared ahead. Raises what they raise. If it is closed early, its thread ends first."""
+def _index(device: torch.device) -> int | None:
+    """The number of a GPU; that of the calling thread's, if `device` names none."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def fed_ahead(batches: Iterator[T], device: torch.device = CPU, depth: int = DEPTH) -> Generator[T, None, None]:
+    """The same `batches`, prepared ahead. Raises what they raise. If it is closed early, its thread ends first.
+
+    They are on `device`. A new thread's own GPU is the first of the process, whatever its caller's is.
+    """
+    gpu = _index(device)
     waiting: queue.Queue[T | _End] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -38,6 +52,8 @@ def fed_ahead(batches: Iterator[T], depth: int = DEPTH) -> Generator[T, None, No
 
     def prepare() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             for batch in batches:
                 if not put(batch):
                     return

@@ -136,7 +136,8 @@ def run_training_phase(
         # An evaluation needs neither. Both refer to the network's parameters as they are now.
         wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
         if config.compile:
-            wrapped = cast(nn.Module, torch.compile(wrapped))
+            # An epoch has batches of two sizes at most. Kernels for any size would be slower than two sets of them.
+            wrapped = cast(nn.Module, torch.compile(wrapped, dynamic=False))
         if teacher is not None:
             teacher.eval()
         setup = Setup(model, wrapped, optimizer, mask_enforcer, average, teacher, data, config, seed, heartbeat)
@@ -192,7 +193,7 @@ def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
     )
     totals = EpochSums(torch.zeros(2, dtype=torch.float64, device=data.device))
     shares = [rank_share(batch, part, data.parts) for batch in batches for part in data.own_parts]
-    with contextlib.closing(fed_ahead(data.train_loader.epoch(shares, plan.data_epoch))) as fed:
+    with contextlib.closing(fed_ahead(data.train_loader.epoch(shares, plan.data_epoch), data.device)) as fed:
         loaded = _checked(fed, shares, plan)
         for number, images in enumerate(map(len, batches), position * len(batches) + 1):
             take_step(setup, loaded, images, number, draws, totals)
@@ -264,7 +265,7 @@ def evaluate(model: nn.Module, data: EvaluationData, heartbeat: Callable[[], Non
     sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, top-1, top-5
     images = 0
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
-    with contextlib.closing(fed_ahead(data.test_loader.epoch(shares))) as fed:
+    with contextlib.closing(fed_ahead(data.test_loader.epoch(shares), data.device)) as fed:
         for batch in fed:
             output = model(in_format_of(model, batch.images)).float()
             best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]

@@ -20,11 +20,12 @@ from PIL import Image
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.decoding import decode_error, on_device
+from laasp_ray.data.loaders.decoding import decode_error
 from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.ordering import Windows
 from laasp_ray.data.sources.base import ImageSource
 from laasp_ray.errors import DataError
+from laasp_ray.models.device import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +279,8 @@ class _DecodePipeline:
             "adjust_orientation": False,
             "jpeg_fancy_upsampling": True,
         }
+        if decoder == "mixed":
+            decoding["hw_decoder_load"] = config.hw_decoder_load
         if self._crops_first:
             shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
             images = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **decoding)

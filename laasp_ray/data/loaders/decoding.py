@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from laasp_ray.config import DataConfig
+from laasp_ray.models.device import on_device
 
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 """First bytes of a file -> the bytes that a complete file has within its last _END bytes."""
@@ -87,14 +88,8 @@ def decode_error(data: bytes) -> str | None:
 
 def normalise(images: torch.Tensor, config: DataConfig) -> torch.Tensor:
     """Converts uint8 (N, 3, H, W) to float32: (pixel / 255 - mean) / std for each channel, on the same device."""
-    mean = torch.tensor(config.mean, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(config.std, device=images.device).view(1, 3, 1, 1) * 255
+    mean, std = (on_device(torch.tensor(of), images.device).view(1, 3, 1, 1) * 255 for of in (config.mean, config.std))
     return (images.float() - mean).div_(std)
-
-
-def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor`, which is on the CPU, on `device`. A copy to a GPU is queued there and not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def open_image(data: bytes) -> Image.Image:

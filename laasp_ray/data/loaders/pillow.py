@@ -15,9 +15,10 @@ from torchvision.transforms import functional as transforms
 
 from laasp_ray.config import DataConfig
 from laasp_ray.data.augmentation import Placement, longest_side, place
-from laasp_ray.data.loaders.decoding import decode_rgb, normalise, on_device
+from laasp_ray.data.loaders.decoding import decode_rgb, normalise
 from laasp_ray.data.loaders.reading import Batch, EncodedBatch, ImageFeed, UnreadableImages
 from laasp_ray.data.sources.base import ImageSource
+from laasp_ray.models.device import on_device
 
 DECODED_AHEAD = 1
 

@@ -4,6 +4,7 @@ import itertools
 import threading
 
 import pytest
+import torch
 
 from laasp_ray.train.feeding import fed_ahead
 
@@ -53,3 +54,12 @@ def test_a_reader_that_stops_early_leaves_no_thread():
     assert [next(fed) for _ in range(5)] == [0, 1, 2, 3, 4]
     fed.close()
     assert feeding_threads() == []
+
+
+def test_the_thread_prepares_on_its_readers_gpu(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: entered.append((gpu, threading.current_thread().name)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    for device in (torch.device("cuda", 1), torch.device("cuda"), torch.device("cpu")):
+        assert list(fed_ahead(iter([1]), device)) == [1]
+    assert entered == [(1, "feeding"), (2, "feeding")]
