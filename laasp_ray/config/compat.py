@@ -30,6 +30,7 @@ RESUMABLE_KEYS = (
     "cluster",
     "data.path",
     "data.threads",
+    "data.workers",
     "data.max_unreadable",
     "search.batch_size",
     "search.candidates_per_task",

@@ -18,7 +18,7 @@ from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.sweep.latency import REPEATS
-from laasp_ray.sweep.trials import Outcome, folder_of, has_begun
+from laasp_ray.sweep.trials import Outcome, folder_of, has_begun, percent_of
 
 Measured = tuple[tuple[float, float], str]
 """The latencies of the unpruned and the pruned network, ms, and what they were measured on."""
@@ -48,8 +48,8 @@ def row_of(run: RunConfig, outcome: Outcome | None, target: str, latency_ms: tup
         parameters=summary.parameters_after,
         parameters_unpruned=summary.parameters,
         latency_ms=latency_ms,
-        top1_before=None if summary.before is None else 100 * summary.before.top1,
-        top1_after=None if summary.after is None else 100 * summary.after.top1,
+        top1_before=None if summary.before is None else percent_of(summary.before),
+        top1_after=None if summary.after is None else percent_of(summary.after),
         seconds=seconds_spent(events),
         shared_seconds=float(shared.get("seconds", 0.0)),
     )

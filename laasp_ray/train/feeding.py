@@ -21,6 +21,13 @@ class _End:
         self.error = error
 
 
+def fed(batches: Iterator[T], *, ahead: bool) -> Generator[T, None, None]:
+    """The same `batches`; prepared `ahead` in a thread, or between their uses."""
+    if ahead:
+        return fed_ahead(batches)
+    return (batch for batch in batches)
+
+
 def fed_ahead(batches: Iterator[T], depth: int = DEPTH) -> Generator[T, None, None]:
     """The same `batches`, prepared ahead. Raises what they raise. If it is closed early, its thread ends first."""
     waiting: queue.Queue[T | _End] = queue.Queue(depth)
