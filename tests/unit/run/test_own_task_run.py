@@ -117,7 +117,7 @@ def test_racing_compensation_and_statistics_work_on_it(tmp_path):
         config = config_of(
             tmp_path,
             train__loss=f"own_examples:{loss}",
-            prune__compensate="bias",
+            prune__compensate="full",
             search__racing="on",
             search__reestimate_batchnorm=True,
         )
