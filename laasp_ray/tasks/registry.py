@@ -86,7 +86,8 @@ def _resolved(path: str, given: Any, key: str, argument: str) -> Any:
         return given
     if path == GIVEN:
         raise ConfigError(
-            f"{key} is {GIVEN!r}: the run's was a Python object; call prune(config, ..., {argument}=...) with it again"
+            f"{key} is {GIVEN!r}: the run's was a Python object; call prune(config, ..., {argument}=...) with it "
+            "again, or give evaluate_run a task with it"
         )
     if not path:
         return None

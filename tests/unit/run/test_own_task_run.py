@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 
 import own_examples
 import pytest
@@ -16,6 +18,7 @@ from laasp_ray.cli import main as cli
 from laasp_ray.config import PlsConfig
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.records import Metrics
+from laasp_ray.report.evaluation import evaluation_table
 from laasp_ray.run.evaluate import evaluate_run
 from laasp_ray.run.events import EpochDone, IterationDone, RunFinished, RunStarted, event_from, last_of
 from laasp_ray.tasks import OwnData, task_of
@@ -62,8 +65,6 @@ def test_a_run_by_import_paths(whole):
 
 
 def config_path(config):
-    from pathlib import Path
-
     return Path(config.storage) / config.name
 
 
@@ -207,6 +208,7 @@ def test_evaluate_runs_code_of_the_folder_only_if_it_is_trusted(whole):
     unpruned, pruned = evaluate_run(config_path(config), trust=True)
     assert pruned.metrics == last_of(read_events_of(config), RunFinished).metrics
     assert pruned.macs < unpruned.macs and set(unpruned.metrics.values) == {"right", "wrong"}
+    assert re.search(r"^right +0\.\d{4} +0\.\d{4}$", evaluation_table((unpruned, pruned)), re.MULTILINE)
     task = task_of(config_of(config.storage, train__loss="", train__metrics={}), loss=bce)
     assert evaluate_run(config_path(config), trust=True, task=task)[1].metrics.values == {}
 
