@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,11 @@ class Examples:
         return self.batch([self.example(index, seed, epoch) for index in indices], indices)
 
     def identity(self) -> dict[str, Any]:
-        """The number of examples, and a digest over it and the content of some of them."""
+        """The number of examples, and a digest over it and the content of some of them, which are read once."""
+        return dict(self._identity)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
         count = len(self)
         chosen = range(0, count, -(-count // _SAMPLE))
         return {"images": count, "digest": digest_of([count, *(self.example(index, 0, 0) for index in chosen)])}

@@ -16,7 +16,7 @@ from laasp_ray.tasks import OwnData
 
 FOLDER = Path(__file__).parents[3] / "examples"
 LEARNS = {
-    "multi_label": ("F1", 0.5),
+    "multi_label": ("F1", 0.3),
     "segmentation": ("mIoU", 0.5),
     "segmentation lraspp": ("mIoU", 0.3),
     "detection": ("AP50", 0.1),
