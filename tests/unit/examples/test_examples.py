@@ -17,7 +17,7 @@ from laasp_ray.tasks import OwnData
 FOLDER = Path(__file__).parents[3] / "examples"
 LEARNS = {
     "multi_label": ("F1", 0.3),
-    "segmentation": ("mIoU", 0.5),
+    "segmentation": ("mIoU", 0.6),
     "segmentation lraspp": ("mIoU", 0.3),
     "detection": ("AP50", 0.1),
     "regression": ("mean absolute error", 5.0),
@@ -61,7 +61,7 @@ def small(example, name, storage, network, images, **changes):
     [
         ("multi_label", lambda script: script.network(), {}),
         ("segmentation", lambda script: script.unet(4), {}),
-        ("regression", lambda script: script.network(), {"learning_rate": 0.01, "distill": 0.3}),
+        ("regression", lambda script: script.network(), {"learning_rate": 0.001, "distill": 0.3}),
     ],
 )
 def test_it_runs(example, tmp_path, name, network, changes):
