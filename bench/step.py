@@ -23,6 +23,7 @@ from laasp_ray import models
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.loaders.reading import Batch
 from laasp_ray.recipes import recipe
+from laasp_ray.tasks import CLASSIFICATION
 from laasp_ray.train.loop import EpochPlan, TrainingPhase, run_training_phase
 
 
@@ -30,6 +31,8 @@ class InMemory:
     """The data of a training phase: random images, and two of them as test images."""
 
     name = "in memory"
+    task = CLASSIFICATION
+    in_background = True
     rank, world, parts, own_parts = 0, 1, 1, (0,)
 
     def __init__(self, batch: int, steps: int, device: torch.device, side: int = 32, classes: int = 10) -> None:

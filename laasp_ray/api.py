@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from laasp_ray import models
 from laasp_ray.config import RunConfig
-from laasp_ray.data.calibration import CalibrationImages
-from laasp_ray.data.loaders.decoding import normalise
-from laasp_ray.data.sources.identity import digest_of_names
+from laasp_ray.data.examples.source import Examples
 from laasp_ray.data.sources.places import find_places
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError
@@ -25,10 +23,18 @@ from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.device import this_device
 from laasp_ray.models.suitable import check_suitable
 from laasp_ray.models.untouched import random_state_kept
+from laasp_ray.records import Place
 from laasp_ray.report.page.writer import PageWriter
 from laasp_ray.report.progress import make_progress
 from laasp_ray.report.tensorboard import ScalarWriter
-from laasp_ray.run.beginning import batch_parts_of, calibration_of, check_method, keep_unpruned, start_run
+from laasp_ray.run.beginning import (
+    batch_parts_of,
+    calibration_of,
+    check_method,
+    check_same_task,
+    keep_unpruned,
+    start_run,
+)
 from laasp_ray.run.controller import Controller, RunServices
 from laasp_ray.run.events import (
     FaultSurvived,
@@ -40,12 +46,14 @@ from laasp_ray.run.events import (
     started,
 )
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare, restore_config
-from laasp_ray.search.evaluate import CalibrationSet
+from laasp_ray.search.calibration import Drawn, calibration_set
 from laasp_ray.search.executor import Executor, InProcessExecutor
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
+from laasp_ray.tasks import GIVEN, OwnData, Task, task_of
+from laasp_ray.train.data import digest_of_split
 from laasp_ray.train.trainer import InProcessTrainer, Trainer
 
 logger = logging.getLogger(__name__)
@@ -71,14 +79,22 @@ def prune(
     ray_address: str | None = None,
     progress: Observer | None = None,
     method: PruningMethod[Any] | None = None,
+    data: OwnData | Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> PruneResult:
     """Carries out a run. Resumes the run of that name if it is unfinished, and only loads it if it is finished.
 
     `model` is the unpruned network: any `nn.Module` that the dependency graph can trace. None builds `config.model`.
     With `distributed` False everything runs in this process, without Ray. With `ray_address` None the run joins the
     cluster of RAY_ADDRESS; without that variable it starts a cluster on this machine, which ends with the run. `method`
-    replaces the method that `config.prune.method` names. `config.prune` must be an instance of its `config_class`. A
-    resumed run needs the same `model` and `method` again.
+    replaces the method that `config.prune.method` names. `config.prune` must be an instance of its `config_class`.
+
+    `data` is a function of the split ("train", "test") that returns a map-style data set, or an `OwnData` with its
+    collate function; `loss` a callable (outputs, targets), or (model, batch) if the first parameter is called `model`,
+    that gives one value for each example; `metrics` maps names to metrics (laasp_ray.tasks). They replace the images
+    and the cross-entropy that the config describes; docs/own-task.md has examples. A resumed run needs the same
+    `model`, `method`, `data`, `loss` and `metrics` again.
 
     Raises ConfigError, DataError or StoreError before anything expensive. Raises SearchError or TrainingError later;
     the store then has everything up to the last finished epoch or iteration.
@@ -86,6 +102,7 @@ def prune(
     _check_given(config, model)
     if method is not None and not config.prunes:
         raise ConfigError("a method is given to a run that prunes nothing: leave it out, or set prune.flops_reduction")
+    config, task = _with_task(config, data, loss, metrics)
     storage = open_run(config)
     restore_config(storage)
     journal = Journal(storage)
@@ -95,12 +112,13 @@ def prune(
     check_section(config, method or method_of(config))
     if distributed:
         check_address(ray_address)
+        _check_portable(task)
     owner = take(storage, at_least=journal.last_attempt() + 1)
     try:
         storage, journal = storage.guarded(owner.ensure), Journal(storage, owner)
         if journal.last(RunFinished.NAME) is not None:  # by the driver that had the run until now
             return _finished(config, model, storage, journal)
-        prepared = _prepared(config, model, journal, method)
+        prepared = _prepared(config, model, journal, method, task)
         progress = progress or make_progress(config.prune.targets, sys.stderr)
         try:
             if distributed:
@@ -125,14 +143,38 @@ def _finished(config: RunConfig, model: nn.Module | None, storage: Storage, jour
 
 
 def _prepared(
-    config: RunConfig, model: nn.Module | None, journal: Journal, method: PruningMethod[Any] | None
+    config: RunConfig, model: nn.Module | None, journal: Journal, method: PruningMethod[Any] | None, task: Task
 ) -> Prepared:
     start = started(journal)
     if start is None:
-        return prepare(config, model, method=method)
+        return prepare(config, model, method=method, task=task)
     check_method(start, method)
+    check_same_task(start, task)
     state = folded(journal, config)
-    return prepare(config, model, started=True, images=start.images, state=state, method=method)
+    return prepare(config, model, started=True, images=start.images, state=state, method=method, task=task)
+
+
+def _with_task(
+    config: RunConfig,
+    data: OwnData | Callable[..., Any] | None,
+    loss: Callable[..., Any] | None,
+    metrics: Mapping[str, Any] | None,
+) -> tuple[RunConfig, Task]:
+    """The task, and the config that says which parts of it are Python objects."""
+    task = task_of(config, data=data, loss=loss, metrics=metrics)
+    if data is not None and not config.data.factory:
+        config = replace(config, data=replace(config.data, factory=GIVEN))
+    if loss is not None and not config.train.loss:
+        config = replace(config, train=replace(config.train, loss=GIVEN))
+    return config, task
+
+
+def _check_portable(task: Task) -> None:
+    if not task.own_parts():
+        return
+    from laasp_ray.distributed.transfer import check_portable  # it needs Ray
+
+    check_portable(task.own_parts())
 
 
 def _check_given(config: object, model: object) -> None:
@@ -165,13 +207,8 @@ def _run_here(
     check_workers(config, len(prepared.train), parts)
     device = this_device()
 
-    def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
-        images = CalibrationSet(
-            calibration.images,
-            calibration.labels,
-            config.search.batch_size,
-            lambda batch: normalise(batch, config.data),
-        )
+    def executor(calibration: Drawn, trainer: Callable[[], Trainer]) -> Executor:
+        images = calibration_set(calibration, config.data, config.search, prepared.task)
         return InProcessExecutor(prepared.unpruned, images, device, config.search, config.seed)
 
     return _control(
@@ -180,7 +217,7 @@ def _run_here(
         journal,
         progress,
         method,
-        lambda: InProcessTrainer(prepared.unpruned, config, device, parts),
+        lambda: InProcessTrainer(prepared.unpruned, config, device, parts, prepared.task),
         executor,
         parts,
         "one process, without Ray",
@@ -216,14 +253,14 @@ def _run_on_ray(
         share = cluster.plan_resources(resources, config.cluster, known_parts)
         check_workers(config, len(prepared.train), share.workers)
         network = put_network(prepared.unpruned)
-        images = digest_of_names(prepared.train), digest_of_names(prepared.test)
+        images, task = (digest_of_split(prepared.train), digest_of_split(prepared.test)), prepared.task
 
-        def executor(calibration: CalibrationImages, trainer: Callable[[], Trainer]) -> Executor:
+        def executor(calibration: Drawn, trainer: Callable[[], Trainer]) -> Executor:
             if not share.gpus:
-                return RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault)
+                return RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault, task=task)
             started = trainer()
             assert isinstance(started, RayTrainer)
-            made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault, started.nodes)
+            made = RayExecutor(network, prepared.unpruned, calibration, config, share, on_fault, started.nodes, task)
             started.start(made.make_room)  # or the search's workers could take the room of trainers that come later
             return made
 
@@ -233,7 +270,7 @@ def _run_on_ray(
             journal,
             progress,
             method,
-            lambda: RayTrainer(network, config, share, scratch, images, on_fault),
+            lambda: RayTrainer(network, config, share, scratch, images, on_fault, task),
             executor,
             share.workers,
             _spread_over(resources, share.workers),
@@ -255,7 +292,7 @@ def _control(
     progress: Observer,
     method: PruningMethod[Any] | None,
     make_trainer: Callable[[], Trainer],
-    make_executor: Callable[[CalibrationImages, Callable[[], Trainer]], Executor],
+    make_executor: Callable[[Drawn, Callable[[], Trainer]], Executor],
     parts: int,
     workers: str,
 ) -> nn.Module:
@@ -289,7 +326,7 @@ def _control(
             storage,
             journal,
             (progress, scalars, page),
-            locate=lambda names: find_places(names, {"train": prepared.train, "test": prepared.test}),
+            locate=lambda names: _places_of(names, prepared),
             attempt=owner.attempt,
         )
         state = folded(journal, config)
@@ -299,6 +336,12 @@ def _control(
     finally:
         owner.release()  # first: whoever is being stopped may have seconds only
         _close(reversed(made.values()))
+
+
+def _places_of(names: Sequence[str], prepared: Prepared) -> Mapping[str, Place]:
+    train, test = prepared.train, prepared.test
+    assert not isinstance(train, Examples) and not isinstance(test, Examples)  # no example is ever left out
+    return find_places(names, {"train": train, "test": test})
 
 
 def _close(parts: Iterable[Any]) -> None:

@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """The mean cross-entropy of a network over `images` of the calibration set. A loss of NaN or inf is never chosen.
+    """The mean loss of a network over `images` of the calibration set. A loss of NaN or inf is never chosen.
 
     `loss` is an estimate if a race dropped the candidate in round `dropped_at` (from 1), or if the race was decided
     before all images were used. `error` says why there is no loss (NaN). `copied` says why a pruned copy was measured
@@ -174,12 +174,37 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The result of an evaluation on a data set. `images` counts each image once."""
+    """The result of an evaluation on a data set. `images` counts each image once.
+
+    Classification has `top1` and `top5` (0 to 1). A loss of the user's own has `values` by the names of its metrics
+    instead; the first is the primary one, and `better` says which values of it are. Without metrics it is the loss.
+    """
 
     loss: float
-    top1: float
-    top5: float
+    top1: float | None = None
+    top5: float | None = None
     images: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    better: Literal["higher", "lower"] = "higher"
+
+    @property
+    def primary(self) -> tuple[str, float]:
+        """The name and the value of what networks are compared by."""
+        if self.top1 is not None:
+            return "top1", self.top1
+        return next(iter(self.values.items()), ("loss", self.loss))
+
+    @property
+    def score(self) -> float:
+        """The primary value so that higher is better; -inf if it is NaN."""
+        value = self.primary[1] if self.better == "higher" else -self.primary[1]
+        return -math.inf if math.isnan(value) else value
+
+    @property
+    def named(self) -> dict[str, float]:
+        """All values by name, without the loss, the primary one first."""
+        shares = {"top1": self.top1, "top5": self.top5}
+        return {name: value for name, value in shares.items() if value is not None} | dict(self.values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ RESUMABLE_KEYS = (
     "export",
     "data.path",
     "data.threads",
+    "data.workers",
     "data.max_unreadable",
     "search.batch_size",
     "search.candidates_per_task",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.names import is_import_path
@@ -12,6 +13,8 @@ DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar", "
 """Built-in values of `data.format`: the layouts of data/sources/registry.py, `digits` and `auto`. Import paths are also
 allowed.
 """
+GIVEN = "given"
+"""The value of `data.factory` and `train.loss` of a run whose own is a Python object that `prune` is given."""
 TrainTransform = Literal["random_resized_crop", "pad_crop"]
 LoaderName = Literal["auto", "dali", "torchvision"]
 
@@ -23,6 +26,10 @@ class DataConfig:
     Training images are cropped by `train_transform` and flipped at random. Evaluation images are resized so that the
     shorter side is `eval_resize`; then the centre of `image_size` is cropped. `format` may be an import path,
     package.module:name: it is called with this config and the split, and returns an ImageSource (data/sources/base.py).
+
+    With `factory` the examples are those of a map-style data set of the user's own, which crops and normalises itself
+    (data/examples/source.py). Only `arguments`, `collate` and `workers` belong to it; the keys of images have no
+    effect.
     """
 
     path: Annotated[str | None, Doc("the data set's folder; none: the embedded set of handwritten digits")] = None
@@ -63,6 +70,18 @@ class DataConfig:
         float, Doc("share of JPEG files that a GPU's own decoder takes, if it has one and DALI decodes, 0 to 1")
     ] = 0.65
     max_unreadable: Annotated[int, Doc("images that may be left out as unreadable before the run ends")] = 20
+    factory: Annotated[
+        str, Doc("import path of a function of the split that gives a data set of your own; empty: images, as above")
+    ] = ""
+    arguments: Annotated[Mapping[str, Any], Doc("further keyword arguments of data.factory")] = field(
+        default_factory=dict
+    )
+    collate: Annotated[
+        str, Doc("import path of what makes (inputs, targets) of a list of examples; empty: torch's default_collate")
+    ] = ""
+    workers: Annotated[
+        int, Doc("processes that read the examples of data.factory ahead; 0: the training process, between its steps")
+    ] = 0
 
     def __post_init__(self) -> None:
         known = self.format in DATA_FORMATS or is_import_path(self.format)
@@ -82,3 +101,11 @@ class DataConfig:
         check(self.threads >= 1, "data.threads", self.threads, "at least 1")
         check(0 <= self.hw_decoder_load <= 1, "data.hw_decoder_load", self.hw_decoder_load, "a share from 0 to 1")
         check(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "at least 0")
+        check(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        named = self.factory in ("", GIVEN) or is_import_path(self.factory)
+        check(named, "data.factory", self.factory, "an import path, package.module:name")
+        check(not self.collate or is_import_path(self.collate), "data.collate", self.collate, "an import path")
+        if not self.factory:
+            for key in ("arguments", "collate", "workers"):
+                value = getattr(self, key)
+                check(not value, f"data.{key}", value, "left out without data.factory, whose it is")

@@ -44,7 +44,7 @@ class RunConfig:
         plain = self.name.replace("-", "").replace("_", "").replace(".", "")
         check(plain.isalnum() and self.name[0].isalnum(), "name", self.name, "letters, digits, '-', '_' and '.'")
         check(
-            self.data.image_size == self.model.input_shape[1] == self.model.input_shape[2],
+            bool(self.data.factory) or self.data.image_size == self.model.input_shape[1] == self.model.input_shape[2],
             "data.image_size",
             self.data.image_size,
             f"the height and width of model.input_shape {self.model.input_shape}",

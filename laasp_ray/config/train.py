@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import typing
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from laasp_ray.config.data import GIVEN
 from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.names import is_import_path
 
 Schedule = Literal["steps", "cosine"]
 
@@ -72,7 +75,23 @@ class TrainConfig:
         Doc("torch.compile for training: minutes at the start of each training phase, and other last digits"),
     ] = False
 
+    loss: Annotated[
+        str,
+        Doc(
+            "import path of a loss of your own, (outputs, targets) or (model, batch) -> one value per example; empty: "
+            "cross-entropy"
+        ),
+    ] = ""
+    metrics: Annotated[
+        Mapping[str, str], Doc("name -> import path of the metrics that go with train.loss; the first decides")
+    ] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
+        named = self.loss in ("", GIVEN) or is_import_path(self.loss)
+        check(named, "train.loss", self.loss, "an import path, package.module:name")
+        for name, path in self.metrics.items():
+            right = isinstance(path, str) and is_import_path(path)
+            check(right, f"train.metrics.{name}", path, "an import path, package.module:name")
         check(self.epochs >= 1, "train.epochs", self.epochs, "at least 1")
         check(
             0 <= self.prune_epoch <= self.epochs,

@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from laasp_ray.config import RunConfig
-from laasp_ray.data.calibration import CalibrationImages
-from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed import importance
 from laasp_ray.distributed.cluster import ResourcePlan
 from laasp_ray.distributed.grams import spread_grams
 from laasp_ray.distributed.process import PROCESS
 from laasp_ray.distributed.search_workers import Job, SearchWorkers
-from laasp_ray.distributed.transfer import pack, unpack
+from laasp_ray.distributed.transfer import pack, pack_object, unpack
 from laasp_ray.errors import UnmaskedError
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
@@ -28,13 +26,15 @@ from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
 from laasp_ray.search.batchnorm import reestimate, with_statistics
-from laasp_ray.search.engine import Cost, Losses
+from laasp_ray.search.calibration import Drawn, calibration_set
+from laasp_ray.search.engine import Cost, Losses, untraced_by
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.grams import Grams, gram_chunks, parts
 from laasp_ray.search.memory import REMEDY, retried
 from laasp_ray.search.remembering import BranchPointMemory
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
+from laasp_ray.tasks import CLASSIFICATION, Task
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,21 @@ class RayExecutor:
         self,
         network: Any,
         unpruned: nn.Module,
-        calibration: CalibrationImages,
+        calibration: Drawn,
         config: RunConfig,
         share: ResourcePlan,
         on_fault: Callable[[str], None] = lambda text: None,
         trainers: Callable[[], Sequence[str]] = lambda: (),
+        task: Task = CLASSIFICATION,
     ) -> None:
         """`network` is the object reference of `unpruned`. `on_fault` is called for each worker that was lost.
         `trainers` gives the Ray node of each trainer that shares its GPU with the search.
         """
         self._network, self._unpruned, self._search = network, unpruned, config.search
-        self._images, self._seed = len(calibration.labels), config.seed
-        self._branch_points = BranchPointMemory(normalise(calibration.images[:1], config.data))
-        self._calibration = ray.put(
-            (calibration.images.numpy(), calibration.labels.numpy(), config.data, config.search)
-        )
+        self._images, self._seed = len(calibration.indices), config.seed
+        example = calibration_set(calibration, config.data, config.search, task).with_format(torch.contiguous_format)
+        self._branch_points = BranchPointMemory(example.at(np.arange(1))[0], untraced_by(task) or None)
+        self._calibration = ray.put((pack_object(calibration), task, config.data, config.search))
         self._workers = SearchWorkers(share, on_fault=on_fault, trainers=trainers)
         self._sent: tuple[NetworkState, Any] | None = None
 

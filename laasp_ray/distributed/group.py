@@ -27,6 +27,7 @@ from laasp_ray.distributed.torch_backend import NodeTorchConfig
 from laasp_ray.distributed.train_worker import train_worker
 from laasp_ray.distributed.versions import installed
 from laasp_ray.distributed.waiting import Waiting
+from laasp_ray.tasks import CLASSIFICATION, Task
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class NoRoomError(Exception):
 @dataclass(frozen=True)
 class GroupSettings:
     """What every group of a run gets: the reference of the unpruned network, the config, the plan of the resources, a
-    folder for Ray Train's own files, and the digests of the driver's training and test images.
+    folder for Ray Train's own files, the digests of the driver's training and test images, and the task.
     """
 
     unpruned: Any
@@ -65,6 +66,7 @@ class GroupSettings:
     share: ResourcePlan
     storage_path: str
     images: tuple[str, str]
+    task: Task = CLASSIFICATION
 
 
 class WorkerGroup:
@@ -94,6 +96,7 @@ class WorkerGroup:
                 "threads": share.trainer_threads,
                 "versions": installed(),
                 "images": settings.images,
+                "task": settings.task,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,

@@ -12,10 +12,13 @@ from laasp_ray.distributed.cluster import ResourcePlan, usable_cpus
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.device import unusable
 from laasp_ray.search.precision import computing_in
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.speed import TrainingSpeed, measure_forward, measure_training
 
 
-def measure(network: Any, config: RunConfig, share: ResourcePlan) -> tuple[TrainingSpeed, float]:
+def measure(
+    network: Any, config: RunConfig, share: ResourcePlan, task: Task = CLASSIFICATION
+) -> tuple[TrainingSpeed, float]:
     """The speed of a trainer and the images a second of an evaluation task, measured one after the other.
 
     `network` is the object reference of the unpruned network. Each is measured alone on its node, with the resources
@@ -24,16 +27,18 @@ def measure(network: Any, config: RunConfig, share: ResourcePlan) -> tuple[Train
     resources = dict(share.trainer_resources)
     gpus = resources.pop("GPU", 0)
     trainer = ray.remote(training_speed).options(num_cpus=resources["CPU"], num_gpus=gpus)
-    speed = ray.get(trainer.remote(network, config, share.workers))
+    speed = ray.get(trainer.remote(network, config, share.workers, task))
     return speed, ray.get(ray.remote(forward_speed).options(**share.task_options).remote(network, config))
 
 
-def training_speed(unpruned: torch.nn.Module, config: RunConfig, workers: int) -> TrainingSpeed:
+def training_speed(
+    unpruned: torch.nn.Module, config: RunConfig, workers: int, task: Task = CLASSIFICATION
+) -> TrainingSpeed:
     """The speed of a trainer. Without a GPU the trainers of a node share its cores; all are assumed to be on
     one node.
     """
     torch.set_num_threads(max(1, usable_cpus() // workers))
-    return measure_training(unpruned, config, _device(), workers)
+    return measure_training(unpruned, config, _device(), workers, task)
 
 
 def forward_speed(unpruned: torch.nn.Module, config: RunConfig) -> float:

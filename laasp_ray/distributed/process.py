@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from laasp_ray.config import DataConfig, SearchConfig
-from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.distributed.cluster import usable_cpus
-from laasp_ray.distributed.transfer import unpack
+from laasp_ray.distributed.transfer import unpack, unpack_object
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.device import unusable
 from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.search.calibration import calibration_set
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
+from laasp_ray.search.evaluate import Calibration, LossTask, ready_with
+from laasp_ray.tasks import Task
 
 
 class Process:
@@ -33,14 +34,14 @@ class Process:
         _, search = self._images(calibration)
         return self._once("work", work, lambda: _engine(model, images, search, *ray.get(work)))
 
-    def network(self, unpruned: Any, network: Any, calibration: Any) -> tuple[nn.Module, CalibrationSet]:
+    def network(self, unpruned: Any, network: Any, calibration: Any) -> tuple[nn.Module, Calibration]:
         """The iteration's network, ready to run, and the images."""
         torch.set_num_threads(threads())
         base = self._once("unpruned", unpruned, lambda: ray.get(unpruned))
         images, _ = self._images(calibration)
         return self._once("network", network, lambda: _network(base, images, *ray.get(network)))
 
-    def _images(self, calibration: Any) -> tuple[CalibrationSet, SearchConfig]:
+    def _images(self, calibration: Any) -> tuple[Calibration, SearchConfig]:
         return self._once("calibration", calibration, lambda: _calibration(*ray.get(calibration)))
 
     def forget_iteration(self) -> None:
@@ -93,7 +94,7 @@ def threads() -> int:
 
 
 def _engine(
-    model: nn.Module, calibration: CalibrationSet, search: SearchConfig, tasks: list[LossTask], untraced: str
+    model: nn.Module, calibration: Calibration, search: SearchConfig, tasks: list[LossTask], untraced: str
 ) -> tuple[Engine, list[LossTask]]:
     """`untraced` is the driver's verdict on the network (search/tracing.py). The worker must mask what the driver
     masks.
@@ -103,16 +104,10 @@ def _engine(
 
 
 def _network(
-    unpruned: nn.Module, calibration: CalibrationSet, plan: Plan, arrays: dict[str, Any]
-) -> tuple[nn.Module, CalibrationSet]:
+    unpruned: nn.Module, calibration: Calibration, plan: Plan, arrays: dict[str, Any]
+) -> tuple[nn.Module, Calibration]:
     return ready_with(rebuild(unpruned, NetworkState(plan, unpack(arrays, copy=False))), calibration)
 
 
-def _calibration(
-    images: Any, labels: Any, data: DataConfig, search: SearchConfig
-) -> tuple[CalibrationSet, SearchConfig]:
-    tensors = unpack({"images": images, "labels": labels}, copy=False)
-    calibration = CalibrationSet(
-        tensors["images"], tensors["labels"], search.batch_size, lambda batch: normalise(batch, data)
-    )
-    return calibration.to(device()), search
+def _calibration(drawn: Any, task: Task, data: DataConfig, search: SearchConfig) -> tuple[Calibration, SearchConfig]:
+    return calibration_set(unpack_object(drawn), data, search, task).to(device()), search

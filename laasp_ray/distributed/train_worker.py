@@ -29,6 +29,7 @@ from laasp_ray.distributed.versions import check_versions
 from laasp_ray.errors import DataError, LaaspError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.tasks import Task
 from laasp_ray.train.data import PhaseData
 from laasp_ray.train.ddp import distributed
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase, run_training_phase
@@ -52,8 +53,8 @@ class PhaseCommand:
 def train_worker(settings: dict[str, Any]) -> None:
     """The loop of one rank.
 
-    `settings` are its mailbox, the unpruned network's reference, the run's config, the parts of a global batch, the
-    number of threads (None: its share of the CPUs here), and the driver's versions and digests of images.
+    `settings` are its mailbox, the unpruned network's reference, the run's config and task, the parts of a global
+    batch, the number of threads (None: its share of the CPUs here), and the driver's versions and digests of images.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -70,7 +71,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             check_versions(settings["versions"])
             if data is None:
                 with _naming_the_node():
-                    data = _open_data(config, settings["parts"], command.payload.training_phase)
+                    data = _open_data(config, settings["parts"], command.payload.training_phase, settings["task"])
                 _check_same_data(data, settings["images"])
             teacher = teacher or _teacher(command.payload)
             for kind, value in _carry_out(command, unpruned, teacher, config, data, heart):
@@ -145,7 +146,7 @@ def _naming_the_node() -> Iterator[None]:
         raise type(error)(f"on node {ray.util.get_node_ip_address()}: {error}") from error
 
 
-def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase) -> PhaseData:
+def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase, task: Task) -> PhaseData:
     return PhaseData(
         config.data,
         batch_size=config.train.global_batch(parts),
@@ -156,6 +157,7 @@ def _open_data(config: RunConfig, parts: int, training_phase: TrainingPhase) -> 
         parts=parts,
         excluded=training_phase.excluded,
         places=training_phase.places,
+        task=task,
     )
 
 
@@ -172,6 +174,9 @@ def _check_same_data(data: PhaseData, expected: tuple[str, str]) -> None:
             raise DataError(
                 f"the nodes have different images: those on {other} and the driver's differ in names, labels or order; "
                 "data.path must hold the same images on every node"
+                if data.task.data is None
+                else f"the data factory gives other examples on {other} than in the driver: it must give the same, in "
+                "the same order, in every process"
             )
 
 
@@ -200,7 +205,7 @@ def _carry_out(
         config=config.train,
         seed=config.seed,
         teacher=rebuild_on(data.device, unpruned, teacher, shape) if teacher is not None else None,
-        wrap=lambda model: distributed(model, shape, config.train),
+        wrap=lambda model: distributed(model, shape, config.train, data.task),
         heartbeat=heart.beat,
     ):
         event = replace(event, unreadable=_gather(event.unreadable))

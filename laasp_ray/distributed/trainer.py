@@ -31,6 +31,7 @@ from laasp_ray.distributed.transfer import pack, unpack
 from laasp_ray.distributed.waiting import Waiting
 from laasp_ray.errors import LaaspError, TrainingError
 from laasp_ray.pruning.network import NetworkState
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase
 from laasp_ray.train.trainer import OnEpoch
 
@@ -60,6 +61,7 @@ class RayTrainer:
         storage_path: str,
         images: tuple[str, str],
         on_fault: Callable[[str], None] = lambda text: None,
+        task: Task = CLASSIFICATION,
     ) -> None:
         """`unpruned` is the object reference of the unpruned network. Ray Train's own files go to `storage_path`.
 
@@ -67,7 +69,7 @@ class RayTrainer:
         `on_fault` is called for each group that was lost.
         """
         self._on_fault = on_fault
-        self._settings = GroupSettings(unpruned, config, share, storage_path, images)
+        self._settings = GroupSettings(unpruned, config, share, storage_path, images, task)
         self._group: WorkerGroup | None = None
         self._coming: WorkerGroup | None = None
         self._make_room: Callable[[], None] = lambda: None

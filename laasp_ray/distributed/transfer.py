@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray import cloudpickle
+
+from laasp_ray.errors import ConfigError
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -38,6 +41,18 @@ def unpack_object(arrays: Sequence[np.ndarray]) -> Any:
     """
     head, *buffers = arrays
     return pickle.loads(head.tobytes(), buffers=buffers)
+
+
+def check_portable(parts: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the part, if one of `parts` cannot be pickled to be sent to workers."""
+    for name, part in parts.items():
+        try:
+            cloudpickle.loads(cloudpickle.dumps(part))
+        except Exception as error:  # a user's object can raise any error
+            raise ConfigError(
+                f"{name} cannot be sent to workers ({type(error).__name__}: {error}): it must be picklable; "
+                "open files, sockets and locks inside the factory, which runs in every worker, not around it"
+            ) from error
 
 
 class _Pickler(pickle.Pickler):

@@ -110,7 +110,7 @@ class GroupSparsity(PruningMethod[GroupSparsityConfig]):
         if section.from_run is not None and not network.started:
             arch, model = _finished_run(config, section.from_run, network.model)
             begun_with = capture(model, arch.plan)
-        check_training(model, config.model.input_shape, config.train, None)
+        check_training(model, config.model.input_shape, config.train, None, network.task)
         dense = {} if network.started else layer_rules(model, section, section.pruned_per_group).dense
         for name, reason in dense.items():
             logger.info("layer %s stays dense: %s", name, reason)

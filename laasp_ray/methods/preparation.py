@@ -22,6 +22,7 @@ from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.search.batchnorm import check_statistics, norms_of
 from laasp_ray.search.candidates import Baseline, measure_baseline
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.check import check_training
 
 logger = logging.getLogger(__name__)
@@ -41,13 +42,14 @@ class UnprunedNetwork:
     """The network that a run of `config` prunes.
 
     `model` is on the CPU and has the run's initial weights. `example_input` is (1, C, H, W). `started` is True for a
-    run that is resumed.
+    run that is resumed. `task` has its loss and data.
     """
 
     config: RunConfig
     model: nn.Module
     example_input: torch.Tensor
     started: bool = False
+    task: Task = CLASSIFICATION
 
     def graph(self) -> PruningGraph:
         """Builds the network's dependency graph."""
@@ -100,7 +102,7 @@ def prepare_filters(
     for name, reason in graph.skipped.items():
         logger.info("layer %s is not pruned: %s", name, reason)
     _check_target(prune, graph, baseline, independent_layers(graph) if independent else tuple(graph.layers), max_pruned)
-    check_training(model, config.model.input_shape, config.train, graph)
+    check_training(model, config.model.input_shape, config.train, graph, network.task)
     if config.search.reestimate_batchnorm and not norms_of(model):
         raise ConfigError(
             "search.reestimate_batchnorm is True, but the network has no BatchNorm that keeps statistics: leave it out"

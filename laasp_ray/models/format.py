@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +39,13 @@ def to_fast_format(model: nn.Module, image: torch.Tensor) -> nn.Module:
     return to_channels_last(model)
 
 
-def in_format_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def in_format_of(model: nn.Module, images: Any) -> Any:
     """Converts images (B, C, H, W) to channels last if the weights of `model` are; else returns them unchanged."""
-    if images.ndim == 4 and any(_is_channels_last(parameter) for parameter in model.parameters()):
+    if (
+        isinstance(images, torch.Tensor)
+        and images.ndim == 4
+        and any(_is_channels_last(parameter) for parameter in model.parameters())
+    ):
         return images.contiguous(memory_format=torch.channels_last)
     return images
 

@@ -166,7 +166,8 @@ def _here(prepared: Prepared) -> Machine:
     device = this_device()
     with computing_in(config.search.precision):
         forward = measure_forward(network, config, device)
-    return Machine(workers=1, tasks=1, trainer=measure_training(network, config, device), forward=forward)
+    trainer = measure_training(network, config, device, task=prepared.task)
+    return Machine(workers=1, tasks=1, trainer=trainer, forward=forward)
 
 
 def _on_ray(prepared: Prepared, address: str | None) -> Machine:
@@ -178,5 +179,5 @@ def _on_ray(prepared: Prepared, address: str | None) -> Machine:
     with cluster.connected(address) as resources:
         share = cluster.plan_resources(resources, config.cluster)
         check_workers(config, len(prepared.train), share.workers)
-        trainer, forward = probe.measure(put_network(network_of(prepared)), config, share)
+        trainer, forward = probe.measure(put_network(network_of(prepared)), config, share, prepared.task)
         return Machine(workers=share.workers, tasks=slots_of(resources, share), trainer=trainer, forward=forward)

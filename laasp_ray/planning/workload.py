@@ -40,7 +40,9 @@ def workload_of(prepared: Prepared) -> Workload:
     if config.prunes:
         method = method_of(config)
         images = min(config.search.images, len(prepared.train)) if method.measures_losses else 0
-        network = UnprunedNetwork(config=config, model=prepared.unpruned, example_input=prepared.example_input)
+        network = UnprunedNetwork(
+            config=config, model=prepared.unpruned, example_input=prepared.example_input, task=prepared.task
+        )
         preparation = Preparation(baseline=prepared.baseline, begun_with=prepared.begun_with)
         pruning = method.estimate(network, preparation, images)
     fine_tunes = 0 if pruning is None else pruning.fine_tunes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from laasp_ray.report.latency import latency_lines
+from laasp_ray.report.metrics import form_of, label_of
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.evaluate import Evaluation
 
@@ -15,8 +16,9 @@ def evaluation_table(evaluation: Evaluation) -> str:
     def row(label: str, form: str, a: float, b: float, ratio: bool = True) -> None:
         rows.append((label, form.format(a), form.format(b), f"{b / a:.3f}" if ratio and a else ""))
 
-    row("top-1", "{:.2%}", unpruned.metrics.top1, pruned.metrics.top1, ratio=False)
-    row("top-5", "{:.2%}", unpruned.metrics.top5, pruned.metrics.top5, ratio=False)
+    theirs = unpruned.metrics.named
+    for name, value in pruned.metrics.named.items():
+        row(label_of(name), form_of(name), theirs[name], value, ratio=False)
     row("loss", "{:.4f}", unpruned.metrics.loss, pruned.metrics.loss, ratio=False)
     row("MACs", "{:,}", unpruned.macs, pruned.macs)
     row("parameters", "{:,}", unpruned.parameters, pruned.parameters)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.metrics import metrics_text
 from laasp_ray.run.events import (
     BaselineMeasured,
     CandidatesMeasured,
@@ -203,8 +204,8 @@ class Progress(ABC):
                 self._loader_shown = True
                 metrics = event.metrics
                 yield (
-                    f"after {event.phase if isinstance(event, TrainingPhaseDone) else 'baseline'}: test top-1 "
-                    f"{metrics.top1:.2%}, top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} on {metrics.images} images"
+                    f"after {event.phase if isinstance(event, TrainingPhaseDone) else 'baseline'}: test "
+                    f"{metrics_text(metrics)} on {metrics.images} images"
                 )
 
     @abstractmethod
@@ -338,9 +339,14 @@ def resumed_line(state: RunState, targets: Mapping[str, float]) -> str:
 
 
 def shown_metrics(event: EpochDone) -> dict[str, float]:
-    """Loss and top1 in training, and `test top1` where the test images were evaluated."""
-    tested = {} if event.metrics is None else {"test top1": event.metrics.top1}
-    return {"loss": event.loss, "top1": event.top1, **tested}
+    """Loss and top1 in training, and `test top1` where the test images were evaluated; with a loss of the user's own
+    the primary metric instead of top1, in tests only.
+    """
+    shown = {"loss": event.loss} if event.top1 is None else {"loss": event.loss, "top1": event.top1}
+    if event.metrics is not None:
+        name, value = event.metrics.primary
+        shown[f"test {name}"] = value
+    return shown
 
 
 def epoch_line(event: EpochDone) -> str:

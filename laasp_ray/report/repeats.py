@@ -51,7 +51,7 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     values = {**summary["metrics"], "flops_reduction": summary["flops_reduction"]}
     if summary["best"] is not None:
         values["best_top1"] = summary["best"]["metrics"]["top1"]
-    return {figure: float(values[figure]) for figure in FIGURES if figure in values}
+    return {figure: float(values[figure]) for figure in FIGURES if values.get(figure) is not None}
 
 
 def collected(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

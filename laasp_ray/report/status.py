@@ -11,6 +11,7 @@ from typing import Any, Literal
 from laasp_ray.config import TARGETS
 from laasp_ray.records import Metrics, to_json
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.metrics import primary_text
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     BaselineMeasured,
@@ -263,10 +264,10 @@ def status_text(status: RunStatus) -> str:
         rows.append((f"{of} reduction", f"{status.reached[of]:.2%} of {target:.2%}, {status.iteration} iterations"))
     if status.last_decision:
         rows.append(("last prune", status.last_decision))
-    if status.loss is not None and status.top1 is not None:
-        rows.append(("training", f"loss {status.loss:.4f}, top-1 {status.top1:.2%}"))
+    if status.loss is not None:
+        rows.append(("training", _with_loss(status.loss, "" if status.top1 is None else f"top-1 {status.top1:.2%}")))
     if status.test is not None:
-        rows.append(("test", f"loss {status.test.loss:.4f}, top-1 {status.test.top1:.2%}"))
+        rows.append(("test", _with_loss(status.test.loss, primary_text(status.test))))
     pace = [f"{format_duration(seconds)} an {what}" for what, seconds in _paces(status) if seconds is not None]
     rows.append(("pace", ", ".join(pace) or "not known yet"))
     if status.driver != "finished":
@@ -287,10 +288,23 @@ def _paces(status: RunStatus) -> list[tuple[str, float | None]]:
 
 def statuses_table(statuses: Sequence[RunStatus]) -> str:
     """One line a run."""
-    rows = [["run", "driver", "phase", "iterations", "reduction", "test top-1", "time left"]]
+    classify = all(one.test is None or one.test.top1 is not None for one in statuses)
+    head = "test top-1" if classify else "test"
+    rows = [["run", "driver", "phase", "iterations", "reduction", head, "time left"]]
     for one in statuses:
         reduction = ", ".join(f"{one.reached[of]:.1%} of {share:.1%} {of}" for of, share in one.targets.items())
         left = "" if one.driver == "finished" else "?" if one.eta_s is None else format_duration(one.eta_s)
-        top1 = "" if one.test is None else f"{one.test.top1:.2%}"
-        rows.append([one.name, one.driver, one.phase, str(one.iteration), reduction, top1, left])
+        rows.append([one.name, one.driver, one.phase, str(one.iteration), reduction, _test_of(one), left])
     return "\n".join(table_lines(rows, left=(0, 1, 2, 4)))
+
+
+def _test_of(one: RunStatus) -> str:
+    if one.test is None:
+        return ""
+    if one.test.top1 is not None:
+        return f"{one.test.top1:.2%}"
+    return primary_text(one.test) or f"loss {one.test.loss:.4f}"
+
+
+def _with_loss(loss: float, metric: str) -> str:
+    return f"loss {loss:.4f}" + (f", {metric}" if metric else "")

@@ -12,6 +12,7 @@ from laasp_ray.export.network import Export
 from laasp_ray.records import Decision, Metrics
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.latency import latency_lines
+from laasp_ray.report.metrics import form_of, label_of, metrics_text
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     EpochDone,
@@ -47,10 +48,10 @@ class Summary:
     `targets` and `reached` have a share for each quantity (config.TARGETS). `reached` has FLOPs and every other
     quantity with a target. `macs` are for one input; `macs_after` and `parameters_after` are of the finished network.
     `before` and `after` are the test metrics before the first prune and at the end. `best` is the epoch of the final
-    training with the highest top-1 on the test images. `iteration_seconds` has the mean seconds of each part of an
-    iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each pruned
-    layer, and `filters` the initial number in every prunable layer. `compensated` says for every prune that could be
-    made up for whether it was. `exports` and `latency` are of the finished network.
+    training with the best primary metric on the test images. `iteration_seconds` has the mean seconds of each part of
+    an iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each
+    pruned layer, and `filters` the initial number in every prunable layer. `compensated` says for every prune that
+    could be made up for whether it was. `exports` and `latency` are of the finished network.
     """
 
     name: str
@@ -188,8 +189,10 @@ def _network_rows(summary: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "before", "after")]
     rows.append(("MACs", f"{summary.macs:,}", _count(summary.macs_after)))
     rows.append(("parameters", f"{summary.parameters:,}", _count(summary.parameters_after)))
-    for label, name in (("top-1", "top1"), ("top-5", "top5")):
-        rows.append((label, *(f"{getattr(m, name):.2%}" if m else "-" for m in (summary.before, summary.after))))
+    metrics = summary.after or summary.before
+    for name in ("top1", "top5") if metrics is None else metrics.named:
+        texts = (form_of(name).format(m.named[name]) if m else "-" for m in (summary.before, summary.after))
+        rows.append((label_of(name), *texts))
     rows.append(("loss", *(f"{m.loss:.4f}" if m else "-" for m in (summary.before, summary.after))))
     rows.append(("test images", *(f"{m.images:,}" if m else "-" for m in (summary.before, summary.after))))
     return rows
@@ -198,8 +201,8 @@ def _network_rows(summary: Summary) -> list[tuple[str, ...]]:
 def _best_line(best: BestEpoch) -> str:
     metrics = best.metrics
     return (
-        f"Best tested epoch of the final training: {best.epoch + 1} of {best.epochs}, top-1 {metrics.top1:.2%}, "
-        f"top-5 {metrics.top5:.2%}, loss {metrics.loss:.4f} (the table has the last)"
+        f"Best tested epoch of the final training: {best.epoch + 1} of {best.epochs}, "
+        f"{metrics_text(metrics)} (the table has the last)"
     )
 
 

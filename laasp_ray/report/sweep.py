@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from laasp_ray.cost.latency import Latency
+from laasp_ray.records import Metrics
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.summary import summarise
 from laasp_ray.report.tables import table_lines
@@ -79,11 +80,16 @@ def row_from(
         parameters=summary.parameters_after,
         parameters_unpruned=summary.parameters,
         latency_ms=latency_ms,
-        top1_before=None if summary.before is None else 100 * summary.before.top1,
-        top1_after=None if summary.after is None else 100 * summary.after.top1,
+        top1_before=_percent_of(summary.before),
+        top1_after=_percent_of(summary.after),
         seconds=seconds_spent(events),
         shared_seconds=float(shared.get("seconds", 0.0)),
     )
+
+
+def _percent_of(metrics: Metrics | None) -> float | None:
+    """The top-1, %. A loss of the user's own has none."""
+    return None if metrics is None or metrics.top1 is None else 100 * metrics.top1
 
 
 def latency_in(events: Sequence[Happening]) -> tuple[Latency, Latency] | None:

@@ -53,8 +53,9 @@ class ScalarWriter:
         match event:
             case EpochDone():
                 done = event.epochs_trained
-                for key, value in (("train/loss", event.loss), ("train/top1", event.top1)):
-                    self.scalar(key, value, done)
+                self.scalar("train/loss", event.loss, done)
+                if event.top1 is not None:
+                    self.scalar("train/top1", event.top1, done)
                 self.scalar("learning_rate", event.learning_rate, done)
                 if event.metrics is not None:
                     self._plot(event.metrics, done)
@@ -98,8 +99,8 @@ class ScalarWriter:
             self._scratch.cleanup()
 
     def _plot(self, metrics: Metrics, step: int) -> None:
-        for key in ("loss", "top1", "top5"):
-            self.scalar(f"test/{key}", getattr(metrics, key), step)
+        for key, value in {"loss": metrics.loss, **metrics.named}.items():
+            self.scalar(f"test/{key}", value, step)
 
     def _next_writer(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter  # this import takes a second, and only a run needs it

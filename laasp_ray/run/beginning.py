@@ -7,7 +7,11 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from laasp_ray.data.calibration import CalibrationImages, draw_calibration_images
+from laasp_ray.config.fields import flatten
+from laasp_ray.data.calibration import draw_calibration_images
+from laasp_ray.data.examples.calibration import draw_calibration_examples
+from laasp_ray.data.examples.source import Examples
+from laasp_ray.data.sources.base import ImageSource
 from laasp_ray.data.sources.identity import identify
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.methods import PruningMethod
@@ -16,10 +20,12 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.run.events import CalibrationDrawn, RunStarted, data_of, read_event, started
 from laasp_ray.run.machine import this_machine
 from laasp_ray.run.preflight import Prepared, write_config
+from laasp_ray.search.calibration import Drawn
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.checkpoint import UNPRUNED, has_checkpoint, load_checkpoint, save_checkpoint
 from laasp_ray.store.journal import Journal
 from laasp_ray.store.storage import Storage
+from laasp_ray.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +83,8 @@ def start_run(
         skipped_layers=baseline.skipped,
         train_images=len(prepared.train),
         test_images=len(prepared.test),
-        images={"train": identify(prepared.train), "test": identify(prepared.test)},
+        images={"train": _identity(prepared.train), "test": _identity(prepared.test)},
+        task=prepared.task.identity(),
         checkpoint=initial,
         plan=None if begun_with.plan.is_empty else begun_with.plan.to_json(),
         batch_parts=parts,
@@ -90,6 +97,22 @@ def start_run(
     write_config(storage, config.to_dict())
 
 
+def _identity(source: ImageSource | Examples) -> dict[str, Any]:
+    return source.identity() if isinstance(source, Examples) else identify(source)
+
+
+def check_same_task(start: RunStarted, task: Task) -> None:
+    """Raises ConfigError if the run was started with another loss, data or metrics of the user's own."""
+    theirs, ours = flatten(start.task or {}), flatten(task.identity() or {})
+    differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if differing:
+        listed = "; ".join(f"{key}: {theirs.get(key, 'none')} there, {ours.get(key, 'none')} here" for key in differing)
+        raise ConfigError(
+            f"this run was started with another task ({listed}): give the same data, loss and metrics to go on with "
+            "it, or start a run under another name"
+        )
+
+
 def keep_unpruned(from_run: str, storage: Storage) -> None:
     """Copies the checkpoint of the never-pruned network, which the final comparison uses, from the run that this one
     begins with.
@@ -100,7 +123,7 @@ def keep_unpruned(from_run: str, storage: Storage) -> None:
 
 def calibration_of(
     prepared: Prepared, journal: Journal, excluded: tuple[str, ...], on_unreadable: Callable[[str], None]
-) -> CalibrationImages:
+) -> Drawn:
     """Draws the calibration set. A resumed run draws it again, with the same seed and the same images left out.
 
     Raises DataError if the digest of the images differs from the first drawing's.
@@ -115,18 +138,25 @@ def calibration_of(
         left_out.append(name)
         on_unreadable(name)
 
-    calibration = draw_calibration_images(
-        prepared.train,
-        config.data,
-        images=config.search.images,
-        seed=config.seed,
-        excluded=excluded if known is None else known.excluded,
-        on_unreadable=leave_out,
-    )
+    train, count = prepared.train, config.search.images
+    calibration: Drawn
+    if isinstance(train, Examples):
+        calibration = draw_calibration_examples(train, images=count, seed=config.seed)
+    else:
+        calibration = draw_calibration_images(
+            train,
+            config.data,
+            images=count,
+            seed=config.seed,
+            excluded=excluded if known is None else known.excluded,
+            on_unreadable=leave_out,
+        )
+    if prepared.task.runs_model:
+        logger.info("every candidate is measured on a pruned copy of the network, because the loss runs it itself")
     if known is None:
-        drawn = CalibrationDrawn(images=len(calibration.labels), digest=calibration.digest, excluded=tuple(left_out))
+        drawn = CalibrationDrawn(images=len(calibration.indices), digest=calibration.digest, excluded=tuple(left_out))
         journal.append(drawn.NAME, data_of(drawn))
-        logger.info("losses are measured on %d training images", len(calibration.labels))
+        logger.info("losses are measured on %d training images", len(calibration.indices))
     elif known.digest != calibration.digest:
         raise DataError(
             f"the calibration set drawn now has digest {calibration.digest[:12]}, the run's "

@@ -82,8 +82,7 @@ def _numbers(summary: RunFinished, before: Metrics | None) -> Iterator[str]:
         ("", "unpruned", "this network"),
         ("multiply-accumulates", f"{summary.macs_unpruned:,}", f"{summary.macs:,}"),
         ("parameters", f"{summary.parameters_unpruned:,}", f"{summary.parameters:,}"),
-        ("top-1", f"{before.top1:.2%}" if before else "-", f"{after.top1:.2%}"),
-        ("top-5", f"{before.top5:.2%}" if before else "-", f"{after.top5:.2%}"),
+        *(_metric(name, before, value) for name, value in after.named.items()),
         ("loss", f"{before.loss:.4f}" if before else "-", f"{after.loss:.4f}"),
     ]
     yield _table(rows)
@@ -91,6 +90,14 @@ def _numbers(summary: RunFinished, before: Metrics | None) -> Iterator[str]:
         f"Accuracy is on {after.images:,} test images, of the unpruned network just before the first prune. "
         f"{summary.flops_reduction:.2%} of FLOPs are gone ({summary.macs_convention})."
     )
+
+
+def _metric(name: str, before: Metrics | None, after: float) -> tuple[str, str, str]:
+    """The row of a metric. Top-1 and top-5 are shares."""
+    form = "{:.2%}" if name in ("top1", "top5") else "{:.4f}"
+    value = None if before is None else before.named.get(name)
+    label = {"top1": "top-1", "top5": "top-5"}.get(name, name)
+    return label, "-" if value is None else form.format(value), form.format(after)
 
 
 def _latency(rows: tuple[EngineLatency, ...]) -> Iterator[str]:

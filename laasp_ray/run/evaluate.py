@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from laasp_ray.config import DataConfig, ExportConfig, ModelConfig
 from laasp_ray.config.fields import build
 from laasp_ray.config.names import is_import_path
 from laasp_ray.cost.macs import count_macs
-from laasp_ray.data.sources.base import check_classes, check_outputs
+from laasp_ray.data.examples.source import Examples
+from laasp_ray.data.sources.base import ImageSource, check_classes, check_outputs
 from laasp_ray.data.sources.registry import open_test_source
 from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.export.latency import EngineLatency, measure_engines
@@ -28,6 +29,8 @@ from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import UNPRUNED, load_checkpoint
 from laasp_ray.store.journal import Journal, started_config
 from laasp_ray.store.storage import Storage
+from laasp_ray.tasks import Classification, Task
+from laasp_ray.tasks.registry import task_from
 from laasp_ray.train.data import EvaluationData
 from laasp_ray.train.loop import evaluate
 
@@ -60,6 +63,8 @@ class RunSettings:
 
     model: ModelConfig
     data: DataConfig
+    loss: str = ""
+    metrics: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -71,38 +76,35 @@ def evaluate_run(
     batch_size: int = 100,
     latency: ExportConfig = LATENCY,
     trust: bool = False,
+    task: Task | None = None,
 ) -> Evaluation:
     """Measures the unpruned network, with its weights just before the first prune, and the pruned network.
 
     Both are the same network if nothing was pruned. `folder` is the folder of a finished run, local or on object
     storage. `data` and `data_format` replace the data set's path and format; only the test images are needed. The
     evaluation is in float32, on the GPU if there is one. `latency` says which engines time both networks, and how. A
-    builder or a data format that the folder names by import path is used only with `trust`, because that runs code.
-    Raises ConfigError without `trust`, StoreError if the folder holds no finished run.
+    builder or a data format that the folder names by import path is used only with `trust`, because that runs code; so
+    are data, loss and metrics of the run's own. `task` replaces those (laasp_ray.tasks.task_of), and must be given if
+    they were Python objects. Raises ConfigError without `trust`, StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
     config = settings_of(storage)
     if not trust:
-        named = {"the network's builder": config.model.builder}
-        if data_format is None:
-            named["the data set's format"] = config.data.format
-        check_runs_no_code(named, storage.uri)
+        check_runs_no_code(_code_of(config, with_format=data_format is None, with_task=task is None), storage.uri)
     images_config = config.data
     if data is not None:
         images_config = dataclasses.replace(images_config, path=data)
     if data_format is not None:
         images_config = dataclasses.replace(images_config, format=data_format)
+    task = task or task_from(images_config, config.loss, config.metrics)
     place = images_config.path or images_config.format
     device = this_device()
     pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
     unpruned = models.build_offline(config.model)
     unpruned.load_state_dict(load_checkpoint(storage, UNPRUNED).model)
     unpruned.to(device).eval()
-    classes = _classes(storage)
-    test = open_test_source(images_config, classes)
-    check_classes(test, classes, place)
-    check_outputs(test, _outputs(unpruned, config, device), place)
-    images = EvaluationData(test, images_config, batch_size=batch_size, seed=config.seed, device=device)
+    test = _test_data(storage, images_config, task, lambda: _outputs(unpruned, config, device), place)
+    images = EvaluationData(test, images_config, batch_size=batch_size, seed=config.seed, device=device, task=task)
     try:
         metrics = [evaluate(network, images) for network in (unpruned, pruned)]
     finally:
@@ -115,6 +117,20 @@ def evaluate_run(
     return Evaluation(first, second, tuple(rows))
 
 
+def _test_data(
+    storage: Storage, images: DataConfig, task: Task, outputs: Callable[[], int], place: str
+) -> ImageSource | Examples:
+    """The test data, checked to be of the run's classes if it is classification of images."""
+    if task.data is not None:
+        return task.data.open("test")
+    classes = _classes(storage)
+    test = open_test_source(images, classes)
+    check_classes(test, classes, place)
+    if isinstance(task, Classification):
+        check_outputs(test, outputs(), place)
+    return test
+
+
 def settings_of(storage: Storage) -> RunSettings:
     """The parts of a run's config that are read of a stored run. Raises StoreError if they cannot be used."""
     settings = started_config(storage)
@@ -122,9 +138,22 @@ def settings_of(storage: Storage) -> RunSettings:
         raise StoreError(f"{storage.uri} holds no config.json: give the folder of a run, such as runs/resnet50_digits")
     try:
         settings = stored_config(storage) if settings is None else settings
-        return build(RunSettings, {key: settings[key] for key in ("model", "data", "seed") if key in settings}, "")
+        used = {key: settings[key] for key in ("model", "data", "seed") if key in settings}
+        train = settings.get("train", {})
+        return build(RunSettings, used | {key: train[key] for key in ("loss", "metrics") if key in train}, "")
     except ConfigError as error:
         raise StoreError(f"the settings of the run in {storage.uri} cannot be used: {error}") from error
+
+
+def _code_of(config: RunSettings, *, with_format: bool, with_task: bool) -> dict[str, str]:
+    """What the run's folder names that an evaluation may import: what it is -> its name."""
+    named = {"the network's builder": config.model.builder}
+    if with_format:
+        named["the data set's format"] = config.data.format
+    if with_task:
+        named |= {"its data": config.data.factory, "its collate function": config.data.collate, "its loss": config.loss}
+        named |= {f"its metric {name}": path for name, path in config.metrics.items()}
+    return named
 
 
 def check_runs_no_code(named: Mapping[str, str], uri: str) -> None:

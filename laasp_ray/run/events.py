@@ -24,12 +24,13 @@ from laasp_ray.store.journal import REMEDY, Event, Journal
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
     """The first event. `config` is the whole config's plain form, `checkpoint` the initial weights' name, `plan` that
-    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. `batch_parts` is
-    the number of parts of a global batch, one for each worker at the start (None: an older run). `forked` is there if
-    the run begins with what another one did: that one's folder (`from`), its `iteration`, and how many of the `events`
-    and `seconds` are its own. `macs_by_layer` and `weight_shapes` are of the unpruned convolutions and linear layers.
-    `machine` says what the run began on: `driver`, `workers` and `software`, as texts. Here as in other events,
-    `digests` are of the files that were stored for the event: name in the run's folder -> sha256."""
+    of the pruned network the run goes on with (None: the unpruned one). `images` identify both splits. `task`
+    identifies the user's own data, loss and metrics (None: classification of images). `batch_parts` is the number of
+    parts of a global batch, one for each worker at the start (None: an older run). `forked` is there if the run begins
+    with what another one did: that one's folder (`from`), its `iteration`, and how many of the `events` and `seconds`
+    are its own. `macs_by_layer` and `weight_shapes` are of the unpruned convolutions and linear layers. `machine` says
+    what the run began on: `driver`, `workers` and `software`, as texts. Here as in other events, `digests` are of the
+    files that were stored for the event: name in the run's folder -> sha256."""
 
     NAME: ClassVar = "start"
     config: Mapping[str, Any]
@@ -44,6 +45,7 @@ class RunStarted:
     train_images: int
     test_images: int
     images: Mapping[Literal["train", "test"], Mapping[str, Any]] = field(default_factory=dict)
+    task: Mapping[str, Any] | None = None
     method: str | None = None
     plan: Mapping[str, Any] | None = None
     batch_parts: int | None = None
@@ -78,8 +80,8 @@ class BaselineMeasured:
 class EpochDone:
     """`epoch` (from 0) of the schedule is done: number `position` (from 1) of the `epochs` of its training phase.
 
-    `loss` and `top1` are of training. `metrics` are of the test images, if they were evaluated. `checkpoint` names the
-    stored weights.
+    `loss` and `top1` are of training; `top1` is None for a loss of the user's own. `metrics` are of the test images, if
+    they were evaluated. `checkpoint` names the stored weights.
     """
 
     NAME: ClassVar = "epoch"
@@ -91,7 +93,7 @@ class EpochDone:
     epochs_trained: int
     learning_rate: float
     loss: float
-    top1: float
+    top1: float | None = None
     images: int
     seconds: float
     test_seconds: float
@@ -160,7 +162,9 @@ class ImageExcluded:
 
 @dataclass(frozen=True, kw_only=True)
 class BestEpoch:
-    """The epoch (from 0) of the final training with the highest top-1 on the test images; the first of equals."""
+    """The epoch (from 0) of the final training with the best primary metric on the test images (top-1 in
+    classification); the first of equals.
+    """
 
     epoch: int
     metrics: Metrics

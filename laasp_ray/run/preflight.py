@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from laasp_ray import models
-from laasp_ray.config import RunConfig
+from laasp_ray.config import PlsConfig, RunConfig
 from laasp_ray.config.compat import differences, with_current_names
+from laasp_ray.criteria import looks_at_data
+from laasp_ray.data.examples.source import Examples, check_example_identity
 from laasp_ray.data.loaders.registry import check_available
 from laasp_ray.data.ordering import derive_seed
 from laasp_ray.data.sources.base import SPLITS, check_splits
 from laasp_ray.data.sources.identity import check_identity
-from laasp_ray.data.sources.places import with_places
-from laasp_ray.data.sources.registry import ImageSource, Split, open_source
+from laasp_ray.data.sources.registry import ImageSource, Split
 from laasp_ray.errors import ConfigError, PruningError, StoreError
 from laasp_ray.export.packages import check_export
 from laasp_ray.methods.base import PruningMethod
@@ -42,7 +43,10 @@ from laasp_ray.search.candidates import Baseline
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.journal import REMEDY, Event, Journal, started_config
 from laasp_ray.store.storage import Storage
+from laasp_ray.tasks import CLASSIFICATION, Classification, Task, task_of
+from laasp_ray.tasks.check import check_task
 from laasp_ray.train.check import check_training
+from laasp_ray.train.data import open_splits
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +63,10 @@ class Prepared:
     unpruned: nn.Module
     example_input: torch.Tensor
     baseline: Baseline
-    train: ImageSource
-    test: ImageSource
+    train: ImageSource | Examples
+    test: ImageSource | Examples
     begun_with: NetworkState | None = None
+    task: Task = CLASSIFICATION
 
 
 def open_run(config: RunConfig) -> Storage:
@@ -133,36 +138,41 @@ def prepare(
     images: Mapping[Split, Mapping[str, Any]] | None = None,
     state: RunState | None = None,
     method: PruningMethod[Any] | None = None,
+    task: Task | None = None,
 ) -> Prepared:
     """Checks everything except the cluster. `model` is the unpruned network, if it is not built from `config.model`.
 
     A run that has `started` has its initial weights in the store, so their source file is not needed again. A `model`
     that is not on the CPU is copied there. `images` are the identities (data/sources/identity.py) of the images at the
-    run's start. `state` is the run's current state. `method` replaces the method that the config names.
+    run's start. `state` is the run's current state. `method` replaces the method that the config names,
+    and `task` the loss and the data.
     """
     this_device()  # raises if there is a GPU that torch cannot use
+    task = task or task_of(config)
     method = method or method_of(config)
     check_section(config, method)
     check_export(config.export)
-    check_available(config.data.loader)
     state = state or RunState()
-    train, test = (with_places(open_source(config.data, split), split, state.places) for split in SPLITS)
-    for split, source in zip(SPLITS, (train, test), strict=True):
-        if images:
-            check_identity(images[split], source, split, state.excluded)
-    check_splits(train, test, config.data.path or config.data.format)
+    train, test = _opened(config, task, images, state)
     unpruned = _on_cpu(model) if model is not None else _build(config, with_weights=not started)
     example_input = torch.zeros(1, *config.model.input_shape)
-    _check_classes(unpruned, example_input, len(train.classes))
+    if isinstance(train, Examples) or not isinstance(task, Classification):
+        _output_of(unpruned, example_input)
+        _check_needs_no_labels(config, task)
+        check_task(task, unpruned, config.model.input_shape)
+    else:
+        _check_classes(unpruned, example_input, len(train.classes))
     if config.prunes:
-        network = UnprunedNetwork(config=config, model=unpruned, example_input=example_input, started=started)
+        network = UnprunedNetwork(
+            config=config, model=unpruned, example_input=example_input, started=started, task=task
+        )
         prepared = method.prepare(network)
     else:
-        check_training(unpruned, config.model.input_shape, config.train, None)
+        check_training(unpruned, config.model.input_shape, config.train, None, task)
         prepared = Preparation(baseline=plain_baseline(unpruned, example_input))
     if method.measures_losses and config.prunes and config.search.images > len(train):
         logger.info("search.images is %d, the training set has %d: all are used", config.search.images, len(train))
-    return Prepared(config, unpruned, example_input, prepared.baseline, train, test, prepared.begun_with)
+    return Prepared(config, unpruned, example_input, prepared.baseline, train, test, prepared.begun_with, task)
 
 
 def check_workers(config: RunConfig, train_images: int, workers: int) -> None:
@@ -193,15 +203,51 @@ def _build(config: RunConfig, *, with_weights: bool) -> nn.Module:
     return model
 
 
-def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
+def _opened(
+    config: RunConfig, task: Task, images: Mapping[Split, Mapping[str, Any]] | None, state: RunState
+) -> tuple[ImageSource | Examples, ImageSource | Examples]:
+    """The data of both splits, checked against the `images` with which the run began."""
+    if task.data is None:
+        check_available(config.data.loader)
+    train, test = open_splits(config.data, task, state.places)
+    for split, source in zip(SPLITS, (train, test), strict=True):
+        if images and isinstance(source, Examples):
+            check_example_identity(images[split], source)
+        elif images:
+            assert not isinstance(source, Examples)
+            check_identity(images[split], source, split, state.excluded)
+    if not isinstance(train, Examples) and not isinstance(test, Examples):
+        check_splits(train, test, config.data.path or config.data.format)
+    return train, test
+
+
+def _check_needs_no_labels(config: RunConfig, task: Task) -> None:
+    """Raises ConfigError if the method looks at class labels, which a data set of the user's own does not have."""
+    if task.data is None or not config.prunes:
+        return
+    wanting = [name for name in getattr(config.prune, "criteria", ()) if looks_at_data(name)]
+    if isinstance(config.prune, PlsConfig):
+        wanting.append(f"method {config.prune.method}")
+    if wanting:
+        raise ConfigError(
+            f"{wanting[0]} looks at the images' class labels, and a data set of your own has none that it knows: leave "
+            "it out of prune.criteria, or use another prune.method"
+        )
+
+
+def _output_of(model: nn.Module, example_input: torch.Tensor) -> Any:
     probe = deep_copy(model).eval()  # a module may store its inputs
     try:
         with torch.inference_mode():
-            output = probe(example_input)
+            return probe(example_input)
     except Exception as error:
         raise ConfigError(
             f"the network does not take an input of model.input_shape {tuple(example_input.shape[1:])}: {error}"
         ) from error
+
+
+def _check_classes(model: nn.Module, example_input: torch.Tensor, classes: int) -> None:
+    output = _output_of(model, example_input)
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise ConfigError("the network must give one tensor of shape (images, classes)")
     if output.shape[1] != classes:

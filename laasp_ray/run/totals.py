@@ -33,7 +33,8 @@ def exports_of(events: Iterable[Happening]) -> tuple[Export, ...]:
 
 
 def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:
-    """The epoch of the final training with the highest test top-1; the first of equals. None if there were no epochs.
+    """The epoch of the final training with the best primary test metric (top-1 in classification); the first of equals.
+    None if there were no epochs.
 
     Only epochs with an evaluation count. The last epoch has one, at the end of its training phase.
     """
@@ -44,7 +45,7 @@ def best_epoch(events: Iterable[Happening]) -> BestEpoch | None:
             epoch = event.epoch if isinstance(event, EpochDone) else epoch
             if epoch is not None and event.metrics is not None:
                 tested.append(BestEpoch(epoch=epoch, metrics=event.metrics))
-    return max(tested, key=lambda found: found.metrics.top1, default=None)
+    return max(tested, key=lambda found: found.metrics.score, default=None)
 
 
 def seconds_spent(events: Iterable[Happening]) -> float:

@@ -23,7 +23,7 @@ from laasp_ray.config.pls import FitConfig
 from laasp_ray.criteria import DataCriterion, FirstBatch, Shapes
 from laasp_ray.errors import ConfigError, LaaspError, SearchError, is_out_of_memory
 from laasp_ray.models.untouched import in_eval_mode
-from laasp_ray.search.evaluate import CalibrationSet
+from laasp_ray.search.evaluate import Calibration, CalibrationSet
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -53,7 +53,7 @@ class ImportanceRequest:
         return ImportanceRequest(tuple(layers), name, criterion)
 
 
-def importance(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
+def importance(model: nn.Module, calibration: Calibration, wanted: ImportanceRequest) -> dict[str, torch.Tensor]:
     """Scores (N,), on the CPU, of the N filters of each wanted layer.
 
     `model` is in eval mode on the calibration set's device and is not changed. Raises SearchError if outputs are not
@@ -73,27 +73,26 @@ def chunks_of(images: int, batch_size: int, most: int = CHUNKS) -> list[np.ndarr
 
 @full_precision()
 @torch.no_grad()
-def measure_first_batch(model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest) -> FirstBatch:
-    images, labels = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
+def measure_first_batch(model: nn.Module, calibration: Calibration, wanted: ImportanceRequest) -> FirstBatch:
+    classes = int(calibration.class_labels().max()) + 1
+    images, _ = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
     features = _features_of_batch(model, images, wanted)
     shapes = _shapes(features)
-    _check(wanted, shapes, labels.device)
+    _check(wanted, shapes, calibration.device)
     # The means are taken over one table, because rounding may depend on the number of columns.
     means = torch.cat([part.flatten(1) for part in features.values()], dim=1).double().mean(dim=0)
     parted = means.split([filters * width for filters, width in shapes.values()])
     pairs = zip(shapes.items(), parted, strict=True)
-    return FirstBatch(
-        {layer: part.unflatten(0, shape).clone() for (layer, shape), part in pairs}, int(calibration.labels.max()) + 1
-    )
+    return FirstBatch({layer: part.unflatten(0, shape).clone() for (layer, shape), part in pairs}, classes)
 
 
 @full_precision()
 @torch.no_grad()
 def state_of(
-    model: nn.Module, calibration: CalibrationSet, wanted: ImportanceRequest, first: FirstBatch, chunk: np.ndarray
+    model: nn.Module, calibration: Calibration, wanted: ImportanceRequest, first: FirstBatch, chunk: np.ndarray
 ) -> Any:
     """The criterion's state after the images at `chunk` (n,), batch by batch, on the calibration set's device."""
-    state = _start(wanted, first.to(calibration.labels.device))
+    state = _start(wanted, first.to(calibration.device))
     for start in range(0, len(chunk), calibration.batch_size):
         images, labels = calibration.at(chunk[start : start + calibration.batch_size])
         features = _features_of_batch(model, images, wanted)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from laasp_ray.errors import ConfigError
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.verify import clone_sharing_parameters
-from laasp_ray.search.evaluate import CalibrationSet
+from laasp_ray.search.evaluate import Calibration
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -29,7 +29,7 @@ process or on the memory.
 
 @full_precision()
 @torch.no_grad()
-def reestimate(model: nn.Module, calibration: CalibrationSet, behind: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def reestimate(model: nn.Module, calibration: Calibration, behind: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
 
     `model` is in eval mode on the calibration set's device, and is not changed. All images go through it once, in their
@@ -49,12 +49,12 @@ def reestimate(model: nn.Module, calibration: CalibrationSet, behind: Collection
 
 
 def _reestimate(
-    model: nn.Module, calibration: CalibrationSet, batches: Sequence[np.ndarray], behind: Collection[str]
+    model: nn.Module, calibration: Calibration, batches: Sequence[np.ndarray], behind: Collection[str]
 ) -> dict[str, torch.Tensor]:
     network = clone_sharing_parameters(model).eval()
     norms = norms_of(network)
     if behind:
-        later = _running_after(network, calibration.at(np.arange(1))[0], behind)
+        later = _running_after(network, calibration, behind)
         norms = {name: norm for name, norm in norms.items() if norm in later}
     seen = dict.fromkeys(norms.values(), 0)
 
@@ -66,7 +66,7 @@ def _reestimate(
         module.reset_running_stats()
         module.train().register_forward_pre_hook(weigh)
     for positions in batches:
-        network(calibration.at(positions)[0])
+        calibration.run(network, positions)
     return {
         f"{name}.{kind}": module.get_buffer(kind).cpu()
         for name, module in norms.items()
@@ -74,7 +74,7 @@ def _reestimate(
     }
 
 
-def _running_after(model: nn.Module, image: torch.Tensor, layers: Collection[str]) -> set[nn.Module]:
+def _running_after(model: nn.Module, calibration: Calibration, layers: Collection[str]) -> set[nn.Module]:
     """The modules that run after the first of `layers`."""
     first = {model.get_submodule(name) for name in layers}
     calls: list[nn.Module] = []
@@ -82,7 +82,7 @@ def _running_after(model: nn.Module, image: torch.Tensor, layers: Collection[str
         module.register_forward_pre_hook(lambda module, inputs: calls.append(module)) for module in model.modules()
     ]
     try:
-        model(image)
+        calibration.run(model, np.arange(1))
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,21 +10,22 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import nn
-from torch.nn import functional
 
 from laasp_ray.config import Precision
 from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError, describe_error
 from laasp_ray.pruning.masking import CannotMask, Masked
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, pruned_copy
+from laasp_ray.search.evaluate import Calibration, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
 from laasp_ray.search.precision import computing_in
 from laasp_ray.search.program import BranchPoint, CannotTrace, Program
 from laasp_ray.search.tracing import checked, trace, verdict
+from laasp_ray.tasks import Task
 
 FREE_MEMORY_SHARE = 0.5
 """The share of free memory that the values of a forward pass may use, unless `search.memory_mb` is set. The rest is for
@@ -122,21 +123,22 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        calibration: CalibrationSet,
+        calibration: Calibration,
         *,
         memory_bytes: int | None = None,
         untraced: str | None = None,
         precision: Precision = "float32",
     ) -> None:
         self._model, self._calibration, self._precision = model, calibration, precision
-        self._memory = memory_bytes or free_memory(calibration.labels.device)
+        self._memory = memory_bytes or free_memory(calibration.device)
         example = calibration.at(np.arange(1))[0]
+        untraced = untraced_by(calibration.task) or untraced
         self.branch_points = retried(lambda: BranchPoints(model, example, untraced), "the network, with one image,")
         self._program = self.branch_points.program
         self._copy_bytes = 0  # the bytes of one image in a forward pass; measured for the first copy
 
     def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
-        """Cross-entropies of `tasks` on the calibration set's images at `indices`. Batches are cut in their order.
+        """The losses of `tasks` on the calibration set's images at `indices`. Batches are cut in their order.
 
         Raises MemoryShortError if memory runs out for a single image, UnmaskedError for a task that cannot be masked
         and has no plan.
@@ -183,16 +185,17 @@ class Engine:
         size, joint = self._sizes(branches, len(indices), whole=bool(unchanged))
 
         def run(start: int, stop: int, share: float) -> None:
-            images, labels = self._calibration.at(indices[start:stop])
+            images, targets = self._calibration.at(indices[start:stop])
+            loss = self._calibration.task
             part = values[:, start:stop]
             masks = {
                 branch_point: _cut(positions, max(1, int(share * joint)))
                 for branch_point, positions in branches.items()
             }
-            failed = self._run_chunk(program, tasks, masks, unchanged, images, labels, part, errors)
+            failed = self._run_chunk(program, tasks, masks, unchanged, images, targets, loss, part, errors)
             if failed:  # single masks show which task failed
                 singly = {branch_point: _cut(positions, 1) for branch_point, positions in failed.items()}
-                self._run_chunk(program, tasks, singly, (), images, labels, part, errors)
+                self._run_chunk(program, tasks, singly, (), images, targets, loss, part, errors)
 
         in_parts(len(indices), size, run)
 
@@ -203,7 +206,8 @@ class Engine:
         batches: Mapping[BranchPoint, Sequence[Sequence[int]]],
         unchanged: Sequence[int],
         images: torch.Tensor,
-        labels: torch.Tensor,
+        targets: Any,
+        loss: Task,
         values: np.ndarray,
         errors: dict[int, str],
     ) -> dict[BranchPoint, list[int]]:
@@ -216,8 +220,9 @@ class Engine:
         for branch_point, number, outcome in program.run(images, masks, whole=bool(unchanged)):
             positions = unchanged if branch_point is None else batches[branch_point][number]
             if not isinstance(outcome, Exception):
-                repeats = 1 if branch_point is None else len(positions)
-                found.append((positions, _cross_entropies(outcome, labels.repeat(repeats)).reshape(repeats, -1)))
+                # Each branch has its own rows, which the targets belong to.
+                parts = [outcome] if branch_point is None else outcome.chunk(len(positions))
+                found.append((positions, torch.stack([loss.losses_of(part, targets) for part in parts])))
             elif branch_point is not None and len(positions) > 1:
                 failed.setdefault(branch_point, []).extend(positions)
             else:
@@ -237,7 +242,7 @@ class Engine:
         assert program is not None
         base, branch = program.peak_bytes(list(branch_points), whole=whole)
         size = self._images_at_a_time(base + branch, images)
-        if program.sized or self._calibration.labels.device.type == "cpu" or not branch:
+        if program.sized or self._calibration.device.type == "cpu" or not branch:
             return size, 1
         largest = program.largest_value(list(branch_points))
         return size, branches_at_a_time(self._memory // size - base, branch, size * largest)
@@ -255,9 +260,10 @@ class Engine:
             pruned = retried(lambda: pruned_copy(self._model, task), f"a copy of the network for {task.name}")
 
             def run(start: int, stop: int, share: float) -> None:
-                images, labels = self._calibration.at(indices[start:stop])
+                images, targets = self._calibration.at(indices[start:stop])
                 with torch.inference_mode():
-                    values[position, start:stop] = _cross_entropies(pruned(images), labels).cpu().numpy()
+                    losses = self._calibration.task.losses(pruned, images, targets)
+                    values[position, start:stop] = losses.cpu().numpy()
 
             in_parts(len(indices), size, run)
         except (MemoryShortError, UnmaskedError):
@@ -269,9 +275,9 @@ class Engine:
 
     def _copy_size(self, images: int) -> int:
         if not self._copy_bytes:
-            image = self._calibration.at(np.arange(1))[0]
+            run, model, example = self._calibration.task.run, self._model, self._calibration.at(np.arange(1))
             with torch.inference_mode():
-                self._copy_bytes = retried(lambda: peak_bytes(lambda: self._model(image)), "one image")
+                self._copy_bytes = retried(lambda: peak_bytes(lambda: run(model, *example)), "one image")
         return self._images_at_a_time(self._copy_bytes, images)
 
     def _images_at_a_time(self, each: int, images: int) -> int:
@@ -302,10 +308,6 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available * FREE_MEMORY_SHARE / (psutil.cpu_count() or 1))
 
 
-def _cross_entropies(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(outputs.float(), labels, reduction="none")
-
-
 def _fill(values: np.ndarray, found: Sequence[tuple[Sequence[int], torch.Tensor]]) -> None:
     """Writes losses (rows, images) into the rows of `values` at their positions: one copy for all, for which alone the
     device is waited for.
@@ -316,6 +318,11 @@ def _fill(values: np.ndarray, found: Sequence[tuple[Sequence[int], torch.Tensor]
     for positions, losses in found:
         values[positions] = rows[start : start + len(losses)]
         start += len(losses)
+
+
+def untraced_by(task: Task) -> str:
+    """Why a network is not traced for the loss of `task`; empty if it may be."""
+    return "the loss runs the network itself" if task.runs_model else ""
 
 
 def _mask(task: LossTask) -> Masked:

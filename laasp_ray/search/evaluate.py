@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.errors import SearchError, UnmaskedError
+from laasp_ray.data.examples.nested import map_tensors
+from laasp_ray.data.examples.nested import on_device as moved
+from laasp_ray.errors import ConfigError, SearchError, UnmaskedError
 from laasp_ray.models.device import on_device
 from laasp_ray.pruning.compensation import MadeUp, apply_compensated
 from laasp_ray.pruning.masking import CannotMask, Mask
@@ -17,13 +21,58 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
+from laasp_ray.tasks import CLASSIFICATION, Task
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
+CPU = torch.device("cpu")
 NO_MASK = CannotMask("no mask is known")
 
 
+class Calibration(ABC):
+    """What losses are measured on: `batch_size` examples at a time, by the loss of `task`, as input in `memory_format`.
+
+    A frozen dataclass.
+    """
+
+    batch_size: int
+    memory_format: torch.memory_format
+    task: Task
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the network has to be."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Calibration:
+        """The same set on `device`."""
+
+    @abstractmethod
+    def at(self, indices: np.ndarray) -> tuple[Any, Any]:
+        """The examples at `indices` (n,) as input of the network, and their labels or targets."""
+
+    @abstractmethod
+    def class_labels(self) -> torch.Tensor:
+        """The class indices (n,) of all examples. Raises ConfigError for a set without them."""
+
+    @abstractmethod
+    def with_format(self, memory_format: torch.memory_format) -> Self:
+        """The same set, with inputs in this format."""
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        for start in range(0, len(self), self.batch_size):
+            yield self.at(np.arange(start, min(start + self.batch_size, len(self))))
+
+    def run(self, model: nn.Module, indices: np.ndarray) -> None:
+        """Runs the network on the examples at `indices`, as the loss does."""
+        self.task.run(model, *self.at(indices))
+
+
 @dataclass(frozen=True)
-class CalibrationSet:
+class CalibrationSet(Calibration):
     """The images that losses are measured on: (n, C, H, W), any dtype, and labels (n,) int64.
 
     `prepare` turns a batch of them into the network's input (uint8 pixels into normalised floats, for example). Images
@@ -35,6 +84,7 @@ class CalibrationSet:
     batch_size: int
     prepare: Prepare | None = None
     memory_format: torch.memory_format = torch.channels_last
+    task: Task = CLASSIFICATION
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or len(self.images) == 0:
@@ -46,8 +96,18 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
     def to(self, device: torch.device) -> CalibrationSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def class_labels(self) -> torch.Tensor:
+        return self.labels
+
+    def with_format(self, memory_format: torch.memory_format) -> Self:
+        return replace(self, memory_format=memory_format)
 
     def at(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The images at `indices` (n,) as input of the network, and their labels."""
@@ -56,9 +116,42 @@ class CalibrationSet:
         images = images if self.prepare is None else self.prepare(images)
         return in_format(images, self.memory_format), self.labels[chosen]
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for start in range(0, len(self), self.batch_size):
-            yield self.at(np.arange(start, min(start + self.batch_size, len(self))))
+
+@dataclass(frozen=True)
+class ExampleSet(Calibration):
+    """Drawn `examples` (n) of the data set of `task`, which collates them to batches."""
+
+    examples: Sequence[Any]
+    batch_size: int
+    task: Task
+    memory_format: torch.memory_format = torch.channels_last
+    on: torch.device = CPU
+
+    @property
+    def device(self) -> torch.device:
+        return self.on
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def to(self, device: torch.device) -> ExampleSet:
+        return replace(self, on=device)
+
+    def at(self, indices: np.ndarray) -> tuple[Any, Any]:
+        places = [int(index) for index in indices]
+        assert self.task.data is not None
+        pair = self.task.data.collated([self.examples[place] for place in places], places)
+        inputs, targets = moved(pair, self.on)
+        return map_tensors(inputs, lambda tensor: in_format(tensor, self.memory_format)), targets
+
+    def class_labels(self) -> torch.Tensor:
+        raise ConfigError(
+            "a criterion or method that looks at class labels (pls) is used with a data set of your own, which has "
+            "none: use others (prune.criteria l1, l2, cosine, ...)"
+        )
+
+    def with_format(self, memory_format: torch.memory_format) -> Self:
+        return replace(self, memory_format=memory_format)
 
 
 @dataclass(frozen=True)
@@ -96,26 +189,28 @@ def ready(
     return model
 
 
+AnyCalibration = TypeVar("AnyCalibration", bound=Calibration)
+
+
 @full_precision()
-def ready_with(model: nn.Module, calibration: CalibrationSet) -> tuple[nn.Module, CalibrationSet]:
+def ready_with(model: nn.Module, calibration: AnyCalibration) -> tuple[nn.Module, AnyCalibration]:
     """Prepares `model` for `calibration`. Both get the fastest memory format that the network can run in.
 
     A network with `x.view(len(x), -1)` after a convolution cannot run channels last.
     """
-    model = ready(model, calibration.labels.device, calibration.memory_format)
+    model = ready(model, calibration.device, calibration.memory_format)
     try:
         _try(model, calibration)
     except RuntimeError as error:
         if "view" not in str(error) or calibration.memory_format == torch.contiguous_format:
             raise
-        return ready_with(model, replace(calibration, memory_format=torch.contiguous_format))
+        return ready_with(model, calibration.with_format(torch.contiguous_format))
     return model, calibration
 
 
 @torch.inference_mode()
-def _try(model: nn.Module, calibration: CalibrationSet) -> None:
-    image = calibration.at(np.arange(1))[0]
-    retried(lambda: model(image), "one image, in the network,")
+def _try(model: nn.Module, calibration: Calibration) -> None:
+    retried(lambda: calibration.run(model, np.arange(1)), "one image, in the network,")
 
 
 def pruned_copy(model: nn.Module, task: LossTask) -> nn.Module:

@@ -17,7 +17,7 @@ from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, importance
 from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
-from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready_with
+from laasp_ray.search.evaluate import Calibration, LossTask, ready_with
 from laasp_ray.search.grams import Grams, grams
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
@@ -97,7 +97,7 @@ class InProcessExecutor:
     """The serial executor. Its losses are the reference for every other executor."""
 
     def __init__(
-        self, unpruned: nn.Module, calibration: CalibrationSet, device: torch.device, search: SearchConfig, seed: int
+        self, unpruned: nn.Module, calibration: Calibration, device: torch.device, search: SearchConfig, seed: int
     ) -> None:
         self._unpruned, self._calibration = unpruned, calibration.to(device)
         self._search, self._seed = search, seed
@@ -134,7 +134,7 @@ class InProcessExecutor:
     def _engine(self, network: NetworkState) -> Engine:
         return Engine(*self._ready(network), memory_bytes=self._search.memory_bytes, precision=self._search.precision)
 
-    def _ready(self, network: NetworkState) -> tuple[nn.Module, CalibrationSet]:
+    def _ready(self, network: NetworkState) -> tuple[nn.Module, Calibration]:
         return ready_with(rebuild(self._unpruned, network), self._calibration)
 
 

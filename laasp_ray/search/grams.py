@@ -18,7 +18,7 @@ from torch.nn import functional
 from laasp_ray.pruning.moments import Gram
 from laasp_ray.pruning.readers import Reader
 from laasp_ray.search.activations import chunks_of
-from laasp_ray.search.evaluate import CalibrationSet
+from laasp_ray.search.evaluate import Calibration
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
 
@@ -35,7 +35,7 @@ Grams = Mapping[str, Gram]
 
 
 def grams(
-    model: nn.Module, calibration: CalibrationSet, readers: Iterable[Reader], memory_bytes: int = 0
+    model: nn.Module, calibration: Calibration, readers: Iterable[Reader], memory_bytes: int = 0
 ) -> dict[str, Gram]:
     """The sums of every reader. `model` is in eval mode on the calibration set's device and is not changed."""
     found: dict[str, Gram] = {}
@@ -73,10 +73,10 @@ def added(chunks: Iterable[Grams]) -> dict[str, Gram]:
 @full_precision()
 @torch.no_grad()
 def grams_of(
-    model: nn.Module, calibration: CalibrationSet, readers: Sequence[Reader], chunk: np.ndarray
+    model: nn.Module, calibration: Calibration, readers: Sequence[Reader], chunk: np.ndarray
 ) -> dict[str, Gram]:
     """The sums over the images at `chunk` (n,), on the CPU."""
-    device = calibration.labels.device
+    device = calibration.device
     sums = {
         reader.layer: torch.zeros(
             reader.groups, reader.inputs + 1, reader.inputs + 1, dtype=torch.float64, device=device
@@ -100,7 +100,7 @@ def grams_of(
 
 
 def _of_batch(
-    model: nn.Module, calibration: CalibrationSet, readers: Sequence[Reader], each: int, positions: np.ndarray
+    model: nn.Module, calibration: Calibration, readers: Sequence[Reader], each: int, positions: np.ndarray
 ) -> list[tuple[str, torch.Tensor]]:
     """The patches of each call of a reader, with its layer."""
     found: list[tuple[str, torch.Tensor]] = []
@@ -117,7 +117,7 @@ def _of_batch(
         for reader in readers
     ]
     try:
-        model(calibration.at(positions)[0])
+        calibration.run(model, positions)
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,8 +17,9 @@ class BranchPointMemory:
     because it depends on the weights. `found` counts how often it was found.
     """
 
-    def __init__(self, example: torch.Tensor) -> None:
-        self._example = example
+    def __init__(self, example: torch.Tensor, untraced: str | None = None) -> None:
+        """`untraced` is the reason why no network is traced, for a loss that allows none; None: it is found."""
+        self._example, self._untraced = example, untraced
         self._last: tuple[NetworkState, Structure | None, BranchPoints] | None = None
         self.found = 0
 
@@ -31,7 +32,7 @@ class BranchPointMemory:
         if last is not None and structure is not None and structure == last[1] and only_pruned(last[0], network):
             branch_points = last[2].resized(model)
         else:
-            branch_points, self.found = BranchPoints(model, self._example), self.found + 1
+            branch_points, self.found = BranchPoints(model, self._example, self._untraced), self.found + 1
         self._last = network, structure, branch_points
         return branch_points
 

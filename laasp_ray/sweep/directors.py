@@ -22,7 +22,7 @@ from laasp_ray.store.storage import Storage
 from laasp_ray.sweep import bracket, latency
 from laasp_ray.sweep.goals import MaxDrop, WithinLatency, filter_prune, inside
 from laasp_ray.sweep.targets import TargetRuns
-from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of
+from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of, percent_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class BracketDirector(Director):
     def _begin(self) -> None:
         """Reads the trajectory, and which of its iterations have been tried."""
         self._iterations = reductions_of(self.trajectory)
-        self.base_top1 = self._goal.base_top1 or 100 * base_metrics(self.trajectory).top1
+        self.base_top1 = self._goal.base_top1 or percent_of(base_metrics(self.trajectory))
         for number in range(1, self.iterations + 1):
             run = self.config_of(number)
             outcome = outcome_of(run) if has_begun(run) else None

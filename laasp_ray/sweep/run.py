@@ -180,6 +180,11 @@ def _check_same(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, An
 
 def _checked(config: RunConfig, goal: Goal) -> dict[str, Any]:
     """Checks what the trials will need. The data of the first event, without what depends on the cluster."""
+    if config.train.loss:
+        raise ConfigError(
+            f"train.loss is {config.train.loss!r}, and a sweep compares the top-1 of its networks, which a loss of "
+            "your own does not have: prune each target as a run of its own"
+        )
     prepared = prepare(deepest_of(config, goal))
     check_goal(goal, config, len(prepared.test))
     data: dict[str, Any] = {"config": public_data(config.to_dict()), "goal": goal.to_json()}

@@ -10,7 +10,7 @@ from typing import Any
 from laasp_ray.api import prune
 from laasp_ray.config import RunConfig
 from laasp_ray.errors import describe_error
-from laasp_ray.records import RunState
+from laasp_ray.records import Metrics, RunState
 from laasp_ray.report.progress import decision_line, epoch_line, resumed_line
 from laasp_ray.run.events import (
     EpochDone,
@@ -97,7 +97,7 @@ def outcome_of(config: RunConfig) -> Outcome:
     for event in events:
         curve.add(event)
     finish = next((event for event in events if isinstance(event, RunFinished)), None)
-    return Outcome(top1=None if finish is None else 100 * finish.metrics.top1, curve=tuple(curve.top1))
+    return Outcome(top1=None if finish is None else percent_of(finish.metrics), curve=tuple(curve.top1))
 
 
 class Curve:
@@ -111,7 +111,7 @@ class Curve:
         is_final = isinstance(event, EpochDone | TrainingPhaseDone) and event.phase == "final"
         if not is_final or event.metrics is None:  # type: ignore[union-attr]
             return False
-        self.top1.append(100 * event.metrics.top1)  # type: ignore[union-attr]
+        self.top1.append(percent_of(event.metrics))  # type: ignore[union-attr, arg-type]
         return True
 
 
@@ -161,3 +161,9 @@ def run_trial(trial: Trial, observers: Sequence[Observer], **how: Any) -> Outcom
         logger.debug("the trial %s ended", trial.name, exc_info=True)
         return Outcome(error=describe_error(error))
     return outcome_of(trial.config)
+
+
+def percent_of(metrics: Metrics) -> float:
+    """The top-1, %. A sweep has no run with a loss of the user's own (sweep/run.py)."""
+    assert metrics.top1 is not None
+    return 100 * metrics.top1

@@ -17,6 +17,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import joint_removal
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.trial import try_step
 
 logger = logging.getLogger(__name__)
@@ -26,27 +27,33 @@ _CHANNELS = 3
 _SHOWN = 3
 
 
-def check_training(model: nn.Module, shape: Sequence[int], config: TrainConfig, graph: PruningGraph | None) -> None:
+def check_training(
+    model: nn.Module,
+    shape: Sequence[int],
+    config: TrainConfig,
+    graph: PruningGraph | None,
+    task: Task = CLASSIFICATION,
+) -> None:
     """Raises ConfigError if a training step fails, for `model` or for `model` with every layer of `graph` slightly
     pruned.
 
     `shape` (C, H, W) is the shape of a loaded image. Works on copies and keeps the random state.
     """
-    if shape[0] != _CHANNELS:
+    if shape[0] != _CHANNELS and task.data is None:
         raise ConfigError(
             f"model.input_shape is {tuple(shape)}, but images are loaded with {_CHANNELS} channels, grey ones too: "
             f"give the network {_CHANNELS} input channels and set "
             f"model.input_shape to ({_CHANNELS}, {shape[1]}, {shape[2]})"
         )
-    tried = try_step(deep_copy(model), shape, config)
+    tried = try_step(deep_copy(model), shape, config, task)
     if tried.fault:
         raise ConfigError(f"the network cannot be trained: {tried.fault}")
     if graph is None or not graph.layers:
         return
-    fault = _try_cut(model, graph, list(graph.layers), shape, config)
+    fault = _try_cut(model, graph, list(graph.layers), shape, config, task)
     if not fault:
         return
-    singly = (layer for layer in graph.layers if _try_cut(model, graph, [layer], shape, config))
+    singly = (layer for layer in graph.layers if _try_cut(model, graph, [layer], shape, config, task))
     guilty = list(itertools.islice(singly, _SHOWN + 1))
     layers = shown(guilty or list(graph.layers), _SHOWN)
     raise ConfigError(
@@ -56,7 +63,7 @@ def check_training(model: nn.Module, shape: Sequence[int], config: TrainConfig, 
 
 
 def _try_cut(
-    model: nn.Module, graph: PruningGraph, layers: Sequence[str], shape: Sequence[int], config: TrainConfig
+    model: nn.Module, graph: PruningGraph, layers: Sequence[str], shape: Sequence[int], config: TrainConfig, task: Task
 ) -> str:
     cut = clone_sharing_parameters(model)
     try:
@@ -64,7 +71,9 @@ def _try_cut(
     except PruningError as error:  # the layers were tried alone before; a conflict between them is no fault of training
         logger.debug("no step of training was tried on the network cut in %s: %s", ", ".join(layers), error)
         return ""
-    return try_step(deep_copy(cut), shape, config).fault  # a step changes weights, which the pruned network shares
+    return try_step(
+        deep_copy(cut), shape, config, task
+    ).fault  # a step changes weights, which the pruned network shares
 
 
 def small_plan(graph: PruningGraph, layers: Sequence[str]) -> Plan:

@@ -7,24 +7,27 @@ from collections.abc import Collection, Sequence
 import torch
 
 from laasp_ray.config import DataConfig
+from laasp_ray.data.examples.loader import ExampleLoader
+from laasp_ray.data.examples.source import Examples
 from laasp_ray.data.loaders.registry import Loader, make_loader
-from laasp_ray.data.sources.base import ImageSource
+from laasp_ray.data.sources.base import SPLITS, ImageSource
 from laasp_ray.data.sources.identity import digest_of_names
 from laasp_ray.data.sources.places import with_places
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.records import Place
+from laasp_ray.tasks import CLASSIFICATION, Task
 
 
 class EvaluationData:
     """The images `test` for rank `rank` of `world`, on `device`.
 
     `batch_size` is the global batch. In training it is cut into `parts` (by default one for each rank); `own_parts` are
-    this rank's, and `share` is the number of images in the largest part.
+    this rank's, and `share` is the number of images in the largest part. `task` is what the images are for.
     """
 
     def __init__(
         self,
-        test: ImageSource,
+        test: ImageSource | Examples,
         config: DataConfig,
         *,
         batch_size: int,
@@ -34,7 +37,9 @@ class EvaluationData:
         world: int = 1,
         parts: int | None = None,
         excluded: Collection[str] = (),
+        task: Task = CLASSIFICATION,
     ) -> None:
+        self.task = task
         self.device, self.rank, self.world = device, rank, world
         self.parts = parts or world
         self.share = -(-batch_size // self.parts)
@@ -56,7 +61,9 @@ class EvaluationData:
     def close(self) -> None:
         self.test_loader.close()
 
-    def _loader(self, source: ImageSource, *, training: bool) -> Loader:
+    def _loader(self, source: ImageSource | Examples, *, training: bool) -> Loader:
+        if isinstance(source, Examples):
+            return ExampleLoader(source, device=self.device, seed=self._seed, workers=self._config.workers)
         return make_loader(
             source,
             self._config,
@@ -84,9 +91,9 @@ class PhaseData(EvaluationData):
         parts: int | None = None,
         excluded: Collection[str] = (),
         places: Collection[Place] = (),
+        task: Task = CLASSIFICATION,
     ) -> None:
-        train = with_places(open_source(config, "train"), "train", places)
-        test = with_places(open_source(config, "test"), "test", places)
+        train, test = open_splits(config, task, places)
         super().__init__(
             test,
             config,
@@ -97,16 +104,32 @@ class PhaseData(EvaluationData):
             world=world,
             parts=parts,
             excluded=excluded,
+            task=task,
         )
         self._sources = (train, test)
         self.train_images = len(train)
         self.train_loader = self._loader(train, training=True)
 
     def digest(self) -> tuple[str, str]:
-        """The digests of the names, labels and order of the training and the test images."""
-        train, test = (digest_of_names(source) for source in self._sources)
+        """The digests of the training and the test images (see `digest_of_split`)."""
+        train, test = map(digest_of_split, self._sources)
         return train, test
 
     def close(self) -> None:
         self.train_loader.close()
         super().close()
+
+
+def open_splits(
+    config: DataConfig, task: Task, places: Collection[Place] = ()
+) -> tuple[ImageSource | Examples, ImageSource | Examples]:
+    """The training and the test data of a task: its own, or images as `config` says."""
+    if task.data is not None:
+        return task.data.open("train"), task.data.open("test")
+    train, test = (with_places(open_source(config, split), split, places) for split in SPLITS)
+    return train, test
+
+
+def digest_of_split(source: ImageSource | Examples) -> str:
+    """The digest of names, labels and order; of an own data set that of its identity, which reads a few examples."""
+    return str(source.identity()["digest"]) if isinstance(source, Examples) else digest_of_names(source)

@@ -31,6 +31,13 @@ def _index(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def fed(batches: Iterator[T], device: torch.device = CPU, *, ahead: bool) -> Generator[T, None, None]:
+    """The same `batches`; prepared `ahead` in a thread, or between their uses."""
+    if ahead:
+        return fed_ahead(batches, device)
+    return (batch for batch in batches)
+
+
 def fed_ahead(batches: Iterator[T], device: torch.device = CPU, depth: int = DEPTH) -> Generator[T, None, None]:
     """The same `batches`, prepared ahead. Raises what they raise. If it is closed early, its thread ends first.
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.loaders.reading import Batch
@@ -28,7 +27,7 @@ from laasp_ray.models.suitable import not_finite
 from laasp_ray.records import Metrics, Place
 from laasp_ray.train.data import EvaluationData, PhaseData
 from laasp_ray.train.ema import MovingAverage
-from laasp_ray.train.feeding import fed_ahead
+from laasp_ray.train.feeding import fed
 from laasp_ray.train.mask_enforcement import MaskEnforcer
 from laasp_ray.train.step import EpochSums, PartDraws, Setup, take_step
 
@@ -72,14 +71,15 @@ class EpochResult:
     `tensors` are the network's; with `train.ema` they are the average's. `optimizer_state` is the other state that the
     next epoch of the training phase needs: `momentum/PARAMETER`, and with `train.ema` the weights being averaged,
     `weights/NAME`. `loss` is the training loss without weight decay. `loss` and `top1` are over the training images as
-    they were seen in the epoch, reduced over all ranks. `metrics` are those of `tensors` on the test images, if they
-    were evaluated after this epoch. That evaluation took `test_seconds`, which `seconds` does not include.
+    they were seen in the epoch, reduced over all ranks; `top1` is None for a loss of the user's own. `metrics` are
+    those of `tensors` on the test images, if they were evaluated after this epoch. That evaluation took `test_seconds`,
+    which `seconds` does not include.
     """
 
     position: int
     plan: EpochPlan
     loss: float
-    top1: float
+    top1: float | None
     images: int
     seconds: float
     tensors: Mapping[str, torch.Tensor]
@@ -134,7 +134,10 @@ def run_training_phase(
         if weights:  # `model` holds the averages here
             model.load_state_dict(weights)
         # An evaluation needs neither. Both refer to the network's parameters as they are now.
-        wrapped, optimizer = wrap(model), _optimizer(model, config, _part(optimizer_state, _MOMENTUM))
+        wrapped, optimizer = (
+            wrap(data.task.trained(model)),
+            _optimizer(model, config, _part(optimizer_state, _MOMENTUM)),
+        )
         if config.compile:
             # An epoch has batches of two sizes at most. Kernels for any size would be slower than two sets of them.
             wrapped = cast(nn.Module, torch.compile(wrapped, dynamic=False))
@@ -193,8 +196,10 @@ def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
     )
     totals = EpochSums(torch.zeros(2, dtype=torch.float64, device=data.device))
     shares = [rank_share(batch, part, data.parts) for batch in batches for part in data.own_parts]
-    with contextlib.closing(fed_ahead(data.train_loader.epoch(shares, plan.data_epoch), data.device)) as fed:
-        loaded = _checked(fed, shares, plan)
+    loader = data.train_loader
+    batches_ahead = fed(loader.epoch(shares, plan.data_epoch), data.device, ahead=loader.in_background)
+    with contextlib.closing(batches_ahead) as given:
+        loaded = _checked(given, shares, plan)
         for number, images in enumerate(map(len, batches), position * len(batches) + 1):
             take_step(setup, loaded, images, number, draws, totals)
     sums = totals.reduced(_reduce)
@@ -206,7 +211,7 @@ def _train_epoch(setup: Setup, position: int, plan: EpochPlan) -> EpochResult:
         position=position,
         plan=plan,
         loss=float(sums[0] / sums[2]),
-        top1=float(sums[1] / sums[2]),
+        top1=float(sums[1] / sums[2]) if data.task.counts_hits else None,
         images=int(sums[2]),
         seconds=time.perf_counter() - started,
         tensors=tensors,
@@ -258,28 +263,24 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: EvaluationData, heartbeat: Callable[[], None] = lambda: None) -> Metrics:
-    """Loss, top-1 and top-5 on the test images, in float32. Each image counts once over all ranks. top-1 and top-5 are
-    in 0..1.
-    """
+    """The loss and the task's metrics on the test images, in float32. Each image counts once over all ranks."""
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=data.device)  # loss, top-1, top-5
+    task = data.task
+    sums = torch.zeros(task.width, dtype=torch.float64, device=data.device)
     images = 0
     shares = eval_batches(data.test_images, batch_size=data.share, rank=data.rank, world=data.world)
-    with contextlib.closing(fed_ahead(data.test_loader.epoch(shares), data.device)) as fed:
-        for batch in fed:
-            output = model(in_format_of(model, batch.images)).float()
-            best = output.topk(min(5, output.shape[1]), dim=1).indices == batch.labels[:, None]
-            summed = functional.cross_entropy(output, batch.labels, reduction="none").double().sum()
-            sums += torch.stack([summed, best[:, :1].sum().double(), best.sum().double()])
-            images += len(output)  # counted here and not on the device, which is not waited for
+    loader = data.test_loader
+    with contextlib.closing(fed(loader.epoch(shares), data.device, ahead=loader.in_background)) as given:
+        for batch in given:
+            sums += task.sums(model, in_format_of(model, batch.images), batch.labels)
+            images += len(batch.indices)  # counted here and not on the device, which is not waited for
             heartbeat()
     sums = torch.cat([sums, torch.tensor([images], dtype=torch.float64, device=data.device)])
     _reduce(sums)
-    images = int(sums[3])
+    images = int(sums[-1])
     if images == 0:
         raise TrainingError("not one test image could be read")
-    loss, top1, top5 = (float(value) / images for value in sums[:3])
-    return Metrics(loss=loss, top1=top1, top5=top5, images=images)
+    return task.metrics([float(value) for value in sums[:-1]], images)
 
 
 def _agree_on_buffers(setup: Setup) -> None:

@@ -6,15 +6,16 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from laasp_ray.config import RunConfig
 from laasp_ray.data.ordering import epoch_batches, eval_batches, rank_share
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.format import in_format_of, to_fast_format
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.data import PhaseData
 
 BATCHES = 6
@@ -35,31 +36,36 @@ class TrainingSpeed:
     loader: str
 
 
-def measure_training(unpruned: nn.Module, config: RunConfig, device: torch.device, world: int = 1) -> TrainingSpeed:
+def measure_training(
+    unpruned: nn.Module, config: RunConfig, device: torch.device, world: int = 1, task: Task = CLASSIFICATION
+) -> TrainingSpeed:
     """Times batches as one rank of `world` trains and evaluates them. `unpruned` is copied and not changed.
 
     Raises DataError as the loaders do.
     """
     size = config.train.global_batch(world)
     size = size if device.type == "cuda" else min(size, CPU_BATCH * world)
-    data = PhaseData(config.data, batch_size=size, seed=config.seed, device=device, world=world)
+    data = PhaseData(config.data, batch_size=size, seed=config.seed, device=device, world=world, task=task)
     model = _copy_on(unpruned, device, config.model.input_shape)
     teacher = _copy_on(unpruned, device, config.model.input_shape).eval() if config.train.distill else None
+    trained = task.trained(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
-    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(images: Any, labels: Any) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(in_format_of(model, images))
+            pictures = in_format_of(model, images)
+            output = trained(pictures, labels) if task.runs_model else trained(pictures)
             if teacher is not None:
                 with torch.no_grad():
                     teacher(in_format_of(model, images))
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(output.float(), labels).backward()
+        losses, _ = task.training_sum(output, labels, len(images), config.train)
+        (losses / len(images)).backward()
         optimizer.step()
 
-    def infer(images: torch.Tensor, labels: torch.Tensor) -> None:
+    def infer(images: Any, labels: Any) -> None:
         with torch.inference_mode():
-            model(in_format_of(model, images))
+            task.run(model, in_format_of(model, images), labels)
 
     try:
         batches = epoch_batches(data.train_images, batch_size=size, seed=config.seed, epoch=0)[: BATCHES + 1]
@@ -89,8 +95,8 @@ def measure_forward(unpruned: nn.Module, config: RunConfig, device: torch.device
 
 
 def _rate(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    work: Callable[[torch.Tensor, torch.Tensor], None],
+    batches: Iterable[tuple[Any, Any]],
+    work: Callable[[Any, Any], None],
     device: torch.device,
 ) -> float:
     """Images a second. The first batch is a warm-up; it counts only if it is the only one."""

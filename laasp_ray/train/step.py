@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from laasp_ray.data.ordering import derive_seed
 from laasp_ray.models.format import in_format_of
 from laasp_ray.train.data import PhaseData
 from laasp_ray.train.ema import MovingAverage
-from laasp_ray.train.loss import training_loss
 from laasp_ray.train.mask_enforcement import MaskEnforcer
 
 
@@ -126,17 +126,16 @@ def take_step(
 
 def _add_gradients(setup: Setup, batch: Batch, images: int, sums: EpochSums) -> None:
     """Adds the gradients of the mean loss over `images`, on this part of them."""
-    data = setup.data
+    data, task = setup.data, setup.data.task
     pictures = in_format_of(setup.wrapped, batch.images)
     with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
-        output = setup.wrapped(pictures)
-        teacher_logits = _logits_of(setup.teacher, pictures)
-    losses = training_loss(output.float(), batch.labels, setup.config, teacher_logits)
+        output = setup.wrapped(pictures, batch.labels) if task.runs_model else setup.wrapped(pictures)
+        teacher_outputs = _outputs_of(setup.teacher, pictures)
+    losses, correct = task.training_sum(output, batch.labels, len(batch.indices), setup.config, teacher_outputs)
     # DDP averages over ranks. This factor makes it the mean over the global batch for any share of a rank.
     (losses * (data.world / images)).backward()
-    correct = (output.detach().argmax(1) == batch.labels).sum()
     sums.values += torch.stack([losses.detach().double(), correct.double()])
-    sums.images += len(batch.labels)
+    sums.images += len(batch.indices)
 
 
 def _alone(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -146,5 +145,5 @@ def _alone(wrapped: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def _logits_of(teacher: nn.Module | None, images: torch.Tensor) -> torch.Tensor | None:
-    return None if teacher is None else teacher(images).float()
+def _outputs_of(teacher: nn.Module | None, images: Any) -> Any:
+    return None if teacher is None else teacher(images)

@@ -12,6 +12,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.models.format import to_fast_format
 from laasp_ray.models.untouched import random_state_kept
 from laasp_ray.pruning.network import NetworkState, rebuild
+from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.data import PhaseData
 from laasp_ray.train.loop import EpochResult, PhaseResult, TrainingPhase, run_training_phase
 
@@ -41,9 +42,12 @@ class Trainer(Protocol):
 class InProcessTrainer:
     """A trainer with one rank in this process, for tests, small networks and machines without Ray."""
 
-    def __init__(self, unpruned: nn.Module, config: RunConfig, device: torch.device, parts: int = 1) -> None:
+    def __init__(
+        self, unpruned: nn.Module, config: RunConfig, device: torch.device, parts: int = 1, task: Task = CLASSIFICATION
+    ) -> None:
         """`parts` is the number of parts of a global batch (train/step.py)."""
         self._unpruned, self._config, self._device, self._parts = unpruned, config, device, parts
+        self._task = task
         self._data: PhaseData | None = None
         self._teacher: NetworkState | None = None
 
@@ -67,6 +71,7 @@ class InProcessTrainer:
                 parts=self._parts,
                 excluded=training_phase.excluded,
                 places=training_phase.places,
+                task=self._task,
             )
         for event in run_training_phase(
             rebuild_on(self._device, self._unpruned, network, config.model.input_shape),

@@ -13,10 +13,8 @@ from laasp_ray.config import TrainConfig
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import not_finite, shown
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.train.loss import training_loss
-
-IMAGES = 2
-"""The batch size: the smallest that a worker may get, which a normalisation over images must accept."""
+from laasp_ray.tasks import CLASSIFICATION, Task
+from laasp_ray.tasks.check import trial_on
 
 
 @dataclass
@@ -27,24 +25,26 @@ class Tried:
     unused: list[str] = field(default_factory=list)
 
 
-def try_step(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> Tried:
-    """Trains `model`, in place, for one step on two random images of `shape`, as a run does: loss, gradients, SGD."""
+def try_step(model: nn.Module, shape: Sequence[int], config: TrainConfig, task: Task = CLASSIFICATION) -> Tried:
+    """Trains `model`, in place, for one step on two random images of `shape`, or on two examples of the task's own
+    data, as a run does: loss, gradients, SGD.
+    """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return Tried("no parameter of the network requires a gradient; set requires_grad on what is to train")
     device = next(model.parameters()).device
-    images = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    inputs, targets = trial_on(task, shape, device)
     running = _Running(model)
     with random_state_kept(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         try:
-            return _step(model.train(), images, config)
+            return _step(model.train(), inputs, targets, config, task)
         except Exception as error:  # the network's own code may raise any error, and the error is the result
             return Tried(f"{running.place} fails in training mode ({type(error).__name__}: {_first_line(error)})")
         finally:
             running.close()
 
 
-def _step(model: nn.Module, images: torch.Tensor, config: TrainConfig) -> Tried:
+def _step(model: nn.Module, inputs: Any, targets: Any, config: TrainConfig, task: Task) -> Tried:
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
@@ -52,16 +52,14 @@ def _step(model: nn.Module, images: torch.Tensor, config: TrainConfig) -> Tried:
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
-    output = model(images)
-    if not isinstance(output, torch.Tensor):
-        return Tried(_other_output(output))
-    if output.ndim != 2 or len(output) != len(images):
-        return Tried(
-            f"in training mode it gives a tensor of shape {tuple(output.shape)} for {len(images)} images, must be "
-            "(images, classes) as in eval mode"
-        )
-    labels = torch.arange(len(images), device=images.device) % output.shape[1]
-    loss = training_loss(output.float(), labels, config).sum() / len(images)
+    images, trained = len(inputs), task.trained(model)
+    output = trained(inputs, targets) if task.runs_model else trained(inputs)
+    fault = task.trial_fault(output, images)
+    if fault:
+        return Tried(fault)
+    if targets is None:  # noise has any labels
+        targets = torch.arange(images, device=output.device) % output.shape[1]
+    loss = task.training_sum(output, targets, images, config)[0].sum() / images
     if not loss.requires_grad:
         return Tried(
             "its outputs in training mode have no gradient; something in its forward detaches them (no_grad, "
@@ -79,19 +77,11 @@ def _step(model: nn.Module, images: torch.Tensor, config: TrainConfig) -> Tried:
     return Tried("", unused)
 
 
-def unused_parameters(model: nn.Module, shape: Sequence[int], config: TrainConfig) -> list[str]:
+def unused_parameters(
+    model: nn.Module, shape: Sequence[int], config: TrainConfig, task: Task = CLASSIFICATION
+) -> list[str]:
     """The names of the parameters that get no gradient in a training step. Works on a copy."""
-    return try_step(deep_copy(model), shape, config).unused
-
-
-def _other_output(output: Any) -> str:
-    fields = getattr(output, "_fields", ())
-    kind = f"{type(output).__name__}" + (f" ({', '.join(fields)})" if fields else "")
-    return (
-        f"in training mode it gives a {kind}, in eval mode one tensor. Losses on auxiliary outputs are not supported: "
-        "build it without them (torchvision's GoogLeNet and Inception: model.arguments.aux_logits=False), or have its "
-        "forward give the classes' outputs alone"
-    )
+    return try_step(deep_copy(model), shape, config, task).unused
 
 
 class _Running:

@@ -11,6 +11,7 @@ LEVELS = [
     {"config"},
     {"models", "recipes"},
     {"cost", "criteria", "data"},
+    {"tasks"},
     {"pruning"},
     {"export", "store"},
     {"search", "train"},

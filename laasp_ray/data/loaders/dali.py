@@ -63,6 +63,7 @@ class DaliLoader:
         seed: int,
         uint8: bool,
     ) -> None:
+        self.in_background = True
         self.name = "dali-gpu" if device.type == "cuda" else "dali-cpu"
         self._config = config
         self._unreadable = unreadable

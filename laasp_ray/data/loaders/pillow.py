@@ -38,7 +38,7 @@ class TorchvisionLoader:
         seed: int,
         uint8: bool,
     ) -> None:
-        self.name = "torchvision"
+        self.name, self.in_background = "torchvision", True
         self._config = config
         self._unreadable = unreadable
         self._training = training

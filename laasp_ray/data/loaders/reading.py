@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from laasp_ray.data.loaders.decoding import bitmap_of, centre_size, checked_size
 from laasp_ray.data.sources.base import ImageSource
@@ -45,11 +44,12 @@ _NEVER_AN_IMAGES_FAULT = frozenset(
 class Batch:
     """Decoded images, NCHW on the loader's device: float32 and normalised, or uint8. `labels` are int64 (n,).
 
-    `indices` (int64, (n,)) are the images' numbers in the source. Unreadable images are left out.
+    `indices` (int64, (n,)) are the images' numbers in the source. Unreadable images are left out. A data set of the
+    user's own gives inputs as `images` and targets of any structure as `labels`.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Any
+    labels: Any
     indices: np.ndarray
 
 

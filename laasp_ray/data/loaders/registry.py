@@ -22,9 +22,14 @@ __all__ = ["Batch", "Loader", "check_available", "make_loader"]
 
 
 class Loader(Protocol):
-    """Decodes batches of a source, for many epochs. `name` is "dali-cpu", "dali-gpu" or "torchvision"."""
+    """Decodes batches of a source, for many epochs. `name` is "dali-cpu", "dali-gpu", "torchvision" or "the data set
+    itself".
+
+    `in_background` says whether batches may be prepared in a thread of their own.
+    """
 
     name: str
+    in_background: bool
 
     def epoch(self, batches: Sequence[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
         """The images of `batches` (index arrays), in order. `epoch` affects only the training augmentation.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.metrics import form_of, label_of
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.facts import Curves, IterationRow, LayerRow, LossMap, Point
 from laasp_ray.report.page.svg import COLOURS, SERIES, WIDTH, draw
@@ -35,8 +36,16 @@ def loss_over_time(curves: Curves) -> Markup:
     return _over_time(curves, "loss", "Loss", lambda point: point.loss)
 
 
-def top1_over_time(curves: Curves) -> Markup:
-    return _over_time(curves, "top1", "Top-1, %", lambda point: 100 * point.top1)
+def metric_over_time(curves: Curves) -> Markup:
+    """The primary metric; shares in percent."""
+    is_share = form_of(curves.metric).endswith("%}")
+    label = label_of(curves.metric)
+    return _over_time(
+        curves,
+        "metric",
+        f"{label[0].upper()}{label[1:]}, %" if is_share else label,
+        lambda point: math.nan if point.metric is None else (100 if is_share else 1) * point.metric,
+    )
 
 
 def _over_time(curves: Curves, name: str, label: str, value: Callable[[Point], float]) -> Markup:

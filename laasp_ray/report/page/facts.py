@@ -26,18 +26,23 @@ from laasp_ray.run.events import (
 
 @dataclass(frozen=True)
 class Point:
-    """Loss and top-1 (a share) after so many seconds of work."""
+    """The loss and the primary metric after so many seconds of work. Top-1 is a share. A metric of the user's own is
+    not measured in training (None).
+    """
 
     seconds: float
     loss: float
-    top1: float
+    metric: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
     """A run over its seconds of work: time in which no driver ran does not count. `prunes` and `faults` are moments,
-    `spans` the (phase, begin, end) of what was done, in order.
+    `spans` the (phase, begin, end) of what was done, in order. `metric` is the primary metric's name; it is `loss` if
+    there is none.
     """
+
+    metric: str
 
     train: Sequence[Point]
     test: Sequence[Point]
@@ -50,7 +55,7 @@ class Curves:
 def curves_of(record: RunRecord) -> Curves:
     train, test, prunes, faults = [], [], [], []
     spans: list[tuple[str, float, float]] = []
-    now = 0.0
+    now, metric = 0.0, "top1"
     for event, begin, now in worked(record.events):
         match event:
             case EpochDone():
@@ -62,8 +67,9 @@ def curves_of(record: RunRecord) -> Curves:
             case FaultSurvived():
                 faults.append(now)
         if isinstance(event, EpochDone | TrainingPhaseDone | BaselineMeasured) and event.metrics is not None:
-            test.append(Point(now, event.metrics.loss, event.metrics.top1))
-    return Curves(train=train, test=test, prunes=prunes, faults=faults, spans=spans, seconds=now)
+            metric, value = event.metrics.primary
+            test.append(Point(now, event.metrics.loss, value))
+    return Curves(metric=metric, train=train, test=test, prunes=prunes, faults=faults, spans=spans, seconds=now)
 
 
 def worked(events: Sequence[RunEvent]) -> Iterator[tuple[RunEvent, float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laasp_ray.report.metrics import label_of
 from laasp_ray.report.page import charts
 from laasp_ray.report.page.document import Chart
 from laasp_ray.report.page.facts import (
@@ -37,18 +38,18 @@ def pictures_of(record: RunRecord, target: float | None) -> Pictures:
 def _over_time(record: RunRecord) -> list[Chart]:
     curves = curves_of(record)
     if not curves.train and not curves.test:
-        return [Chart(title="Loss and top-1", text="Nothing has been trained or evaluated yet.")]
+        return [Chart(title="Loss and accuracy", text="Nothing has been trained or evaluated yet.")]
     said = "A green line is a prune; the shaded time is spent on prunes and fine-tuning."
     if curves.faults:
         said += " A triangle is a fault that the run survived."
-    return [
-        Chart(title="Loss", text=said, svg=charts.loss_over_time(curves)),
-        Chart(
-            title="Top-1",
-            text="Of training with augmentation, and of the test images.",
-            svg=charts.top1_over_time(curves),
-        ),
-    ]
+    shown = [Chart(title="Loss", text=said, svg=charts.loss_over_time(curves))]
+    if curves.metric != "loss":
+        title = label_of(curves.metric)
+        text = "Of the test data."
+        if any(point.metric is not None for point in curves.train):
+            text = "Of training with augmentation, and of the test images."
+        shown.append(Chart(title=title[0].upper() + title[1:], text=text, svg=charts.metric_over_time(curves)))
+    return shown
 
 
 def _flops(record: RunRecord, target: float | None) -> Chart:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
+from laasp_ray.records import Metrics
 from laasp_ray.report.durations import format_duration
+from laasp_ray.report.metrics import form_of, label_of, metric_text
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.document import Cell, Document, Part, Row, Table, Tile, heads, name, number, render, text
 from laasp_ray.report.page.facts import (
@@ -25,6 +27,8 @@ from laasp_ray.run.totals import seconds_spent
 MOST_ROWS = 1000
 """Of a table; the rest is only counted."""
 _NAMED = 3
+_METRICS = 3
+"""The most metrics that have tiles."""
 
 
 def run_page(record: RunRecord, now: float | None = None) -> str:
@@ -93,8 +97,8 @@ def _came_out(record: RunRecord, summary: Summary) -> str:
     said = [] if not finish.text or finish.text.startswith("pruned by") else [finish.text]
     said.append(gone)
     if summary.before is not None and summary.after is not None:
-        points = numbers.signed(100 * (summary.after.top1 - summary.before.top1), " points")
-        said.append(f"top-1 {numbers.percent(summary.after.top1)} ({points} against before pruning)")
+        name_of, value = summary.after.primary
+        said.append(f"{metric_text(name_of, value)} ({_change(name_of, summary)} against before pruning)")
     if summary.exhausted:
         said.append("pruning ended short of its target, with no filter left to remove")
     return "; ".join(said) + "."
@@ -105,12 +109,12 @@ def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
     known = [count for count in counts if count is not None]
     so_far = sum(known) if known and len(known) == len(counts) else None
     macs = summary.macs_after if summary.macs_after is not None else so_far
+    known_metrics = _values(summary.after or summary.before) or ("top1", "top5")
     return [
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),
         _amount("Parameters", "", summary.parameters, summary.parameters_after),
         latency_tile(record),
-        _accuracy("Top-1", "top1", summary),
-        _accuracy("Top-5", "top5", summary),
+        *(_accuracy(name_of, summary) for name_of in list(known_metrics)[:_METRICS]),
         _time(record),
     ]
 
@@ -124,25 +128,36 @@ def _amount(what: str, unit: str, before: int, after: int | None) -> Tile:
     return Tile(what=what, value=share, before=text, note=f"{exact} {unit}".strip())
 
 
-def _accuracy(what: str, key: str, summary: Summary) -> Tile:
-    before, after = summary.before, summary.after
-    if after is None:
-        value = numbers.percent(getattr(before, key)) if before else numbers.NONE
-        return Tile(what=what, value=value, before="before pruning" if before else "", note="after: at the run's end")
-    images = f"{after.images:,} test images"
-    if key == "top1" and summary.best is not None and summary.best.metrics.top1 > after.top1:
-        images += f"; best epoch {summary.best.epoch + 1}: {numbers.percent(summary.best.metrics.top1)}"
-    if before is None:
+def _accuracy(name_of: str, summary: Summary) -> Tile:
+    """The tile of a metric, before and after."""
+    before, after = (_values(metrics).get(name_of) for metrics in (summary.before, summary.after))
+    label = label_of(name_of)
+    what, form = label[0].upper() + label[1:], form_of(name_of).format
+    if after is None or summary.after is None:
+        value = numbers.NONE if before is None else form(before)
         return Tile(
-            what=what, value=numbers.percent(getattr(after, key)), before="before pruning: unknown", note=images
+            what=what, value=value, before="" if before is None else "before pruning", note="after: at the run's end"
         )
-    points = numbers.signed(100 * (getattr(after, key) - getattr(before, key)), " points")
-    return Tile(
-        what=what,
-        value=numbers.percent(getattr(after, key)),
-        before=f"{numbers.percent(getattr(before, key))} before pruning ({points})",
-        note=images,
-    )
+    images = f"{summary.after.images:,} test images"
+    best = summary.best
+    if best is not None and best.metrics.score > summary.after.score and best.metrics.primary[0] == name_of:
+        images += f"; best epoch {best.epoch + 1}: {form(best.metrics.primary[1])}"
+    if before is None:
+        return Tile(what=what, value=form(after), before="before pruning: unknown", note=images)
+    said = f"{form(before)} before pruning ({_change(name_of, summary)})"
+    return Tile(what=what, value=form(after), before=said, note=images)
+
+
+def _values(metrics: Metrics | None) -> dict[str, float]:
+    """All values by name; of a loss without metrics the loss."""
+    return {} if metrics is None else metrics.named or {"loss": metrics.loss}
+
+
+def _change(name_of: str, summary: Summary) -> str:
+    """How much a metric has changed: shares in points."""
+    before, after = _values(summary.before)[name_of], _values(summary.after)[name_of]
+    is_share = form_of(name_of).endswith("%}")
+    return numbers.signed(100 * (after - before), " points") if is_share else numbers.signed(after - before, digits=4)
 
 
 def _time(record: RunRecord) -> Tile:

@@ -6,6 +6,7 @@ import pytest
 
 from laasp_ray.distributed import train_worker
 from laasp_ray.errors import DataError
+from laasp_ray.tasks import CLASSIFICATION
 
 OURS = ("a", "b")
 
@@ -18,7 +19,9 @@ def check(monkeypatch, *digests):
 
     monkeypatch.setattr(train_worker.dist, "all_gather_object", gather)
     monkeypatch.setattr(train_worker.ray.util, "get_node_ip_address", lambda: "10.0.0.9")
-    data = SimpleNamespace(world=len(digests), train_images=9, test_images=3, digest=lambda: digests[0])
+    data = SimpleNamespace(
+        world=len(digests), train_images=9, test_images=3, digest=lambda: digests[0], task=CLASSIFICATION
+    )
     train_worker._check_same_data(data, OURS)
 
 

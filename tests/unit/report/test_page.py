@@ -1,5 +1,6 @@
 """The page of a run, from journals by hand: what it says, and that it refers to nothing else."""
 
+import dataclasses
 import html
 import math
 import re
@@ -12,11 +13,19 @@ from run_events import epoch_done, iteration_done, run_started
 from laasp_ray.errors import StoreError
 from laasp_ray.export.latency import EngineLatency
 from laasp_ray.export.network import Export
+from laasp_ray.records import Metrics
 from laasp_ray.report.page import facts
 from laasp_ray.report.page.reading import RunReader, RunRecord
 from laasp_ray.report.page.run import run_page
 from laasp_ray.report.page.settings import settings_of
-from laasp_ray.run.events import FaultSurvived, ImageExcluded, IterationDone, LatencyMeasured, NetworkExported
+from laasp_ray.run.events import (
+    EpochDone,
+    FaultSurvived,
+    ImageExcluded,
+    IterationDone,
+    LatencyMeasured,
+    NetworkExported,
+)
 from laasp_ray.store.journal import write_candidates
 from laasp_ray.store.storage import Storage
 
@@ -114,6 +123,26 @@ def test_a_latency_of_a_busy_machine_is_no_result():
     assert "the machine was too busy for these figures to mean anything: others used 80% of the cores" in said
 
 
+def test_a_loss_of_the_user_s_own_has_its_own_metrics():
+    def own(value):
+        return Metrics(loss=0.4, images=355, values={"mIoU": value, "error": 0.25}, better="higher")
+
+    events = [
+        dataclasses.replace(event, metrics=own(0.5 if number < 4 else 0.75)) if hasattr(event, "metrics") else event
+        for number, event in enumerate(small_run())
+    ]
+    events = [dataclasses.replace(event, top1=None) if isinstance(event, EpochDone) else event for event in events]
+    said = words(page_of(events))
+    for part in (
+        "FLOPs −36.54%; mIoU 0.7500 (+0.2500 against before pruning).",
+        "MIoU 0.7500 0.5000 before pruning (+0.2500) 355 test images",
+        "Error 0.2500 0.2500 before pruning (0.0000) 355 test images",
+        "MIoU Of the test data.",
+    ):
+        assert part in said, part
+    assert "Top-1" not in said
+
+
 def test_layers_come_to_the_multiply_accumulates_of_the_end(read):
     assert sum(layer.macs_now for layer in facts.layers_of(read)) == read.events[-1].macs == 825
 
@@ -122,7 +151,7 @@ def test_curves_run_over_seconds_of_work(read):
     curves = facts.curves_of(read)
     # 60 + 2, 3, 5, 5, 60, 3 seconds
     assert [point.seconds for point in curves.train] == [60.0, 135.0]
-    assert [(point.seconds, point.top1) for point in curves.test] == [(62.0, 0.5), (65.0, 0.5), (138.0, 0.75)]
+    assert [(point.seconds, point.metric) for point in curves.test] == [(62.0, 0.5), (65.0, 0.5), (138.0, 0.75)]
     assert (curves.prunes, curves.faults, curves.seconds) == ([70.0, 75.0], [70.0], 138.0)
     assert curves.spans == [("train", 0.0, 62.0), ("prune", 65.0, 75.0), ("final", 75.0, 135.0)]
 

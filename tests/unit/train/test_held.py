@@ -12,6 +12,7 @@ from laasp_ray.data.loaders.reading import Batch
 from laasp_ray.errors import TrainingError
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.sparsity.groups import GroupRule, group_mask, pack_mask
+from laasp_ray.tasks import CLASSIFICATION
 from laasp_ray.train.loop import EpochPlan, TrainingPhase, run_training_phase
 from laasp_ray.train.mask_enforcement import MaskEnforcer
 
@@ -22,10 +23,12 @@ class Pictures:
     """What `run_training_phase` needs of a PhaseData: twelve random pictures of 8 x 8 pixels, of three classes."""
 
     device = torch.device("cpu")
+    task = CLASSIFICATION
     rank, world, parts, own_parts, share, train_images, test_images = 0, 1, 1, (0,), 4, 12, 12
 
     class Loader:
         name = "in memory"
+        in_background = True
 
         def epoch(self, batches, epoch=0):
             images = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(5))

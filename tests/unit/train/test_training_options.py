@@ -11,8 +11,8 @@ from torch.nn import functional
 from training_by_hand import PLAIN, ROWS, TWO, FakeData, linear, train, training_phase
 
 from laasp_ray.data.ordering import epoch_batches
+from laasp_ray.tasks.classification import training_loss
 from laasp_ray.train.ema import MovingAverage
-from laasp_ray.train.loss import training_loss
 
 # Without any option the gradient of TWO's mean loss at ROWS is ((-1/4, 1/4), (1/4, -1/4)); the first column is that of
 # the image of class 0, the second that of the image of class 1.

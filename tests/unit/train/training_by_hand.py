@@ -5,6 +5,7 @@ from torch import nn
 
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.loaders.reading import Batch
+from laasp_ray.tasks import CLASSIFICATION
 from laasp_ray.train.loop import EpochPlan, PhaseResult, TrainingPhase, run_training_phase
 
 CPU = torch.device("cpu")
@@ -15,6 +16,7 @@ class InMemory:
     """A loader over tensors that does not augment."""
 
     name = "in memory"
+    in_background = True
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -29,6 +31,7 @@ class FakeData:
     """What `run_training_phase` needs of a PhaseData; images of shape (n, features), the same for training and test."""
 
     device = CPU
+    task = CLASSIFICATION
 
     def __init__(self, images, labels, rank=0, world=1):
         self.images, self.labels = torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
