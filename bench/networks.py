@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from network_list import NETWORKS, Network
 RESULTS = Path(__file__).parent / "results" / "networks.jsonl"
 OUTPUTS = "its filters are outputs of the network"
 IMAGES, SAMPLE = 3, 6
+_PRELOADED = ["torch", "torchvision", "timm", "laasp_ray.models", "laasp_ray.cost.macs", "laasp_ray.search.engine"]
+_PRELOADED += ["laasp_ray.search.candidates", "laasp_ray.pruning.graph"]
 _MARK = "<!-- table -->"
 _HEAD = ("network", "image", "layers", "prunable", "masked", "copied", "refused", "difference", "losses")
 
@@ -42,11 +45,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="limit of one network (default 600)")
     parser.add_argument("--sample", type=int, default=SAMPLE, help=f"candidates of a network (default {SAMPLE})")
     parser.add_argument("--write", type=Path, help="write the table into this page, below its mark")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(next(net for net in NETWORKS if net.name == options.one), options.sample)))
-        return
     wanted = [network for network in NETWORKS if not options.names or network.name in options.names.split(",")]
     rows = read(options.results)
     if not options.write:
@@ -65,17 +64,31 @@ def main() -> None:
 
 
 def in_process(network: Network, seconds: float, sample: int) -> dict[str, Any]:
-    """The row of a network, measured by this script in another process; its `error` if that fails or takes too long."""
-    command = [sys.executable, __file__, "--one", network.name, "--sample", str(sample)]
+    """The row of a network, measured in another process; its `error` if that fails or takes too long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)  # imports take longer than most networks
+    ours, theirs = context.Pipe(duplex=False)
     started = time.perf_counter()
+    process = context.Process(target=_measure, args=(network, sample, theirs))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"network": network.name, "side": network.side, "error": f"not done in {seconds:g} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        return {"network": network.name, "side": network.side, "error": last[:200]}
-    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.perf_counter() - started, 1)}
+        row = ours.recv() if ours.poll(seconds) else {"error": f"not done in {seconds:g} s"}
+    except EOFError:
+        process.join()
+        row = {"error": f"its process ended with status {process.exitcode}"}
+    process.kill()
+    process.join()
+    found = {"network": network.name, "side": network.side, **row}
+    return found if "error" in found else {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _measure(network: Network, sample: int, pipe: Connection) -> None:
+    try:
+        row = measure(network, sample)
+    except Exception as error:  # a network's own code may raise any error, which is its row
+        row = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    pipe.send(row)
 
 
 def measure(network: Network, sample: int) -> dict[str, Any]:
@@ -105,8 +118,6 @@ def measure(network: Network, sample: int) -> dict[str, Any]:
     macs, config = count_macs(model, images), LaaspConfig(flops_reduction=0.5, criteria=("l1",))
     labels = torch.arange(IMAGES)
     row: dict[str, Any] = {
-        "network": network.name,
-        "side": network.side,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": len(graph.layers) + sum(refused.values()),
         "prunable": len(graph.layers),
