@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,10 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images, return_dict=True).logits
+
+    def names_all(self, names: Iterable[str]) -> bool:
+        """Whether these are names of tensors of this module, not of `network`."""
+        return all("network." in name for name in names)
 
 
 def _of_timm(name: str) -> Callable[..., nn.Module]:

@@ -17,7 +17,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.models.alexnet import AlexNetGrouped
 from laasp_ray.models.cifar_resnet import DEPTHS, CifarResNet
 from laasp_ray.models.cifar_vgg import CifarVgg16
-from laasp_ray.models.libraries import OPTIONAL
+from laasp_ray.models.libraries import OPTIONAL, ImageClassifier
 from laasp_ray.models.mobilenet_v1 import MobileNetV1
 from laasp_ray.models.weights import fill, read_state
 
@@ -87,7 +87,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ("module.", "_orig_mod.", "model."), and BatchNorm's num_batches_tracked may be missing. Raises ConfigError if the
     file is missing or unreadable. It names the first keys that are missing, unexpected or of another shape.
     """
-    fill(model, read_state(Path(path)), str(path))
+    state = read_state(Path(path))
+    if isinstance(model, ImageClassifier) and not model.names_all(state):
+        model = model.network  # a file of transformers' own
+    fill(model, state, str(path))
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:

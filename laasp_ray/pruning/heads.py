@@ -22,7 +22,7 @@ from laasp_ray.pruning.coupling import Coupling
 from laasp_ray.pruning.faults import retried
 from laasp_ray.pruning.flow import tensors_of
 from laasp_ray.pruning.masking import is_plain
-from laasp_ray.pruning.plan import apply_plan
+from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters, difference
 
 _HEADS, _WIDTH = "num_heads", "attn_dim"
@@ -103,6 +103,15 @@ def head_couplings(
         else:
             couplings[name] = coupling
     return couplings, reasons
+
+
+def kept_filters(plan: Plan, unpruned: nn.Module) -> dict[str, int]:
+    """Pruned layer -> the number of its filters that are left after `plan`. Heads count as filters."""
+    counts = {layer: len(kept) for layer, kept in plan.layers.items()}
+    for layer, attention in attentions(unpruned).items():
+        if layer in counts and _HEADS in plan.attributes.get(attention.module, {}):
+            counts[layer] //= len(_OF_ALL) * attention.width
+    return counts
 
 
 def _counted(module: str, attribute: str, size: int) -> ChannelAxis:

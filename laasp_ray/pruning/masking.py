@@ -45,7 +45,7 @@ def mask_of(removal: Removal) -> Mask | CannotMask:
     """
     for side, channels in removal.items():
         if channels and side.normalises and not side.attributes:
-            return CannotMask(f"{side.module} normalises over its channels")
+            return CannotMask(f"{side.module or 'the network'} normalises over its channels")
     return {
         side.module: tuple(sorted(channels))
         for side, channels in removal.items()
