@@ -125,7 +125,9 @@ def _sweep(options: argparse.Namespace) -> None:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     goal = _goal(options)
-    config = with_classes_of_data(overridden(of_variant(recipe(options.recipe), options.recipe, options), options), options)
+    config = with_classes_of_data(
+        overridden(of_variant(recipe(options.recipe), options.recipe, options), options), options
+    )
     if any(text.startswith("prune.exact_target") for text in options.set):
         raise ConfigError(
             "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their "
