@@ -34,7 +34,7 @@ IMAGES, SAMPLE = 3, 6
 _PRELOADED = ["torch", "torchvision", "timm", "laasp_ray.models", "laasp_ray.cost.macs", "laasp_ray.search.engine"]
 _PRELOADED += ["laasp_ray.search.candidates", "laasp_ray.pruning.graph"]
 _MARK = "<!-- table -->"
-_HEAD = ("network", "image", "layers", "prunable", "masked", "copied", "refused", "difference", "losses")
+_HEAD = ("network", "image", "layers", "prunable", "masked", "copied", "refused", "effect", "difference", "losses")
 
 
 def main() -> None:
@@ -101,6 +101,7 @@ def measure(network: Network, sample: int) -> dict[str, Any]:
     from laasp_ray.cost.macs import count_macs
     from laasp_ray.models import build
     from laasp_ray.pruning.graph import PruningGraph
+    from laasp_ray.pruning.plan import Plan
     from laasp_ray.pruning.verify import scramble
     from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
     from laasp_ray.search.engine import Engine
@@ -135,12 +136,14 @@ def measure(network: Network, sample: int) -> dict[str, Any]:
         of_layer |= {layer: of_layer[proposal.candidate.layer] for layer, _ in proposal.candidate.also}
     named = Counter(kind_of(reason) for reason in of_layer.values() if reason)
     chosen = np.unique(np.linspace(0, len(tasks) - 1, sample).round().astype(int)).tolist()
-    largest = 0.0
+    whole = losses_of_copy(model, Plan.empty(), calibration.at(np.arange(IMAGES)))
+    largest = effect = 0.0
     for position in chosen:
         losses = engine.losses([tasks[position]], np.arange(IMAGES))
         if losses.errors:
             raise RuntimeError(losses.errors[0])
         of_copy = losses_of_copy(model, tasks[position].step, calibration.at(np.arange(IMAGES)))
+        effect = max(effect, float((np.abs(of_copy - whole) / np.abs(whole)).max()))
         largest = max(largest, float((np.abs(losses.values[0] - of_copy) / np.abs(of_copy)).max()))
     return {
         **row,
@@ -151,6 +154,7 @@ def measure(network: Network, sample: int) -> dict[str, Any]:
         "sample": len(chosen),
         "sample_masked": sum(not copied[position] for position in chosen),
         "difference": largest,
+        "effect": effect,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
@@ -212,6 +216,7 @@ def page_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             row["masked"],
             _counted(row["copied"], letters),
             _counted(row["refused"], letters),
+            f"{row['effect']:.0e}" if "effect" in row else "",
             f"{row['difference']:.0e}" if row["sample"] else "",
             f"{row['sample']} ({row['sample_masked']})",
         ]
