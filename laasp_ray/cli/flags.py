@@ -233,6 +233,12 @@ def overridden(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     )
 
 
+def sets_key(options: argparse.Namespace, key: str) -> bool:
+    """Whether the user sets this key, or one below it, with --set."""
+    keys = [_assignment(text)[0] for text in options.set]
+    return any(given == key or given.startswith(f"{key}.") for given in keys)
+
+
 def _assignment(text: str) -> tuple[str, Any]:
     """The current name of the key and the value of `--set KEY=VALUE`."""
     key, equals, value = text.partition("=")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laasp_ray import api
+from laasp_ray.cli.classes import with_classes_of_data
 from laasp_ray.cli.flags import SPARSITY_FLAGS, absolute, at_least_1, of_variant, overridden, run_parser
 from laasp_ray.cli.status import status
 from laasp_ray.cli.stopping import guarded
@@ -120,7 +121,7 @@ def _prune(options: argparse.Namespace, base: Callable[[argparse.Namespace], Run
     config = base(options)
     if "variant" in options:
         config = of_variant(config, getattr(options, "recipe", config.name), options)
-    config = overridden(config, options)
+    config = with_classes_of_data(overridden(config, options), options)
     if options.dry_run:
         print(
             dry_run(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 
+from laasp_ray.cli.classes import with_classes_of_data
 from laasp_ray.cli.flags import FILTER_FLAGS, at_least_1, of_variant, overridden, run_parser
 from laasp_ray.cli.stopping import guarded
 from laasp_ray.config import RunConfig
@@ -124,7 +125,9 @@ def _sweep(options: argparse.Namespace) -> None:
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     goal = _goal(options)
-    config = overridden(of_variant(recipe(options.recipe), options.recipe, options), options)
+    config = with_classes_of_data(
+        overridden(of_variant(recipe(options.recipe), options.recipe, options), options), options
+    )
     if any(text.startswith("prune.exact_target") for text in options.set):
         raise ConfigError(
             "prune.exact_target is of a run by itself: a sweep's trials share their prunes, and overshoot their "

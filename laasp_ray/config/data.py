@@ -40,6 +40,13 @@ class DataConfig:
             "or auto: found by what lies in the folder"
         ),
     ] = "auto"
+    label: Annotated[
+        str | None,
+        Doc(
+            "the column of the labels in Parquet files or in CIFAR-100's own, such as coarse_label; "
+            "none: label, labels or fine_label"
+        ),
+    ] = None
     train_transform: Annotated[
         TrainTransform, Doc("crop of a training image: random_resized_crop (scale, ratio) or pad_crop (pad)")
     ] = "random_resized_crop"
@@ -86,6 +93,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         known = self.format in DATA_FORMATS or is_import_path(self.format)
         check(known, "data.format", self.format, f"one of {', '.join(map(repr, DATA_FORMATS))}, or an import path")
+        check(self.label is None or bool(self.label.strip()), "data.label", self.label, "the name of a column")
         check(self.image_size >= 1, "data.image_size", self.image_size, "at least 1")
         check(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,

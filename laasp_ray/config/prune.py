@@ -88,7 +88,9 @@ class FilterPruneConfig(PruneConfig):
     ] = 0.0
     latency_batch: Annotated[int, Doc("images a batch when latency is measured, at least 1")] = 1
     iterations: Annotated[int, Doc("iterations after which pruning ends even short of the target; 0: no bound")] = 0
-    extra_layers: Annotated[tuple[str, ...], Doc("linear layers that are candidates too, by name")] = ()
+    extra_layers: Annotated[
+        tuple[str, ...], Doc("linear layers that are candidates too, by name; a star stands for any part of a name")
+    ] = ()
     compensate: Annotated[
         Compensate,
         Doc(

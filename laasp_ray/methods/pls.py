@@ -66,6 +66,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
             )
         context.clock.lap("graph")
         scores = context.executor.importance(context.scored, ImportanceRequest.of(layers, "pls", context.config))
+        scores = {layer: context.graph.layers[layer].of_filters(of_rows) for layer, of_rows in scores.items()}
         context.clock.lap("score")
         blocks = {layer: context.graph.layers[layer].blocks for layer in layers}
         return context.prune(choose(scores, blocks, context.config.percent, context.config.round_to), "pls")

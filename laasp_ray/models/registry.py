@@ -17,6 +17,7 @@ from laasp_ray.errors import ConfigError
 from laasp_ray.models.alexnet import AlexNetGrouped
 from laasp_ray.models.cifar_resnet import DEPTHS, CifarResNet
 from laasp_ray.models.cifar_vgg import CifarVgg16
+from laasp_ray.models.libraries import OPTIONAL, ImageClassifier
 from laasp_ray.models.mobilenet_v1 import MobileNetV1
 from laasp_ray.models.weights import fill, read_state
 
@@ -38,8 +39,9 @@ _OTHER_FORWARD = ("googlenet", "inception_v3")
 def build(config: ModelConfig) -> nn.Module:
     """A new network in training mode. Its weights are drawn from torch's global generator, so seed it first.
 
-    `config.builder` is `torchvision.NAME` (a classification network), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`,
-    `zoo.alexnet_grouped`, `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
+    `config.builder` is `torchvision.NAME` (a classification network), `timm.NAME`, `transformers.TYPE` (a type of model
+    that classifies images, such as resnet), `cifar.resnet20` (32, 56, 110), `cifar.vgg16`, `zoo.alexnet_grouped`,
+    `zoo.mobilenet_v1`, or the import path `package.module:function` of a function that returns
     an nn.Module. `config.arguments` are passed to it. Raises ConfigError for an unknown builder (with the nearest known
     ones) or arguments that it does not accept.
     """
@@ -85,7 +87,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ("module.", "_orig_mod.", "model."), and BatchNorm's num_batches_tracked may be missing. Raises ConfigError if the
     file is missing or unreadable. It names the first keys that are missing, unexpected or of another shape.
     """
-    fill(model, read_state(Path(path)), str(path))
+    state = read_state(Path(path))
+    if isinstance(model, ImageClassifier) and not model.names_all(state):
+        model = model.network  # a file of transformers' own
+    fill(model, state, str(path))
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig, source: str) -> None:
@@ -127,7 +132,7 @@ def _torchvision_state(builder: str, name: str) -> dict[str, torch.Tensor]:
 
 
 def known_builders() -> list[str]:
-    """The names that `build` knows, without import paths."""
+    """The names that `build` knows, without import paths and those of the libraries in libraries.py."""
     import torchvision
 
     names = [f"torchvision.{name}" for name in torchvision.models.list_models(module=torchvision.models)]
@@ -142,8 +147,11 @@ def _builder(name: str) -> Callable[..., Any]:
         return _CIFAR[architecture]
     if family == "zoo" and architecture in _ZOO:
         return _ZOO[architecture]
+    if family in OPTIONAL:
+        return OPTIONAL[family](architecture)
     if name not in known_builders():
         hint = did_you_mean(name, known_builders(), most=3) or f"known: {', '.join(known_builders())}"
+        hint += f", {', '.join(f'{library}.NAME' for library in OPTIONAL)}"
         raise ConfigError(f"unknown model.builder {name!r}; {hint} (or an import path, package.module:function)")
     return functools.partial(_of_torchvision, architecture)
 

@@ -185,7 +185,7 @@ class Couplings:
     def _line(self, side: ChannelAxis) -> np.ndarray:
         first, *rest = side.axes if side.axes else (None,)
         if first is None:
-            return self._flow.channels.new(side.size)
+            return self._flow.bare.setdefault(side.module, self._flow.channels.new(side.size))
         if first.per_block:
             key = (self._names[first.tensor], side.role)
             if key not in self._grouped:

@@ -48,7 +48,8 @@ class Flow:
     """The results of a run. `lines` has the channels (n,) of each (parameter or buffer, axis).
 
     `stuck`: channels that cannot be removed, with the reason. `blocks`: lines of channels in equal blocks that must
-    lose the same number each, with the operation that cuts them. `used`: the parameters that the run read.
+    lose the same number each, with the operation that cuts them. `used`: the parameters that the run read. `bare`:
+    the channels of each module that has channels, but no tensor along them.
     """
 
     channels: Channels = field(default_factory=Channels)
@@ -57,6 +58,7 @@ class Flow:
     blocks: list[tuple[np.ndarray, int, str]] = field(default_factory=list)
     meetings: list[Meeting] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    bare: dict[str, np.ndarray] = field(default_factory=dict)
     starts: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     def add_line(self, name: str, axis: int, size: int) -> np.ndarray:

@@ -193,6 +193,7 @@ def layer_norm(flow: Follower, call: Call) -> None:
         held = list(inside)
         for tensor in weights:
             inside += [along(line(label), first, source.ndim) for label in flow.get(tensor)]
+        inside += _bare(flow, first, source)
     merged = flow.flow.channels.merged([*outside, *inside])
     outputs = call.outputs
     flow.set(outputs[0], merged)
@@ -208,9 +209,16 @@ def group_norm(flow: Follower, call: Call) -> None:
     labels = [] if read is None else [along(read, 1, source.ndim)]
     for tensor in (call.argument("weight"), call.argument("bias")):
         labels += [along(line(label), 1, source.ndim) for label in flow.get(tensor)]
+    labels += _bare(flow, 1, source)
     merged = flow.flow.channels.merged(labels)
     flow.set(call.outputs[0], merged)
     for label in merged:
         if groups > 1:
             flow.flow.blocks.append((line(label), groups, f"the groups of {flow.module or 'a group norm'}"))
         hold(flow, call, [label])
+
+
+def _bare(flow: Follower, dim: int, source: torch.Tensor) -> list[Label]:
+    """The channels of a norm without scales and offsets, of which only an attribute says how many there are."""
+    numbers = flow.flow.bare.get(flow.module)
+    return [along(numbers, dim, source.ndim)] if numbers is not None and len(numbers) == source.shape[dim] else []

@@ -17,6 +17,7 @@ from laasp_ray.errors import PruningError
 from laasp_ray.pruning.channels import CannotPrune, ChannelAxis, plan_of, unite
 from laasp_ray.pruning.coupling import Coupling, Couplings
 from laasp_ray.pruning.faults import check_repeatable, faults_of, retried
+from laasp_ray.pruning.heads import head_couplings
 from laasp_ray.pruning.names import candidate_layers, ignored_modules
 from laasp_ray.pruning.plan import Plan, macs_after, parameters_after
 from laasp_ray.pruning.structure import Structure, structure_of
@@ -33,13 +34,21 @@ class ChannelGroup:
     """A prunable layer.
 
     Its `filters` are in `blocks` equal contiguous blocks that must lose the same number each. `coupled` names the
-    modules that change with it, including itself, in the order of named_modules.
+    modules that change with it, including itself, in the order of named_modules. `heads`: the rows of each head, for a
+    layer that loses whole attention heads only; these are its filters then.
     """
 
     layer: str
     filters: int
     blocks: int
     coupled: tuple[str, ...]
+    heads: tuple[tuple[int, ...], ...] = ()
+
+    def of_filters(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores (N,) of the filters, from those of the layer's rows: a head's is the mean of its rows'."""
+        if not self.heads or len(scores) == self.filters:
+            return scores
+        return torch.stack([scores[list(rows)].mean() for rows in self.heads])
 
 
 class PruningGraph:
@@ -109,12 +118,17 @@ class PruningGraph:
         for name, fault in faults.items():
             reasons[name] = fault
             del couplings[name]
+        attentive = {name for name in reasons if name not in frozen}
+        found_heads, without = head_couplings(probe, example, attentive, int(flow.classes.max()) + 1)
+        couplings |= found_heads
+        reasons = {name: without.get(name, reason) for name, reason in reasons.items() if name not in found_heads}
+        self.couplings = couplings = {name: couplings[name] for name in names if name in couplings}
         self.layers = groups_of(couplings, probe)
         self.skipped = {name: reasons[name] for name in names if name in reasons}
         for name, reason in self.skipped.items():
             logger.debug("layer %s is not pruned: %s", name, reason)
         # Whether a part of a cut line, or a layer with a fault, can be pruned depends on sizes.
-        follows = flow.has_distinct_sides and not flow.cut and not faults
+        follows = flow.has_distinct_sides and not flow.cut and not faults and not found_heads
         self.structure = structure_of(probe) if follows else None
 
     def replaced(
@@ -167,7 +181,9 @@ def groups_of(couplings: Mapping[str, Coupling], model: nn.Module) -> dict[str, 
 
 def _group(name: str, coupling: Coupling, order: Mapping[str, int]) -> ChannelGroup:
     coupled = sorted({side.module for side in coupling.sides}, key=lambda module: order[module])
-    return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled))
+    rows = next(rows for side, rows in coupling.sides.items() if side.module == name and side.role == "filters")
+    heads = tuple(rows.values()) if any(len(of_head) > 1 for of_head in rows.values()) else ()
+    return ChannelGroup(name, len(coupling.own), coupling.blocks, tuple(coupled), heads)
 
 
 def _check_kind(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""A prune without cutting: the layers that read the removed channels are masked.
+"""A prune without cutting: the layers that read the removed channels are masked, and norms over them.
 
 The layer that makes the channels is never masked, because layers in between would turn zeros into other values
-(BatchNorm's shift does). If nothing normalises over channels, masked readers give what the pruned network gives.
+(BatchNorm's shift does). If no other operation takes a statistic over channels, masked readers and norms
+(masked_norms.py) give what the pruned network gives.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import nn
 from laasp_ray.models.device import on_device
 from laasp_ray.pruning.channels import Removal
 from laasp_ray.pruning.compensation import Compensation
+from laasp_ray.pruning.masked_norms import NORMS, run_norm
 
 Mask = Mapping[str, tuple[int, ...]]
-"""Convolution or linear layer -> its masked input channels, rising."""
+"""Convolution, linear layer or norm over channels -> its masked input channels, rising."""
 
 
 Masked = Mapping[str, tuple[int, ...] | Compensation]
@@ -38,12 +40,17 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def mask_of(removal: Removal) -> Mask | CannotMask:
-    """The mask with the same effect as cutting `removal`, or the reason why there is none."""
+    """The mask with the same effect as cutting `removal`, or the reason why there is none.
+
+    A LayerNorm or GroupNorm over the channels is masked too. Other statistics over them are not followed.
+    """
     for side, channels in removal.items():
-        if channels and side.normalises:
-            return CannotMask(f"{side.module} normalises over its channels")
+        if channels and side.normalises and not side.attributes:
+            return CannotMask(f"{side.module or 'the network'} normalises over its channels")
     return {
-        side.module: tuple(sorted(channels)) for side, channels in removal.items() if channels and side.role == "inputs"
+        side.module: tuple(sorted(channels))
+        for side, channels in removal.items()
+        if channels and (side.role == "inputs" or side.normalises)
     }
 
 
@@ -55,6 +62,8 @@ def run_masked(
         weight, gain = gone.applied(module.get_parameter("weight"))
         bias = gain if module.bias is None else gain + module.get_parameter("bias").detach()
         return _apply(module, inputs, weight, bias)
+    if isinstance(module, NORMS):
+        return run_norm(module, inputs, gone)
     return run_deaf(module, inputs, gone) if output is None else run_deaf_from(module, inputs, output, gone)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -29,18 +30,21 @@ def ignored_modules(modules: Sequence[str], ignored: Sequence[str]) -> set[str]:
 
 
 def candidate_layers(modules: Mapping[str, nn.Module], extra_layers: Sequence[str]) -> list[str]:
-    """The convolutions and the `extra_layers`, in network order. Raises ConfigError for an entry that is not a linear
-    layer.
+    """The convolutions and the `extra_layers`, in network order. An entry with a star stands for all linear layers that
+    fit.
+
+    Raises ConfigError for an entry that is not a linear layer, or fits none.
     """
-    for name in extra_layers:
-        if not isinstance(modules.get(name), nn.Linear):
-            linear = [other for other, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    extra: set[str] = set()
+    for entry in extra_layers:
+        found = fnmatch.filter(linear, entry) if "*" in entry else [name for name in linear if name == entry]
+        if not found:
             raise ConfigError(
-                f"prune.extra_layers names {name!r}, which is no linear layer of the network{_hint(name, linear)}"
+                f"prune.extra_layers names {entry!r}, which is no linear layer of the network{_hint(entry, linear)}"
             )
-    return [
-        name for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd) or name in extra_layers
-    ]
+        extra.update(found)
+    return [name for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd) or name in extra]
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -36,12 +38,23 @@ def structure_of(model: nn.Module) -> Structure | None:
 def traced(network: nn.Module) -> fx.Graph | None:
     """The operations of a network's forward pass; None if it cannot be traced without values."""
     try:
-        return fx.Tracer().trace(network)
+        return fx.Tracer().trace(network, defaults_of(network))
     except Exception as error:  # tracing runs the network's own code and can fail in any way
         if is_out_of_memory(error):
             raise
         logger.debug("the network's structure is not known: %s", describe_error(error))
         return None
+
+
+def defaults_of(network: nn.Module) -> dict[str, Any] | None:
+    """The options of a network's forward pass at their defaults, which tracing would otherwise take for tensors."""
+    options = list(inspect.signature(type(network).forward).parameters.values())[2:]
+    plain = {
+        option.name: option.default
+        for option in options
+        if option.default is None or option.default is True or option.default is False
+    }
+    return plain or None
 
 
 def _lines(graph: fx.Graph, network: nn.Module, places: dict[fx.Node, str]) -> Structure:

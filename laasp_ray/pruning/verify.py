@@ -105,7 +105,7 @@ def fault_of(
                 "the network does not run without them, its code fixes how many there are "
                 f"({type(error).__name__}: {_first_line(error)})"
             )
-    return _difference(wanted, found)
+    return difference(wanted, found)
 
 
 class _AtMeetings(TorchDispatchMode):
@@ -228,7 +228,8 @@ def _normalised_by_channel(
     return result, held[1], held[2]
 
 
-def _difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str | None:
+def difference(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str | None:
+    """How outputs differ, beyond rounding, from those wanted; None if they do not."""
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (wanted, found)]
     if shapes[0] != shapes[1]:
         return f"the network's outputs would change shape from {shapes[0]} to {shapes[1]}"

@@ -19,6 +19,7 @@ from laasp_ray.errors import DataError, ExhaustedError, TrainingError
 from laasp_ray.methods.base import FinishedNetwork, IterationContext, IterationResult, MethodReport, PruningMethod
 from laasp_ray.methods.memory import IterationMemory
 from laasp_ray.methods.targets import measure_targets
+from laasp_ray.pruning.heads import kept_filters
 from laasp_ray.pruning.network import NetworkState, capture, rebuild
 from laasp_ray.pruning.plan import Plan, apply_plan, macs_after
 from laasp_ray.pruning.sparsity.groups import masked
@@ -190,7 +191,7 @@ class Controller:
                 iteration=number,
                 decision=result.decision,
                 step=None if result.step is None else result.step.to_json(),
-                kept_filters={layer: len(kept) for layer, kept in self._network.plan.layers.items()},
+                kept_filters=kept_filters(self._network.plan, self._unpruned),
                 candidates=len(result.ranking),
                 seconds=seconds,
                 reached=measured.shares,

@@ -102,7 +102,7 @@ def propose(
         group = graph.layers[layer]
         known = memory.scores(of_weights, layer, model.get_submodule(layer))
         scores = {name: given[name].get(layer) if name in given else known[name] for name in config.criteria}
-        there = {name: of_filters for name, of_filters in scores.items() if of_filters is not None}
+        there = {name: group.of_filters(of_rows) for name, of_rows in scores.items() if of_rows is not None}
         for filters, proposers in _picks(there, count, group.blocks).items():
             removal = graph.removal(layer, filters)
             try:

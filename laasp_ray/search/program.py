@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from laasp_ray.errors import is_out_of_memory
+from laasp_ray.pruning.masked_norms import NORMS, norm_axis
 from laasp_ray.pruning.masking import CannotMask, Masked, run_masked
 
 
@@ -118,6 +119,9 @@ class Program:
         for operation in (self._operations[position] for position in sorted(changed)):
             if len(operation.arguments) + len(operation.keywords) > 1:
                 return CannotMask(f"{operation.module} takes more than its input")
+            module = self._modules[operation.module]
+            if isinstance(module, NORMS) and norm_axis(module) is None:
+                return CannotMask(f"{operation.module} normalises over its channels, and does more than its type does")
         affected = set(changed)
         for position, operation in enumerate(self._operations):
             if not affected.isdisjoint(operation.reads):

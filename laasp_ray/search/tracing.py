@@ -15,7 +15,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from laasp_ray.errors import describe_error, is_out_of_memory
+from laasp_ray.pruning.masked_norms import NORMS
 from laasp_ray.pruning.masking import is_bare
+from laasp_ray.pruning.structure import defaults_of
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.fresh import ACTIVATIONS, SUMS, WEIGHTED, is_activation, is_fresh
 from laasp_ray.search.mutation import InPlaceProxy, without_mutation
@@ -78,7 +80,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> Program | CannotTrace:
     for name in in_place:
         cast(Any, network.get_submodule(name)).inplace = False
     try:
-        graph = _Tracer().trace(network)
+        graph = _Tracer().trace(network, defaults_of(network))
     except Exception as error:  # tracing runs the network's own code and can fail in any way
         return CannotTrace(f"its forward pass cannot be traced ({describe_error(error)})")
     try:
@@ -154,7 +156,7 @@ def _format_of(tensor: torch.Tensor) -> torch.memory_format:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a module is traced as one operation: also layers that a network derives from torch's."""
-        return isinstance(module, WEIGHTED) or super().is_leaf_module(module, qualified_name)
+        return isinstance(module, (*WEIGHTED, *NORMS)) or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)

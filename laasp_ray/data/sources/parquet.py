@@ -20,9 +20,14 @@ from laasp_ray.data.sources.base import Split, check_labels, is_junk
 from laasp_ray.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "labels")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_BYTES = 16 << 30
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
+_SPLIT_FOLDERS: dict[Split, tuple[tuple[str, ...], ...]] = {
+    "train": (("train",),),
+    "test": (("test",), ("val", "validation", "valid")),
+}
+"""The folders of a split's files in the Hub's own conversion of a data set, `<configuration>/<split>/0000.parquet`."""
 _LFS = b"version https://git-lfs"
 _PATTERNS = {
     "train": (("train.parquet",), ("train-*.parquet",)),
@@ -36,31 +41,36 @@ _PATTERNS = {
 
 
 class ParquetSource:
-    """Images in `<root>/train.parquet` or `train-*.parquet` (sorted), and `test` likewise.
+    """Images in `<root>/train.parquet`, `train-*.parquet` or `train/*.parquet` (sorted), and `test` likewise.
 
     `val` or `validation` is the test split if there is no `test` or if `test` has no labels. The files are in `root`,
     or in its only folder with such files, for example `data`. Images are a column `img` or `image` of struct<bytes,
-    path>, and labels are a column `label` or `labels` of integers. Class names come from the schema's metadata; without
-    them the labels are the names. The encoded images are held in memory, so files of more than 16 GiB are refused.
+    path>. Labels are a column of integers: `label`, or else the first of LABEL_COLUMNS. Class names come from the
+    schema's metadata; without them the labels are the names. The encoded images are held in memory, so files of more
+    than 16 GiB are refused.
     """
 
-    def __init__(self, root: Path, split: Split) -> None:
-        files = parquet_files(root, split)
+    def __init__(self, root: Path, split: Split, label: str | None = None) -> None:
+        files = parquet_files(root, split, label=label)
         if not files:
             looked = " or ".join(name for names in _PATTERNS[split] for name in names)
-            raise DataError(f"no {split} images in {root}; looked for {looked}")
+            folders = " or ".join(f"{name}/*.parquet" for names in _SPLIT_FOLDERS[split] for name in names)
+            raise DataError(f"no {split} images in {root}; looked for {looked} or {folders}")
         check_shards(files)
+        _check_columns(files, label)
         total = sum(file.stat().st_size for file in files)
         if total > MAX_BYTES:
             raise DataError(
                 f"the Parquet files of {split} in {root} have {total / 2**30:.1f} GiB: every worker holds "
                 f"them in memory, so at most {MAX_BYTES >> 30} GiB; unpack them into class folders"
             )
-        shards = [_read(file) for file in files]
+        shards = [_read(file, label) for file in files]
         self._images = pa.chunked_array(
             [chunk for shard in shards for chunk in shard.images.chunks], type=pa.large_binary()
         )
-        self._files = [file.name for file in files]
+        # The Hub's conversion has a 0000.parquet in the folder of each split, and names must tell splits apart.
+        in_folder = split_folder_of(files) is not None
+        self._files = [f"{file.parent.name}/{file.name}" if in_folder else file.name for file in files]
         self._first_rows = np.cumsum([0] + [len(shard.labels) for shard in shards])
         self.labels = np.concatenate([shard.labels for shard in shards])
         self.classes = _class_names(shards, files)
@@ -80,16 +90,44 @@ class ParquetSource:
         return f"{self._files[file]}#{index - self._first_rows[file]}"
 
 
-def parquet_files(root: Path, split: Split, *, below: bool = True) -> list[Path]:
+def parquet_files(root: Path, split: Split, *, below: bool = True, label: str | None = None) -> list[Path]:
     """The sorted files of `split`, by the first name pattern that has files. A pattern without labels is tried last.
 
     The files are in `root`, or with `below` in its only folder that has training files.
     """
     folder = _folder(root) if below else root
-    found = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
+    found = _sets(folder, split)
     if split == "test" and len(found) > 1:  # the Hub's ImageNet has labels for validation files only
-        return next((files for files in found if _labelled(files)), found[0])
+        return next((files for files in found if _labelled(files, label)), found[0])
     return found[0] if found else []
+
+
+def stored_classes(root: Path, label: str | None = None) -> tuple[str, ...] | None:
+    """The names of the classes in the metadata of the first training file, without reading images. None without
+    them.
+    """
+    files = parquet_files(root, "train", label=label)
+    if not files:
+        return None
+    with _readable(files[0]):
+        schema = pq.read_schema(files[0])
+    return _stored_names(schema, _columns(schema, files[0], label)[1])
+
+
+def split_folder_of(files: list[Path]) -> str | None:
+    """The name of the split's folder that the files are in, if their own names do not tell the split."""
+    names = {name for kinds in _SPLIT_FOLDERS.values() for kind in kinds for name in kind}
+    own = any(file.match(name) for file in files[:1] for sets in _PATTERNS.values() for some in sets for name in some)
+    return files[0].parent.name if files and not own and files[0].parent.name in names else None
+
+
+def _sets(folder: Path, split: Split) -> list[list[Path]]:
+    """The sets of files in `folder` that can be the split, the preferred one first."""
+    named = [files for names in _PATTERNS[split] if (files := _matching(folder, names))]
+    if named:
+        return named
+    patterns = [tuple(f"{name}/*.parquet" for name in names) for names in _SPLIT_FOLDERS[split]]
+    return [files for names in patterns if (files := _matching(folder, names))]
 
 
 def check_shards(files: list[Path]) -> None:
@@ -118,11 +156,11 @@ def _folder(root: Path) -> Path:
     """The folder of the files: `root`, or its only folder with training files (`data`, or the name of a
     configuration).
     """
-    if any(_matching(root, names) for names in _PATTERNS["train"]):
+    if _sets(root, "train"):
         return root
     with os.scandir(root) as entries:
         below = sorted(Path(entry.path) for entry in entries if not is_junk(entry.name) and entry.is_dir())
-    found = [folder for folder in below if any(_matching(folder, names) for names in _PATTERNS["train"])]
+    found = [folder for folder in below if _sets(folder, "train")]
     if len(found) > 1:
         listed = ", ".join(str(folder) for folder in found[:5])
         raise DataError(f"{root} has Parquet files in {len(found)} folders ({listed}): give one of them")
@@ -133,11 +171,11 @@ def _matching(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return sorted(file for name in names for file in folder.glob(name))
 
 
-def _labelled(files: list[Path]) -> bool:
+def _labelled(files: list[Path], label: str | None) -> bool:
     """Whether any row has a label. Unlabelled files on the Hub have only -1, or no such column."""
     for file in files:
         with _readable(file):
-            column = next((name for name in LABEL_COLUMNS if name in pq.read_schema(file).names), None)
+            column = _label_in(pq.read_schema(file), label)
             if column is None:
                 continue
             labels = pq.read_table(file, columns=[column])[column]
@@ -167,22 +205,43 @@ def _readable(file: Path) -> Iterator[None]:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _read(file: Path) -> _Shard:
+def _check_columns(files: list[Path], wanted: str | None) -> None:
+    """Raises DataError if a file does not have the columns, or has its labels in another one than the first file."""
+    labels = []
+    for file in files:
+        with _readable(file):
+            schema = pq.read_schema(file)
+        labels.append(_columns(schema, file, wanted)[1])
+        if labels[-1] != labels[0]:
+            raise DataError(
+                f"{file} has its labels in {labels[-1]}, {files[0]} in {labels[0]}: keep files of one data set, or "
+                "name a column that all have (data.label)"
+            )
+
+
+def _read(file: Path, wanted: str | None) -> _Shard:
     with _readable(file):
         schema = pq.read_schema(file)
-        image, label = _columns(schema, file)
+        image, label = _columns(schema, file, wanted)
         table = pq.read_table(file, columns=[image, label])
     _check_bytes(table[image], file)
     return _Shard(_encoded(table, image), _labels(table, label, file), _stored_names(schema, label))
 
 
-def _columns(schema: pa.Schema, file: Path) -> tuple[str, str]:
-    found = [next((name for name in names if name in schema.names), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)]
-    image, label = found
+def _label_in(schema: pa.Schema, wanted: str | None) -> str | None:
+    names = LABEL_COLUMNS if wanted is None else (wanted,)
+    return next((name for name in names if name in schema.names), None)
+
+
+def _columns(schema: pa.Schema, file: Path, wanted: str | None) -> tuple[str, str]:
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    label = _label_in(schema, wanted)
+    if label is None and wanted is not None:
+        raise DataError(f"data.label is {wanted!r}, and {file} has the columns {', '.join(schema.names)}: name one")
     if image is None or label is None:
         raise DataError(
             f"{file} has the columns {', '.join(schema.names)}; looked for images in "
-            f"{' or '.join(IMAGE_COLUMNS)} and labels in {' or '.join(LABEL_COLUMNS)}"
+            f"{' or '.join(IMAGE_COLUMNS)} and labels in {' or '.join(LABEL_COLUMNS)} (data.label names another column)"
         )
     kind = schema.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:

@@ -11,7 +11,7 @@ import pytest
 from helpers import write_pictures
 from safetensors.torch import save_file
 
-from laasp_ray.cli import flags
+from laasp_ray.cli import classes, flags
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ModelConfig
 from laasp_ray.config.methods import known_to
@@ -623,3 +623,24 @@ def test_resnet50_says_what_it_does_without_data(monkeypatch, capsys):
     assert cli.prune_resnet50(["--data", str(Path("somewhere"))]) == 0
     assert capsys.readouterr().err == ""
     assert chosen == ["resnet50_digits", "resnet50_imagenet"]
+
+
+def test_the_number_of_classes_is_taken_from_the_data_and_said(images, tmp_path, capsys):
+    given = list(arguments(images, tmp_path, "--dry-run"))
+    position = given.index(f"model.arguments.num_classes={CLASSES}")
+    del given[position - 1 : position + 1]
+    assert cli.prune(given) == 0
+    assert f"{images} have 3 classes, the recipe 10: the network is built for 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--set", "model.arguments.num_classes=5"], ["--pretrained", "/weights.pt"]])
+def test_a_number_of_classes_that_the_user_decides_stays(images, given):
+    options = flags.run_parser("prune.py", "").parse_args(["--data", str(images), *given])
+    config = flags.overridden(recipe("resnet20_cifar10"), options)
+    assert classes.with_classes_of_data(config, options) is config
+
+
+def test_data_that_cannot_be_opened_are_left_to_whoever_needs_them(tmp_path):
+    options = flags.run_parser("prune.py", "").parse_args(["--data", str(tmp_path / "nowhere")])
+    config = flags.overridden(recipe("resnet20_cifar10"), options)
+    assert classes.with_classes_of_data(config, options) is config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from laasp_ray.config import DATA_FORMATS, DataConfig
-from laasp_ray.data.sources.cifar10 import bitmap
+from laasp_ray.data.sources.cifar import bitmap
 from laasp_ray.data.sources.registry import LAYOUTS, open_source, open_test_source
 from laasp_ray.errors import ConfigError, DataError
 

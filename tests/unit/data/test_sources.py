@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from laasp_ray.config import DataConfig
-from laasp_ray.data.sources.cifar10 import bitmap
+from laasp_ray.data.sources.cifar import bitmap
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ConfigError, DataError
 
@@ -117,7 +117,7 @@ def test_explicit_format_says_what_it_looked_for(tmp_path):
         open_source(config(tmp_path, "folder"), "train")
     with pytest.raises(DataError, match=r"looked for test.parquet or test-\*.parquet or val.parquet"):
         open_source(config(tmp_path, "parquet"), "test")
-    with pytest.raises(DataError, match=r"looked for data_batch_1 and cifar-10-batches-py/data_batch_1"):
+    with pytest.raises(DataError, match=r"looked for data_batch_1 and .*, and for CIFAR-100's cifar-100-python/train"):
         open_source(config(tmp_path, "cifar_batches"), "train")
     with pytest.raises(DataError, match=r"no data set at .*nowhere"):
         open_source(config(tmp_path / "nowhere"), "train")
@@ -161,7 +161,7 @@ def test_parquet_row_without_bytes_is_unreadable(tmp_path):
         ([(b"", 0), (b"", -1)], {"names": ["a", "b"]}, "image number 1 has the label -1"),
         ([(b"", 0)], {"names": ["a", "b"]}, "no training image of 1 of its 2 classes .b."),
         ([(b"", 0)], {"image": "picture"}, "columns picture, label; looked for images in img or image"),
-        ([(b"", 0)], {"label": "y"}, "labels in label or labels"),
+        ([(b"", 0)], {"label": "y"}, r"labels in label or labels or fine_label \(data.label names another column\)"),
         ([], {}, "has no images"),
         ([(b"", None)], {}, "1 rows without a label"),
     ],

@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,56 @@ def test_a_file_where_weights_by_name_could_stand(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pt")
     load_pretrained(target, ModelConfig(builder=f"{__name__}:tiny"), str(tmp_path / "w.pt"))
     assert torch.equal(source[0].weight, target[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("builder", "arguments"),
+    [
+        ("timm.mobilenetv4_conv_small", {}),
+        ("timm.convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]}),
+        ("transformers.resnet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+        ("transformers.vit", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                              "intermediate_size": 24, "image_size": 32, "patch_size": 8}),
+    ],
+)  # fmt: skip
+def test_networks_of_other_libraries_by_name(builder, arguments):
+    pytest.importorskip(builder.partition(".")[0])
+    model = make(builder, num_classes=7, **arguments).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("builder", "arguments", "message"),
+    [
+        ("timm.resnet5", {}, r"timm has no such network; did you mean timm.resnet5"),
+        ("transformers.resnett", {}, r"transformers has no such network; did you mean transformers.resnet"),
+        ("transformers.resnet", {"colour": 1}, r"does not take model.arguments .*ResNetConfig has no field 'colour'"),
+        ("timm.resnet18", {"colour": 1}, r"does not take model.arguments .*'colour'"),
+        ("timm.resnet18", {"pretrained": True}, r"would download weights of timm.resnet18: load them from a file"),
+        ("zzz", {}, r"zoo.mobilenet_v1, timm.NAME, transformers.NAME"),
+    ],
+)
+def test_names_and_arguments_that_the_libraries_do_not_have(builder, arguments, message):
+    if builder.partition(".")[0] in ("timm", "transformers"):
+        pytest.importorskip(builder.partition(".")[0])
+    with pytest.raises(ConfigError, match=message):
+        make(builder, **arguments)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ConfigError, match=r"'timm.resnet18' needs timm, .*pip install 'laasp_ray\[networks\]', on every"
+    ):
+        make("timm.resnet18")
+
+
+def test_weights_of_transformers_load_under_their_own_names_and_under_ours(tmp_path):
+    pytest.importorskip("transformers")
+    arguments = {"num_classes": 3, "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    source = make("transformers.resnet", **arguments)
+    for number, state in enumerate((source.network.state_dict(), source.state_dict())):
+        safetensors.torch.save_file(state, tmp_path / f"{number}.safetensors")
+        target = make("transformers.resnet", **arguments)
+        load_weights(target, tmp_path / f"{number}.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))

@@ -217,14 +217,29 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm(8)], ids=["group", "layer"])
-def test_normalising_over_channels_rules_a_mask_out(norm):
+def test_a_norm_over_the_channels_is_masked_too(norm):
     torch.manual_seed(0)
     model, images = Normed(norm).eval(), torch.randn(2, 3, 4, 4)
     removal = PruningGraph(model, images).removal("make", [0, 5])  # one of each half, as the group norm needs
-    assert mask_of(removal) == CannotMask("norm normalises over its channels")
-    with torch.inference_mode():  # and it would be wrong indeed
+    assert mask_of(removal) == {"norm": (0, 5), "read": (0, 5)}
+    with torch.inference_mode():  # masking its reader alone would be wrong
         wanted, masked = pruned_copy(model, plan_of(removal))(images), masked_output(model, {"read": (0, 5)}, images)
     assert (masked - wanted).abs().max() > 0.01 * wanted.abs().max()
+
+
+class Unit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.read(nn.functional.normalize(self.make(x), dim=1))
+
+
+def test_another_statistic_over_the_channels_rules_a_mask_out():
+    torch.manual_seed(0)
+    removal = PruningGraph(Unit().eval(), torch.randn(2, 3, 4, 4)).removal("make", [0, 5])
+    assert mask_of(removal) == CannotMask("the network normalises over its channels")
 
 
 def test_normalising_over_other_channels_does_not_matter():
@@ -232,4 +247,4 @@ def test_normalising_over_other_channels_does_not_matter():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
     graph = PruningGraph(model, torch.randn(1, 3, 4, 4))
     assert mask_of(graph.removal("0", [3])) == {"2": (3,)}
-    assert mask_of(graph.removal("2", [1, 2])) == CannotMask("3 normalises over its channels")
+    assert mask_of(graph.removal("2", [1, 2])) == {"3": (1, 2), "4": (1, 2)}

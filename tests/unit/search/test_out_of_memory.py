@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_engine import Scaled
 from torch import nn
 
 from laasp_ray.config import LaaspConfig
@@ -55,7 +56,7 @@ def forget(monkeypatch):
 
 def network(masked=True):
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(6) if masked else nn.GroupNorm(2, 6)
+    norm = nn.BatchNorm2d(6) if masked else Scaled(2, 6)
     layers = (nn.Conv2d(3, 6, 3), norm, nn.ReLU(), Tight(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten())
     return ready(nn.Sequential(*layers, nn.Linear(96, 5)), torch.device("cpu"))
 
