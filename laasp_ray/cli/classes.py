@@ -17,10 +17,13 @@ NUM_CLASSES = "num_classes"
 def with_classes_of_data(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     """`config` with as many classes as the training data have, and a line on stderr that says so.
 
-    The recipe's number stays if it fits, if the user sets `model.arguments` or a part of it, and if weights are given,
-    which have classes of their own. Raises the errors of `open_source`.
+    The recipe's number stays if it fits, if the user sets `model.arguments` or a part of it, if weights are given,
+    which have classes of their own, and if the data or the loss are the user's own, whose outputs need not be classes.
+    Raises the errors of `open_source`.
     """
     named = config.model.arguments.get(NUM_CLASSES)
+    if config.data.factory or config.train.loss:
+        return config
     if named is None or config.train.pretrained is not None or sets_key(options, "model.arguments"):
         return config
     try:

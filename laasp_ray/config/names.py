@@ -33,6 +33,8 @@ def imported(path: str, what: str, *, of_any_kind: bool = False) -> Any:
     `what` is the setting that holds the path, for the message. Raises ConfigError if the path names nothing that can be
     imported here. Also raises it if the object cannot be called, unless `of_any_kind` allows that.
     """
+    if not is_import_path(path):  # a plain name would be imported before it is refused
+        raise ConfigError(f"{what} {path!r} must read {IMPORT_PATH}")
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -19,7 +19,12 @@ def missing() -> tuple[str, ...]:
 
 def versions() -> dict[str, str]:
     """Package -> its version, of torch and of the installed ones."""
-    return {name: metadata.version(name) for name in ("torch", *PACKAGES) if name not in missing()}
+    distributions = metadata.packages_distributions()  # onnxruntime's is called onnxruntime-gpu where it is for GPUs
+    return {
+        name: metadata.version(distributions[name][0])
+        for name in ("torch", *PACKAGES)
+        if name not in missing() and distributions.get(name)
+    }
 
 
 def check_export(config: ExportConfig) -> None:

@@ -32,7 +32,7 @@ from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search.activations import ImportanceRequest, check_request
 from laasp_ray.search.candidates import counts_of, propose, ranking_of, tasks_of
-from laasp_ray.search.engine import BranchPoints
+from laasp_ray.search.engine import BranchPoints, untraced_by
 from laasp_ray.search.policy import decide
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,9 @@ class Laasp(PruningMethod[LaaspConfig]):
         drawn = {name: _drawn_scores(graph, name, config.seed) for name in (*_of_data(prune), *_obs(prune))}
         proposals = propose(network.model, graph, macs, prepared.baseline, prune, drawn)
         preparing = time.perf_counter() - started
-        branch_points = BranchPoints(deep_copy(network.model).eval(), network.example_input)
+        branch_points = BranchPoints(
+            deep_copy(network.model).eval(), network.example_input, untraced_by(network.task) or None
+        )
         *costs, whole = (branch_points.cost(task).own for task in tasks_of(proposals))
         removes = sum(proposal.candidate.flops_reduction for proposal in proposals) / len(proposals)
         left = sum(parameters_after(graph.shapes, proposal.step) for proposal in proposals) / len(proposals)

@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from laasp_ray.config import Precision
-from laasp_ray.errors import MemoryShortError, SearchError, UnmaskedError, describe_error
+from laasp_ray.errors import (
+    ConfigError,
+    MemoryShortError,
+    SearchError,
+    UnmaskedError,
+    describe_error,
+    is_out_of_memory,
+)
 from laasp_ray.pruning.masking import CannotMask, Masked
 from laasp_ray.search.evaluate import Calibration, LossTask, pruned_copy
 from laasp_ray.search.memory import in_parts, peak_bytes, retried
@@ -220,9 +227,11 @@ class Engine:
         for branch_point, number, outcome in program.run(images, masks, whole=bool(unchanged)):
             positions = unchanged if branch_point is None else batches[branch_point][number]
             if not isinstance(outcome, Exception):
-                # Each branch has its own rows, which the targets belong to.
-                parts = [outcome] if branch_point is None else outcome.chunk(len(positions))
-                found.append((positions, torch.stack([loss.losses_of(part, targets) for part in parts])))
+                outcome = _losses_of(outcome, targets, loss, 1 if branch_point is None else len(positions))
+                if branch_point is None and isinstance(outcome, Exception):
+                    raise outcome
+            if not isinstance(outcome, Exception):
+                found.append((positions, outcome))
             elif branch_point is not None and len(positions) > 1:
                 failed.setdefault(branch_point, []).extend(positions)
             else:
@@ -306,6 +315,22 @@ def free_memory(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((torch.cuda.mem_get_info(device)[0] + kept) * FREE_MEMORY_SHARE)
     return int(psutil.virtual_memory().available * FREE_MEMORY_SHARE / (psutil.cpu_count() or 1))
+
+
+def _losses_of(outputs: Any, targets: Any, loss: Task, branches: int) -> torch.Tensor | Exception:
+    """The losses (branches, images) of outputs whose rows are those of one branch after the other, or the error of a
+    loss of the user's own.
+    """
+    parts = [outputs] if branches == 1 else outputs.chunk(branches)
+    try:
+        with torch.inference_mode():  # the program's own ends with each of its outcomes
+            return torch.stack([loss.losses_of(part, targets) for part in parts])
+    except ConfigError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
 
 
 def _fill(values: np.ndarray, found: Sequence[tuple[Sequence[int], torch.Tensor]]) -> None:

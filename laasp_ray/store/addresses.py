@@ -12,6 +12,11 @@ _PORT = re.compile(r"[^:/?#]*:\d*")
 _SECRET = re.compile(r"secret|token|password|credential|signature|key|^sig$", re.IGNORECASE)
 
 
+def names_secret(name: str) -> bool:
+    """Whether a value of this name is probably a credential."""
+    return bool(_SECRET.search(name))
+
+
 def public(address: str) -> str:
     """`address` without its user, password and secret options. A local path is unchanged."""
     scheme, mark, rest = address.partition("://")

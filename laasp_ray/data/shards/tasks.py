@@ -55,6 +55,10 @@ class Images:
     split: Split
     digest: str
 
+    def __hash__(self) -> int:
+        # The data's own arguments may be anything.
+        return hash((self.data.path, self.data.format, self.split, self.digest))
+
     @staticmethod
     def seen(data: DataConfig, split: Split) -> tuple[Images, ImageSource]:
         """The split, opened anew."""

@@ -10,6 +10,7 @@ from typing import Any
 from laasp_ray.config.compat import with_current_names
 from laasp_ray.config.fields import flatten
 from laasp_ray.recipes import RECIPES, VARIANTS, recipe
+from laasp_ray.store.addresses import names_secret
 
 _OF_A_RUN = ("name", "storage", "data.path")
 """Keys that belong to a run and not to a recipe: they do not say which recipe is meant."""
@@ -44,7 +45,7 @@ class Settings:
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """The settings of a stored config, every key, in its order."""
-    ours = {key: _text(value) for key, value in flatten(with_current_names(config)).items()}
+    ours = {key: _shown(key, value) for key, value in flatten(with_current_names(config)).items()}
     found = {name: theirs for name, theirs in _recipes().items() if _alike(ours, theirs)}
     if not found:
         return Settings("", [Setting(key, value, None) for key, value in ours.items()])
@@ -66,6 +67,12 @@ def _alike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
 def _distance(ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
     keys = (ours.keys() | theirs.keys()) - set(_OF_A_RUN)
     return sum(ours.get(key) != theirs.get(key) for key in keys)
+
+
+def _shown(key: str, value: Any) -> str:
+    """A page is sent on, so what is probably a credential among the arguments of the user's own code is left out."""
+    _, inner, name = key.rpartition("arguments.")
+    return "***" if inner and names_secret(name) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ def test_every_flag_sets_its_key(tmp_path):
 def started(*given, name="resnet20_cifar10"):
     options = flags.run_parser("prune.py", "").parse_args(list(given))
     return flags.overridden(flags.of_variant(recipe(name), name, options), options)
+
+
+def test_classes_are_not_taken_from_data_beside_data_or_a_loss_of_one_s_own(capsys):
+    for key in ("data.factory", "train.loss"):
+        given = ["--set", f"{key}=mine:thing"]
+        options = flags.run_parser("prune.py", "").parse_args(given)
+        config = recipe("resnet50_imagenet")
+        config = replace(config, data=replace(config.data, format="digits"))
+        config = flags.overridden(config, options)
+        assert classes.with_classes_of_data(config, options) is config
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_from_trained_weights_is_compensated_unless_the_flags_say_otherwise():

@@ -45,3 +45,10 @@ def test_what_cannot_be_imported_is_told_with_value_place_and_remedy(path, why, 
 def test_what_cannot_be_called_is_refused():
     with pytest.raises(ConfigError, match=rf"criterion '{__name__}:NUMBER' is a int, must be a function or a class"):
         imported(f"{__name__}:NUMBER", "criterion")
+
+
+def test_a_plain_name_is_refused_before_anything_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "plain_name_module.py").write_text("raise SystemExit('its code ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"train.loss 'plain_name_module' must read package.module:"):
+        imported("plain_name_module", "train.loss")

@@ -21,6 +21,7 @@ from laasp_ray.cli.prepare_data import prepare_data
 from laasp_ray.cli.report import report
 from laasp_ray.cli.sweep import sweep
 from laasp_ray.config import RunConfig
+from laasp_ray.config.compat import RESUMABLE_KEYS
 from laasp_ray.config.fields import flatten
 from laasp_ray.config.names import is_import_path
 from laasp_ray.recipes import RECIPES, recipe
@@ -224,3 +225,10 @@ def test_continuous_integration_calls_the_readme_s_test_command():
     assert ".ci/run" in [step.get("run") for step in workflow["jobs"]["check"]["steps"]]
     assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_what_may_change_when_a_run_is_resumed_is_listed():
+    page = (ROOT / "docs" / "faults.md").read_text()
+    section = page.partition("## What may change when a run is resumed")[2].partition("\n## ")[0]
+    listed = {name.removesuffix(".*") for name in re.findall(r"`([a-z_.]+(?:\.\*)?)`", section)}
+    assert listed == set(RESUMABLE_KEYS)

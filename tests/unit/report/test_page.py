@@ -248,6 +248,12 @@ def test_credentials_of_addresses_are_not_written():
     assert "SECRET" not in page and "s3://bucket/runs was gone" in words(page)
 
 
+def test_what_is_probably_a_credential_among_arguments_is_left_out():
+    config = {"data": {"factory": "mine:data", "arguments": {"api_token": "s3cret", "size": 7}}, "name": "run"}
+    shown = {row.key: row.value for row in settings_of(config).rows}
+    assert (shown["data.arguments.api_token"], shown["data.arguments.size"]) == ("***", "7")
+
+
 def test_a_run_under_way_says_what_is_not_there_yet():
     said = words(page_of([started()]))
     for part in (

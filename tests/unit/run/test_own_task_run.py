@@ -15,7 +15,7 @@ from whole_runs import events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.cli import main as cli
-from laasp_ray.config import PlsConfig
+from laasp_ray.config import ExportConfig, PlsConfig
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.records import Metrics
 from laasp_ray.report.evaluation import evaluation_table
@@ -205,12 +205,14 @@ def test_evaluate_runs_code_of_the_folder_only_if_it_is_trusted(whole):
     config, _ = whole
     with pytest.raises(ConfigError, match=r"by import path, 'own_examples:network'"):
         evaluate_run(config_path(config))
-    unpruned, pruned = evaluate_run(config_path(config), trust=True)
+    evaluation = evaluate_run(config_path(config), latency=ExportConfig(latency=()), trust=True)
+    unpruned, pruned = evaluation.unpruned, evaluation.pruned
     assert pruned.metrics == last_of(read_events_of(config), RunFinished).metrics
     assert pruned.macs < unpruned.macs and set(unpruned.metrics.values) == {"right", "wrong"}
-    assert re.search(r"^right +0\.\d{4} +0\.\d{4}$", evaluation_table((unpruned, pruned)), re.MULTILINE)
+    assert re.search(r"^right +0\.\d{4} +0\.\d{4}$", evaluation_table(evaluation), re.MULTILINE)
     task = task_of(config_of(config.storage, train__loss="", train__metrics={}), loss=bce)
-    assert evaluate_run(config_path(config), trust=True, task=task)[1].metrics.values == {}
+    evaluation = evaluate_run(config_path(config), latency=ExportConfig(latency=()), trust=True, task=task)
+    assert evaluation.pruned.metrics.values == {}
 
 
 def test_a_job_with_a_recipe_by_import_path(tmp_path, capsys):
