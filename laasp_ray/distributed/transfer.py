@@ -27,8 +27,9 @@ def unpack(arrays: Mapping[str, np.ndarray], *, copy: bool) -> dict[str, torch.T
 
 
 def pack_object(value: Any) -> list[np.ndarray]:
-    """Converts any value that can be pickled to byte arrays: its pickle, then each tensor and array in it
-    separately.
+    """Converts any value that Ray can send to byte arrays: its pickle, then each tensor and array in it separately.
+
+    Types and functions of the user's script, which a worker cannot import, are in the pickle by value.
     """
     file, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
@@ -55,12 +56,12 @@ def check_portable(parts: Mapping[str, Any]) -> None:
             ) from error
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles a tensor as a separate buffer of bytes."""
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # Ray's copy has no types
+    """Pickles a tensor as a separate buffer of bytes, and all else as Ray does."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            return NotImplemented
+            return super().reducer_override(value)
         tensor = value.detach().cpu().contiguous()
         return _tensor_of, (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
 

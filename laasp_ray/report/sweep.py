@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,16 +112,23 @@ def row_of_json(data: Mapping[str, Any]) -> SweepRow:
     return SweepRow(**known)
 
 
-def pareto_front(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """The finished rows that no other one beats: with at least its top-1 and at most its multiply-accumulates, and one
-    of them better."""
+def comparable(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """The finished rows that have a top-1. A run with a loss of the user's own has none."""
+    return [row for row in rows if row.is_finished and row.top1_after is not None]
+
+
+def pareto_front(rows: Sequence[SweepRow], cost: Callable[[SweepRow], float] | None = None) -> list[SweepRow]:
+    """The comparable rows that no other one beats: with at least its top-1 and at most its `cost`, and one of them
+    better. The cost is by default that of multiply-accumulates.
+    """
+    of = _macs if cost is None else cost
 
     def beats(other: SweepRow, row: SweepRow) -> bool:
-        a, b = (other.top1_after or 0, -(other.macs or 0)), (row.top1_after or 0, -(row.macs or 0))
+        a, b = (_top1(other), -of(other)), (_top1(row), -of(row))
         return a[0] >= b[0] and a[1] >= b[1] and a != b
 
-    finished = [row for row in rows if row.is_finished]
-    return [row for row in finished if not any(beats(other, row) for other in finished)]
+    compared = comparable(rows)
+    return [row for row in compared if not any(beats(other, row) for other in compared)]
 
 
 def sweep_table(rows: Sequence[SweepRow], best: str | None = None) -> str:
@@ -174,12 +181,12 @@ def pareto_png(rows: Sequence[SweepRow], best: str | None, title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    finished = [row for row in rows if row.is_finished]
-    front = {row.name for row in pareto_front(rows)}
-    timed = [row for row in finished if row.latency_ms is not None]
+    compared = comparable(rows)
+    front = {row.name for row in pareto_front(compared)}
+    timed = [row for row in compared if row.latency_ms is not None]
     figure = Figure(figsize=(10 if timed else 5.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = [("FLOPs, % of the unpruned network's", finished, _flops_left)]
+    panels = [("FLOPs, % of the unpruned network's", compared, _flops_left)]
     if timed:
         panels.append(("median latency, ms", timed, _milliseconds))
     for number, (label, shown, place) in enumerate(panels, 1):
@@ -211,8 +218,13 @@ def _flops_left(row: SweepRow) -> float:
     return 100 * (1 - (row.flops_reduction or 0.0))
 
 
+def _macs(row: SweepRow) -> float:
+    return row.macs or 0
+
+
 def _top1(row: SweepRow) -> float:
-    return row.top1_after or 0.0
+    assert row.top1_after is not None, f"{row.name} has no top-1 and cannot be compared by it"
+    return row.top1_after
 
 
 def _milliseconds(row: SweepRow) -> float:

@@ -48,7 +48,7 @@ class Calibration(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Calibration:
-        """The same set on `device`."""
+        """The same set on `device`, and with it the modules of its task."""
 
     @abstractmethod
     def at(self, indices: np.ndarray) -> tuple[Any, Any]:
@@ -101,7 +101,8 @@ class CalibrationSet(Calibration):
         return self.labels.device
 
     def to(self, device: torch.device) -> CalibrationSet:
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        images, labels = self.images.to(device), self.labels.to(device)
+        return replace(self, images=images, labels=labels, task=self.task.to(device))
 
     def class_labels(self) -> torch.Tensor:
         return self.labels
@@ -135,7 +136,7 @@ class ExampleSet(Calibration):
         return len(self.examples)
 
     def to(self, device: torch.device) -> ExampleSet:
-        return replace(self, on=device)
+        return replace(self, on=device, task=self.task.to(device))
 
     def at(self, indices: np.ndarray) -> tuple[Any, Any]:
         places = [int(index) for index in indices]

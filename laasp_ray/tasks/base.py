@@ -34,6 +34,10 @@ class Task(ABC):
         """Whether the loss runs the network itself, and so needs it instead of its outputs."""
         return False
 
+    def to(self, device: torch.device) -> Task:
+        """The task with the modules among its loss and metrics on `device`: copies of those that are elsewhere."""
+        return self
+
     @property
     @abstractmethod
     def width(self) -> int:

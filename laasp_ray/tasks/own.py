@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -12,10 +12,14 @@ from torch import nn
 from laasp_ray.config import TrainConfig
 from laasp_ray.data.examples.nested import in_float32
 from laasp_ray.errors import ConfigError, LaaspError, is_out_of_memory
+from laasp_ray.models.copying import deep_copy
 from laasp_ray.records import Metrics
 from laasp_ray.tasks.base import Task
 from laasp_ray.tasks.identity import identity_of
-from laasp_ray.tasks.metrics import Metric
+from laasp_ray.tasks.metrics import Mean, Metric
+
+_TAKEN = ("loss", "top1", "top5")
+"""What runs, TensorBoard and pages call their own figures."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,18 @@ class OwnLossTask(Task):
 
     loss: Callable[..., torch.Tensor] = field(kw_only=True)
     metrics_by_name: Mapping[str, Metric] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in self.metrics_by_name:
+            if name in _TAKEN:
+                raise ConfigError(
+                    f"the metric {name!r} has a name of the run's own figures ({', '.join(_TAKEN)}), whose places it "
+                    f"would take: give it another one, such as 'my_{name}'"
+                )
+
+    def to(self, device: torch.device) -> Self:
+        metrics = {name: _on(metric, device) for name, metric in self.metrics_by_name.items()}
+        return replace(self, loss=_on(self.loss, device), metrics_by_name=metrics)
 
     @property
     def width(self) -> int:
@@ -89,7 +105,8 @@ class OwnLossTask(Task):
 
     def identity(self) -> Mapping[str, Any]:
         metrics = {name: identity_of(metric) for name, metric in self.metrics_by_name.items()}
-        return {**(super().identity() or {}), "loss": identity_of(self.loss), "metrics": metrics}
+        found = {**(super().identity() or {}), "loss": identity_of(self.loss), "metrics": metrics}
+        return found | ({"order_of_metrics": ", ".join(metrics)} if len(metrics) > 1 else {})
 
     def check_settings(self, config: TrainConfig) -> None:
         if config.label_smoothing:
@@ -195,3 +212,15 @@ class LossModule(nn.Module):
     def forward(self, inputs: Any, targets: Any) -> torch.Tensor:
         """The losses (n,) of a batch."""
         return self._task.losses(self.model, inputs, targets)
+
+
+def _on(part: Any, device: torch.device) -> Any:
+    """A loss or a metric, or the function of a `Mean`, on `device`: a copy if it is a module with tensors elsewhere, so
+    that the user's own stays where it is.
+    """
+    if isinstance(part, Mean):
+        return replace(part, function=_on(part.function, device))
+    if not isinstance(part, nn.Module):
+        return part
+    tensors = (*part.parameters(), *part.buffers())
+    return part if all(tensor.device == device for tensor in tensors) else deep_copy(part).to(device)

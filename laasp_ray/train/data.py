@@ -22,7 +22,8 @@ class EvaluationData:
     """The images `test` for rank `rank` of `world`, on `device`.
 
     `batch_size` is the global batch. In training it is cut into `parts` (by default one for each rank); `own_parts` are
-    this rank's, and `share` is the number of images in the largest part. `task` is what the images are for.
+    this rank's, and `share` is the number of images in the largest part. `task` is what the images are for; its
+    modules are moved to `device`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class EvaluationData:
         excluded: Collection[str] = (),
         task: Task = CLASSIFICATION,
     ) -> None:
-        self.task = task
+        self.task = task.to(device)
         self.device, self.rank, self.world = device, rank, world
         self.parts = parts or world
         self.share = -(-batch_size // self.parts)

@@ -46,6 +46,7 @@ def measure_training(
     size = config.train.global_batch(world)
     size = size if device.type == "cuda" else min(size, CPU_BATCH * world)
     data = PhaseData(config.data, batch_size=size, seed=config.seed, device=device, world=world, task=task)
+    task = data.task
     model = _copy_on(unpruned, device, config.model.input_shape)
     teacher = _copy_on(unpruned, device, config.model.input_shape).eval() if config.train.distill else None
     trained = task.trained(model)

@@ -32,6 +32,7 @@ def try_step(model: nn.Module, shape: Sequence[int], config: TrainConfig, task: 
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return Tried("no parameter of the network requires a gradient; set requires_grad on what is to train")
     device = next(model.parameters()).device
+    task = task.to(device)
     inputs, targets = trial_on(task, shape, device)
     running = _Running(model)
     with random_state_kept(), torch.inference_mode(False), torch.enable_grad():

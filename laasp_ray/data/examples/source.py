@@ -123,10 +123,7 @@ class Examples:
                 "data set give (input, target), or give a collate function of your own"
             )
         inputs, targets = made
-        if isinstance(inputs, (torch.Tensor, list, tuple)) and len(inputs) != len(examples):
-            raise DataError(
-                f"{where} are collated to {len(inputs)} inputs, must be {len(examples)}: one for each example"
-            )
+        _check_inputs(inputs, len(examples), where)
         return inputs, targets
 
     def load(self, indices: Sequence[int], seed: int, epoch: int) -> tuple[Any, Any]:
@@ -142,6 +139,20 @@ class Examples:
         count = len(self)
         chosen = range(0, count, -(-count // _SAMPLE))
         return {"images": count, "digest": digest_of([count, *(self.example(index, 0, 0) for index in chosen)])}
+
+
+def _check_inputs(inputs: Any, examples: int, where: str) -> None:
+    """Raises DataError unless `inputs` are a tensor with a row, or a list with an item, for each of the `examples`."""
+    rule = "one tensor with a row for each example or, for a loss of (model, batch), a list with an item for each"
+    if not isinstance(inputs, (torch.Tensor, list, tuple)):
+        raise DataError(
+            f"{where} are collated to inputs that are a {type(inputs).__name__}, must be {rule}: give a list of "
+            "what the loss takes of each example, and put them together in the loss"
+        )
+    count = len(inputs) if not isinstance(inputs, torch.Tensor) or inputs.ndim else 0
+    if count != examples:
+        kind = "tensor" if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise DataError(f"{where} are collated to {count} inputs (a {kind}), must be {examples}: {rule}")
 
 
 @contextmanager

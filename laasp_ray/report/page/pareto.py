@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from laasp_ray.report.page.numbers import cut
 from laasp_ray.report.page.svg import COLOURS, SERIES, draw
-from laasp_ray.report.sweep import SweepRow
+from laasp_ray.report.sweep import SweepRow, comparable, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,26 +23,16 @@ _ROOM = (405.0, 240.0)
 
 
 def against_flops(rows: Sequence[SweepRow], best: str | None) -> Markup:
-    shown = [row for row in rows if row.is_finished and row.macs_unpruned and row.macs]
+    shown = [row for row in comparable(rows) if row.macs_unpruned and row.macs]
     return _plot("pareto-flops", "FLOPs left, % of the unpruned network's", shown, best, _flops_left)
 
 
 def against_latency(rows: Sequence[SweepRow], best: str | None) -> Markup | None:
     """None if no latency is known."""
-    shown = [row for row in rows if row.is_finished and row.latency_ms is not None]
+    shown = [row for row in comparable(rows) if row.latency_ms is not None]
     if not shown:
         return None
     return _plot("pareto-latency", "median latency, ms", shown, best, lambda row: (row.latency_ms or (0, 0))[1])
-
-
-def front_by(rows: Sequence[SweepRow], place: Callable[[SweepRow], float]) -> list[SweepRow]:
-    """The rows that no other one beats: with at least its top-1 at most at its `place`, and one of them better."""
-
-    def beats(other: SweepRow, row: SweepRow) -> bool:
-        a, b = (_top1(other), -place(other)), (_top1(row), -place(row))
-        return a[0] >= b[0] and a[1] >= b[1] and a != b
-
-    return [row for row in rows if not any(beats(other, row) for other in rows)]
 
 
 def _flops_left(row: SweepRow) -> float:
@@ -73,14 +63,15 @@ def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _top1(row: SweepRow) -> float:
-    return row.top1_after or 0.0
+    assert row.top1_after is not None, f"{row.name} has no top-1 and cannot be drawn"
+    return row.top1_after
 
 
 def _plot(
     name: str, label: str, rows: Sequence[SweepRow], best: str | None, place: Callable[[SweepRow], float]
 ) -> Markup:
     ordered = sorted(rows, key=lambda row: (place(row), -_top1(row)))
-    front = {row.name for row in front_by(ordered, place)}
+    front = {row.name for row in pareto_front(ordered, place)}
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()

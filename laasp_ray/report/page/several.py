@@ -24,7 +24,7 @@ from laasp_ray.report.page.document import (
     text,
 )
 from laasp_ray.report.page.settings import settings_of
-from laasp_ray.report.sweep import SweepRow, pareto_front
+from laasp_ray.report.sweep import SweepRow, comparable, pareto_front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def sweep_page(record: SweepRecord, now: float | None = None) -> str:
         lead=lead,
         tiles=[] if best is None else _tiles(best),
         parts=[
-            Part(title="Accuracy against cost", charts=_charts(record.rows, record.best)),
+            _accuracy(record.rows, record.best),
             Part(
                 title="Trials",
                 lines=[counted + ".", *_notes(record.rows, record.machine)],
@@ -104,7 +104,7 @@ def comparison_page(runs: Sequence[Compared], now: float | None = None) -> str:
         done=done == len(rows),
         lead=lead,
         parts=[
-            Part(title="Accuracy against cost", charts=_charts(rows, None)),
+            _accuracy(rows, None),
             Part(title="Comparison", lines=_notes(rows, ""), table=_table(rows, None)),
             _differences(runs),
         ],
@@ -167,9 +167,17 @@ def _tiles(best: SweepRow) -> list[Tile]:
     ]
 
 
+def _accuracy(rows: Sequence[SweepRow], best: str | None) -> Part:
+    without = [row.name for row in rows if row.is_finished and row.top1_after is None]
+    lines = [f"Without a top-1, and so in no plot and on no front: {', '.join(without)}."] if without else []
+    return Part(title="Accuracy against cost", lines=lines, charts=_charts(rows, best))
+
+
 def _charts(rows: Sequence[SweepRow], best: str | None) -> list[Chart]:
     if not any(row.is_finished for row in rows):
         return [Chart(title="Pareto plot", text="Nothing has finished yet.")]
+    if not comparable(rows):
+        return [Chart(title="Pareto plot", text="No finished run has a top-1.")]
     line = "Up and to the left is better; the line joins those that none beats in both."
     latency = pareto.against_latency(rows, best)
     if latency is None:

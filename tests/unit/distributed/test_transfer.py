@@ -1,6 +1,10 @@
 """Values as arrays and back: every kind of tensor, beside what is no tensor."""
 
+import os
 import pickle
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -40,5 +44,31 @@ def test_tensors_and_arrays_are_not_copied_into_the_pickle_nor_out_of_the_arrays
 
 
 def test_what_cannot_be_pickled_is_an_error():
-    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
-        pack_object({"a": lambda: None})
+    with pytest.raises((pickle.PicklingError, TypeError), match="lock"):
+        pack_object({"a": threading.Lock()})
+
+
+SCRIPT = """
+import pickle, sys
+from typing import NamedTuple
+import torch
+from laasp_ray.distributed.transfer import pack_object
+
+class Item(NamedTuple):
+    picture: torch.Tensor
+    double: object
+
+item = Item(torch.arange(3.0), lambda value: 2 * value)
+sys.stdout.buffer.write(pickle.dumps([array.tobytes() for array in pack_object([item])]))
+"""
+
+
+def test_types_and_functions_of_a_script_come_by_value():
+    """Another process reads what the script has packed, as a Ray worker does."""
+    paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    packed = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, check=True, env={**os.environ, "PYTHONPATH": paths}
+    ).stdout
+    (item,) = unpack_object([np.frombuffer(part, np.uint8) for part in pickle.loads(packed)])
+    assert item._fields == ("picture", "double") and type(item).__module__ == "__main__"
+    assert item.picture.tolist() == [0.0, 1.0, 2.0] and item.double(4) == 8

@@ -343,16 +343,3 @@ def test_shared_proposals_count_for_each_layer(tmp_path):
     shared = Candidate(layer="a", criterion="l1", filters=(0,), flops_reduction=0.1, also=(("b", "l2"),))
     write_candidates(storage, 1, Ranking([CandidateLoss(candidate=shared, measured=MeasuredLoss(1.5, 10))]))
     assert read_candidates(storage, 1) == [("a", "l1", 1.5), ("b", "l2", 1.5)]
-
-
-def test_the_front_of_a_plot_goes_by_its_own_cost():
-    from laasp_ray.report.page.pareto import front_by
-    from laasp_ray.report.sweep import SweepRow
-
-    def row(name, macs, ms, top1):
-        values = {"target": "", "folder": "", "status": "finished", "macs": macs, "top1_after": top1}
-        return SweepRow(name=name, latency_ms=(9.0, ms), **values)
-
-    rows = [row("a", 100, 3.0, 90.0), row("b", 200, 2.0, 89.0), row("c", 150, 4.0, 90.0)]
-    assert [one.name for one in front_by(rows, lambda one: one.macs)] == ["a"]
-    assert [one.name for one in front_by(rows, lambda one: one.latency_ms[1])] == ["a", "b"]

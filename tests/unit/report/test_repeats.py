@@ -43,6 +43,31 @@ def test_the_figures_are_those_of_the_pruned_network():
     assert figures_of(summary | {"best": None}) == without_best(expected)
 
 
+def own_summary(right, best, **values):
+    """A run with a loss of the user's own and the metric `right`, if that is given."""
+
+    def metrics(value):
+        values_of = {} if value is None else {"right": value, **values}
+        return {"loss": 0.5, "top1": None, "top5": None, "images": 10, "values": values_of, "better": "higher"}
+
+    return {"metrics": metrics(right), "best": {"epoch": 7, "metrics": metrics(best)}, "flops_reduction": 0.25}
+
+
+def test_the_user_s_own_metrics_are_figures_by_their_names():
+    summary = own_summary(0.75, 0.875, error=12.5)
+    assert list(figures_of(summary).items()) == [
+        ("right", 0.75),
+        ("best_right", 0.875),
+        ("error", 12.5),
+        ("loss", 0.5),
+        ("flops_reduction", 0.25),
+    ]
+    assert figures_of(own_summary(None, None)) == {"loss": 0.5, "best_loss": 0.5, "flops_reduction": 0.25}
+    lines = table(collected({"net": figures_of(summary)})).splitlines()
+    assert lines[0].split() == ["right", "best", "right", "error", "loss", "FLOPs", "reduction"]
+    assert lines[2].split() == ["net", "0.7500", "0.8750", "12.5000", "0.5000", "25.00%"]
+
+
 def test_runs_have_names_and_seeds_of_their_own(tmp_path):
     config = small_run(tmp_path, seed=3)
     runs = runs_of(config, 2)

@@ -11,10 +11,13 @@ from own_examples import SHAPE, bce, bce_of_model, config_of, network, right
 from torch import nn
 from torch.nn import functional
 
-from laasp_ray.config import TrainConfig
+from laasp_ray.config import DataConfig, TrainConfig
 from laasp_ray.errors import ConfigError, DataError
+from laasp_ray.search.evaluate import CalibrationSet, ExampleSet
 from laasp_ray.tasks import CLASSIFICATION, Mean, ModelLossTask, OutputLossTask, OwnData, TopK, task_of
 from laasp_ray.tasks.check import check_task
+from laasp_ray.train.data import EvaluationData
+from laasp_ray.train.trial import try_step
 
 TRAIN = TrainConfig(epochs=1, prune_epoch=0)
 DATA = OwnData(own_examples.data)
@@ -41,11 +44,9 @@ def test_a_loss_that_runs_the_network_gives_the_same():
 
 def test_metrics_come_from_sums_over_batches():
     """Shares of right targets: 1/2 and 1 in the first batch, 0 in the second: 1/2 over all, not the mean of means."""
-    metrics = {"right": Mean(right), "top1": TopK()}
-    task = OutputLossTask(loss=lambda outputs, targets: outputs.sum(1), metrics_by_name=metrics)
     outputs = [torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[-1.0, 1.0]])]
     targets = [torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0]])]
-    task = OutputLossTask(loss=task.loss, metrics_by_name={"right": Mean(right)})
+    task = OutputLossTask(loss=lambda outputs, targets: outputs.sum(1), metrics_by_name={"right": Mean(right)})
     sums = sum(task.sums(nn.Identity(), *pair) for pair in zip(outputs, targets, strict=True))
     assert sums.tolist() == [2.0, 1.5, 3.0]
     metrics = task.metrics(sums.tolist(), 3)
@@ -231,7 +232,7 @@ PLAIN = (torch.zeros(SHAPE), torch.zeros(3))
         (items([torch.zeros(SHAPE)] * 3), DataError, r"are collated to a Tensor, must be a pair"),
         (items([(torch.zeros(2, 8, 8), torch.zeros(3))] * 2), ConfigError, r"\(2, 2, 8, 8\).*model\.input_shape is"),
         (items([(torch.zeros(SHAPE, dtype=torch.uint8), torch.zeros(3))] * 2), ConfigError, r"torch\.uint8, must"),
-        (items([({"a": torch.zeros(SHAPE)}, 0)] * 2), ConfigError, r"inputs that are a dict, must be one tensor"),
+        (items([({"a": torch.zeros(SHAPE)}, 0)] * 2), DataError, r"inputs that are a dict, must be one tensor"),
         (lambda split: 3, ConfigError, r"gave a int for the train data, which has no __len__ and no __getitem__"),
         (lambda split: 1 // 0, ConfigError, r"failed for the train data: ZeroDivisionError"),
         (lambda: None, ConfigError, r"failed for the train data: TypeError"),
@@ -241,6 +242,94 @@ def test_data_that_cannot_be_used(factory, error, message, tmp_path):
     task = task_of(config_of(tmp_path, data__factory="given"), data=factory)
     with pytest.raises(error, match=message):
         check_task(task, network(), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (
+            lambda part: ({"a": part[0][0], "b": part[0][0]}, 0),
+            r"train examples 0, 1 are collated to inputs that are a",
+        ),
+        (
+            lambda part: ((torch.zeros(len(part), 3),) * 2, 0),
+            r"examples 0 are .* to 2 inputs \(a tuple\), must be 1: one",
+        ),
+        (lambda part: (torch.tensor(1.0), 0), r"collated to 0 inputs \(a tensor\), must be 2"),
+        (
+            lambda part: (iter(part), 0),
+            r"inputs that are a list_iterator, must be one tensor .* or, for a loss of \(mo",
+        ),
+    ],
+)
+def test_inputs_of_several_parts_are_refused_for_every_loss(collate, message):
+    """Two tensors pass for two examples, not for each alone; a mapping has as many keys as there are."""
+    own = OwnData(items([PLAIN] * 3), collate=collate)
+    with pytest.raises(DataError, match=message):
+        check_task(ModelLossTask(own, loss=lambda model, batch: torch.zeros(len(batch[0]))), network(), SHAPE)
+
+
+def test_a_list_with_an_item_for_each_example_is_an_input():
+    own = OwnData(items([PLAIN] * 3), collate=lambda part: tuple(zip(*part, strict=True)))
+    check_task(ModelLossTask(own, loss=lambda model, batch: model(torch.stack(batch[0])).sum(1)), network(), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["loss", "top1", "top5"])
+def test_names_of_the_run_s_own_figures_are_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match=rf"the metric '{name}' has a name of the run's own .*such as 'my_{name}'"):
+        task_of(config_of(tmp_path), metrics={"right": right, name: right})
+
+
+META = torch.device("meta")
+
+
+class Weighted(nn.Module):
+    """A loss, or the function of a metric, with a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3))
+
+    def forward(self, outputs, targets):
+        return ((outputs - targets) * self.weight).mean(1)
+
+
+class WeightedMetric(Weighted):
+    higher_is_better, width = True, 1
+
+    def sums(self, outputs, targets):
+        return self(outputs, targets).sum().reshape(1)
+
+    def value(self, sums):
+        return float(sums)
+
+
+def with_modules():
+    metrics = {"mean": Mean(Weighted(), higher_is_better=False), "own": WeightedMetric(), "right": Mean(right)}
+    return OutputLossTask(DATA, loss=Weighted(), metrics_by_name=metrics)
+
+
+def test_modules_among_loss_and_metrics_move_to_the_device_as_copies():
+    task = with_modules()
+    moved = task.to(META)
+    mean, own, plain = moved.metrics_by_name.values()
+    assert [part.weight.device for part in (moved.loss, mean.function, own)] == [META] * 3
+    assert (mean.higher_is_better, plain, moved.data) == (False, task.metrics_by_name["right"], DATA)
+    assert task.loss.weight.device.type == "cpu" and task.to(torch.device("cpu")).loss is task.loss
+    assert moved.sums(nn.Identity(), *torch.zeros(2, 2, 3, device=META)).device == META
+    assert CLASSIFICATION.to(META) is CLASSIFICATION
+
+
+def test_everything_that_measures_on_a_device_has_the_task_there():
+    """Training and evaluation, the calibration set of own examples and of images, and the step that is tried."""
+    task = with_modules()
+    evaluation = EvaluationData(DATA.open("test"), DataConfig(), batch_size=2, seed=0, device=META, task=task)
+    images = CalibrationSet(torch.zeros(2, *SHAPE), torch.zeros(2).long(), 2, task=task)
+    examples = ExampleSet([DATA.open("train").example(0, 0, 0)], 1, task)
+    for found in (evaluation, images.to(META), examples.to(META)):
+        assert found.task.loss.weight.device == META
+    tried = try_step(network().to(META), SHAPE, TRAIN, task)
+    assert "Expected all tensors" not in tried.fault and "device" not in tried.fault, tried.fault
 
 
 def test_a_broken_example_is_named(tmp_path):

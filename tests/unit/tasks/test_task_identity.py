@@ -7,7 +7,10 @@ import sys
 import own_examples
 import pytest
 import torch
+from run_events import run_started
 
+from laasp_ray.errors import ConfigError
+from laasp_ray.run.beginning import check_same_task
 from laasp_ray.tasks import Mean, OwnData, TopK
 from laasp_ray.tasks.identity import identity_of
 from laasp_ray.tasks.own import OutputLossTask
@@ -79,3 +82,19 @@ def test_the_parts_of_a_task():
     assert set(task.identity()["data"]) == {"factory", "arguments", "collate"}
     assert task.identity()["metrics"]["top"].startswith("laasp_ray.tasks.metrics:TopK ")
     assert OwnData(own_examples.data, {"count": 13}) != own
+
+
+def test_the_order_of_metrics_is_part_of_the_identity():
+    """The first one decides which epoch is the best. With one metric or none there is no order."""
+    metrics = {"top": TopK(), "wrong": own_examples.WRONG}
+    there, here = (
+        OutputLossTask(loss=own_examples.bce, metrics_by_name=dict(ordered))
+        for ordered in (metrics.items(), reversed(metrics.items()))
+    )
+    start = run_started(task=there.identity())
+    check_same_task(start, there)
+    message = r"another task \(order_of_metrics: top, wrong there, wrong, top here\): give the same"
+    with pytest.raises(ConfigError, match=message):
+        check_same_task(start, here)
+    alone = OutputLossTask(loss=own_examples.bce, metrics_by_name={"top": TopK()})
+    assert set(alone.identity()) == {"loss", "metrics"}
