@@ -329,7 +329,7 @@ def test_everything_that_measures_on_a_device_has_the_task_there():
     for found in (evaluation, images.to(META), examples.to(META)):
         assert found.task.loss.weight.device == META
     tried = try_step(network().to(META), SHAPE, TRAIN, task)
-    assert "Expected all tensors" not in tried.fault and "device" not in tried.fault, tried.fault
+    assert "device" not in tried.fault, tried.fault  # such tensors have no values: the step ends after the loss
 
 
 def test_a_broken_example_is_named(tmp_path):
