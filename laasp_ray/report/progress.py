@@ -18,7 +18,7 @@ from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import metrics_text
+from laasp_ray.run.metrics import metrics_text
 from laasp_ray.run.events import (
     BaselineMeasured,
     CandidatesMeasured,

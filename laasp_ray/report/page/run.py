@@ -6,7 +6,7 @@ import time
 
 from laasp_ray.records import Metrics
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import form_of, label_of, metric_text
+from laasp_ray.run.metrics import form_of, label_of, metric_text
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.document import Cell, Document, Part, Row, Table, Tile, heads, name, number, render, text
 from laasp_ray.report.page.facts import (
