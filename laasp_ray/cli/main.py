@@ -90,7 +90,8 @@ def evaluate(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") 
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run the code that the folder names: its network's builder, its data's format",
+        help="run the code that the folder names by import path: the network's builder, the data's format, factory and "
+        "collate function, the loss, the metrics",
     )
 
     def run() -> None:

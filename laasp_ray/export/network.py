@@ -88,13 +88,28 @@ def export_network(
     """Exports `network` by torch.export, for any number of images a batch, and checks the file.
 
     A copy is exported, in eval mode on the CPU. `planned` is from `planned_convolutions`. Raises ExportError, with the
-    reason, if the network cannot be exported, a convolution is not as planned, or an output differs by more than
-    TOLERANCE.
+    reason, if the network cannot be exported, gives anything but one tensor, a convolution is not as planned, or an
+    output differs by more than TOLERANCE.
     """
+    try:
+        return _exported(network, input_shape, planned, format)
+    except ExportError:
+        raise
+    except Exception as error:  # of many kinds, from the network and from the libraries
+        raise ExportError(f"the export failed ({describe_error(error)})") from error
+
+
+def _exported(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    planned: Mapping[str, GraphConvolution],
+    format: Literal["onnx", "torch"],
+) -> Exported:
     started = time.perf_counter()
     if format == "onnx" and (absent := missing()):
         raise ExportError(f"ONNX needs {', '.join(absent)}: {REMEDY}")
     model = deep_copy(network).cpu().eval()
+    _check_gives_one_tensor(model, input_shape)
     with _quiet(), tempfile.TemporaryDirectory(prefix="laasp_ray-export-") as folder:
         path = Path(folder) / FILES[format]
         program = _traced(model, input_shape)
@@ -162,6 +177,21 @@ def onnx_session(content: bytes | Path, threads: int) -> Any:
     wanted = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
     source = content if isinstance(content, bytes) else str(content)
     return onnxruntime.InferenceSession(source, options, providers=[*wanted, "CPUExecutionProvider"])
+
+
+def _check_gives_one_tensor(model: nn.Module, input_shape: Sequence[int]) -> None:
+    with torch.no_grad():  # a network may keep its inputs, and torch.export cannot take those of inference mode
+        output = model(_images(input_shape, 1))
+    if isinstance(output, torch.Tensor):
+        return
+    names = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", ())
+    listed = ", ".join(map(str, names))
+    if not listed and isinstance(output, Sequence):
+        listed = f"{len(output)} parts"
+    raise ExportError(
+        f"the network gives a {type(output).__name__}{f' ({listed})' if listed else ''}; only networks with one tensor "
+        "as output are exported"
+    )
 
 
 def _traced(model: nn.Module, input_shape: Sequence[int]) -> torch.export.ExportedProgram:

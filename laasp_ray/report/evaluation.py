@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from laasp_ray.report.latency import latency_lines
-from laasp_ray.report.metrics import form_of, label_of
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.evaluate import Evaluation
+from laasp_ray.run.metrics import form_of, label_of
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

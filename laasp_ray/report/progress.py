@@ -18,7 +18,6 @@ from rich.text import Text
 
 from laasp_ray.records import CandidateLoss, Decision, RunState
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import metrics_text
 from laasp_ray.run.events import (
     BaselineMeasured,
     CandidatesMeasured,
@@ -32,6 +31,7 @@ from laasp_ray.run.events import (
     RunResumed,
     TrainingPhaseDone,
 )
+from laasp_ray.run.metrics import metrics_text
 
 Clock = Callable[[], float]
 _SHARES = ("top1", "top5", "test top1")

@@ -9,8 +9,8 @@ from typing import Any
 
 from laasp_ray.config import RunConfig
 from laasp_ray.records import Metrics
-from laasp_ray.report.metrics import form_of, label_of
 from laasp_ray.report.tables import table_lines
+from laasp_ray.run.metrics import form_of, label_of
 
 _BEST = "best_"
 """Begins the figure of the best epoch of the final training; the other metrics are of the last one."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from laasp_ray.config import TARGETS
 from laasp_ray.records import Metrics, to_json
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import primary_text
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     BaselineMeasured,
@@ -25,6 +24,7 @@ from laasp_ray.run.events import (
     RunStarted,
     TrainingPhaseDone,
 )
+from laasp_ray.run.metrics import primary_text
 from laasp_ray.store.ownership import OwnerSeen
 
 Driver = Literal["finished", "works", "silent", "stopped", "none"]

@@ -12,7 +12,6 @@ from laasp_ray.export.network import Export
 from laasp_ray.records import Decision, Metrics
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.latency import latency_lines
-from laasp_ray.report.metrics import form_of, label_of, metrics_text
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import (
     EpochDone,
@@ -27,6 +26,7 @@ from laasp_ray.run.events import (
     TrainingPhaseDone,
     last_of,
 )
+from laasp_ray.run.metrics import form_of, label_of, metrics_text
 from laasp_ray.run.totals import exports_of, metrics_before
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from laasp_ray.config.fields import flatten
@@ -103,14 +103,18 @@ def _identity(source: ImageSource | Examples) -> dict[str, Any]:
 
 def check_same_task(start: RunStarted, task: Task) -> None:
     """Raises ConfigError if the run was started with another loss, data or metrics of the user's own."""
-    theirs, ours = flatten(start.task or {}), flatten(task.identity() or {})
-    differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-    if differing:
-        listed = "; ".join(f"{key}: {theirs.get(key, 'none')} there, {ours.get(key, 'none')} here" for key in differing)
+    if listed := differing_parts(start.task or {}, task.identity() or {}):
         raise ConfigError(
             f"this run was started with another task ({listed}): give the same data, loss and metrics to go on with "
             "it, or start a run under another name"
         )
+
+
+def differing_parts(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The parts in which two tasks' identities differ, as a text; empty if they are the same. `theirs` is a run's."""
+    theirs, ours = flatten(theirs), flatten(ours)
+    differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    return "; ".join(f"{key}: {theirs.get(key, 'none')} there, {ours.get(key, 'none')} here" for key in differing)
 
 
 def keep_unpruned(from_run: str, storage: Storage) -> None:

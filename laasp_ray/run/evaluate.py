@@ -23,6 +23,7 @@ from laasp_ray.errors import ConfigError, StoreError
 from laasp_ray.export.latency import EngineLatency, measure_engines
 from laasp_ray.models.device import this_device
 from laasp_ray.records import Metrics, to_json
+from laasp_ray.run.beginning import differing_parts
 from laasp_ray.run.events import started
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
@@ -85,7 +86,9 @@ def evaluate_run(
     evaluation is in float32, on the GPU if there is one. `latency` says which engines time both networks, and how. A
     builder or a data format that the folder names by import path is used only with `trust`, because that runs code; so
     are data, loss and metrics of the run's own. `task` replaces those (laasp_ray.tasks.task_of), and must be given if
-    they were Python objects. Raises ConfigError without `trust`, StoreError if the folder holds no finished run.
+    they were Python objects: with the same loss and metrics, and with the same or other data. Raises ConfigError
+    without `trust`, for another loss or other metrics, and for `data` or `data_format` with data of the run's own;
+    StoreError if the folder holds no finished run.
     """
     storage = Storage.open(str(folder))
     config = settings_of(storage)
@@ -97,6 +100,7 @@ def evaluate_run(
     if data_format is not None:
         images_config = dataclasses.replace(images_config, format=data_format)
     task = task or task_from(images_config, config.loss, config.metrics)
+    _check_task(storage, task, {"--data": data, "--format": data_format})
     place = images_config.path or images_config.format
     device = this_device()
     pruned = load_pruned(storage, models.build_offline(config.model)).to(device)
@@ -115,6 +119,31 @@ def evaluate_run(
         for name, network, figures in zip(("unpruned", "pruned"), (unpruned, pruned), metrics, strict=True)
     )
     return Evaluation(first, second, tuple(rows))
+
+
+def _check_task(storage: Storage, task: Task, replaced: Mapping[str, str | None]) -> None:
+    """Raises ConfigError if `replaced`, flags of images, would be ignored, or if figures by `task` would not be of the
+    run's loss and metrics. Other data are allowed.
+    """
+    for flag, value in replaced.items():
+        if value is not None and task.data is not None:
+            raise ConfigError(
+                f"{flag} is {value!r}, which has no effect on a data set of the user's own (data.factory): leave "
+                f"{flag} out, or give evaluate_run a task with other data, task_of(config, data=...) of laasp_ray.tasks"
+            )
+    start = started(Journal(storage))
+    if start is None:
+        return
+    theirs, ours = (
+        {part: value for part, value in (identity or {}).items() if part != "data"}
+        for identity in (start.task, task.identity())
+    )
+    if listed := differing_parts(theirs, ours):
+        raise ConfigError(
+            f"the run in {storage.uri} had another loss or other metrics ({listed}): Python objects are not in its "
+            "folder; give evaluate_run a task with them, task_of(config, data=..., loss=..., metrics=...) of "
+            "laasp_ray.tasks"
+        )
 
 
 def _test_data(
@@ -169,7 +198,14 @@ def check_runs_no_code(named: Mapping[str, str], uri: str) -> None:
 def _classes(storage: Storage) -> tuple[str, ...] | None:
     """The names of the classes that the run recorded at its start, or None. With them no training images are needed."""
     start = started(Journal(storage))
-    return None if start is None or not start.images else tuple(row[0] for row in start.images["train"]["classes"])
+    if start is None or not start.images:
+        return None
+    if "classes" not in start.images["train"]:
+        raise ConfigError(
+            f"the run in {storage.uri} had a data set of its own, and the task given to evaluate_run has none: give "
+            "task_of (laasp_ray.tasks) the data, too"
+        )
+    return tuple(row[0] for row in start.images["train"]["classes"])
 
 
 def _outputs(network: nn.Module, config: RunSettings, device: torch.device) -> int:

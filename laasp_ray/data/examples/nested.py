@@ -64,6 +64,9 @@ def _update(digest: Any, value: Any) -> None:
     elif callable(getattr(value, "tobytes", None)):  # a Pillow image
         digest.update(f"{type(value).__name__} {getattr(value, 'size', '')}\n".encode())
         digest.update(value.tobytes())
+    elif getattr(value, "__dict__", None):  # pickled, an object of the user's script would refer to the script
+        digest.update(f"{type(value).__qualname__} ".encode())
+        _update(digest, vars(value))
     else:
         digest.update(pickle.dumps(value, protocol=4))
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import form_of, label_of
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.facts import Curves, IterationRow, LayerRow, LossMap, Point
 from laasp_ray.report.page.svg import COLOURS, SERIES, WIDTH, draw
+from laasp_ray.run.metrics import form_of, label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laasp_ray.report.metrics import label_of
 from laasp_ray.report.page import charts
 from laasp_ray.report.page.document import Chart
 from laasp_ray.report.page.facts import (
@@ -17,6 +16,7 @@ from laasp_ray.report.page.facts import (
     wins_of,
 )
 from laasp_ray.report.page.reading import RunRecord
+from laasp_ray.run.metrics import label_of
 
 
 @dataclass(frozen=True)

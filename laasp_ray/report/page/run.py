@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from laasp_ray.config.data import GIVEN
 from laasp_ray.records import Metrics
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.metrics import form_of, label_of, metric_text
 from laasp_ray.report.page import numbers
 from laasp_ray.report.page.document import Cell, Document, Part, Row, Table, Tile, heads, name, number, render, text
 from laasp_ray.report.page.facts import (
@@ -22,6 +22,7 @@ from laasp_ray.report.page.settings import settings_of
 from laasp_ray.report.summary import Summary, summarise
 from laasp_ray.report.sweep import counted
 from laasp_ray.run.events import Exhausted, FaultSurvived, ImageExcluded, RunFinished, last_of
+from laasp_ray.run.metrics import form_of, label_of, metric_text
 from laasp_ray.run.totals import seconds_spent
 
 MOST_ROWS = 1000
@@ -75,7 +76,9 @@ def _asked(record: RunRecord, summary: Summary) -> str:
     model, data, train, prune = (config.get(key) or {} for key in ("model", "data", "train", "prune"))
     shape = f" {numbers.TIMES} ".join(map(str, model.get("input_shape", ())))
     network = f"{model.get('builder', 'a network')}" + (f" at {shape}" if shape else "")
-    images = f"{data.get('format', 'unknown')} ({start.train_images:,} training and {start.test_images:,} test images)"
+    source = _own(data.get("factory")) or data.get("format", "unknown")
+    images = f"{source} ({start.train_images:,} training and {start.test_images:,} test {_noun(record)})"
+    loss = f"; loss: {_own(train.get('loss'))}" if train.get("loss") else ""
     wanted = " and ".join(f"{share:.4g}% of {of}" for of, share in ((of, 100 * s) for of, s in summary.targets.items()))
     method = prune.get("method", "unknown")
     what = f"remove {wanted} by {method}" if wanted else f"prune by {method}" if prune.get("method") else "train"
@@ -84,7 +87,17 @@ def _asked(record: RunRecord, summary: Summary) -> str:
         when += f", pruning after {train['prune_epoch']}"
     if train.get("pretrained"):
         when += ", from given weights"
-    return f"{what}; {network}, on {images}; schedule of {when}."
+    return f"{what}; {network}, on {images}{loss}; schedule of {when}."
+
+
+def _own(path: str | None) -> str:
+    """A part of the user's own as the config names it; empty if there is none."""
+    return "a Python object" if path == GIVEN else path or ""
+
+
+def _noun(record: RunRecord) -> str:
+    """What the data consist of. A data set of the user's own need not have images."""
+    return "examples" if (record.start.config.get("data") or {}).get("factory") else "images"
 
 
 def _came_out(record: RunRecord, summary: Summary) -> str:
@@ -114,7 +127,7 @@ def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),
         _amount("Parameters", "", summary.parameters, summary.parameters_after),
         latency_tile(record),
-        *(_accuracy(name_of, summary) for name_of in list(known_metrics)[:_METRICS]),
+        *(_accuracy(name_of, summary, _noun(record)) for name_of in list(known_metrics)[:_METRICS]),
         _time(record),
     ]
 
@@ -128,7 +141,7 @@ def _amount(what: str, unit: str, before: int, after: int | None) -> Tile:
     return Tile(what=what, value=share, before=text, note=f"{exact} {unit}".strip())
 
 
-def _accuracy(name_of: str, summary: Summary) -> Tile:
+def _accuracy(name_of: str, summary: Summary, noun: str) -> Tile:
     """The tile of a metric, before and after."""
     before, after = (_values(metrics).get(name_of) for metrics in (summary.before, summary.after))
     label = label_of(name_of)
@@ -138,7 +151,7 @@ def _accuracy(name_of: str, summary: Summary) -> Tile:
         return Tile(
             what=what, value=value, before="" if before is None else "before pruning", note="after: at the run's end"
         )
-    images = f"{summary.after.images:,} test images"
+    images = f"{summary.after.images:,} test {noun}"
     best = summary.best
     if best is not None and best.metrics.score > summary.after.score and best.metrics.primary[0] == name_of:
         images += f"; best epoch {best.epoch + 1}: {form(best.metrics.primary[1])}"

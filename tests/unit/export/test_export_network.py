@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+from collections import namedtuple
 
 import onnx
 import pytest
@@ -99,6 +100,43 @@ def test_a_network_that_cannot_be_followed_is_told_with_the_reason():
 
     with pytest.raises(ExportError, match=r"torch\.export cannot follow the network \(.*data-dependent"):
         export_network(Branches(), SHAPE, planned_convolutions(Branches(), Plan.empty()), "onnx")
+
+
+Pair = namedtuple("Pair", ("out", "aux"))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (lambda x: {"out": x, "aux": x}, r"a dict \(out, aux\)"),
+        (lambda x: (x, x), r"a tuple \(2 parts\)"),
+        (lambda x: [x], r"a list \(1 parts\)"),
+        (lambda x: Pair(x, x), r"a Pair \(out, aux\)"),
+        (lambda x: None, r"a NoneType"),
+    ],
+)
+def test_a_network_that_gives_more_than_a_tensor_is_refused(output, said, format):
+    class Structured(Small):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    message = rf"^the network gives {said}; only networks with one tensor as output are exported$"
+    with pytest.raises(ExportError, match=message):
+        export_network(Structured(), SHAPE, planned_convolutions(Small(), Plan.empty()), format)
+
+
+def test_any_other_failure_is_an_export_error_with_its_kind(monkeypatch, pruned):
+    planned = planned_convolutions(Small(), PLAN)
+    with pytest.raises(ExportError, match=r"^the export failed \(RuntimeError: Given groups=1, weight of size"):
+        export_network(pruned, (5, 8, 8), planned, "torch")
+
+    def fail(*_):
+        raise KeyError("graph")
+
+    monkeypatch.setattr("laasp_ray.export.network.check_convolutions", fail)
+    with pytest.raises(ExportError, match=r"^the export failed \(KeyError: 'graph'\)$"):
+        export_network(pruned, SHAPE, planned, "torch")
 
 
 def test_outputs_that_differ_are_refused():

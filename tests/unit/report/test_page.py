@@ -143,6 +143,25 @@ def test_a_loss_of_the_user_s_own_has_its_own_metrics():
     assert "Top-1" not in said
 
 
+@pytest.mark.parametrize(
+    ("factory", "loss", "asked"),
+    [
+        ("own:data", "own:bce", "on own:data (1,442 training and 355 test examples); loss: own:bce; schedule"),
+        (
+            "given",
+            "given",
+            "on a Python object (1,442 training and 355 test examples); loss: a Python object; schedule",
+        ),
+        ("", "own:bce", "on digits (1,442 training and 355 test images); loss: own:bce; schedule"),
+    ],
+)
+def test_data_and_loss_of_the_user_s_own_are_named(factory, loss, asked):
+    config = started().config
+    own = {"data": {**config["data"], "factory": factory}, "train": {**config["train"], "loss": loss}}
+    said = words(page_of([started(config=own), *small_run()[1:]]))
+    assert asked in said and ("355 test images" in said) == (not factory)
+
+
 def test_layers_come_to_the_multiply_accumulates_of_the_end(read):
     assert sum(layer.macs_now for layer in facts.layers_of(read)) == read.events[-1].macs == 825
 

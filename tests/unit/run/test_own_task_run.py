@@ -205,14 +205,76 @@ def test_evaluate_runs_code_of_the_folder_only_if_it_is_trusted(whole):
     config, _ = whole
     with pytest.raises(ConfigError, match=r"by import path, 'own_examples:network'"):
         evaluate_run(config_path(config))
-    evaluation = evaluate_run(config_path(config), latency=ExportConfig(latency=()), trust=True)
-    unpruned, pruned = evaluation.unpruned, evaluation.pruned
+    measured = evaluate_run(config_path(config), trust=True, latency=UNTIMED)
+    unpruned, pruned = measured.unpruned, measured.pruned
     assert pruned.metrics == last_of(read_events_of(config), RunFinished).metrics
     assert pruned.macs < unpruned.macs and set(unpruned.metrics.values) == {"right", "wrong"}
-    assert re.search(r"^right +0\.\d{4} +0\.\d{4}$", evaluation_table(evaluation), re.MULTILINE)
-    task = task_of(config_of(config.storage, train__loss="", train__metrics={}), loss=bce)
-    evaluation = evaluate_run(config_path(config), latency=ExportConfig(latency=()), trust=True, task=task)
-    assert evaluation.pruned.metrics.values == {}
+    assert re.search(r"^right +0\.\d{4} +0\.\d{4}$", evaluation_table(measured), re.MULTILINE)
+
+
+def given_task(config, **objects):
+    return task_of(config_of(config.storage, train__loss="", train__metrics={}), **objects)
+
+
+UNTIMED = ExportConfig(latency=())
+
+
+def test_evaluate_takes_the_run_s_own_task_as_objects_and_other_data(whole):
+    config, _ = whole
+    metrics = {"right": right, "wrong": own_examples.WRONG}
+    task = given_task(config, loss=bce, metrics=metrics)
+    measured = evaluate_run(config_path(config), trust=True, task=task, latency=UNTIMED)
+    assert measured.pruned.metrics == last_of(read_events_of(config), RunFinished).metrics
+    other = dataclasses.replace(task, data=OwnData(lambda split: data("train", 7, False)))
+    measured = evaluate_run(config_path(config), trust=True, task=other, latency=UNTIMED)
+    assert measured.pruned.metrics.images == 7 and list(measured.pruned.metrics.values) == ["right", "wrong"]
+
+
+def test_evaluate_refuses_a_task_that_is_not_the_run_s(whole):
+    folder = config_path(whole[0])
+    for objects, message in (
+        (
+            {"loss": bce},
+            r"other metrics \(metrics\.right: laasp_ray\.tasks\.metrics:Mean \w+ there, none here; ",
+        ),
+        ({}, r"another loss or other metrics \(loss: own_examples:bce there, none here; metrics\.right"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_run(folder, trust=True, task=given_task(whole[0], **objects), latency=UNTIMED)
+    task = dataclasses.replace(task_of(whole[0]), data=None)
+    with pytest.raises(ConfigError, match=r"had a data set of its own, and the task given to evaluate_run has none"):
+        evaluate_run(folder, trust=True, task=task, latency=UNTIMED)
+
+
+def test_evaluate_refuses_flags_of_images_for_data_of_the_run_s_own(whole, tmp_path, capsys):
+    folder = config_path(whole[0])
+    for given, flag, value in (
+        ({"data": "/pictures"}, "--data", "/pictures"),
+        ({"data_format": "folder"}, "--format", "folder"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{flag} is '{value}', which has no effect .*: leave {flag} out"):
+            evaluate_run(folder, trust=True, latency=UNTIMED, **given)
+    assert cli.evaluate([str(folder), "--trust", "--engines", "none", "--data", str(tmp_path)]) == 2
+    assert f"--data is '{tmp_path}', which has no effect" in capsys.readouterr().err
+
+
+def test_metrics_that_were_objects_are_missed_not_left_out(tmp_path):
+    """The folder names the loss, so that an evaluation could do without the metrics."""
+    config = config_of(tmp_path, train__metrics={})
+    run(config, metrics={"right": right})
+    with pytest.raises(ConfigError, match=r"metrics\.right: \S+ \w+ there, none here\): Python objects are not in its"):
+        evaluate_run(config_path(config), trust=True, latency=UNTIMED)
+    task = task_of(config, metrics={"right": right})
+    assert list(evaluate_run(config_path(config), trust=True, task=task, latency=UNTIMED).pruned.metrics.values) == [
+        "right"
+    ]
+
+
+def test_the_trust_flag_says_all_that_it_runs(capsys):
+    with pytest.raises(SystemExit):
+        cli.evaluate(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the network's builder, the data's format, factory and collate function, the loss, the metrics" in said
 
 
 def test_a_job_with_a_recipe_by_import_path(tmp_path, capsys):

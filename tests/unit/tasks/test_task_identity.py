@@ -1,5 +1,6 @@
 """What identifies the user's own objects in the journal."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from run_events import run_started
 
+from laasp_ray.data.examples.nested import digest_of
 from laasp_ray.errors import ConfigError
 from laasp_ray.run.beginning import check_same_task
 from laasp_ray.tasks import Mean, OwnData, TopK
@@ -98,3 +100,18 @@ def test_the_order_of_metrics_is_part_of_the_identity():
         check_same_task(start, here)
     alone = OutputLossTask(loss=own_examples.bce, metrics_by_name={"top": TopK()})
     assert set(alone.identity()) == {"loss", "metrics"}
+
+
+@dataclasses.dataclass
+class Sample:
+    """A type that another process knows under another module's name, as a script's is."""
+
+    image: torch.Tensor
+    name: str
+
+
+def test_an_object_s_digest_is_of_its_values():
+    one, same, other = (Sample(torch.ones(2), name) for name in ("a", "a", "b"))
+    assert digest_of(one) == digest_of(same) != digest_of(other)
+    elsewhere = dataclasses.make_dataclass("Sample", ["image", "name"], module="nowhere_to_be_imported")
+    assert digest_of(elsewhere(torch.ones(2), "a")) == digest_of(one)
