@@ -1,5 +1,7 @@
 """Criteria of data as a user writes them: one that works, and some that do not."""
 
+import threading
+
 import torch
 
 from laasp_ray.criteria import DataCriterion, pooled
@@ -91,7 +93,7 @@ class TooMany(MeanActivation):
 
 class Unpicklable(MeanActivation):
     def start(self, first):
-        return (*super().start(first), lambda: None)
+        return (*super().start(first), threading.Lock())
 
     def accumulate(self, state, features, labels):
         return (*super().accumulate(state[:2], features, labels), state[2])

@@ -91,5 +91,5 @@ def test_a_criterion_that_a_worker_cannot_load_is_refused():
 
 
 def test_a_state_that_cannot_travel_is_refused(monkeypatch, network, calibration):
-    with pytest.raises(ConfigError, match=r"'own_criteria:Unpicklable' has a state that cannot be pickled: .*lambda"):
+    with pytest.raises(ConfigError, match=r"'own_criteria:Unpicklable' has a state that cannot be pickled: .*lock"):
         spread(monkeypatch, network, calibration, 1, own("Unpicklable"))

@@ -113,5 +113,6 @@ class Sample:
 def test_an_object_s_digest_is_of_its_values():
     one, same, other = (Sample(torch.ones(2), name) for name in ("a", "a", "b"))
     assert digest_of(one) == digest_of(same) != digest_of(other)
-    elsewhere = dataclasses.make_dataclass("Sample", ["image", "name"], module="nowhere_to_be_imported")
+    elsewhere = dataclasses.make_dataclass("Sample", ["image", "name"])
+    elsewhere.__module__ = "nowhere_to_be_imported"
     assert digest_of(elsewhere(torch.ones(2), "a")) == digest_of(one)
