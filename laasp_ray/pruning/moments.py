@@ -63,7 +63,8 @@ class Moments:
 def inverted(gram: Gram, layer: str) -> Moments:
     """The moments of `layer`. Raises SearchError if a sum is not finite.
 
-    With fewer patches than inputs, or where the moments cannot be inverted, the ridge grows, and that is logged.
+    With fewer patches than inputs, or where the moments cannot be inverted, the ridge grows. The second is logged; the
+    first concerns many layers at once (`has_few_patches`).
     """
     if not bool(gram.total.isfinite().all()):
         raise SearchError(
@@ -72,10 +73,15 @@ def inverted(gram: Gram, layer: str) -> Moments:
         )
     patches, inputs = gram.patches, gram.total.shape[-1] - 1
     ridge = RIDGE
-    if patches < inputs:
+    if has_few_patches(gram):
         ridge *= GROWTH
-        logger.info("%s has %d inputs and %d patches of them: the ridge is %g", layer, inputs, patches, ridge)
+        logger.debug("%s has %d inputs and %d patches of them: the ridge is %g", layer, inputs, patches, ridge)
     return Moments(tuple(_inverse(total / max(1, patches), ridge, layer) for total in gram.total))
+
+
+def has_few_patches(gram: Gram) -> bool:
+    """Whether there are fewer patches than inputs, so that some inputs follow from others by chance."""
+    return gram.patches < gram.total.shape[-1] - 1
 
 
 def _inverse(moments: torch.Tensor, ridge: float, layer: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from laasp_ray.pruning.channels import ChannelAxis, Removal
 from laasp_ray.pruning.compensation import MadeUp
 from laasp_ray.pruning.coupling import Coupling
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.moments import Moments, inverted
+from laasp_ray.pruning.moments import GROWTH, RIDGE, Moments, has_few_patches, inverted
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.norms import norms_after
 from laasp_ray.pruning.plan import Plan
@@ -57,6 +57,7 @@ class CompensationMemory:
         self._norms: dict[str, str] | None = None
         self._reasons: dict[str, str] = {}
         self._unread: set[str] = set()
+        self._few: set[str] = set()
         self._orders: dict[str, _Known] = {}
 
     def at(
@@ -112,7 +113,22 @@ class CompensationMemory:
                 for step in measured.steps:
                     pair = _after(*pair, step)
                 self._moments[reader.layer] = pair
+            self._say_few([reader.layer for reader in missing if has_few_patches(grams[reader.layer])], len(missing))
         self._measured = measured
+
+    def _say_few(self, layers: Sequence[str], of: int) -> None:
+        """One line for all layers, and again only where there are others."""
+        if not set(layers) <= self._few:
+            named = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+            logger.info(
+                "%d of %d layers have fewer patches of their inputs than inputs (%s), so that their ridge is %g; more "
+                "calibration images (search.images) give more",
+                len(layers),
+                of,
+                named,
+                RIDGE * GROWTH,
+            )
+        self._few |= set(layers)
 
 
 def _after(reader: Reader, moments: Moments, step: Plan) -> tuple[Reader, Moments]:

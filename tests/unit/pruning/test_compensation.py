@@ -64,8 +64,21 @@ def test_inverse_without_inputs_is_that_of_the_others():
     assert torch.allclose(found, wanted, atol=1e-10)
 
 
+def test_layers_with_more_inputs_than_patches_are_named_in_one_line(caplog):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5, 2)]
+    with caplog.at_level("INFO"):
+        compensator_of(nn.Sequential(*layers), torch.randn(2, 3, 5, 5))
+    lines = [record.getMessage() for record in caplog.records if "patches" in record.getMessage()]
+    # "1" reads 4 x 3 x 3 inputs at one place of two images, "3" 5 inputs of two images.
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "2 of 2 layers have fewer patches of their inputs than inputs (1, 3), so that their ridge"
+    )
+
+
 def test_more_inputs_than_patches_raise_the_ridge_and_values_that_are_not_finite_are_refused(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG")
     ones = torch.ones(1, 4, dtype=torch.float64)
     inverted(Gram((ones.T @ ones).unsqueeze(0)), "head")
     assert "head has 3 inputs and 1 patches of them: the ridge is 0.01" in caplog.text
