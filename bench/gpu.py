@@ -66,7 +66,7 @@ STAGES = (
     Stage("search", "gpu_search", "iteration", 120, 120),
     Stage("training", "gpu_training", "synthetic", 60, 60),
     Stage("data", "gpu_data", "real_images", 75, 120),
-    Stage("latency", "gpu_latency", "latencies", 90, 60),
+    Stage("latency", "gpu_latency", "latencies", 90, 120),
     Stage("sparse kernels", "gpu_right", "kernels", 30, 30, gpu_only=True),
     Stage("compiled training", "gpu_training", "compiled", 110, 90),
     Stage("accuracy", "gpu_accuracy", "accuracy", 300, 60),
