@@ -112,6 +112,7 @@ def test_what_a_stage_leaves_running_is_ended_with_it(stages, tmp_path):
     assert not Path(f"/proc/{mark.read_text()}").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_command_that_is_ended_ends_its_stage(stages, tmp_path):
     mark = tmp_path / "pid"
     stages(("machine", f"open({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"))

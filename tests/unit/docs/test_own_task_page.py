@@ -5,10 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[3] / "docs" / "own-task.md"
 FILES = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
 
 
+@pytest.mark.exhaustive
 def test_its_run_learns_and_prunes(tmp_path, monkeypatch, capsys):
     assert set(FILES) == {"mytask.py", "run.py"}
     (tmp_path / "mytask.py").write_text(FILES["mytask.py"])

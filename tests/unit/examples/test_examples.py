@@ -60,7 +60,7 @@ def small(example, name, storage, network, images, **changes):
     ("name", "network", "changes"),
     [
         ("multi_label", lambda script: script.network(), {}),
-        ("segmentation", lambda script: script.unet(4), {}),
+        pytest.param("segmentation", lambda script: script.unet(4), {}, marks=pytest.mark.exhaustive),
         ("regression", lambda script: script.network(), {"learning_rate": 0.001, "distill": 0.3}),
     ],
 )

@@ -113,6 +113,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch,
     assert same(weights_of(run(config)), weights_of(expected))
 
 
+@pytest.mark.exhaustive
 def test_racing_compensation_and_statistics_work_on_it(tmp_path):
     for name, loss in {"outputs": "bce", "model": "bce_of_model"}.items():
         config = config_of(
