@@ -125,21 +125,23 @@ def prune(
                 run = _run_on_ray(prepared, storage, journal, progress, method, ray_address)
             else:
                 run = _run_here(prepared, storage, journal, progress, method)
-            finish = journal.last(RunFinished.NAME)
-            assert finish is not None
-            return PruneResult(run, storage.uri, _summary(finish.data))
         finally:
             _close([progress])
+        return _result(run, storage, journal)
     finally:
         owner.release()
 
 
-def _finished(config: RunConfig, model: nn.Module | None, storage: Storage, journal: Journal) -> PruneResult:
+def _result(network: nn.Module, storage: Storage, journal: Journal) -> PruneResult:
     finish = journal.last(RunFinished.NAME)
     assert finish is not None
+    return PruneResult(network, storage.uri, _summary(finish.data))
+
+
+def _finished(config: RunConfig, model: nn.Module | None, storage: Storage, journal: Journal) -> PruneResult:
     logger.warning("the run %r in %s is finished; nothing to do", config.name, storage.uri)
     unpruned = _copied(model) if model is not None else models.build(config.model)
-    return PruneResult(load_pruned(storage, unpruned), storage.uri, _summary(finish.data))
+    return _result(load_pruned(storage, unpruned), storage, journal)
 
 
 def _prepared(

@@ -73,7 +73,7 @@ def is_faster(unpruned_ms: float, pruned_ms: float) -> bool:
 def why_not_faster(unpruned: nn.Module, pruned: nn.Module, input_shape: Sequence[int], batch_size: int) -> str:
     """The reasons that the layers of the pruned network show, each with the setting that would help, as one sentence.
 
-    Layers that lost a multiple of ALIGNED channels are told by their share of the multiply-accumulates, and so are
+    Layers that lost a multiple of ALIGNED channels are named with their share of the multiply-accumulates, and so are
     layers that are bound by memory.
     """
     before = layer_work(unpruned, input_shape, batch_size)

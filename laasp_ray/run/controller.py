@@ -128,7 +128,8 @@ class Controller:
         """
         state, storage = self.state, self._parts.storage
         checkpoint = load_checkpoint(storage, state.checkpoint, state.digests)
-        network = NetworkState(_plan(state.checkpoint_plan), checkpoint.model)
+        plan = Plan.empty() if state.checkpoint_plan is None else Plan.from_json(state.checkpoint_plan)
+        network = NetworkState(plan, checkpoint.model)
         optimizer_state = checkpoint.optimizer_state if state.phase_epochs_done else {}
         self._measured = Measured(network)
         for step, file in zip(state.steps, state.weights, strict=True):
@@ -400,7 +401,3 @@ class Controller:
         reached = {of: getattr(summary, TARGETS[of]) for of in {"FLOPs": 0.0} | self._config.prune.targets}
         gone = "pruned by " + ", ".join(f"{share:.2%} of {of}" for of, share in reached.items())
         return self._parts.method.result(details) or gone
-
-
-def _plan(data: Mapping[str, Any] | None) -> Plan:
-    return Plan.empty() if data is None else Plan.from_json(data)

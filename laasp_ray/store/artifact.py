@@ -89,31 +89,31 @@ def save_pruned(
             storage.delete(name)
     for name, content in (files or {}).items():
         storage.write(name, content)
-    storage.write(
-        _ARCH,
-        _json_bytes(
-            {
-                "schema_version": ARCH_VERSION,
-                "laasp_ray": _own_version(),
-                "builder": model_config.builder,
-                "arguments": model_config.arguments,
-                "input_shape": model_config.input_shape,
-                "tensors": {
-                    name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-                    for name, tensor in state.items()
-                },
-                "sparse": list(masks),
-                "layers": {
-                    name: {
-                        "type": f"{type(module).__module__}.{type(module).__qualname__}",
-                        "attributes": _plain_attributes(module),
-                    }
-                    for name, module in model.named_modules()
-                },
-            }
-        ),
-    )
+    storage.write(_ARCH, _json_bytes(_arch(model, model_config, masks)))
     return len(weights)
+
+
+def _arch(model: nn.Module, config: ModelConfig, sparse: Iterable[str]) -> dict[str, Any]:
+    """What `arch.json` holds of a network, whose tensors named `sparse` have masks."""
+    return {
+        "schema_version": ARCH_VERSION,
+        "laasp_ray": _own_version(),
+        "builder": config.builder,
+        "arguments": config.arguments,
+        "input_shape": config.input_shape,
+        "tensors": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in model.state_dict().items()
+        },
+        "sparse": list(sparse),
+        "layers": {
+            name: {
+                "type": f"{type(module).__module__}.{type(module).__qualname__}",
+                "attributes": _plain_attributes(module),
+            }
+            for name, module in model.named_modules()
+        },
+    }
 
 
 def load_pruned(folder: str | Path | Storage, model: nn.Module | None = None) -> nn.Module:
