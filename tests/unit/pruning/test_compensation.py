@@ -78,7 +78,7 @@ def test_layers_with_more_inputs_than_patches_are_named_in_one_line(caplog):
 
 
 def test_more_inputs_than_patches_raise_the_ridge_and_values_that_are_not_finite_are_refused(caplog):
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", "laasp_ray.pruning.moments")  # commands set the level of the package
     ones = torch.ones(1, 4, dtype=torch.float64)
     inverted(Gram((ones.T @ ones).unsqueeze(0)), "head")
     assert "head has 3 inputs and 1 patches of them: the ridge is 0.01" in caplog.text
