@@ -78,13 +78,18 @@ def races(matrix: Matrix, count: int) -> list[str]:
     for seed in range(count):
         race, seen, cost = Race(base, len(losses), seed=seed), 0, float(len(base))
         while not race.decided:
-            sample, survivors = race.samples[race.rounds], race.survivors
-            seen += len(survivors) * len(sample)
-            cost += len(sample) * (matrix.cost[1:][survivors].sum() + matrix.ready[1:][survivors].max())
-            race.finish_round(losses[survivors][:, sample])
-        choice = min(race.survivors, key=lambda candidate: (race.estimates[candidate], candidate))
-        agreed += int(choice == order[0])
-        regrets.append(means[choice] - means[order[0]])
+            sample, sampled = race.samples[race.rounds], race.sampled
+            seen += len(sampled) * len(sample)
+            cost += len(sample) * (matrix.cost[1:][sampled].sum() + matrix.ready[1:][sampled].max())
+            race.finish_round(losses[sampled][:, sample])
+            while (leader := race.leader()) is not None:
+                rest = int(len(base) - race.images[leader])
+                seen += rest
+                cost += rest * (matrix.cost[1 + leader] + matrix.ready[1 + leader])
+                race.finish_whole(leader, losses[leader])
+        assert race.choice is not None
+        agreed += int(race.choice == order[0])
+        regrets.append(means[race.choice] - means[order[0]])
         evaluations.append(seen / losses.size)
         forwards.append(cost / len(base))
     return [

@@ -201,22 +201,35 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
     for round_number, sample in enumerate(race.samples):
         round_of[sample] = round_number
 
-    def ask(round_number: int, tasks: Sequence[int]) -> None:
-        new = [task for task in tasks if not asked[round_number, task]]
+    def ask(rounds: Sequence[int], tasks: Sequence[int]) -> None:
+        """Asks for rounds, of which the same ones are missing for all tasks."""
+        new = [task for task in tasks if not asked[rounds, task].any()]
         if new:
-            work.submit(new, race.samples[round_number])
-            asked[round_number, new] = True
+            work.submit(new, np.concatenate([race.samples[number] for number in rounds]))
+            asked[np.ix_(rounds, new)] = True
+
+    def wait_for(rounds: Sequence[int], tasks: Sequence[int], next_round: int) -> None:
+        """Waits for them. Idle workers begin with `next_round`, with the candidates that will most likely need it."""
+        ahead = iter(_likeliest_first(race) if next_round < len(race.samples) else ())
+        while left[np.ix_(rounds, tasks)].any():
+            ask([next_round], list(islice(ahead, max(0, work.slots - work.under_way))))
+            unit = work.collect()
+            left[:, list(unit.tasks)] -= np.bincount(round_of[unit.images], minlength=len(left))[:, None]
+
+    def finish(dropped: Sequence[int]) -> None:
+        for task in dropped:
+            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.rounds)
 
     while not race.decided:
-        round_number, sample = race.rounds, race.samples[race.rounds]
-        ask(round_number, race.survivors)
-        ahead = iter(_likeliest_first(race) if round_number + 1 < len(race.samples) else ())
-        while left[round_number, race.survivors].any():
-            ask(round_number + 1, list(islice(ahead, max(0, work.slots - work.under_way))))
-            unit = work.collect()
-            left[round_of[unit.images[0]], list(unit.tasks)] -= len(unit.images)
-        for task in race.finish_round(work.values[race.survivors][:, sample]):
-            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.rounds)
+        round_number, tasks = race.rounds, race.sampled
+        ask([round_number], tasks)
+        wait_for([round_number], tasks, round_number + 1)
+        finish(race.finish_round(work.values[tasks][:, race.samples[round_number]]))
+        while (leader := race.leader()) is not None:
+            rest = list(range(race.rounds, len(race.samples)))
+            ask([number for number in rest if not asked[number, leader]], [leader])
+            wait_for(rest, [leader], race.rounds)
+            finish(race.finish_whole(leader, work.values[leader]))
     for task in race.survivors:
         work.finish(task, float(race.estimates[task]), int(race.images[task]))
     while work.under_way:  # units of a round that is no longer needed
@@ -225,4 +238,4 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
 
 def _likeliest_first(race: Race) -> list[int]:
     """The candidates of this round. Those that will most likely be in the next round come first."""
-    return sorted(race.survivors, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))
+    return sorted(race.sampled, key=lambda task: (np.nan_to_num(race.estimates[task], nan=0.0), task))

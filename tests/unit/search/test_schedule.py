@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from laasp_ray.search.engine import Cost, Losses
-from laasp_ray.search.racing import Race
+from laasp_ray.search.racing import LEADER_AFTER, Race
 from laasp_ray.search.schedule import UNITS_PER_SLOT, Settings, cut, measure
 
 
@@ -133,7 +133,9 @@ def test_a_race_gives_what_race_itself_gives_round_by_round():
     losses = matrix(25, 900)
     race = Race(losses[-1], 25, seed=3)
     while not race.decided:
-        race.finish_round(losses[np.ix_(race.survivors, race.samples[race.rounds])])
+        race.finish_round(losses[np.ix_(race.sampled, race.samples[race.rounds])])
+        while (leader := race.leader()) is not None:
+            race.finish_whole(leader, losses[leader])
     found = results_of(losses, True, 7, 1)
     assert [item[2] for item in found[:-1]] == [race.fell.get(candidate) for candidate in range(25)]
     assert [item[1] for item in found] == [*race.images.tolist(), 900]
@@ -181,32 +183,31 @@ def test_a_task_that_fails_says_why_and_the_others_go_on(racing, slots):
 
 
 def test_what_fails_where_only_other_workers_would_have_measured_does_not_count():
-    """The winner fails in the round after the one that decides, which only several workers begin with."""
+    """A loser fails in the round after the one that decides, which only several workers begin with."""
     losses = np.zeros((3, 400), np.float32)
-    losses[1] = 5.0  # worse on every image: it falls at the first round
-    second = set(Race(losses[-1], 2, seed=0).samples[1].tolist())
+    losses[1] = 5.0  # worse on every image: it falls when the leader is known
+    third = set(Race(losses[-1], 2, seed=0).samples[LEADER_AFTER].tolist())
 
     class FailsLater(FakeBackend):
         def collect(self):
             unit, found = super().collect()
-            if 0 in unit.tasks and second & set(unit.images.tolist()):
-                row = unit.tasks.index(0)
-                found.values[row] = np.nan
-                return unit, Losses(found.values, {row: "RuntimeError: late"}, found.seconds)
+            if unit.tasks == (1,) and third & set(unit.images.tolist()):
+                found.values[0] = np.nan
+                return unit, Losses(found.values, {0: "RuntimeError: late"}, found.seconds)
             return unit, found
 
         def submit(self, unit):
-            # Last in, first out: the next round's unit comes back before this round's last one.
+            # Last in, first out: the next round's unit comes back before the leader's last one.
             super().submit(unit)
             self.waiting.insert(0, self.waiting.pop())
 
     backend = FailsLater(losses, slots=8)
     results = measure(backend, 3, Settings(400, 400, racing=True), ignore)
     assert any(
-        what == "collect" and 0 in unit.tasks and second & set(unit.images.tolist()) for what, unit in backend.events
+        what == "collect" and unit.tasks == (1,) and third & set(unit.images.tolist()) for what, unit in backend.events
     )
     assert (results[0].loss, results[0].error, results[0].dropped_at) == (0.0, "", None)
-    assert (results[1].loss, results[1].dropped_at) == (5.0, 1)
+    assert (results[1].loss, results[1].error, results[1].dropped_at) == (5.0, "", LEADER_AFTER)
 
 
 @pytest.mark.parametrize("racing", [True, False])
