@@ -48,8 +48,8 @@ from laasp_ray.search.candidates import tasks_of
 from laasp_ray.search.engine import BranchPoints, Cost, Engine, Losses
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import SerialBackend
-from laasp_ray.search.racing import Race
 from laasp_ray.search.schedule import HAND_OUT_SECONDS, Settings, Unit, measure
+from laasp_ray.search.stratified import Sample
 
 IMAGES, BATCH = 1000, 64
 RACED = 0.08
@@ -198,7 +198,7 @@ def model_of_an_iteration(options: argparse.Namespace, unit_s: float, driver: Me
     macs = branch_points.cost(tasks[-1]).own
     own = sum(branch_points.cost(task).own for task in tasks[:-1]) / macs
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    looks = len(Race(np.linspace(0, 1, 5000), 2).samples)
+    looks = len(Sample(np.linspace(0, 1, 5000), 0).rounds)
     count, speed = 5000, options.gpu_images_per_second
     transfer_s = weight_bytes * 8 / (options.network_gigabits * 1e9)
     worker_s = statistics.median(wall for wall, _ in driver.worker)

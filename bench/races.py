@@ -77,16 +77,12 @@ def races(matrix: Matrix, count: int) -> list[str]:
     agreed, regrets, evaluations, forwards = 0, [], [], []
     for seed in range(count):
         race, seen, cost = Race(base, len(losses), seed=seed), 0, float(len(base))
-        while not race.decided:
-            sample, sampled = race.samples[race.rounds], race.sampled
-            seen += len(sampled) * len(sample)
-            cost += len(sample) * (matrix.cost[1:][sampled].sum() + matrix.ready[1:][sampled].max())
-            race.finish_round(losses[sampled][:, sample])
-            while (leader := race.leader()) is not None:
-                rest = int(len(base) - race.images[leader])
-                seen += rest
-                cost += rest * (matrix.cost[1 + leader] + matrix.ready[1 + leader])
-                race.finish_whole(leader, losses[leader])
+        while requests := race.requests():
+            for request in requests:
+                some = list(request.candidates)
+                seen += len(some) * len(request.images)
+                cost += len(request.images) * (matrix.cost[1:][some].sum() + matrix.ready[1:][some].max())
+                race.finish(request, losses[np.ix_(some, request.images)])
         assert race.choice is not None
         agreed += int(race.choice == order[0])
         regrets.append(means[race.choice] - means[order[0]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -35,10 +35,11 @@ HAND_OUT_SECONDS = 0.003
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """These tasks (positions) on these images (positions in the calibration set)."""
+    """These tasks (positions) on these images (positions in the calibration set), `fast`: in the fast precision."""
 
     tasks: tuple[int, ...]
     images: np.ndarray
+    fast: bool = False
 
 
 class WorkBackend(Protocol):
@@ -59,13 +60,14 @@ class WorkBackend(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """`racing` False measures all candidates on all images. With `candidates_per_task` 0 units are sized by
-    their cost.
+    their cost. With `fast` a race uses the fast precision, if all candidates can be measured in it.
     """
 
     images: int
     batch_size: int
     candidates_per_task: int = 0
     racing: bool = False
+    fast: bool = False
     racing_error: float = 0.01
     racing_margin: float = 0.0
     seed: int = 0
@@ -131,37 +133,60 @@ def _groups(costs: Sequence[Cost], tasks: Sequence[int], groups: int, most: int)
 
 
 class _Work:
-    """The results so far. `values` (tasks, images) are NaN where nothing is measured."""
+    """The results so far. `values` (tasks, images) are NaN where nothing is measured, `fast` those of the fast
+    precision.
+    """
 
     def __init__(self, backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult) -> None:
         self._backend, self._settings, self._on_result = backend, settings, on_result
         self.costs = [backend.cost(task) for task in range(tasks)]
         self.values = np.full((tasks, settings.images), np.nan, np.float32)
+        self.fast = self.values.copy()
+        self._asked = {fast: np.zeros(self.values.shape, bool) for fast in (False, True)}
+        self._done = {fast: np.zeros(self.values.shape, bool) for fast in (False, True)}
         self.under_way = 0
         self.errors: dict[int, str] = {}
         self.results: list[MeasuredLoss] = [MeasuredLoss(math.nan, 0, 0.0)] * tasks
         self._seconds = np.zeros(tasks)
-        self._done = self._busy = 0.0
+        self._worked = self._busy = 0.0
 
     @property
     def slots(self) -> int:
         return self._backend.slots
 
-    def submit(self, tasks: Sequence[int], images: np.ndarray) -> None:
-        speed = self._done / self._busy if self._busy else 0.0
+    def ask(self, tasks: Sequence[int], images: np.ndarray, fast: bool = False) -> None:
+        """Submits what of this was not asked for before."""
+        missing: dict[bytes, list[int]] = {}
+        for task in tasks:
+            missing.setdefault((~self._asked[fast][task, images]).tobytes(), []).append(task)
+        for key, some in missing.items():
+            new = images[np.frombuffer(key, bool)]
+            if len(new):
+                self._submit(some, new, fast)
+                self._asked[fast][np.array(some)[:, None], new] = True
+
+    def is_done(self, tasks: Sequence[int], images: np.ndarray, fast: bool = False) -> bool:
+        return bool(self._done[fast][np.ix_(tasks, images)].all())
+
+    def losses(self, tasks: Sequence[int], images: np.ndarray, fast: bool = False) -> np.ndarray:
+        return (self.fast if fast else self.values)[np.ix_(tasks, images)]
+
+    def _submit(self, tasks: Sequence[int], images: np.ndarray, fast: bool) -> None:
+        speed = self._worked / self._busy if self._busy else 0.0
         for unit in cut(self.costs, tasks, images, self._settings, self._backend.slots, speed):
-            self._backend.submit(unit)
+            self._backend.submit(replace(unit, fast=fast))
             self.under_way += 1
 
     def collect(self) -> Unit:
         unit, losses = self._backend.collect()
         rows = np.array(unit.tasks)
-        self.values[rows[:, None], unit.images] = losses.values
+        (self.fast if unit.fast else self.values)[rows[:, None], unit.images] = losses.values
+        self._done[unit.fast][rows[:, None], unit.images] = True
         self.under_way -= 1
         self.errors.update({unit.tasks[row]: error for row, error in losses.errors.items()})
         own = np.array([self.costs[task].own for task in unit.tasks], float)
         self._seconds[rows] += losses.seconds * own / own.sum()
-        self._done += len(unit.images) * (own.sum() + max(self.costs[task].shared for task in unit.tasks))
+        self._worked += len(unit.images) * (own.sum() + max(self.costs[task].shared for task in unit.tasks))
         self._busy += losses.seconds
         return unit
 
@@ -174,7 +199,7 @@ class _Work:
 
 
 def _exhaust(work: _Work, tasks: int, settings: Settings, on_share: OnShare) -> None:
-    work.submit(range(tasks), np.arange(settings.images))
+    work.ask(range(tasks), np.arange(settings.images))
     units = work.under_way
     left = np.full(tasks, settings.images)
     while work.under_way:
@@ -187,51 +212,43 @@ def _exhaust(work: _Work, tasks: int, settings: Settings, on_share: OnShare) -> 
 
 
 def _race(work: _Work, candidates: int, settings: Settings) -> None:
-    unchanged = candidates
-    work.submit([unchanged], np.arange(settings.images))
+    unchanged, everything = [candidates], np.arange(settings.images)
+    fast = settings.fast and not any(cost.copied for cost in work.costs)
+    work.ask(unchanged, everything, fast)
     while work.under_way:
         work.collect()
-    base = work.values[unchanged]
-    work.finish(unchanged, float(base.mean(dtype=np.float64)), settings.images)
-    margin = settings.racing_margin * float(base.mean(dtype=np.float64)) if settings.racing_margin else 0.0
-    race = Race(base, candidates, error=settings.racing_error, margin=margin, seed=settings.seed)
-    left = np.repeat([[len(sample)] for sample in race.samples], candidates, 1)  # missing images: (round, candidate)
-    asked = np.zeros(left.shape, bool)
-    round_of = np.empty(settings.images, int)
-    for round_number, sample in enumerate(race.samples):
-        round_of[sample] = round_number
-
-    def ask(rounds: Sequence[int], tasks: Sequence[int]) -> None:
-        """Asks for rounds, of which the same ones are missing for all tasks."""
-        new = [task for task in tasks if not asked[rounds, task].any()]
-        if new:
-            work.submit(new, np.concatenate([race.samples[number] for number in rounds]))
-            asked[np.ix_(rounds, new)] = True
-
-    def wait_for(rounds: Sequence[int], tasks: Sequence[int], next_round: int) -> None:
-        """Waits for them. Idle workers begin with `next_round`, with the candidates that will most likely need it."""
-        ahead = iter(_likeliest_first(race) if next_round < len(race.samples) else ())
-        while left[np.ix_(rounds, tasks)].any():
-            ask([next_round], list(islice(ahead, max(0, work.slots - work.under_way))))
-            unit = work.collect()
-            left[:, list(unit.tasks)] -= np.bincount(round_of[unit.images], minlength=len(left))[:, None]
-
-    def finish(dropped: Sequence[int]) -> None:
-        for task in dropped:
-            work.finish(task, float(race.estimates[task]), int(race.images[task]), race.rounds)
-
-    while not race.decided:
-        round_number, tasks = race.rounds, race.sampled
-        ask([round_number], tasks)
-        wait_for([round_number], tasks, round_number + 1)
-        finish(race.finish_round(work.values[tasks][:, race.samples[round_number]]))
-        while (leader := race.leader()) is not None:
-            rest = list(range(race.rounds, len(race.samples)))
-            ask([number for number in rest if not asked[number, leader]], [leader])
-            wait_for(rest, [leader], race.rounds)
-            finish(race.finish_whole(leader, work.values[leader]))
+    base = work.losses(unchanged, everything, fast)[0]
+    own = float(base.mean(dtype=np.float64))
+    margin = settings.racing_margin * own if settings.racing_margin else 0.0
+    race = Race(base, candidates, error=settings.racing_error, margin=margin, seed=settings.seed, fast=fast)
+    if fast:
+        first = race.sample.images(1)
+        work.ask(unchanged, first)
+        while not work.is_done(unchanged, first):
+            work.collect()
+        rounded = work.losses(unchanged, first).astype(np.float64) - base[first]
+        own += float(race.sample.means(rounded, 1)[0])
+    work.finish(candidates, own, settings.images)
+    while requests := race.requests():
+        for request in requests:
+            work.ask(request.candidates, request.images, fast and request.kind != "full")
+        next_round = race.rounds + int(requests[0].kind == "round")
+        is_next = next_round < len(race.sample.rounds)
+        ahead = iter(_likeliest_first(race) if is_next else ())
+        for request in requests:
+            precision = fast and request.kind != "full"
+            while not work.is_done(request.candidates, request.images, precision):
+                # Idle workers begin with the next round, with the candidates that will most likely need it.
+                some = list(islice(ahead, max(0, work.slots - work.under_way)))
+                if some:
+                    work.ask(some, race.sample.rounds[next_round], fast)
+                work.collect()
+        for request in requests:
+            losses = work.losses(request.candidates, request.images, fast and request.kind != "full")
+            for task in race.finish(request, losses):
+                work.finish(task, race.loss(task), int(race.images[task]), race.rounds)
     for task in race.survivors:
-        work.finish(task, float(race.estimates[task]), int(race.images[task]))
+        work.finish(task, race.loss(task), int(race.images[task]))
     while work.under_way:  # units of a round that is no longer needed
         work.collect()
 

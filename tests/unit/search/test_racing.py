@@ -9,18 +9,32 @@ import pytest
 
 from laasp_ray.config import SearchConfig
 from laasp_ray.errors import ConfigError
-from laasp_ray.search import racing
-from laasp_ray.search.racing import Race, strata_of
+from laasp_ray.search import racing, stratified
+from laasp_ray.search.racing import Race
+from laasp_ray.search.stratified import Sample, strata_of
 
 
 def run(base, losses, **settings):
     """A race over the rows of `losses`, to its end."""
     race = Race(base, len(losses), **settings)
-    while not race.decided:
-        race.finish_round(losses[np.ix_(race.sampled, race.samples[race.rounds])])
-        while (leader := race.leader()) is not None:
-            race.finish_whole(leader, losses[leader])
+    while requests := race.requests():
+        for request in requests:
+            race.finish(request, losses[np.ix_(request.candidates, request.images)])
     return race
+
+
+def next_of(race, kind):
+    """The race's only request, which is of this kind."""
+    (request,) = race.requests()
+    assert request.kind == kind
+    return request
+
+
+def finish_leader(race, candidate, losses):
+    """Measures the leader, which has to be this one, on the rest of all images, of which it has these losses."""
+    request = next_of(race, "whole")
+    assert request.candidates == (candidate,)
+    return race.finish(request, losses[request.images][None])
 
 
 def hard_and_easy(draw, images):
@@ -39,8 +53,8 @@ def test_equal_losses_give_strata_of_equal_size():
 
 
 def test_strata_hold_equal_weights_the_easiest_first(monkeypatch):
-    monkeypatch.setattr(racing, "STRATA", 8)
-    monkeypatch.setattr(racing, "LEAST_WEIGHT", 0.005)
+    monkeypatch.setattr(stratified, "STRATA", 8)
+    monkeypatch.setattr(stratified, "LEAST_WEIGHT", 0.005)
     # Weights 1 - exp(-loss): of loss ln 2 one half, of loss 0 the least weight, 0.005, of NaN and inf 1.
     # 400 easy images weigh 2, 8 of one half 4, and 2 without a finite loss 2: 8 in all, 1 in each of 8 strata.
     base = np.zeros(410)
@@ -68,19 +82,19 @@ def test_fewer_images_than_strata_are_a_stratum_each():
 @pytest.mark.parametrize("images", [1, 2, 9, 95, 96, 97, 1000, 4001])
 def test_the_rounds_cover_every_image_once(images):
     race = Race(hard_and_easy(np.random.default_rng(images), images), 5)
-    assert sorted(np.concatenate(race.samples).tolist()) == list(range(images))
-    assert all(len(sample) for sample in race.samples)
+    assert sorted(np.concatenate(race.sample.rounds).tolist()) == list(range(images))
+    assert all(len(sample) for sample in race.sample.rounds)
 
 
 def test_rounds_grow_and_the_first_is_small():
-    known = np.cumsum([len(sample) for sample in Race(hard_and_easy(np.random.default_rng(0), 5000), 5).samples])
-    assert racing.FIRST_LOOK <= known[0] <= racing.FIRST_LOOK + racing.STRATA
-    assert all(after / before < racing.GROWTH + 0.1 for before, after in itertools.pairwise(known))
+    known = np.cumsum([len(sample) for sample in Sample(hard_and_easy(np.random.default_rng(0), 5000), 0).rounds])
+    assert stratified.FIRST_LOOK <= known[0] <= stratified.FIRST_LOOK + stratified.STRATA
+    assert all(after / before < stratified.GROWTH + 0.1 for before, after in itertools.pairwise(known))
 
 
 def test_hard_strata_are_sampled_most():
     base = hard_and_easy(np.random.default_rng(0), 4000)
-    samples = Race(base, 5).samples
+    samples = Sample(base, 0).rounds
     strata = strata_of(base)
     shares = [np.isin(stratum, samples[0]).mean() for stratum in strata]
     assert shares[-1] > 5 * shares[0]
@@ -92,14 +106,14 @@ def test_every_stratum_shows_a_variance_or_is_known():
     for seed in range(20):  # 30,000 easy images and a few that weigh as much as they
         draw = np.random.default_rng(seed)
         base = np.concatenate([np.zeros(30_000), draw.gamma(2.0, 1.0, draw.integers(2, 40))])
-        first = Race(base, 5, seed=seed).samples[0]
+        first = Sample(base, seed).rounds[0]
         for stratum in strata_of(base):
             assert np.isin(stratum, first).sum() >= min(len(stratum), 2)
 
 
 def test_samples_follow_from_the_seed():
     base = hard_and_easy(np.random.default_rng(0), 1000)
-    first, again, other = (Race(base, 5, seed=seed).samples for seed in (1, 1, 2))
+    first, again, other = (Sample(base, seed).rounds for seed in (1, 1, 2))
     assert [sample.tolist() for sample in first] == [sample.tolist() for sample in again]
     assert set(first[0].tolist()) != set(other[0].tolist())
 
@@ -110,12 +124,12 @@ def test_samples_follow_from_the_seed():
 @pytest.fixture
 def two_strata(monkeypatch):
     """10 easy images, of which the first round has 6, and 2 hard ones, of which it has both; then the rest."""
-    monkeypatch.setattr(racing, "STRATA", 2)
-    monkeypatch.setattr(racing, "LEAST_WEIGHT", 0.005)
+    monkeypatch.setattr(stratified, "STRATA", 2)
+    monkeypatch.setattr(stratified, "LEAST_WEIGHT", 0.005)
     monkeypatch.setattr(racing, "LEADER_AFTER", 1)
-    monkeypatch.setattr(racing, "FIRST_LOOK", 8)
-    monkeypatch.setattr(racing, "LEAST_IMAGES", 6)
-    monkeypatch.setattr(racing, "GROWTH", 9.0)
+    monkeypatch.setattr(stratified, "FIRST_LOOK", 8)
+    monkeypatch.setattr(stratified, "LEAST_IMAGES", 6)
+    monkeypatch.setattr(stratified, "GROWTH", 9.0)
     base = np.zeros(12)
     base[[10, 11]] = 0.0251  # each weighs five easy ones: 10 * 0.005 = 0.05 = 2 * 0.0248 and a little
     assert [stratum.tolist() for stratum in strata_of(base)] == [list(range(10)), [10, 11]]
@@ -127,7 +141,7 @@ def drop_at_first_round(base, gap, error):
     losses are the unpruned network's, and it is measured on all images.
     """
     race = Race(base, 2, error=error)
-    sample = race.samples[0]
+    sample = race.sample.rounds[0]
     assert sorted(sample[sample >= 10].tolist()) == [10, 11]
     assert len(sample) == 8
     easy = np.flatnonzero(sample < 10)
@@ -135,12 +149,11 @@ def drop_at_first_round(base, gap, error):
     losses[1] += gap
     losses[1, easy[::2]] += 0.1
     losses[1, easy[1::2]] -= 0.1
-    assert race.finish_round(losses) == []
+    assert race.finish(next_of(race, "round"), losses) == []
     own = base.mean()
     assert race.estimates == pytest.approx([own, own + gap])  # 10/12 * gap + 2/12 * gap
     assert race.images.tolist() == [8, 8]
-    assert race.leader() == 0
-    dropped = race.finish_whole(0, base)
+    dropped = finish_leader(race, 0, base)
     assert race.whole == {0: pytest.approx(own)}
     assert race.images.tolist() == [12, 8]
     return dropped == [1]
@@ -155,7 +168,7 @@ def test_one_is_dropped_just_beyond_the_limit_and_not_just_within(two_strata):
         quantile = NormalDist().inv_cdf(1 - error / 2)
 
         def limit(gap, quantile=quantile):
-            spread = 0.052 / 7 + racing.UNSEEN * max(0.1 - gap, 0) ** 2 / 6
+            spread = 0.052 / 7 + stratified.UNSEEN * max(0.1 - gap, 0) ** 2 / 6
             return quantile * math.sqrt((10 / 12) ** 2 * 0.4 * spread / 6)
 
         within, beyond = 0.0, 1.0
@@ -169,17 +182,17 @@ def test_one_is_dropped_just_beyond_the_limit_and_not_just_within(two_strata):
 def test_small_samples_are_pooled_with_the_median_of_all(two_strata, monkeypatch):
     # Candidate 1 differs from 0 by a constant; 2 and 3 by +-0.1 and +-0.3 on the six easy images: variances 0, 0, 0.012
     # and 0.108. The median is 0.006; with 5 degrees of freedom of its own and 16 of the median, 1 has 16/21 of it.
-    monkeypatch.setattr(racing, "UNSEEN", 0.0)
+    monkeypatch.setattr(stratified, "UNSEEN", 0.0)
     spread = 16 / 21 * 0.006
     limit = NormalDist().inv_cdf(1 - 0.01 / (3 * 2)) * math.sqrt((10 / 12) ** 2 * 0.4 * spread / 6)
     for gap, falls in ((limit - 1e-6, False), (limit + 1e-6, True)):
         race = Race(two_strata, 4)
-        own = two_strata[race.samples[0]]
-        sign = np.where(np.arange(8) % 2, 1.0, -1.0) * (race.samples[0] < 10)
+        own = two_strata[race.sample.rounds[0]]
+        sign = np.where(np.arange(8) % 2, 1.0, -1.0) * (race.sample.rounds[0] < 10)
         assert sign.sum() == 0
-        race.finish_round(own + np.stack([np.zeros(8), np.full(8, gap), 0.2 + 0.1 * sign, 0.2 + 0.3 * sign]))
-        assert race.leader() == 0
-        assert (1 in race.finish_whole(0, two_strata)) is falls
+        differences = np.stack([np.zeros(8), np.full(8, gap), 0.2 + 0.1 * sign, 0.2 + 0.3 * sign])
+        race.finish(next_of(race, "round"), own + differences)
+        assert (1 in finish_leader(race, 0, two_strata)) is falls
 
 
 def test_what_may_be_better_where_no_image_was_seen_is_bounded_by_the_loss_without_a_prune(two_strata):
@@ -187,16 +200,15 @@ def test_what_may_be_better_where_no_image_was_seen_is_bounded_by_the_loss_witho
     # that there is no doubt, and B falls; if losses may be negative, 0.02 * 0.02^2 / 6 counts for each of 6 images.
     for lowest, falls in ((0.0, True), (-0.006, False)):
         race = Race(two_strata, 2)
-        sample = race.samples[0]
+        sample = race.sample.rounds[0]
         losses = np.tile(two_strata[sample], (2, 1))
         losses[1, sample == 11] += 0.02 + 1e-6
         losses[1, sample == 10] -= 0.02
         losses[:, sample == 10] += lowest
-        race.finish_round(losses)
-        assert race.leader() == 0
+        race.finish(next_of(race, "round"), losses)
         whole = two_strata.copy()
         whole[10] += lowest
-        assert race.finish_whole(0, whole) == ([1] if falls else [])
+        assert finish_leader(race, 0, whole) == ([1] if falls else [])
 
 
 def test_nothing_is_dropped_before_the_leader_is_measured_on_all_images():
@@ -204,12 +216,10 @@ def test_nothing_is_dropped_before_the_leader_is_measured_on_all_images():
     losses = np.stack([base, base + 5.0, base + 7.0])
     race = Race(base, 3)
     for _ in range(racing.LEADER_AFTER):
-        assert race.leader() is None
-        assert race.finish_round(losses[:, race.samples[race.rounds]]) == []
-    assert race.leader() == 0
-    assert race.finish_whole(0, losses[0]) == [1, 2]
-    assert race.decided
-    assert race.leader() is None
+        request = next_of(race, "round")
+        assert race.finish(request, losses[:, request.images]) == []
+    assert finish_leader(race, 0, losses[0]) == [1, 2]
+    assert race.requests() == []
     assert (race.survivors, race.fell) == ([0], {1: racing.LEADER_AFTER, 2: racing.LEADER_AFTER})
 
 
@@ -217,26 +227,25 @@ def test_one_that_is_worse_only_where_no_sample_looked_is_not_chosen():
     """A looks better than B by 0.05, but loses 400 on the one image that no round has before the leader is known."""
     base = np.full(3000, 0.01)
     race = Race(base, 2, seed=1)
-    unseen = race.samples[racing.LEADER_AFTER + 3][0]
+    unseen = race.sample.rounds[racing.LEADER_AFTER + 3][0]
     losses = np.stack([base + 0.05, base + 0.1])
     losses[0, unseen] += 400  # 0.13 of the mean
     for _ in range(racing.LEADER_AFTER):
-        race.finish_round(losses[:, race.samples[race.rounds]])
-    assert race.leader() == 0
-    assert race.finish_whole(0, losses[0]) == []
-    assert race.leader() == 1
-    race.finish_whole(1, losses[1])
-    assert (race.decided, race.choice) == (True, 1)
+        request = next_of(race, "round")
+        race.finish(request, losses[:, request.images])
+    assert finish_leader(race, 0, losses[0]) == []
+    assert finish_leader(race, 1, losses[1]) == []
+    assert (race.requests(), race.choice) == ([], 1)
 
 
 def test_a_loss_that_is_not_finite_drops_at_once():
     base = hard_and_easy(np.random.default_rng(0), 1000)
     for bad in (math.nan, math.inf):
         race = Race(base, 3)
-        losses = np.zeros((3, len(race.samples[0])))
+        losses = np.zeros((3, len(race.sample.rounds[0])))
         losses[1, 17] = bad
-        assert race.finish_round(losses) == [1]
-        assert (race.survivors, race.fell, race.images.tolist()) == ([0, 2], {1: 1}, [len(race.samples[0])] * 3)
+        assert race.finish(next_of(race, "round"), losses) == [1]
+        assert (race.survivors, race.fell, race.images.tolist()) == ([0, 2], {1: 1}, [len(race.sample.rounds[0])] * 3)
         assert not math.isfinite(race.estimates[1])
 
 
@@ -248,7 +257,7 @@ def test_all_not_finite_ends_the_race_without_a_winner():
 def test_a_loss_that_is_not_finite_at_the_last_image_is_not_chosen():
     base = hard_and_easy(np.random.default_rng(0), 600)
     losses = np.stack([base, base])
-    losses[0, Race(base, 2).samples[-1][-1]] = math.nan
+    losses[0, Sample(base, 0).rounds[-1][-1]] = math.nan
     race = run(base, losses)
     assert race.survivors == [1]
     assert not math.isfinite(race.estimates[0])
@@ -284,11 +293,11 @@ def test_estimates_are_unbiased():
     first = []
     for seed in range(200):
         race = Race(base, 1, seed=seed)
-        race.finish_round(row[race.samples[0]][None])
+        race.finish(next_of(race, "round"), row[race.sample.rounds[0]][None])
         first.append(race.estimates[0])
     assert abs(np.mean(first) - row.mean()) < 4 * np.std(first) / math.sqrt(200)
     # Strata help: an unstratified sample of the same size would scatter several times as much.
-    assert np.std(first) < row.std() / math.sqrt(len(race.samples[0])) / 2
+    assert np.std(first) < row.std() / math.sqrt(len(race.sample.rounds[0])) / 2
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------

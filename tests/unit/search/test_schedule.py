@@ -10,6 +10,7 @@ import pytest
 from laasp_ray.search.engine import Cost, Losses
 from laasp_ray.search.racing import LEADER_AFTER, Race
 from laasp_ray.search.schedule import UNITS_PER_SLOT, Settings, cut, measure
+from laasp_ray.search.stratified import Sample
 
 
 class FakeBackend:
@@ -132,10 +133,9 @@ def test_exhaustive_losses_are_the_means_over_all_images():
 def test_a_race_gives_what_race_itself_gives_round_by_round():
     losses = matrix(25, 900)
     race = Race(losses[-1], 25, seed=3)
-    while not race.decided:
-        race.finish_round(losses[np.ix_(race.sampled, race.samples[race.rounds])])
-        while (leader := race.leader()) is not None:
-            race.finish_whole(leader, losses[leader])
+    while requests := race.requests():
+        for request in requests:
+            race.finish(request, losses[np.ix_(request.candidates, request.images)])
     found = results_of(losses, True, 7, 1)
     assert [item[2] for item in found[:-1]] == [race.fell.get(candidate) for candidate in range(25)]
     assert [item[1] for item in found] == [*race.images.tolist(), 900]
@@ -148,7 +148,7 @@ def test_idle_workers_begin_with_the_next_round_before_this_one_is_over():
     for slots, early in ((1, False), (7, True)):
         backend = FakeBackend(losses, slots, 0)
         measure(backend, 26, Settings(900, 64, racing=True), ignore)
-        samples = [set(sample.tolist()) for sample in Race(losses[-1], 25).samples]
+        samples = [set(sample.tolist()) for sample in Sample(losses[-1], 0).rounds]
 
         def round_of(unit, samples=samples):
             return next(number for number, sample in enumerate(samples) if int(unit.images[0]) in sample)
@@ -186,7 +186,7 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
     """A loser fails in the round after the one that decides, which only several workers begin with."""
     losses = np.zeros((3, 400), np.float32)
     losses[1] = 5.0  # worse on every image: it falls when the leader is known
-    third = set(Race(losses[-1], 2, seed=0).samples[LEADER_AFTER].tolist())
+    third = set(Sample(losses[-1], 0).rounds[LEADER_AFTER].tolist())
 
     class FailsLater(FakeBackend):
         def collect(self):
