@@ -1,6 +1,7 @@
 """One iteration of the search, ours against the reference procedure (bench/reference.py), on the same cores in one run.
 
     python bench/search.py [--data DATA] [--json FILE] [--only resnet20 ...] [--threads 2] [--scale 1.0]
+                           [--precision bfloat16]
 
 DATA is the folder of development data (`checkpoints/`, `cifar10_mini`, `imagenet_sample`); without it images are noise
 and weights and BatchNorms random. The reference is timed on a part of its candidates, named in the table, and scaled to
@@ -34,6 +35,7 @@ from machine import machine
 from torch import nn
 
 from laasp_ray.config import LaaspConfig, ModelConfig, SearchConfig
+from laasp_ray.config.search import Precision
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.decoding import normalise
@@ -73,6 +75,7 @@ NETWORKS = {
 COLUMNS = (
     "network",
     "racing",
+    "precision",
     "images",
     "proposals",
     "candidates",
@@ -125,6 +128,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="these networks only")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the race (default float32)"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the images to use (default all)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -132,7 +138,7 @@ def main() -> int:
     print(ran_on)
     rows: list[dict[str, Any]] = []
     for name in options.only:
-        for row in compare(name, options.data, options.scale):
+        for row in compare(name, options.data, options.scale, options.precision):
             rows.append(row)
             print("; ".join(f"{key} {_shown(row[key])}" for key in COLUMNS), flush=True)
     print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
@@ -143,7 +149,7 @@ def main() -> int:
     return 0
 
 
-def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
+def compare(name: str, data: Path | None, scale: float, precision: Precision) -> list[dict[str, Any]]:
     """The rows of a network: racing off and on."""
     network = NETWORKS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,7 +157,7 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
     batch_size, memory_format = reference.fastest(model, images, network.batch_sizes)
     proposals, all_picks, prepare_s = proposals_of(model, network)
     off = iteration(model, proposals, images, labels, racing=False)
-    on = iteration(model, proposals, images, labels, racing=True)
+    on = iteration(model, proposals, images, labels, racing=True, precision=precision)
     order = sorted(range(len(proposals)), key=lambda position: off.losses[position])
     timed_on = reference_sample(order, network.reference_candidates)
     timed, plain = time_reference(model, [proposals[p] for p in timed_on], images, labels, batch_size, memory_format)
@@ -168,6 +174,7 @@ def compare(name: str, data: Path | None, scale: float) -> list[dict[str, Any]]:
             {
                 "network": name,
                 "racing": racing,
+                "precision": precision if racing else "float32",
                 "images": len(images),
                 "proposals": all_picks,
                 "candidates": len(proposals),
@@ -221,6 +228,7 @@ def iteration(
     labels: torch.Tensor,
     *,
     racing: bool,
+    precision: Precision = "float32",
 ) -> IterationResult:
     """Ours, in this process and at the recipes' batch size; the time includes tracing the network."""
     batch_size = SearchConfig().batch_size
@@ -228,8 +236,8 @@ def iteration(
     tasks = tasks_of(proposals)
     reference.synchronise(images)
     started = time.perf_counter()
-    backend = CountingHand(Engine(network, CalibrationSet(images, labels, batch_size)), tasks)
-    settings = Settings(images=len(images), batch_size=batch_size, racing=racing)
+    backend = CountingHand(Engine(network, CalibrationSet(images, labels, batch_size), precision=precision), tasks)
+    settings = Settings(len(images), batch_size, racing=racing, fast=precision == "bfloat16")
     results = measure(backend, len(tasks), settings, lambda position, result: None)
     seconds = time.perf_counter() - started
     left = [p for p in range(len(proposals)) if results[p].dropped_at is None]

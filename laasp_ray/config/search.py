@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from laasp_ray.config.fields import Doc, check
 
-Precision = Literal["float32", "tf32"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,9 @@ class SearchConfig:
     precision: Annotated[
         Precision,
         Doc(
-            "of the passes that measure losses, on a GPU: float32, or tf32, which is faster and rounds to 10 bits, so "
-            "that close candidates may change places"
+            "of the passes that measure losses: float32; tf32 on a GPU, which is faster and rounds to 10 bits, so that "
+            "close candidates may change places; or bfloat16: a race uses it where it is precise enough, and float32 "
+            "for those that are too near to each other for it"
         ),
     ] = "float32"
     memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
@@ -52,7 +53,7 @@ class SearchConfig:
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
         check(0 <= self.racing_margin < 1, "search.racing_margin", self.racing_margin, "a share from 0 to below 1")
         known = self.precision in typing.get_args(Precision)
-        check(known, "search.precision", self.precision, "'float32' or 'tf32'")
+        check(known, "search.precision", self.precision, "'float32', 'tf32' or 'bfloat16'")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
         check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
         enough = self.images >= 2 or not self.reestimate_batchnorm

@@ -161,7 +161,7 @@ class WorkersBackend:
     def submit(self, unit: Unit) -> None:
         shared = max(self._costs[task].shared for task in unit.tasks)
         cost = len(unit.images) * (shared + sum(self._costs[task].own for task in unit.tasks))
-        arguments = (self._inputs, unit.tasks, unit.images)
+        arguments = (self._inputs, unit.tasks, unit.images, unit.fast)
         job = Job(measure_losses, arguments, "an evaluation of candidates", REMEDY, cost=float(max(1, cost)))
         self._units[job] = unit, self._with_plans
         self._workers.submit(job)
@@ -185,10 +185,10 @@ class WorkersBackend:
             self._inputs, self._with_plans = self._inputs_with_plans(), True
 
 
-def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray) -> Losses:
+def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarray, fast: bool = False) -> Losses:
     """What a worker is asked: the losses of some of the iteration's tasks on some of the calibration set's images."""
     engine, tasks = retried(lambda: PROCESS.load(*inputs), "the network of an evaluation task")
-    return engine.losses([tasks[position] for position in positions], images)
+    return engine.losses([tasks[position] for position in positions], images, fast)
 
 
 def statistics_task(inputs: list[Any], behind: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ normalises over the removed channels, or the network cannot be traced, a physica
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,15 @@ from laasp_ray.search.program import BranchPoint, CannotTrace, Program
 from laasp_ray.search.tracing import checked, trace, verdict
 from laasp_ray.tasks import Task
 
+logger = logging.getLogger(__name__)
+
 FREE_MEMORY_SHARE = 0.5
 """The share of free memory that the values of a forward pass may use, unless `search.memory_mb` is set. The rest is for
 libraries' temporary memory and for the weights of copies.
 """
+
+FAST = torch.bfloat16
+"""The fast precision, with `search.precision=bfloat16`."""
 
 MOST_ELEMENTS = 2**31 - 1
 """The most elements of a tensor that 32-bit indices reach."""
@@ -124,7 +130,7 @@ class Engine:
 
     `memory_bytes` limits the memory of a forward pass's values (default: a share of the free memory). If memory runs
     out all the same, fewer images are processed at a time. `untraced` is as for BranchPoints, and `precision` as in
-    `search.precision`.
+    `search.precision`. With `bfloat16` losses can also be measured `fast`, in that precision.
     """
 
     def __init__(
@@ -142,18 +148,20 @@ class Engine:
         untraced = untraced_by(calibration.task) or untraced
         self.branch_points = retried(lambda: BranchPoints(model, example, untraced), "the network, with one image,")
         self._program = self.branch_points.program
+        self._fast = fast_program(self._program, example) if precision == "bfloat16" else None
         self._copy_bytes = 0  # the bytes of one image in a forward pass; measured for the first copy
 
-    def losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
-        """The losses of `tasks` on the calibration set's images at `indices`. Batches are cut in their order.
+    def losses(self, tasks: Sequence[LossTask], indices: np.ndarray, fast: bool = False) -> Losses:
+        """The losses of `tasks` on the calibration set's images at `indices`. Batches are cut in their order. With
+        `fast` they are in the fast precision, where the network can run in it.
 
         Raises MemoryShortError if memory runs out for a single image, UnmaskedError for a task that cannot be masked
         and has no plan.
         """
         with computing_in(self._precision):
-            return self._losses(tasks, indices)
+            return self._losses(tasks, indices, fast)
 
-    def _losses(self, tasks: Sequence[LossTask], indices: np.ndarray) -> Losses:
+    def _losses(self, tasks: Sequence[LossTask], indices: np.ndarray, fast: bool) -> Losses:
         started = time.perf_counter()
         values = np.full((len(tasks), len(indices)), np.nan, np.float32)
         errors: dict[int, str] = {}
@@ -168,7 +176,8 @@ class Engine:
             else:
                 copies.append(position)
         if branches or (unchanged and self._program is not None):
-            self._run_branches(tasks, branches, unchanged, indices, values, errors)
+            program = self._fast if fast and self._fast is not None else self._program
+            self._run_branches(program, tasks, branches, unchanged, indices, values, errors)
         elif unchanged:
             copies += unchanged
         size = self._copy_size(len(indices)) if copies else 0
@@ -180,6 +189,7 @@ class Engine:
 
     def _run_branches(
         self,
+        program: Program | None,
         tasks: Sequence[LossTask],
         branches: Mapping[BranchPoint, Sequence[int]],
         unchanged: Sequence[int],
@@ -187,12 +197,13 @@ class Engine:
         values: np.ndarray,
         errors: dict[int, str],
     ) -> None:
-        program = self._program
         assert program is not None
         size, joint = self._sizes(branches, len(indices), whole=bool(unchanged))
+        dtype = FAST if program is self._fast else None
 
         def run(start: int, stop: int, share: float) -> None:
             images, targets = self._calibration.at(indices[start:stop])
+            images = images if dtype is None else images.to(dtype)
             loss = self._calibration.task
             part = values[:, start:stop]
             masks = {
@@ -299,6 +310,31 @@ class Engine:
         return min(self._calibration.batch_size, images, self._memory // each)
 
 
+@torch.inference_mode()
+def fast_program(program: Program | None, example: torch.Tensor) -> Program | None:
+    """The program in the fast precision, or None where the network cannot run in it. `example` (B, ...) is any
+    input.
+    """
+    if program is None or not example.is_floating_point():
+        return None
+    try:
+        fast = program.in_precision(FAST)
+        outputs = next(fast.run(example.to(FAST), {}, whole=True))[2]
+        reason = "" if bool(outputs.isfinite().all()) else "its outputs there are not finite"
+        reason = reason if program.has_plain_norms else "it has norms of its own"
+    except Exception as error:  # the network's own code may not know the precision
+        if is_out_of_memory(error):
+            raise
+        reason = describe_error(error)
+    if reason:
+        logger.info("losses are measured in float32, because the network does not run in %s: %s", FAST, reason)
+    return None if reason else fast
+
+
+def _in_full(outputs: Any) -> Any:
+    return outputs.float() if isinstance(outputs, torch.Tensor) and outputs.dtype == FAST else outputs
+
+
 def branches_at_a_time(memory: int, branch: int, largest: int) -> int:
     """The number of branches that run together, for images of which each may use `memory` bytes.
 
@@ -324,7 +360,7 @@ def _losses_of(outputs: Any, targets: Any, loss: Task, branches: int) -> torch.T
     parts = [outputs] if branches == 1 else outputs.chunk(branches)
     try:
         with torch.inference_mode():  # the program's own ends with each of its outcomes
-            return torch.stack([loss.losses_of(part, targets) for part in parts])
+            return torch.stack([loss.losses_of(_in_full(part), targets) for part in parts])
     except ConfigError:
         raise
     except Exception as error:

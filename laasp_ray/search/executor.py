@@ -155,7 +155,7 @@ class SerialBackend:
 
     def collect(self) -> tuple[Unit, Losses]:
         unit = self._queue.popleft()
-        return unit, self._engine.losses([self._tasks[task] for task in unit.tasks], unit.images)
+        return unit, self._engine.losses([self._tasks[task] for task in unit.tasks], unit.images, unit.fast)
 
 
 def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
@@ -165,6 +165,7 @@ def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
         batch_size=search.batch_size,
         candidates_per_task=search.candidates_per_task,
         racing=search.racing == "on",
+        fast=search.precision == "bfloat16",
         racing_error=search.racing_error,
         racing_margin=search.racing_margin,
         seed=seed,

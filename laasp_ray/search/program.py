@@ -6,6 +6,7 @@ branches off from its values and repeats only the operations that it changes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,6 +93,11 @@ class Program:
                 self._constants.add(position)
         self.macs = sum(operation.macs for operation in operations)
 
+    @property
+    def has_plain_norms(self) -> bool:
+        """Whether each norm over channels is exactly one of torch's, of which the axis is known in any precision."""
+        return all(type(module) in NORMS for module in self._modules.values() if isinstance(module, NORMS))
+
     def resized(self, model: nn.Module) -> Program:
         """The program of `model`, which runs the same operations with other numbers of channels, without values: for
         branch points and multiply-accumulates, not for running.
@@ -107,6 +113,25 @@ class Program:
                 macs = macs // _macs_at_a_place(before) * _macs_at_a_place(after)
             operations.append(replace(operation, run=_without_values, macs=macs, overwrite=None))
         return Program(operations, {name: modules[name] for name in self._modules if name in modules}, self.sized)
+
+    @torch.inference_mode()
+    def in_precision(self, dtype: torch.dtype) -> Program:
+        """The program in another precision, with copies of the weights. Its inputs are of that precision, too."""
+        used = {operation.module for operation in self._operations if operation.module}
+        modules = {name: copy.deepcopy(self._modules[name]).to(dtype) for name in used}
+        operations = []
+        for operation in self._operations:
+            if operation.module:
+                run: Callable[..., Any] = modules[operation.module]
+                overwrite = operation.overwrite
+                if isinstance(overwrite, nn.Module):
+                    overwrite = copy.deepcopy(overwrite).to(dtype)
+                operations.append(replace(operation, run=run, overwrite=overwrite))
+            elif operation.reads or not operations:
+                operations.append(operation)
+            else:
+                operations.append(replace(operation, run=_constant_in(operation.run(), dtype)))
+        return Program(operations, modules, self.sized)
 
     def branch_point(self, layers: Collection[str]) -> BranchPoint | CannotMask:
         """The branch point of a prune that masks `layers`, or the reason why there is none."""
@@ -288,6 +313,13 @@ def _macs_at_a_place(layer: nn.Module) -> int:
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     assert isinstance(outputs, int)
     return outputs * layer.get_parameter("weight")[0].numel()
+
+
+def _constant_in(value: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    """Returns a constant of the network, in this precision if it is a tensor of floats."""
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    constant = value.to(dtype) if is_float else value
+    return lambda: constant
 
 
 def _without_values(*_: Any, **__: Any) -> Any:

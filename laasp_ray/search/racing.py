@@ -139,7 +139,7 @@ class Race:
         if not self._sampled:
             return
         seen = self.sample.images(self.rounds)
-        differences = self._losses[np.ix_(self._sampled, seen)] - self._base[seen]
+        differences = self._losses[np.array(self._sampled)[:, None], seen] - self._base[seen]
         self.estimates[self._sampled] = self._base.mean() + self.sample.means(differences, self.rounds)
         improvement = np.maximum(-differences, 0).max(1)[:, None] + np.zeros(len(self.sample.hardest))
         if self._nonnegative:

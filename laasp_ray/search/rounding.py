@@ -69,5 +69,5 @@ class Rounding:
         return found
 
     def _errors(self, candidates: Sequence[int], rounds: int) -> np.ndarray:
-        places = np.ix_(list(candidates), self._sample.images(rounds))
-        return self._full[places].astype(np.float64) - self._fast[places]
+        rows, images = np.array(candidates)[:, None], self._sample.images(rounds)
+        return self._full[rows, images].astype(np.float64) - self._fast[rows, images]

@@ -166,10 +166,10 @@ class _Work:
                 self._asked[fast][np.array(some)[:, None], new] = True
 
     def is_done(self, tasks: Sequence[int], images: np.ndarray, fast: bool = False) -> bool:
-        return bool(self._done[fast][np.ix_(tasks, images)].all())
+        return bool(self._done[fast][np.array(tasks)[:, None], images].all())
 
     def losses(self, tasks: Sequence[int], images: np.ndarray, fast: bool = False) -> np.ndarray:
-        return (self.fast if fast else self.values)[np.ix_(tasks, images)]
+        return (self.fast if fast else self.values)[np.array(tasks)[:, None], images]
 
     def _submit(self, tasks: Sequence[int], images: np.ndarray, fast: bool) -> None:
         speed = self._worked / self._busy if self._busy else 0.0

@@ -388,3 +388,80 @@ def test_within_the_margin_the_race_ends_sooner():
 def test_a_margin_is_a_share():
     with pytest.raises(ConfigError, match=r"search\.racing_margin is 1\.5, must be a share"):
         SearchConfig(racing_margin=1.5)
+
+
+# --- two precisions -------------------------------------------------------------------------------------------------
+
+
+def run_fast(base, losses, rounded, **settings):
+    """A race over `losses` (candidates, n) in full and `rounded` in the fast precision, as is `base`, with what it
+    measured in full: (candidate, image) once each.
+    """
+    race, in_full = Race(base, len(losses), fast=True, **settings), []
+    while requests := race.requests():
+        for request in requests:
+            full = request.kind == "full"
+            in_full += itertools.product(request.candidates, request.images.tolist()) if full else []
+            race.finish(request, (losses if full else rounded)[np.ix_(request.candidates, request.images)])
+    assert len(in_full) == len(set(in_full))
+    return race, in_full
+
+
+def rounded_off(draw, base, losses, size):
+    """Fast losses: each candidate's are off by `size` on average, another way for each, more on hard images."""
+    bias = size * np.linspace(1, -1, len(losses))[:, None]
+    return losses + (bias + draw.normal(0, 3 * size, losses.shape)) * (0.2 + base) / (0.2 + base).mean()
+
+
+def test_a_fast_precision_that_errs_by_more_than_candidates_differ_still_gives_the_exhaustive_choice():
+    # The first is best by 0.002, and its fast losses are worst by 0.01: in the fast precision it is among the last.
+    wrong, fast_choice, in_full = 0, 0, 0
+    for seed in range(40):
+        draw = np.random.default_rng(seed)
+        base = hard_and_easy(draw, 1000)
+        losses = base + 0.002 * np.arange(10)[:, None] + draw.normal(0, 0.05, (10, 1000)) * (0.05 + base)
+        rounded = rounded_off(draw, base, losses, 0.01)
+        race, full = run_fast(base, losses, rounded, seed=seed)
+        wrong += race.choice != losses.mean(1).argmin()
+        fast_choice += rounded.mean(1).argmin() == losses.mean(1).argmin()
+        in_full += len(full)
+    assert fast_choice == 0
+    assert wrong <= 1
+    assert in_full / (40 * losses.size) < 0.9
+
+
+def test_candidates_far_apart_are_not_measured_in_full():
+    draw = np.random.default_rng(0)
+    base = hard_and_easy(draw, 2000)
+    losses = base + 0.2 * np.arange(8)[:, None] + draw.normal(0, 0.05, (8, 2000)) * (0.05 + base)
+    race, full = run_fast(base, losses, rounded_off(draw, base, losses, 1e-4))
+    assert {candidate for candidate, _ in full} == {0} == {race.choice}
+    assert sorted(image for _, image in full) == sorted(race.sample.rounds[0].tolist())
+
+
+def test_the_loss_of_the_choice_is_that_in_full_precision():
+    # All fast losses are too high by exactly 0.125: the correction is exact, from however few images.
+    base = hard_and_easy(np.random.default_rng(0), 1000).astype(np.float32).astype(float)
+    losses = base + 0.5 * np.arange(4)[:, None]
+    race, _ = run_fast(base + 0.125, losses, losses + 0.125)
+    assert race.choice == 0
+    assert race.loss(0) == pytest.approx(base.mean(), abs=1e-6)
+    assert race.estimates[0] == pytest.approx(base.mean() + 0.125)
+
+
+def test_near_equals_in_two_precisions_are_all_measured_in_full():
+    draw = np.random.default_rng(0)
+    base = hard_and_easy(draw, 300)
+    losses = base + 1e-6 * np.arange(3)[:, None]
+    race, full = run_fast(base, losses, rounded_off(draw, base, losses, 0.01))
+    assert race.choice == 0
+    assert len(full) > 2.5 * 300
+
+
+def test_a_loss_that_is_not_finite_in_full_drops_at_once():
+    base = hard_and_easy(np.random.default_rng(0), 1000)
+    losses = base + 0.3 * np.arange(3)[:, None]
+    full = losses.copy()
+    full[0, Sample(base, 0).rounds[0][5]] = math.nan
+    race, _ = run_fast(base, full, losses)
+    assert (race.choice, 0 in race.survivors, 0 in race.fell) == (1, False, True)

@@ -260,3 +260,52 @@ def test_five_hundred_candidates_on_sixty_four_hands_stay_a_small_job():
         assert len(backend.submitted) <= most
         first = min((k for k in range(500) if results[k].dropped_at is None), key=lambda k: results[k].loss)
         assert first == int(losses[:-1].mean(1).argmin())
+
+
+class TwoPrecisions(FakeBackend):
+    """Fast losses are off by up to 0.001, differently for each candidate and image."""
+
+    def __init__(self, losses, slots=1, seed=None, copied=()):
+        super().__init__(losses, slots, seed)
+        self._error = np.random.default_rng(9).uniform(-0.001, 0.001, losses.shape).astype(np.float32)
+        self._copied = copied
+
+    def cost(self, task):
+        cost = super().cost(task)
+        return Cost(cost.shared, cost.own, "a reason") if task in self._copied else cost
+
+    def collect(self):
+        unit, found = super().collect()
+        values = found.values + self._error[np.ix_(unit.tasks, unit.images)] * unit.fast
+        return unit, Losses(values, found.errors, found.seconds)
+
+
+def test_a_race_in_a_fast_precision_does_not_depend_on_workers_and_chooses_as_in_full():
+    losses = matrix(25, 900)
+    settings = Settings(900, 64, racing=True, fast=True, seed=3)
+    found = []
+    for slots, order in ((1, None), (7, 0), (64, 1)):
+        backend = TwoPrecisions(losses, slots, order)
+        results = measure(backend, 26, settings, ignore)
+        found.append([(result.loss, result.images, result.dropped_at) for result in results])
+        pairs = [
+            (unit.fast, *pair)
+            for unit in backend.submitted
+            for pair in itertools.product(unit.tasks, unit.images.tolist())
+        ]
+        assert len(pairs) == len(set(pairs))
+        assert backend.waiting == []
+    assert found[0] == found[1] == found[2]
+    kept = [task for task in range(25) if found[0][task][2] is None]
+    assert min(kept, key=lambda task: found[0][task][0]) == int(losses[:-1].mean(1).argmin())
+    assert found[0][25][0] == pytest.approx(losses[-1].mean(), abs=1e-4)
+    in_full = sum(len(unit.tasks) * len(unit.images) for unit in backend.submitted if not unit.fast)
+    assert 0 < in_full < 0.1 * losses.size
+
+
+@pytest.mark.parametrize("settings", [{"racing": True}, {"racing": False}])
+def test_what_is_measured_on_copies_or_on_all_images_is_in_full_precision(settings):
+    losses = matrix(5, 300)
+    backend = TwoPrecisions(losses, copied=(3,) if settings["racing"] else ())
+    measure(backend, 6, Settings(300, 64, fast=True, **settings), ignore)
+    assert not any(unit.fast for unit in backend.submitted)
