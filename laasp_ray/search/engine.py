@@ -320,6 +320,7 @@ def fast_program(program: Program | None, example: torch.Tensor) -> Program | No
     try:
         fast = program.in_precision(FAST)
         outputs = next(fast.run(example.to(FAST), {}, whole=True))[2]
+        assert not isinstance(outputs, Exception)  # the unchanged network's error is raised
         reason = "" if bool(outputs.isfinite().all()) else "its outputs there are not finite"
         reason = reason if program.has_plain_norms else "it has norms of its own"
     except Exception as error:  # the network's own code may not know the precision

@@ -51,3 +51,23 @@ def test_moments_statistics_and_losses_are_the_serial_ones(session, tmp_path, re
     }
     for name, tensor in expected_statistics.items():
         torch.testing.assert_close(first_statistics[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_race_in_two_precisions_is_the_serial_one(session, tmp_path, request):
+    config, network, drawn, calibration = setting(tmp_path, images=240, batch_size=40, precision="bfloat16")
+    spread = RayExecutor(
+        put_network(network), network, drawn, config, plan_resources(ray.cluster_resources(), config.cluster)
+    )
+    request.addfinalizer(spread.close)
+    serial = InProcessExecutor(network, calibration, torch.device("cpu"), config.search, config.seed)
+    example, state = torch.zeros(1, *config.model.input_shape), capture(network, Plan.empty())
+    graph, macs = PruningGraph(network, example), count_macs(network, example)
+    prune = LaaspConfig(flops_reduction=0.5, criteria=("l1",), step=0.1)
+    tasks = tasks_of(propose(network, graph, macs, measure_baseline(graph, macs, prune), prune))
+    found = [
+        executor.measure(state, tasks, lambda position, loss: None, lambda share: None) for executor in (spread, serial)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert (one.images, one.dropped_at, one.error) == (other.images, other.dropped_at, "")
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    assert {loss.dropped_at is None for loss in found[0]} == {True, False}
