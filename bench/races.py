@@ -1,18 +1,22 @@
 """How often a race chooses what the exhaustive search chooses, on real losses, and what it needs for that.
 
     python bench/races.py --data DATA [--only resnet20_epoch130 ...] [--races 200] [--matrices FOLDER] [--threads 2]
+                          [--plain | --compensated]
 
-For each checkpoint of DATA the loss of every candidate on every one of 4,000 images of `cifar10_mini` is measured once
-(and kept in FOLDER, or read from there), then raced for with as many seeds: agreement with the exhaustive choice, its
-regret where it differs (the exhaustive loss of its choice less the least), the share of the evaluations, and the cost
-in forward passes of the whole network, the one on all images without a prune included. The gap from the best to the
-next is in standard errors of its mean over all images: what a sample of that many would have to tell apart.
+For each checkpoint of DATA the loss of every candidate on every one of 4,000 images of `cifar10_mini` is measured once,
+in float32 and in bfloat16 (and kept in FOLDER, or read from there): the paper's four criteria, and those with obs, made
+up for. Then it is raced for with as many seeds, in float32 alone and in two precisions: agreement with the exhaustive
+choice in float32, its regret where it differs (the exhaustive loss of its choice less the least), the share of the
+evaluations, and the cost in forward passes of the whole network in float32 and in bfloat16, the one on all images
+without a prune included. `steps` are rounds and others, which wait for each other. The gap from the best to the next is
+in standard errors of its mean over all images: what a sample of that many would have to tell apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,28 +24,49 @@ import numpy as np
 import torch
 from conformance import LOGGED
 from machine import machine
+from torch import nn
 
-from laasp_ray.config import ModelConfig
+from laasp_ray.config import COMPENSATED_CRITERIA, LaaspConfig, ModelConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.network import capture
+from laasp_ray.pruning.plan import Plan
 from laasp_ray.recipes import recipe
-from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
+from laasp_ray.search.candidates import counts_of, measure_baseline, propose, tasks_of
+from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import CalibrationSet, ready
+from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
+from laasp_ray.search.grams import grams
 from laasp_ray.search.racing import Race
 
-COLUMNS = ("checkpoint", "candidates", "gaps / s.e.", "agree", "worst regret", "evaluations", "most", "forwards", "all")
+COLUMNS = (
+    "checkpoint",
+    "precision",
+    "candidates",
+    "gaps / s.e.",
+    "agree",
+    "worst regret",
+    "evaluations",
+    "most",
+    "float32",
+    "bfloat16",
+    "steps",
+    "all",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """`losses` (1 + candidates, images), the unpruned network first; costs in forward passes of the whole network."""
+    """`losses` (1 + candidates, images), the unpruned network first, `fast` the same in bfloat16; costs in forward
+    passes of the whole network.
+    """
 
     losses: np.ndarray
+    fast: np.ndarray
     cost: np.ndarray
     ready: np.ndarray
 
@@ -53,78 +78,117 @@ def main() -> int:
     parser.add_argument("--races", type=int, default=200, help="per checkpoint (default 200)")
     parser.add_argument("--matrices", type=Path, help="keep the losses there, and read them from there")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--plain", action="store_true", help="the paper's criteria only")
+    which.add_argument("--compensated", action="store_true", help="candidates that are made up for only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(machine())
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for name in options.only:
-        kept = options.matrices / f"{name}.npz" if options.matrices else None
-        matrix = read(kept) if kept is not None and kept.is_file() else measured(name, options.data)
+    kinds = [False] if options.plain else [True] if options.compensated else [False, True]
+    for compensated, name in itertools.product(kinds, options.only):
+        title = f"{name}, compensated" if compensated else name
+        kept = options.matrices / f"{title.replace(', ', '-')}.npz" if options.matrices else None
+        matrix = read(kept) if kept is not None and kept.is_file() else measured(name, options.data, compensated)
         if kept is not None and not kept.is_file():
             np.savez(kept, **{field.name: getattr(matrix, field.name) for field in dataclasses.fields(matrix)})
-        print(f"| {name} | " + " | ".join(races(matrix, options.races)) + " |", flush=True)
+        for fast in (False, True):
+            print(f"| {title} | " + " | ".join(races(matrix, options.races, fast)) + " |", flush=True)
     return 0
 
 
-def races(matrix: Matrix, count: int) -> list[str]:
+def races(matrix: Matrix, count: int, fast: bool) -> list[str]:
     """The cells of a row."""
-    base, losses = matrix.losses[0], matrix.losses[1:].astype(float)
+    losses = matrix.losses[1:].astype(float)
+    base = (matrix.fast if fast else matrix.losses)[0]
     means = losses.mean(1)
     order = np.argsort(means, kind="stable")
     gaps = [
         (means[i] - means[order[0]]) / ((losses[i] - losses[order[0]]).std() / len(base) ** 0.5) for i in order[1:4]
     ]
-    agreed, regrets, evaluations, forwards = 0, [], [], []
+    agreed, regrets, evaluations, forwards, steps = 0, [], [], [], []
     for seed in range(count):
-        race, seen, cost = Race(base, len(losses), seed=seed), 0, float(len(base))
+        race, seen, taken = Race(base, len(losses), seed=seed, fast=fast), 0, 0
+        cost = np.array([len(race.sample.images(1)) if fast else len(base), len(base) if fast else 0], float)
         while requests := race.requests():
+            taken += 1
             for request in requests:
-                some = list(request.candidates)
+                some, in_fast = list(request.candidates), fast and request.kind != "full"
                 seen += len(some) * len(request.images)
-                cost += len(request.images) * (matrix.cost[1:][some].sum() + matrix.ready[1:][some].max())
-                race.finish(request, losses[np.ix_(some, request.images)])
+                own, shared = matrix.cost[1:][some].sum(), matrix.ready[1:][some].max()
+                cost[int(in_fast)] += len(request.images) * (own + shared)
+                found = (matrix.fast[1:] if in_fast else losses)[np.array(some)[:, None], request.images]
+                race.finish(request, found)
         assert race.choice is not None
         agreed += int(race.choice == order[0])
         regrets.append(means[race.choice] - means[order[0]])
         evaluations.append(seen / losses.size)
         forwards.append(cost / len(base))
+        steps.append(taken)
+    in_full, in_fast_too = np.mean(forwards, axis=0)
     return [
+        "bfloat16" if fast else "float32",
         str(len(losses)),
         ", ".join(f"{gap:.1f}" for gap in gaps),
         f"{agreed} of {count}",
         f"{max(regrets):.6f}",
         f"{np.mean(evaluations):.1%}",
         f"{max(evaluations):.1%}",
-        f"{np.mean(forwards):.2f}",
+        f"{in_full:.2f}",
+        f"{in_fast_too:.2f}",
+        f"{np.mean(steps):.0f}",
         f"{1 + matrix.cost[1:].sum():.2f}",
     ]
 
 
-def measured(name: str, data: Path) -> Matrix:
+def measured(name: str, data: Path, compensated: bool) -> Matrix:
     """Every candidate of a checkpoint on every image."""
     config = recipe("resnet20_cifar10")
     source = dataclasses.replace(config.data, path=str(data / "cifar10_mini"))
     calibration = draw_calibration_images(open_source(source, "train"), source, images=4000, seed=0)
     model = build(ModelConfig(builder=LOGGED[name].builder, input_shape=config.model.input_shape))
     load_weights(model, data / "checkpoints" / f"{name}.safetensors")
-    example = torch.zeros(1, *config.model.input_shape)
-    graph, macs = PruningGraph(model, example), count_macs(model, example)
-    proposals = propose(model, graph, macs, measure_baseline(graph, macs, config.prune), config.prune)
     images = CalibrationSet(calibration.images, calibration.labels, 250, lambda batch: normalise(batch, source))
-    engine = Engine(ready(model, torch.device("cpu")), images)
-    *candidates, unpruned = tasks_of(proposals)
-    tasks = [unpruned, *candidates]
+    model = ready(model, torch.device("cpu"))
+    tasks, total = tasks_for(model, images, config, compensated)
+    engine = Engine(model, images, precision="bfloat16")
     costs = [engine.branch_points.cost(task) for task in tasks]
     return Matrix(
         engine.losses(tasks, np.arange(len(images))).values,
-        np.array([cost.own / macs.total for cost in costs]),
-        np.array([cost.shared / macs.total for cost in costs]),
+        engine.losses(tasks, np.arange(len(images)), fast=True).values,
+        np.array([cost.own / total for cost in costs]),
+        np.array([cost.shared / total for cost in costs]),
     )
+
+
+def tasks_for(
+    model: nn.Module, images: CalibrationSet, config: RunConfig, compensated: bool
+) -> tuple[list[LossTask], int]:
+    """The unpruned network's task and the candidates', and the network's multiply-accumulates."""
+    example = torch.zeros(1, *config.model.input_shape)
+    graph, macs = PruningGraph(model, example), count_macs(model, example)
+    assert isinstance(config.prune, LaaspConfig)
+    prune = dataclasses.replace(config.prune, criteria=COMPENSATED_CRITERIA) if compensated else config.prune
+    baseline = measure_baseline(graph, macs, prune)
+    if not compensated:
+        proposals = propose(model, graph, macs, baseline, prune)
+    else:
+        compensator = CompensationMemory().at(
+            model,
+            graph,
+            "full",
+            Measured(capture(model, Plan.empty())),
+            lambda network, readers: grams(model, images, readers, 10**9),
+        )
+        given = {"obs": compensator.obs_scores(model, graph, counts_of(graph, macs, baseline, prune))}
+        proposals = propose(model, graph, macs, baseline, prune, given, made_up=compensator.made_up)
+    *candidates, unpruned = tasks_of(proposals)
+    return [unpruned, *candidates], macs.total
 
 
 def read(path: Path) -> Matrix:
     with np.load(path) as arrays:
-        return Matrix(arrays["losses"], arrays["cost"], arrays["ready"])
+        return Matrix(*(arrays[field.name] for field in dataclasses.fields(Matrix)))
 
 
 if __name__ == "__main__":
