@@ -70,13 +70,13 @@ def rank(
     last. `model` is not changed.
 
     With `racing`, candidates that are worse with confidence see few images. Their `.loss` is an estimate from `.images`
-    images, and `.dropped_at` is the round that dropped them. `.dropped_at` is None for the choice and its last rivals,
-    which come first. With a probability of at least 1 - `racing_error` the choice is the same as without racing. `seed`
-    draws the samples. Criteria of data get `components` and `pooling` if they accept them: pls fits that many
-    components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a share of the free
-    memory). The layers that read the removed channels make up for them, so losses are those after compensation; with
-    `compensate` off, what these channels gave is lost. `criteria` are the paper's four by default, and obs with
-    compensation.
+    images, and `.dropped_at` is the round that dropped them. `.dropped_at` is None for the choice and others that were
+    measured on all images, which come first. With a probability of at least 1 - `racing_error` the choice is the same
+    as without racing. `seed` draws the samples. Criteria of data get `components` and `pooling` if they accept them:
+    pls fits that many components to outputs pooled that way. The values of a forward pass use at most `memory_mb` (0: a
+    share of the free memory). The layers that read the removed channels make up for them, so losses are those after
+    compensation; with `compensate` off, what these channels gave is lost. `criteria` are the paper's four by default,
+    and obs with compensation.
 
     Source: Ghimire, Lee, Kim, Image and Vision Computing 136 (2023) 104745.
     Raises ConfigError for settings, images, labels and outputs that do not fit, PruningError for networks that do not

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-STRATA = 16
-FIRST_LOOK = 64
+STRATA = 24
+FIRST_LOOK = 48
 GROWTH = 1.3
 LEAST_WEIGHT = 0.0005
 """A stratum's share of the sample depends on its images' weights. A weight is 1 - exp(-loss), the probability that the
 network gives to wrong classes, but at least this value.
 """
-LEAST_IMAGES = 3
+LEAST_IMAGES = 2
 """The smallest number of images of a stratum in the first round: one image shows no variance."""
-PRIOR_IMAGES = 16
+PRIOR_IMAGES = 32
 """The variance of a candidate's differences in a stratum is pooled with that of all candidates, weighted as this number
 of images.
 """

@@ -207,7 +207,7 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
         what == "collect" and unit.tasks == (1,) and third & set(unit.images.tolist()) for what, unit in backend.events
     )
     assert (results[0].loss, results[0].error, results[0].dropped_at) == (0.0, "", None)
-    assert (results[1].loss, results[1].error, results[1].dropped_at) == (5.0, "", LEADER_AFTER)
+    assert (results[1].loss, results[1].error, results[1].dropped_at) == (pytest.approx(5.0), "", LEADER_AFTER)
 
 
 @pytest.mark.parametrize("racing", [True, False])
@@ -298,7 +298,7 @@ def test_a_race_in_a_fast_precision_does_not_depend_on_workers_and_chooses_as_in
     assert found[0] == found[1] == found[2]
     kept = [task for task in range(25) if found[0][task][2] is None]
     assert min(kept, key=lambda task: found[0][task][0]) == int(losses[:-1].mean(1).argmin())
-    assert found[0][25][0] == pytest.approx(losses[-1].mean(), abs=1e-4)
+    assert found[0][25][0] == pytest.approx(losses[-1].mean(), abs=5e-4)
     in_full = sum(len(unit.tasks) * len(unit.images) for unit in backend.submitted if not unit.fast)
     assert 0 < in_full < 0.1 * losses.size
 
