@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 
-STRATA = 24
-FIRST_LOOK = 48
+STRATA = 16
+FIRST_LOOK = 64
 GROWTH = 1.3
 LEAST_WEIGHT = 0.0005
 """A stratum's share of the sample depends on its images' weights. A weight is 1 - exp(-loss), the probability that the
 network gives to wrong classes, but at least this value.
 """
-LEAST_IMAGES = 2
+LEAST_IMAGES = 3
 """The smallest number of images of a stratum in the first round: one image shows no variance."""
-PRIOR_IMAGES = 32
+PRIOR_IMAGES = 16
 """The variance of a candidate's differences in a stratum is pooled with that of all candidates, weighted as this number
-of images.
+of images. With more, or with smaller first looks, a candidate that varies more than most is dropped too soon.
 """
 SIZE_POWER = 0.25
 """Images are divided between strata in proportion to this power of their sizes."""
