@@ -54,21 +54,21 @@ def missed_least(readers: Sequence[ReadFilters], filters: int, count: int, block
     width = filters // blocks
     open_ = torch.ones(filters, dtype=torch.bool)
     order: list[int] = []
-    while True:
+    for _ in range(count):
+        if order:
+            for reader in left:
+                reader.remove(order[-1])
         costs = torch.zeros(filters, dtype=torch.float64)
         for reader in left:
             costs[reader.filters] += reader.costs
         costs[~open_] = torch.inf
         best = int(costs.argmin())
         order.append(best)
-        if len(order) == count:
-            return order
         open_[best] = False
         quota[best // width] -= 1
         if not quota[best // width]:
             open_[best // width * width : (best // width + 1) * width] = False
-        for reader in left:
-            reader.remove(best)
+    return order
 
 
 def scores_from(order: Sequence[int], filters: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def _guess(inverse: torch.Tensor, connected: torch.Tensor, lost: Sequence[int]) 
     explained, by = (gone & connected).nonzero().flatten(), (~gone & connected).nonzero().flatten()
     by = torch.cat([by[by < len(inverse) - 1], torch.tensor([len(inverse) - 1])])  # with the constant at its end
     rows = inverse[explained]
-    found = -torch.linalg.solve(rows[:, explained], rows[:, by])
+    found = -torch.cholesky_solve(rows[:, by], torch.linalg.cholesky(rows[:, explained]))
     return LostInputs(tuple(lost), explained.numpy(), by[:-1].numpy(), found.float().numpy())
 
 
