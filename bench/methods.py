@@ -38,11 +38,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from baselines import PlsByFlops, RandomPruning, TorchPruning, UniformPruning
@@ -214,15 +214,24 @@ def missing(
     return chains
 
 
-def run_all(chains: Sequence[Chain], place: Place, processes: int, threads: int) -> Iterator[Row | str]:
-    """The rows as they are made, `processes` at a time; of a run that failed what went wrong: its chain ends there."""
+def run_all(
+    chains: Sequence[Chain],
+    place: Place,
+    processes: int,
+    threads: int,
+    work: Callable[[Chain, Any], Row] | None = None,
+) -> Iterator[Row | str]:
+    """The rows as they are made, `processes` at a time; of a run that failed what went wrong: its chain ends there.
+
+    `work` makes the first row of a chain (default: `run`).
+    """
     waiting, running = deque(chains), dict[Future[Row], Chain]()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=begin, initargs=(threads,)) as pool:
         while waiting or running:
             while waiting and len(running) < processes:
                 chain = waiting.popleft()
-                running[pool.submit(run, chain, place)] = chain
+                running[pool.submit(work or run, chain, place)] = chain
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 chain = running.pop(future)
                 try:
@@ -263,10 +272,11 @@ def run(chain: Chain, place: Place) -> Row:
     return row_of(chain.method, chain.targets[0], chain.seed, events)
 
 
-def fork(config: RunConfig, following: RunConfig) -> None:
+def fork(config: RunConfig, following: RunConfig, change: Mapping[str, Any] | None = None) -> None:
     """Copies the run of `config`, about to begin its final epochs, as one of `following`, which prunes further.
 
-    Done only once; and not for a run that was cut off in its final epochs: the weights from before are gone.
+    Done only once; and not for a run that was cut off in its final epochs: the weights from before are gone. `change`
+    is what else the copy's first event says otherwise.
     """
     source, goal = (Path(each.storage) / each.name for each in (config, following))
     epoch = Journal(Storage.open(str(source))).last("epoch")
@@ -277,7 +287,7 @@ def fork(config: RunConfig, following: RunConfig) -> None:
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns("config.json", "tensorboard"))
     (start,) = (aside / "journal").glob("*-start.json")
     event = json.loads(start.read_text())
-    event["data"]["config"] = following.to_dict()
+    event["data"] |= {"config": following.to_dict(), **(change or {})}
     start.write_text(json.dumps(event))
     (aside / "config.json").write_text(json.dumps(following.to_dict(), indent=2))
     aside.rename(goal)

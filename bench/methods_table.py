@@ -55,12 +55,13 @@ class Row:
 
 
 def row_of(method: str, target: float, seed: int, events: Sequence[Event]) -> Row:
-    """`events` are those of a finished run that was given weights at its prune epoch."""
+    """`events` are those of a finished run, from given weights or from scratch."""
 
     def data_of(name: str) -> list[dict]:
         return [dict(event.data) for event in events if event.name == name]
 
-    (before,), (finish,), iterations = data_of("baseline"), data_of("finish"), data_of("iteration")
+    before = [*data_of("baseline"), *data_of("training_phase")][0]  # the second: what it was trained to
+    (finish,), iterations = data_of("finish"), data_of("iteration")
     return Row(
         method=method,
         target=target,

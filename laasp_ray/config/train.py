@@ -13,6 +13,7 @@ from laasp_ray.config.fields import Doc, check
 from laasp_ray.config.names import is_import_path
 
 Schedule = Literal["steps", "cosine"]
+TrainPrecision = Literal["gpu", "auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,13 @@ class TrainConfig:
         int, Doc("epochs between two evaluations on the test images; 0: at the end of a training phase only")
     ] = 1
 
+    precision: Annotated[
+        TrainPrecision,
+        Doc(
+            "of training: bfloat16 on a gpu and float32 on a CPU; auto: bfloat16 also on a CPU that has instructions "
+            "for it; or always float32 or bfloat16"
+        ),
+    ] = "gpu"
     keep_checkpoints: Annotated[
         bool, Doc("keep the last weights of every training phase, not only the run's last two epochs")
     ] = False
@@ -115,6 +123,8 @@ class TrainConfig:
         check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
         check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
         check(self.schedule in typing.get_args(Schedule), "train.schedule", self.schedule, "'steps' or 'cosine'")
+        known = self.precision in typing.get_args(TrainPrecision)
+        check(known, "train.precision", self.precision, "'gpu', 'auto', 'float32' or 'bfloat16'")
         for key in ("label_smoothing", "ema", "distill"):
             check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
         check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")

@@ -23,12 +23,15 @@ from laasp_ray.pruning.plan import Plan, apply_plan
 
 @dataclass(frozen=True, eq=False)
 class LostInputs:
-    """The inputs (rising) that one group of a layer loses, as a function of its others.
+    """The `inputs` (rising) that one group of a layer loses, as a function of its others.
 
-    `coefficients` is float32 (lost, inputs + 1). Columns of lost inputs are 0, and the last one is the constant.
+    `coefficients` float32 (explained, by + 1) has each of the lost inputs `explained`, of the kept inputs `by` and, in
+    the last column, the constant. Lost inputs that are not named there are 0 whatever the others are.
     """
 
     inputs: tuple[int, ...]
+    explained: np.ndarray
+    by: np.ndarray
     coefficients: np.ndarray
 
 
@@ -51,11 +54,14 @@ class Compensation:
         parts = weight.detach().reshape(len(self.groups), weight.shape[0] // len(self.groups), -1, self.sharing)
         changed, gains = [], []
         for part, lost in zip(parts, self.groups, strict=True):
-            index = on_device(torch.tensor(lost.inputs, dtype=torch.long), weight.device)
+            index, explained, by = (
+                on_device(torch.tensor(some, dtype=torch.long), weight.device)
+                for some in (lost.inputs, lost.explained, lost.by)
+            )
             coefficients = on_device(torch.tensor(lost.coefficients, dtype=weight.dtype), weight.device)
-            taken = part.index_select(1, index)  # (out, lost, sharing)
+            taken = part.index_select(1, explained)  # (out, explained, sharing)
             rest = part.index_fill(1, index, 0)
-            changed.append(rest + torch.einsum("olt,li->oit", taken, coefficients[:, :-1]))
+            changed.append(rest.index_add_(1, by, torch.einsum("olt,li->oit", taken, coefficients[:, :-1])))
             gains.append(torch.einsum("olt,l->o", taken, coefficients[:, -1]))
         result = torch.stack(changed).reshape(weight.shape)
         if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 
 from laasp_ray.errors import SearchError
@@ -55,9 +55,13 @@ class Moments:
 
     def compensation(self, reader: Reader, lost: Sequence[Sequence[int]]) -> Compensation:
         """How the reader makes up for `lost` inputs (rising) of each group."""
-        pairs = zip(self.inverse, lost, strict=True)
-        groups = tuple(LostInputs(tuple(inputs), _guess(inverse, inputs)) for inverse, inputs in pairs)
-        return Compensation(groups, reader.sharing)
+        of_groups = zip(self.inverse, self._connected, lost, strict=True)
+        return Compensation(tuple(_guess(*of_group) for of_group in of_groups), reader.sharing)
+
+    @cached_property
+    def _connected(self) -> tuple[torch.Tensor, ...]:
+        """Of each group which inputs (inputs + 1) have to do with any other. Those that are always 0 do not."""
+        return tuple(inverse.count_nonzero(1) > 1 for inverse in self.inverse)
 
 
 def inverted(gram: Gram, layer: str) -> Moments:
@@ -87,25 +91,40 @@ def has_few_patches(gram: Gram) -> bool:
 def _inverse(moments: torch.Tensor, ridge: float, layer: str) -> torch.Tensor:
     diagonal = moments.diagonal()[:-1]
     mean = float(diagonal.mean()) or 1.0
+    # On a map of one place most taps of a kernel only ever read padding: 4,096 of 4,608 inputs, 700 times the work.
+    ever = moments.diagonal() != 0
+    whole = bool(ever.all())
+    there = moments if whole else moments[ever][:, ever]
     while True:
-        shifted = moments.clone()
+        shifted = there.clone()
         shifted.diagonal()[:-1] += ridge * mean
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not int(failed):
-            return torch.cholesky_inverse(factor)
+            found = torch.cholesky_inverse(factor)
+            return found if whole else _spread(found, ever, 1 / (ridge * mean))
         if ridge > MOST_RIDGE:
             raise SearchError(f"the moments of the inputs of {layer} cannot be inverted: use prune.compensate=off")
         ridge *= GROWTH
         logger.info("the moments of the inputs of %s are singular: the ridge is %g", layer, ridge)
 
 
-def _guess(inverse: torch.Tensor, lost: Sequence[int]) -> np.ndarray:
-    """The lost inputs as a function of the others and 1: float32 (lost, inputs + 1), 0 in lost columns."""
-    index = torch.tensor(lost, dtype=torch.long)
-    rows = inverse[index]
-    found = -torch.linalg.solve(rows[:, index], rows) if len(lost) else rows
-    found[:, index] = 0
-    return found.float().numpy()
+def _spread(inverse: torch.Tensor, ever: torch.Tensor, value: float) -> torch.Tensor:
+    """The inverse with the inputs that are always 0, whose moments are the ridge alone, among the others."""
+    places = ever.nonzero().flatten()
+    found = torch.diag((~ever).to(inverse.dtype) * value)
+    found[places.unsqueeze(1), places] = inverse
+    return found
+
+
+def _guess(inverse: torch.Tensor, connected: torch.Tensor, lost: Sequence[int]) -> LostInputs:
+    """The lost inputs as a function of the others and 1."""
+    gone = torch.zeros(len(inverse), dtype=torch.bool)
+    gone[list(lost)] = True
+    explained, by = (gone & connected).nonzero().flatten(), (~gone & connected).nonzero().flatten()
+    by = torch.cat([by[by < len(inverse) - 1], torch.tensor([len(inverse) - 1])])  # with the constant at its end
+    rows = inverse[explained]
+    found = -torch.cholesky_solve(rows[:, by], torch.linalg.cholesky(rows[:, explained]))
+    return LostInputs(tuple(lost), explained.numpy(), by[:-1].numpy(), found.float().numpy())
 
 
 def _without(inverse: torch.Tensor, lost: Sequence[int]) -> torch.Tensor:

@@ -103,17 +103,20 @@ class CompensationMemory:
         ]
         missing = [reader.with_columns(widths[reader.layer]) for reader in new]
         if missing:
-            grams = measure(measured.network, missing)
+            grams, few = dict(measure(measured.network, missing)), []
             for reader in missing:
-                if not grams[reader.layer].patches:
+                gram = grams.pop(reader.layer)  # as large as its inverse: let go of when that is there
+                if has_few_patches(gram):
+                    few.append(reader.layer)
+                if not gram.patches:
                     logger.info("%s is not compensated: it is not called as a module of its own", reader.layer)
                     self._unread.add(reader.layer)
                     continue
-                pair = reader, inverted(grams[reader.layer], reader.layer)
+                pair = reader, inverted(gram, reader.layer)
                 for step in measured.steps:
                     pair = _after(*pair, step)
                 self._moments[reader.layer] = pair
-            self._say_few([reader.layer for reader in missing if has_few_patches(grams[reader.layer])], len(missing))
+            self._say_few(few, len(missing))
         self._measured = measured
 
     def _say_few(self, layers: Sequence[str], of: int) -> None:

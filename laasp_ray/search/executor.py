@@ -101,6 +101,7 @@ class InProcessExecutor:
     ) -> None:
         self._unpruned, self._calibration = unpruned, calibration.to(device)
         self._search, self._seed = search, seed
+        self._last: tuple[NetworkState, Engine] | None = None
 
     def for_scoring(self, network: NetworkState) -> NetworkState:
         if not self._search.reestimate_batchnorm:
@@ -132,7 +133,15 @@ class InProcessExecutor:
         return None
 
     def _engine(self, network: NetworkState) -> Engine:
-        return Engine(*self._ready(network), memory_bytes=self._search.memory_bytes, precision=self._search.precision)
+        """The engine of `network`. That of the last network is kept: an iteration measures its network twice, and to
+        trace a network takes as long as to measure a few candidates.
+        """
+        if self._last is None or self._last[0] is not network:
+            self._last = None  # first, so that two are never in memory together
+            search = self._search
+            engine = Engine(*self._ready(network), memory_bytes=search.memory_bytes, precision=search.precision)
+            self._last = network, engine
+        return self._last[1]
 
     def _ready(self, network: NetworkState) -> tuple[nn.Module, Calibration]:
         return ready_with(rebuild(self._unpruned, network), self._calibration)

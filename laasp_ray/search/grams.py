@@ -66,7 +66,8 @@ def added(chunks: Iterable[Grams]) -> dict[str, Gram]:
     """The sums over all chunks, in their order."""
     total: dict[str, Gram] = {}
     for chunk in chunks:
-        total = {layer: total[layer].plus(gram) if total else gram for layer, gram in chunk.items()}
+        for layer, gram in chunk.items():  # one by one, so that no third copy of all sums is in memory
+            total[layer] = total[layer].plus(gram) if layer in total else gram
     return total
 
 

@@ -17,6 +17,7 @@ from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.format import in_format_of, to_fast_format
 from laasp_ray.tasks import CLASSIFICATION, Task
 from laasp_ray.train.data import PhaseData
+from laasp_ray.train.precision import autocast
 
 BATCHES = 6
 """The largest number of timed batches, after one that is not timed."""
@@ -53,7 +54,7 @@ def measure_training(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
     def step(images: Any, labels: Any) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(config.train.precision, device):
             pictures = in_format_of(model, images)
             output = trained(pictures, labels) if task.runs_model else trained(pictures)
             if teacher is not None:

@@ -22,6 +22,7 @@ from laasp_ray.models.format import in_format_of
 from laasp_ray.train.data import PhaseData
 from laasp_ray.train.ema import MovingAverage
 from laasp_ray.train.mask_enforcement import MaskEnforcer
+from laasp_ray.train.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _add_gradients(setup: Setup, batch: Batch, images: int, sums: EpochSums) -> 
     """Adds the gradients of the mean loss over `images`, on this part of them."""
     data, task = setup.data, setup.data.task
     pictures = in_format_of(setup.wrapped, batch.images)
-    with torch.autocast("cuda", torch.bfloat16, enabled=data.device.type == "cuda"):
+    with autocast(setup.config.precision, data.device):
         output = setup.wrapped(pictures, batch.labels) if task.runs_model else setup.wrapped(pictures)
         teacher_outputs = _outputs_of(setup.teacher, pictures)
     losses, correct = task.training_sum(output, batch.labels, len(batch.indices), setup.config, teacher_outputs)

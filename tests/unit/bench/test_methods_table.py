@@ -58,6 +58,9 @@ def test_a_row_is_what_the_journal_says():
         "uniform", seed=2, iterations=3, fine_tunes=1, seconds=45.0, parameters_reduction=found.parameters_reduction
     )
     assert found == expected
+    # From scratch the first training is what comes before.
+    scratch = methods_table.row_of("uniform", 0.3, 2, [Event(1, *training_phase("train"), 0.0), *events[1:]])
+    assert (scratch.top1_before, scratch.loss_before) == (0.5, 2.0)
 
 
 def test_rows_are_kept_in_the_file_and_others_settings_refused(tmp_path):

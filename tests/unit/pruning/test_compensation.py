@@ -10,7 +10,7 @@ from torch import nn
 from laasp_ray.errors import PruningError, SearchError
 from laasp_ray.pruning.compensation import apply_compensated
 from laasp_ray.pruning.graph import PruningGraph
-from laasp_ray.pruning.moments import Gram, inverted
+from laasp_ray.pruning.moments import RIDGE, Gram, inverted
 from laasp_ray.pruning.network import capture, rebuild
 from laasp_ray.pruning.norms import norms_after
 from laasp_ray.pruning.plan import Plan, apply_plan, parameters_after
@@ -62,6 +62,28 @@ def test_inverse_without_inputs_is_that_of_the_others():
     kept = [0, 2, 4, 5]
     wanted = torch.linalg.inv(torch.linalg.inv(moments.inverse[0])[kept][:, kept])
     assert torch.allclose(found, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize("lost", [[1, 4], [1], [4], [0, 1, 2, 3, 4, 5]])
+def test_inputs_that_are_always_zero_are_what_they_are_without_that_shortcut(lost):
+    draw = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw[:, [0, 4]] = 0
+    ones = torch.cat([draw, torch.ones(50, 1, dtype=torch.float64)], 1)
+    moments = inverted(Gram((ones.T @ ones).unsqueeze(0)), "reader")
+    whole = ones.T @ ones / 50
+    whole.diagonal()[:-1] += RIDGE * whole.diagonal()[:-1].mean()
+    assert torch.allclose(moments.inverse[0], torch.linalg.inv(whole), rtol=1e-10, atol=1e-12)
+    compensation = moments.compensation(Reader("reader", 1, 6), [lost])
+    assert set(compensation.groups[0].explained.tolist()) == set(lost) - {0, 4}
+    kept = [index for index in range(6) if index not in lost]
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    found, gain = compensation.applied(weight)
+    others = [*kept, 6]
+    mix = torch.linalg.solve(whole[others][:, others], whole[others][:, lost])
+    wanted = torch.zeros(3, 7, dtype=torch.float64)
+    wanted[:, others] = weight[:, lost] @ mix.T
+    wanted[:, kept] += weight[:, kept]
+    assert torch.allclose(found, wanted[:, :-1], atol=1e-6) and torch.allclose(gain, wanted[:, -1], atol=1e-6)
 
 
 def test_layers_with_more_inputs_than_patches_are_named_in_one_line(caplog):

@@ -1,5 +1,6 @@
 """Runs whose prunes are made up for: resumed anywhere they are the same to the last bit, and their weights reload."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -129,7 +130,12 @@ def test_a_prune_that_compensation_makes_worse_is_plain(tmp_path, pictures, monk
     from laasp_ray.pruning import moments
 
     guess = moments._guess
-    monkeypatch.setattr(moments, "_guess", lambda inverse, lost: guess(inverse, lost) + np.float32(3))
+
+    def wrong(*of_group):
+        found = guess(*of_group)
+        return dataclasses.replace(found, coefficients=found.coefficients + np.float32(3))
+
+    monkeypatch.setattr(moments, "_guess", wrong)
     config = on_pictures(tmp_path, pictures, **SETTINGS | {"prune__iterations": 1})
     run(config)
     (data,) = iterations(config)
