@@ -17,6 +17,11 @@ def form_of(name: str) -> str:
     return "{:.2%}" if name in _LABELS else "{:.4f}"
 
 
+def noun_of(factory: object) -> str:
+    """What the data of a run consist of, by its own data set or that one's factory, if any. That of the user's own need not have images."""
+    return "examples" if factory else "images"
+
+
 def metric_text(name: str, value: float) -> str:
     """`top-1 93.10%`, `mIoU 0.7312`."""
     return f"{label_of(name)} {form_of(name).format(value)}"

@@ -18,8 +18,10 @@ from laasp_ray.tasks.base import Task
 from laasp_ray.tasks.identity import identity_of
 from laasp_ray.tasks.metrics import Mean, Metric
 
-_TAKEN = ("loss", "top1", "top5")
-"""What runs, TensorBoard and pages call their own figures."""
+_TAKEN = ("loss", "top1", "top5", "flops_reduction")
+"""What runs, tables, TensorBoard and pages call their own figures."""
+_BEST = "best_"
+"""With it begins what `--repeats` calls the figure of the best epoch: best_ and the name of the primary metric."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,10 @@ class OwnLossTask(Task):
 
     def __post_init__(self) -> None:
         for name in self.metrics_by_name:
-            if name in _TAKEN:
+            if name in _TAKEN or name.startswith(_BEST):
                 raise ConfigError(
-                    f"the metric {name!r} has a name of the run's own figures ({', '.join(_TAKEN)}), whose places it "
-                    f"would take: give it another one, such as 'my_{name}'"
+                    f"the metric {name!r} has a name of the run's own figures ({', '.join(_TAKEN)}, and all that begin "
+                    f"with {_BEST}), whose places it would take: give it another one, such as 'my_{name}'"
                 )
 
     def to(self, device: torch.device) -> Self:

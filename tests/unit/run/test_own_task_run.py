@@ -18,7 +18,9 @@ from laasp_ray.cli import main as cli
 from laasp_ray.config import ExportConfig, PlsConfig
 from laasp_ray.errors import ConfigError, DataError
 from laasp_ray.records import Metrics
+from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.report.evaluation import evaluation_table
+from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run.evaluate import evaluate_run
 from laasp_ray.run.events import EpochDone, IterationDone, RunFinished, RunStarted, event_from, last_of
 from laasp_ray.tasks import OwnData, task_of
@@ -66,6 +68,23 @@ def test_a_run_by_import_paths(whole):
 
 def config_path(config):
     return Path(config.storage) / config.name
+
+
+def test_examples_are_not_called_images(whole, tmp_path):
+    config, _ = whole
+    events = read_events_of(config)
+    table = evaluation_table(evaluate_run(config_path(config), trust=True, latency=UNTIMED))
+    assert "10 test examples; MACs" in table and "images" not in table
+    assert re.search(r"^test examples +10 +10$", format_summary(summarise(events)), re.MULTILINE)
+    plan = dry_run(config_of(tmp_path), distributed=False)
+    assert re.search(r"^examples +24 to train on, 10 to test on$", plan, re.MULTILINE)
+    assert "on the test examples" in plan and "test images" not in plan
+
+
+def test_a_loss_that_runs_images_is_of_images(whole):
+    start = read_events_of(whole[0])[0]
+    data = {**start.config["data"], "factory": ""}
+    assert summarise([dataclasses.replace(start, config={**start.config, "data": data})]).noun == "images"
 
 
 def test_the_losses_of_decisions_are_those_of_the_loss(whole):

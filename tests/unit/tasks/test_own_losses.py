@@ -274,7 +274,7 @@ def test_a_list_with_an_item_for_each_example_is_an_input():
     check_task(ModelLossTask(own, loss=lambda model, batch: model(torch.stack(batch[0])).sum(1)), network(), SHAPE)
 
 
-@pytest.mark.parametrize("name", ["loss", "top1", "top5"])
+@pytest.mark.parametrize("name", ["loss", "top1", "top5", "flops_reduction", "best_right", "best_"])
 def test_names_of_the_run_s_own_figures_are_refused(name, tmp_path):
     with pytest.raises(ConfigError, match=rf"the metric '{name}' has a name of the run's own .*such as 'my_{name}'"):
         task_of(config_of(tmp_path), metrics={"right": right, name: right})
