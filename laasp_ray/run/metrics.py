@@ -18,7 +18,7 @@ def form_of(name: str) -> str:
 
 
 def noun_of(factory: object) -> str:
-    """What the data of a run consist of, by its own data set or that one's factory, if any. That of the user's own need not have images."""
+    """What the data of a run consist of, by its own data set or that one's factory, if any: it need not have images."""
     return "examples" if factory else "images"
 
 

@@ -17,8 +17,8 @@ from laasp_ray import load_pruned, prune
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ExportConfig, PlsConfig
 from laasp_ray.errors import ConfigError, DataError
-from laasp_ray.records import Metrics
 from laasp_ray.planning.dry_run import dry_run
+from laasp_ray.records import Metrics
 from laasp_ray.report.evaluation import evaluation_table
 from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run.evaluate import evaluate_run

@@ -353,8 +353,8 @@ def test_a_broken_example_is_named(tmp_path):
         ({"train__loss": "own_examples:none"}, {}, r"train\.loss 'own_examples:none' cannot be imported"),
         ({"train__loss": ""}, {}, r"metrics of your own \(right, wrong\) come with a loss of your own"),
         ({"train__loss": ""}, {"loss": lambda outputs: outputs}, r"cannot be called with two arguments"),
-        ({"train__loss": ""}, {"loss": 3}, r"prune's loss is a int, must be a function"),
-        ({"data__factory": "given"}, {"data": [1, 2]}, r"prune's data is a list, must be a factory"),
+        ({"train__loss": ""}, {"loss": 3}, r"the argument loss is a int, must be a function"),
+        ({"data__factory": "given"}, {"data": [1, 2]}, r"the argument data is a list, must be a factory"),
     ],
 )
 def test_what_is_given_twice_or_not_at_all(changes, given, message, tmp_path):
