@@ -8,6 +8,7 @@ from fakes import Silent
 from own_examples import config_of
 from whole_runs import read_events_of
 
+from laasp_ray.cli.sweep import sweep as command
 from laasp_ray.errors import ConfigError
 from laasp_ray.records import Metrics
 from laasp_ray.report.sweep import SweepRow, comparable, pareto_front, pareto_png, row_of_json, sweep_table
@@ -179,3 +180,20 @@ def test_a_dry_run_and_its_refusals(tmp_path):
         dry_run(config_of(tmp_path), MaxDrop(0.1, base_top1=90.0), distributed=False)
     with pytest.raises(ConfigError, match=r"data\.factory is 'given': the run's was a Python object"):
         dry_run(config_of(tmp_path, data__factory="given"), MaxDrop(0.1), distributed=False)
+
+
+def test_the_command_takes_a_recipe_with_a_task_and_its_repeats_have_the_metric(tmp_path, capsys):
+    arguments = ["own_examples:recipe_of_own", "--flops-reduction", "0.1", "--no-ray", "--storage", str(tmp_path)]
+    assert command([*arguments, "--name", "own", "--repeats", "2", "--set", 'export.format="none"']) == 0
+    said = capsys.readouterr().out
+    assert "right before" in said and "the highest right" in said and "top-1" not in said
+    content = json.loads((tmp_path / "own-repeats.json").read_text())
+    assert set(content["flops-0.1"]["spread"]) == {"right", "flops_reduction"}
+    (one, other) = content["flops-0.1"]["runs"].values()
+    assert 0 <= one["right"] <= 1 and 0 <= other["right"] <= 1
+
+
+def test_the_command_refuses_a_base_of_top1(tmp_path, capsys):
+    arguments = ["own_examples:recipe_of_own", "--no-ray", "--storage", str(tmp_path)]
+    assert command([*arguments, "--max-drop", "0.1", "--base-top1", "90"]) != 0
+    assert "--base-top1 is of top-1, and this task's networks are compared by right" in capsys.readouterr().err
