@@ -45,7 +45,7 @@ class Boxes(Scenes):
         return picture.expand(3, -1, -1).clone(), target
 
 
-def data(split: str, images: int = 600) -> Boxes:
+def data(split: str, images: int = 2000) -> Boxes:
     return Boxes(split, images if split == "train" else images // 5)
 
 

@@ -64,6 +64,7 @@ def absolute(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 METRICS = {"mean absolute error": Mean(absolute, higher_is_better=False)}
 
 if __name__ == "__main__":
-    config = settings("regression", "regression:network", (1, SIDE, SIDE), learning_rate=0.001, distill=0.3)
+    schedule = {"epochs": 6, "prune_epoch": 4, "schedule": "steps", "learning_rate": 0.001}
+    config = settings("regression", "regression:network", (1, SIDE, SIDE), distill=0.3, **schedule)
     result = prune(config, network(), data=data, loss=SquaredError(), metrics=METRICS, distributed=False)
     print(result.summary["metrics"])

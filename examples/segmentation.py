@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from scenes import DIGIT, SIDE, Scenes
@@ -17,6 +18,7 @@ from torch.nn import functional
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from laasp_ray import prune
+from laasp_ray.tasks import OwnData
 
 CLASSES = 3
 """Background, the digits 0 to 4, the digits 5 to 9."""
@@ -25,7 +27,13 @@ INK = 0.3
 
 
 class Masks(Scenes):
-    """Item: a picture (3, 32, 32), three times grey, and the class of every pixel (32, 32), int64."""
+    """Item: a picture (3, 32, 32), three times grey, and the class of every pixel (32, 32), int64; `scale` times larger
+    on each side.
+    """
+
+    def __init__(self, split: str, count: int, scale: int) -> None:
+        super().__init__(split, count)
+        self._scale = scale
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         scene = self.scene(index)
@@ -34,11 +42,14 @@ class Masks(Scenes):
         for label, (x, y) in zip(scene.labels.tolist(), scene.corners.tolist(), strict=True):
             part = (slice(y, y + DIGIT), slice(x, x + DIGIT))
             mask[part][picture[0][part] >= INK] = 1 + label // 5
-        return picture.expand(3, -1, -1).clone(), mask
+        return self._larger(picture).expand(3, -1, -1).clone(), self._larger(mask)
+
+    def _larger(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.repeat_interleave(self._scale, -2).repeat_interleave(self._scale, -1)
 
 
-def data(split: str, images: int = 1000) -> Masks:
-    return Masks(split, images if split == "train" else images // 5)
+def data(split: str, images: int = 1000, scale: int = 1) -> Masks:
+    return Masks(split, images if split == "train" else images // 5, scale)
 
 
 class UNet(nn.Module):
@@ -72,8 +83,15 @@ def unet(width: int = 12) -> nn.Module:
 
 
 def lraspp() -> nn.Module:
-    """LR-ASPP, which gives a dictionary: the loss below takes its `out`."""
-    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
+    """LR-ASPP, which gives a dictionary: the loss below takes its `out`.
+
+    Its BatchNorm layers average over a hundred steps, more than three epochs here have: they get torch's default.
+    """
+    network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return network
 
 
 def _logits(outputs: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -108,6 +126,13 @@ METRICS = {"mIoU": MeanIoU}
 if __name__ == "__main__":
     name = "lraspp" if sys.argv[1:] == ["lraspp"] else "unet"
     model = lraspp() if name == "lraspp" else unet()
-    config = settings(f"segmentation_{name}", f"segmentation:{name}", (3, SIDE, SIDE))
-    result = prune(config, model, data=data, loss=loss, metrics=METRICS, distributed=False)
+    scale = 2 if name == "lraspp" else 1  # LR-ASPP's finest map has an eighth of the picture's side
+    config = settings(f"segmentation_{name}", f"segmentation:{name}", (3, scale * SIDE, scale * SIDE))
+    if name == "lraspp":
+        # Squeeze-and-excitation layers have no FLOPs to give, and are harmless to prune: they would be chosen first.
+        squeezes = [layer for layer, _ in model.named_modules() if layer.endswith((".fc1", ".fc2"))]
+        schedule = replace(config.train, epochs=8, prune_epoch=6)
+        config = replace(config, train=schedule, prune=replace(config.prune, step=0.1, ignored=tuple(squeezes)))
+    own = OwnData(data, {"scale": scale})
+    result = prune(config, model, data=own, loss=loss, metrics=METRICS, distributed=False)
     print(result.summary["metrics"])

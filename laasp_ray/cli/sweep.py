@@ -16,7 +16,7 @@ from laasp_ray.config import RunConfig
 from laasp_ray.errors import ConfigError, SearchError
 from laasp_ray.recipes import RECIPES, recipe
 from laasp_ray.report import repeats
-from laasp_ray.report.sweep import counted, sweep_table
+from laasp_ray.report.sweep import SweepRow, counted, sweep_table
 from laasp_ray.store.storage import Storage
 from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, checked_targets
 from laasp_ray.sweep.plan import dry_run
@@ -63,7 +63,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--max-drop",
         type=float,
         metavar="POINTS",
-        help="find the largest reduction whose top-1 after the final training is at most so many points lower",
+        help="find the largest reduction whose top-1 after the final training is at most so many points lower; with a "
+        "loss of your own in the unit of its first metric, or of the loss",
     )
     parser.add_argument(
         "--base-top1",
@@ -172,7 +173,7 @@ def _run(config: RunConfig, goal: Goal, options: argparse.Namespace) -> SweepRes
         distributed=not options.no_ray,
         ray_address=options.ray_address,
         concurrent=options.concurrent,
-        best_within=BEST_WITHIN if options.best_within is None else options.best_within,
+        best_within=options.best_within,
     )
     print(sweep_table(result.rows, result.best))
     print(f"best ({result.content['rule']}): {result.said}")
@@ -190,7 +191,7 @@ def _repeat(config: RunConfig, goal: Goal, options: argparse.Namespace) -> None:
     for one in repeats.runs_of(config, options.repeats):
         result = _run(one, goal, options)
         for row in filter(attrgetter("is_finished"), result.rows):
-            figures = {"top1": (row.top1_after or 0.0) / 100, "flops_reduction": row.flops_reduction or 0.0}
+            figures = {row.metric: _figure_of(row), "flops_reduction": row.flops_reduction or 0.0}
             if isinstance(goal, Targets):
                 found.setdefault(row.name, {})[one.name] = figures
             if row.name == result.best:
@@ -204,3 +205,9 @@ def _repeat(config: RunConfig, goal: Goal, options: argparse.Namespace) -> None:
     if without:
         print(f"{without} of {counted(options.repeats, 'sweep')} found no best one")
     print(f"{counted(options.repeats, 'sweep')}: {storage.uri}/{config.name}-repeats.json")
+
+
+def _figure_of(row: SweepRow) -> float:
+    """What networks are compared by, as in the figures of runs: top-1 is a share."""
+    value = row.measure.value(row.score_after or 0.0)
+    return value / 100 if row.measure.is_top1 else value

@@ -36,6 +36,10 @@ class ExportConfig:
     latency_seconds: Annotated[float, Doc("seconds that each of these takes at most, after its first three rounds")] = (
         10.0
     )
+    compile_seconds: Annotated[
+        float,
+        Doc("seconds that compile has for both networks and all batches; what would exceed them is not begun"),
+    ] = 300.0
 
     def __post_init__(self) -> None:
         check(len(set(self.latency)) == len(self.latency), "export.latency", self.latency, "different engines")
@@ -46,3 +50,4 @@ class ExportConfig:
             "numbers of at least 1, one or more",
         )
         check(self.latency_seconds > 0, "export.latency_seconds", self.latency_seconds, "above 0")
+        check(self.compile_seconds > 0, "export.compile_seconds", self.compile_seconds, "above 0")

@@ -25,18 +25,21 @@ METHODS = ("check", "features", "start", "accumulate", "merge", "scores")
 @dataclass(frozen=True)
 class FirstBatch:
     """Facts from the first batch, which every chunk starts from. `means` has each layer's mean features (N, W),
-    float64. Labels are less than `classes`.
+    float64. Labels are less than `classes`; with
+    `responses` there are numbers (n, `classes`) for each batch in place of labels.
     """
 
     means: Mapping[str, torch.Tensor]
     classes: int
+    responses: bool = False
 
     @property
     def shapes(self) -> Shapes:
         return {layer: (mean.shape[0], mean.shape[1]) for layer, mean in self.means.items()}
 
     def to(self, device: torch.device) -> FirstBatch:
-        return FirstBatch({layer: mean.to(device) for layer, mean in self.means.items()}, self.classes)
+        means = {layer: mean.to(device) for layer, mean in self.means.items()}
+        return FirstBatch(means, self.classes, self.responses)
 
 
 @runtime_checkable
@@ -46,7 +49,8 @@ class DataCriterion(Protocol[State]):
 
     A subclass defines all methods except `check`. Its state is any value that can be pickled. Tensors in the state may
     be on any device when it is merged. The constructor may take the options `components` and `pooling` (config/pls.py);
-    it receives those that it names.
+    it receives those that it names. With a class attribute `takes_responses = True` it is used for a task of the user's
+    own without class labels, too: `accumulate` gets that one's responses (B, d), floats, as labels.
     """
 
     def check(self, shapes: Shapes, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import psutil
 import torch
@@ -21,6 +22,8 @@ from laasp_ray.errors import ConfigError, SearchError
 
 CONSTANT = 1e-12
 """A column is constant if its standard deviation is at most this share of its mean; the rest is rounding."""
+CONSTANT_RESPONSE = 1e-7
+"""The same for a column of Y, whose mean is not taken off before it is squared."""
 EXHAUSTED = 1e-20
 """The labels are explained when X'Y has shrunk to this share (squared) of its first value; the rest is rounding."""
 SHOWN = 5
@@ -30,39 +33,64 @@ MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
+class ResponseSums:
+    """What one-hot labels tell by themselves and other responses Y (n, K) do not: the `number` () of examples, the sum
+    of X - pilot (D,), and the sum of Y's squares (K,). All float64.
+    """
+
+    number: torch.Tensor
+    features: torch.Tensor
+    squares: torch.Tensor
+
+    def add(self, number: torch.Tensor, features: torch.Tensor, squares: torch.Tensor) -> None:
+        """Adds sums of other examples in place."""
+        self.number.add_(number.to(self.number))
+        self.features.add_(features.to(self.features))
+        self.squares.add_(squares.to(self.squares))
+
+
+@dataclass(frozen=True)
 class Moments:
-    """Sums over n images' features X (n, D) and one-hot labels Y (n, K), all float64 on one device.
+    """Sums over n images' features X (n, D) and one-hot labels or other responses Y (n, K), all float64 on one device.
 
     Features are measured from a `pilot` mean (D,), any value near the true mean, to avoid cancellation. `counts` (K,)
-    are the images of each class, `sums` (K, D) is Y'(X - pilot), `products` (D, D) is (X - pilot)'(X - pilot). Moments
-    with the same pilot can be added, image by image or part by part.
+    are the images of each class, or the sums of Y, `sums` (K, D) is Y'(X - pilot), `products` (D, D) is (X -
+    pilot)'(X - pilot). Moments with the same pilot can be added, image by image or part by part. `others` is None for
+    class labels.
     """
 
     pilot: torch.Tensor
     counts: torch.Tensor
     sums: torch.Tensor
     products: torch.Tensor
+    others: ResponseSums | None = None
 
     @staticmethod
-    def empty(pilot: torch.Tensor, classes: int) -> Moments:
-        """The moments of no images; `pilot` is (D,)."""
+    def empty(pilot: torch.Tensor, classes: int, *, responses: bool = False) -> Moments:
+        """The moments of no images; `pilot` is (D,). With `responses` those of `classes` columns of numbers."""
         pilot = pilot.double()
-        columns = len(pilot)
-        return Moments(
-            pilot, pilot.new_zeros(classes), pilot.new_zeros(classes, columns), pilot.new_zeros(columns, columns)
-        )
+        zeros, columns = pilot.new_zeros, len(pilot)
+        others = ResponseSums(zeros(()), zeros(columns), zeros(classes)) if responses else None
+        return Moments(pilot, zeros(classes), zeros(classes, columns), zeros(columns, columns), others)
 
     @property
     def images(self) -> int:
-        return int(self.counts.sum())
+        return int(self.counts.sum() if self.others is None else self.others.number)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a batch in place: `features` (n, D), `labels` (n,) class indices. Raises ValueError for other shapes."""
+        """Adds a batch in place: `features` (n, D), `labels` (n,) class indices or responses (n, K). Raises ValueError
+        for other shapes.
+        """
         if features.shape != (len(labels), len(self.pilot)):
             raise ValueError(f"features {tuple(features.shape)} of {len(labels)} labels and {len(self.pilot)} columns")
         shifted = features.to(self.pilot) - self.pilot
-        # A product is used because index_add_ adds in no fixed order on a GPU.
-        members = torch.nn.functional.one_hot(labels.to(self.pilot.device), len(self.counts)).double()
+        labels = labels.to(self.pilot.device)
+        if self.others is None:
+            # A product is used because index_add_ adds in no fixed order on a GPU.
+            members = torch.nn.functional.one_hot(labels, len(self.counts)).double()
+        else:
+            members = labels.double()
+            self.others.add(members.new_tensor(len(members)), shifted.sum(dim=0), members.square().sum(dim=0))
         self.counts.add_(members.sum(dim=0))
         self.sums.addmm_(members.T, shifted)
         self.products.addmm_(shifted.T, shifted)
@@ -74,6 +102,8 @@ class Moments:
         self.counts.add_(other.counts.to(self.counts))
         self.sums.add_(other.sums.to(self.sums))
         self.products.add_(other.products.to(self.products))
+        if self.others is not None and other.others is not None:
+            self.others.add(other.others.number, other.others.features, other.others.squares)
 
 
 @register("pls")
@@ -85,6 +115,7 @@ class Pls(DataCriterion[Moments]):
     It raises the errors of `vip` and `pooled`.
     """
 
+    takes_responses: ClassVar[bool] = True
     components: int = 2
     pooling: str = "max"
 
@@ -104,7 +135,8 @@ class Pls(DataCriterion[Moments]):
         return pooled(output, self.pooling)
 
     def start(self, first: FirstBatch) -> Moments:
-        return Moments.empty(torch.cat([mean.flatten() for mean in first.means.values()]), first.classes)
+        pilot = torch.cat([mean.flatten() for mean in first.means.values()])
+        return Moments.empty(pilot, first.classes, responses=first.responses)
 
     def accumulate(self, state: Moments, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> Moments:
         state.add(torch.cat([part.flatten(1) for part in features.values()], dim=1), labels)
@@ -160,9 +192,10 @@ def vip(moments: Moments, components: int) -> torch.Tensor:
         loadings.append(loading)
         left = left - spread * torch.outer(loading, response)
     if total == 0:
+        what = "classes" if moments.others is None else "responses"
         raise SearchError(
-            f"no feature of the {moments.images} images tells their classes apart: draw more images, of several "
-            "classes (search.images)"
+            f"no feature of the {moments.images} images tells their {what} apart: draw more images, of several {what} "
+            "(search.images)"
         )
     return (columns * importance / total).sqrt()
 
@@ -172,17 +205,24 @@ class _Scaled:
 
     def __init__(self, moments: Moments) -> None:
         self._products, self._images = moments.products, moments.images
-        self._mean = moments.sums.sum(dim=0) / self._images
+        others = moments.others
+        self._mean = (moments.sums.sum(dim=0) if others is None else others.features) / self._images
         spread = (moments.products.diagonal() - self._images * self._mean.square()).clamp_min(0)
         deviation = (spread / (self._images - 1)).sqrt()
         constant = deviation <= CONSTANT * (moments.pilot + self._mean).abs()
         # Only rounding is left in a constant column, so it is set to zero.
         self._inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, deviation))
-        share = moments.counts / self._images
-        # A class that has all images or none gives a constant column of Y.
-        of_classes = (self._images * share * (1 - share) / (self._images - 1)).sqrt()
+        of_classes = self._deviation_of_classes(moments.counts / self._images, others)
         centred = moments.sums.T - torch.outer(self._mean, moments.counts)
         self.cross = torch.where(of_classes == 0, 0.0, centred * self._inverse.unsqueeze(1) / of_classes)
+
+    def _deviation_of_classes(self, mean: torch.Tensor, others: ResponseSums | None) -> torch.Tensor:
+        """That of each column of Y; 0 for a constant one: a class that has all images or none, a fixed response."""
+        if others is None:
+            return (self._images * mean * (1 - mean) / (self._images - 1)).sqrt()
+        spread = (others.squares - self._images * mean.square()).clamp_min(0)
+        deviation = (spread / (self._images - 1)).sqrt()
+        return torch.where(deviation <= CONSTANT_RESPONSE * mean.abs(), 0.0, deviation)
 
     def times(self, vector: torch.Tensor) -> torch.Tensor:
         """X'X times `vector` (D,)."""

@@ -28,7 +28,7 @@ have no CPUs.
 """
 FAILURES = 5
 """How often a trial is begun again after its process was lost."""
-METRIC = "top1"
+METRIC = "score"
 _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the driver as it ends a run's
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

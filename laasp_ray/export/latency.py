@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,7 +87,7 @@ def measure_engines(
         try:
             if engine == "compile" and busy and not compile_when_busy:
                 raise ExportError(f"the machine was too busy to compile for it ({busy[0]})")
-            passes_for = _ENGINES[engine](networks, input_shape, device, onnx)
+            passes_for = _ENGINES[engine](networks, input_shape, device, onnx, config)
         except Exception as error:
             rows += [_not_measured(engine, batch, error) for batch in config.latency_batches]
             continue
@@ -131,7 +133,9 @@ _PassesFor = Callable[[int], Passes]
 _Networks = tuple[nn.Module, nn.Module]
 
 
-def _eager(networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None) -> _PassesFor:
+def _eager(
+    networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None, config: ExportConfig
+) -> _PassesFor:
     copies = [ready(network, device) for network in networks]
 
     def passes(batch: int) -> Passes:
@@ -141,21 +145,53 @@ def _eager(networks: _Networks, input_shape: Sequence[int], device: torch.device
     return passes
 
 
-def _compiled(networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None) -> _PassesFor:
+def _compiled(
+    networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None, config: ExportConfig
+) -> _PassesFor:
     copies = [ready(network, device) for network in networks]
+    limit = _CompileLimit(config.compile_seconds)
 
     def passes(batch: int) -> Passes:
         # Both networks share their code, and past a limit of versions torch would run it uncompiled without a word.
         torch._dynamo.reset()
         inputs = inputs_of(input_shape, batch, device)
-        compiled = [torch.compile(model, dynamic=False) for model in copies]
-        return [torch_pass(model, inputs) for model in compiled], conditions(batch, device)
+        runs = [torch_pass(torch.compile(model, dynamic=False), inputs) for model in copies]
+        for number, run in enumerate(runs):
+            limit.check(len(runs) - number)
+            with limit.counted():
+                run()  # the first pass compiles
+        return runs, conditions(batch, device)
 
     return passes
 
 
+class _CompileLimit:
+    """Seconds that compiling may take in all. A compilation cannot be stopped, so the next is not begun if it would
+    exceed them, at the time that the longest one so far took.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._most, self._spent, self._longest = seconds, 0.0, 0.0
+
+    def check(self, networks: int) -> None:
+        """Raises ExportError if there is no time to compile so many more networks."""
+        if self._spent + networks * self._longest > self._most:
+            raise ExportError(
+                f"to compile a network took {self._longest:.0f} s, and {networks} more would exceed the "
+                f"{self._most:g} s of export.compile_seconds"
+            )
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts the time of a compilation."""
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        self._spent, self._longest = self._spent + seconds, max(self._longest, seconds)
+
+
 def _in_onnxruntime(
-    networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None
+    networks: _Networks, input_shape: Sequence[int], device: torch.device, onnx: bytes | None, config: ExportConfig
 ) -> _PassesFor:
     if absent := missing():
         raise ExportError(f"it needs {', '.join(absent)}: {REMEDY}")
@@ -174,7 +210,7 @@ def _in_onnxruntime(
     return passes
 
 
-_ENGINES: dict[Engine, Callable[[_Networks, Sequence[int], torch.device, bytes | None], _PassesFor]] = {
+_ENGINES: dict[Engine, Callable[[_Networks, Sequence[int], torch.device, bytes | None, ExportConfig], _PassesFor]] = {
     "eager": _eager,
     "compile": _compiled,
     "onnxruntime": _in_onnxruntime,

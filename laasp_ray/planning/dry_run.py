@@ -16,6 +16,7 @@ from laasp_ray.planning.workload import Workload, network_of, workload_of
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.repeats import runs_of
 from laasp_ray.report.tables import table_lines
+from laasp_ray.run.metrics import noun_of
 from laasp_ray.run.preflight import Prepared, check_workers, folded, open_run, prepare
 from laasp_ray.search.precision import computing_in
 from laasp_ray.store.addresses import public
@@ -84,10 +85,11 @@ def describe(
     """
     config = prepared.config
     test_images, train_images = len(prepared.test), len(prepared.train)
+    noun = noun_of(prepared.task.data)
     seconds = seconds_of(workload, machine, train_images=train_images, test_images=test_images)
     total = sum(seconds.values())
     measured = (
-        f"{machine.trainer.training:,.1f} images/s in training and {machine.trainer.evaluation:,.1f} in evaluation "
+        f"{machine.trainer.training:,.1f} {noun}/s in training and {machine.trainer.evaluation:,.1f} in evaluation "
         "of one worker"
     )
     if workload.calibration_images:
@@ -95,13 +97,13 @@ def describe(
     rows = [
         *(("in the store", line) for line in stored),
         ("network", f"{config.model.builder}, {prepared.baseline.macs.total:,} multiply-accumulates"),
-        ("images", f"{train_images:,} to train on, {test_images:,} to test on"),
+        (noun, f"{train_images:,} to train on, {test_images:,} to test on"),
         ("start", _start(config, workload)),
         *([("pruned", "nothing, without a target")] if workload.pruning is None else workload.pruning.rows),
         ("final", f"{workload.epochs['final']} epochs"),
-        ("evaluations", f"about {workload.evaluations} on the test images"),
+        ("evaluations", f"about {workload.evaluations} on the test {noun}"),
         ("at the end", _at_the_end(config)),
-        ("workers", f"{machine.workers}, each {machine.trainer.device}, images decoded by {machine.trainer.loader}"),
+        ("workers", f"{machine.workers}, each {machine.trainer.device}, {noun} read by {machine.trainer.loader}"),
         ("measured", measured),
         *((f"time, {part}", format_duration(spent)) for part, spent in seconds.items()),
         ("time, all", f"at most about {format_duration(total)}"),
@@ -110,7 +112,7 @@ def describe(
         rows.append((f"{runs} runs", format_duration(runs * total)))
     lines = [f"Dry run of {config.name}: nothing is trained and nothing stored.", ""]
     lines += table_lines(rows, rule=False, left=(0, 1))
-    return "\n".join([*lines, "", "It is taken that", *(f"- {line}" for line in _assumptions(config, workload))])
+    return "\n".join([*lines, "", "It is taken that", *(f"- {line}" for line in _assumptions(config, workload, noun))])
 
 
 def _stored(run: RunConfig) -> str:
@@ -149,10 +151,10 @@ def _at_the_end(config: RunConfig) -> str:
     return f"{export}; {timed}"
 
 
-def _assumptions(config: RunConfig, workload: Workload) -> list[str]:
+def _assumptions(config: RunConfig, workload: Workload, noun: str) -> list[str]:
     lines = [] if workload.pruning is None else list(workload.pruning.assumptions)
     lines.append(
-        "work goes by images over all workers; what workers tell one another, starting them, storing, exporting and "
+        f"work goes by {noun} over all workers; what workers tell one another, starting them, storing, exporting and "
         "timing are left out"
     )
     if config.train.distill:

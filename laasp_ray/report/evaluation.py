@@ -23,7 +23,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
     row("MACs", "{:,}", unpruned.macs, pruned.macs)
     row("parameters", "{:,}", unpruned.parameters, pruned.parameters)
     lines = table_lines(rows, rule=False)
-    lines.append(f"{pruned.metrics.images} test images; MACs: convolutions and linear layers at one input")
+    lines.append(f"{pruned.metrics.images} test {evaluation.noun}; MACs: convolutions and linear layers at one input")
     if evaluation.latency:
         lines += ["", *latency_lines(evaluation.latency)]
     return "\n".join(lines)

@@ -200,12 +200,12 @@ class Progress(ABC):
                 yield f"pruning ends short of its targets ({reached}): {event.reason}"
             case TrainingPhaseDone() | BaselineMeasured():
                 if not self._loader_shown:  # the trainers' own log does not reach the driver
-                    yield f"the trainers' images are decoded by {event.loader}"
+                    yield f"the trainers' data are read by {event.loader}"
                 self._loader_shown = True
                 metrics = event.metrics
                 yield (
                     f"after {event.phase if isinstance(event, TrainingPhaseDone) else 'baseline'}: test "
-                    f"{metrics_text(metrics)} on {metrics.images} images"
+                    f"{metrics_text(metrics)} on {metrics.images:,} examples"
                 )
 
     @abstractmethod

@@ -26,7 +26,7 @@ from laasp_ray.run.events import (
     TrainingPhaseDone,
     last_of,
 )
-from laasp_ray.run.metrics import form_of, label_of, metrics_text
+from laasp_ray.run.metrics import form_of, label_of, metrics_text, noun_of
 from laasp_ray.run.totals import exports_of, metrics_before
 
 
@@ -47,8 +47,8 @@ class Summary:
 
     `targets` and `reached` have a share for each quantity (config.TARGETS). `reached` has FLOPs and every other
     quantity with a target. `macs` are for one input; `macs_after` and `parameters_after` are of the finished network.
-    `before` and `after` are the test metrics before the first prune and at the end. `best` is the epoch of the final
-    training with the best primary metric on the test images. `iteration_seconds` has the mean seconds of each part of
+    `before` and `after` are the test metrics before the first prune and at the end, on `noun`. `best` is the epoch of
+    the final training with the best primary metric in tests. `iteration_seconds` has the mean seconds of each part of
     an iteration, and `phase_seconds` the seconds of training by phase. `kept_filters` has the filters left in each
     pruned layer, and `filters` the initial number in every prunable layer. `compensated` says for every prune that
     could be made up for whether it was. `exports` and `latency` are of the finished network.
@@ -76,6 +76,7 @@ class Summary:
     compensated: tuple[bool, ...] = ()
     exports: tuple[Export, ...] = ()
     latency: tuple[EngineLatency, ...] = ()
+    noun: str = "images"
     finished: bool = False
     exhausted: bool = False
 
@@ -127,6 +128,7 @@ def summarise(events: Sequence[Happening]) -> Summary:
         compensated=tuple(event.details["compensated"] for event in iterations if "compensated" in event.details),
         exports=exports_of(events),
         latency=timed.rows if (timed := last_of(events, LatencyMeasured)) else (),
+        noun=noun_of((start.config.get("data") or {}).get("factory")),
         finished=finish is not None,
     )
 
@@ -194,7 +196,7 @@ def _network_rows(summary: Summary) -> list[tuple[str, ...]]:
         texts = (form_of(name).format(m.named[name]) if m else "-" for m in (summary.before, summary.after))
         rows.append((label_of(name), *texts))
     rows.append(("loss", *(f"{m.loss:.4f}" if m else "-" for m in (summary.before, summary.after))))
-    rows.append(("test images", *(f"{m.images:,}" if m else "-" for m in (summary.before, summary.after))))
+    rows.append((f"test {summary.noun}", *(f"{m.images:,}" if m else "-" for m in (summary.before, summary.after))))
     return rows
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from laasp_ray.cost.latency import Latency
-from laasp_ray.records import Metrics
 from laasp_ray.report.durations import format_duration
-from laasp_ray.report.summary import summarise
+from laasp_ray.report.summary import Summary, summarise
 from laasp_ray.report.tables import table_lines
 from laasp_ray.run.events import Happening, IterationDone, LatencyMeasured, RunFinished, RunStarted, last_of
+from laasp_ray.run.metrics import TOP1, Measure
 from laasp_ray.run.totals import seconds_spent
 
 SCHEMA_VERSION = 1
@@ -21,7 +22,9 @@ FINISHED = "finished"
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One trial. Top-1 is in %, on the test images: just before the first prune, and of the finished network.
+    """One trial. Top-1 is in %, on the test images: just before the first prune, and of the finished network. A task of
+    the user's own is compared by its `metric` (or its loss) instead, whose values are `value_before` and `value_after`;
+    `better` says which values of it are.
 
     `macs` are for one input. `latency_ms` is the median of the unpruned and of this network, measured by turns. Of the
     `seconds` of a run of its own, `shared_seconds` were the other run's that it began with. A value that is not known
@@ -40,6 +43,10 @@ class SweepRow:
     latency_ms: tuple[float, float] | None = None
     top1_before: float | None = None
     top1_after: float | None = None
+    metric: str = "top1"
+    better: Literal["higher", "lower"] = "higher"
+    value_before: float | None = None
+    value_after: float | None = None
     seconds: float = 0.0
     shared_seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +54,23 @@ class SweepRow:
     @property
     def is_finished(self) -> bool:
         return self.status == FINISHED
+
+    @property
+    def measure(self) -> Measure:
+        return Measure(self.metric, self.better)
+
+    @property
+    def score_before(self) -> float | None:
+        """By `measure`: higher is better."""
+        return self.top1_before if self.measure.is_top1 else _score(self.measure, self.value_before)
+
+    @property
+    def score_after(self) -> float | None:
+        return self.top1_after if self.measure.is_top1 else _score(self.measure, self.value_after)
+
+    def figure(self, score: float | None) -> str:
+        """A score of this row as text."""
+        return "-" if score is None else self.measure.figure(score)
 
 
 def row_from(
@@ -80,16 +104,28 @@ def row_from(
         parameters=summary.parameters_after,
         parameters_unpruned=summary.parameters,
         latency_ms=latency_ms,
-        top1_before=_percent_of(summary.before),
-        top1_after=_percent_of(summary.after),
+        **_compared(summary),
         seconds=seconds_spent(events),
         shared_seconds=float(shared.get("seconds", 0.0)),
     )
 
 
-def _percent_of(metrics: Metrics | None) -> float | None:
-    """The top-1, %. A loss of the user's own has none."""
-    return None if metrics is None or metrics.top1 is None else 100 * metrics.top1
+def _compared(summary: Summary) -> dict[str, Any]:
+    """The fields of a row that networks are compared by."""
+    before, after = summary.before, summary.after
+    known = after or before
+    if known is None or known.top1 is not None:
+        percents = [None if one is None or one.top1 is None else 100 * one.top1 for one in (before, after)]
+        return {"top1_before": percents[0], "top1_after": percents[1]}
+    values = [None if one is None else one.primary[1] for one in (before, after)]
+    name = known.primary[0]
+    return {"metric": name, "better": known.better, "value_before": values[0], "value_after": values[1]}
+
+
+def _score(measure: Measure, value: float | None) -> float | None:
+    if value is None:
+        return None
+    return -math.inf if math.isnan(value) else measure.value(value)
 
 
 def latency_in(events: Sequence[Happening]) -> tuple[Latency, Latency] | None:
@@ -113,18 +149,25 @@ def row_of_json(data: Mapping[str, Any]) -> SweepRow:
 
 
 def comparable(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """The finished rows that have a top-1. A run with a loss of the user's own has none."""
-    return [row for row in rows if row.is_finished and row.top1_after is not None]
+    """The finished rows that are measured as the first of them: one metric, in which they can be compared."""
+    finished = [row for row in rows if row.is_finished and row.score_after is not None]
+    return [row for row in finished if row.measure == finished[0].measure]
+
+
+def measure_of(rows: Sequence[SweepRow]) -> Measure:
+    """What the comparable rows are compared by; top-1 if there are none, and nothing says otherwise."""
+    known = comparable(rows) or [row for row in rows if row.score_before is not None]
+    return known[0].measure if known else TOP1
 
 
 def pareto_front(rows: Sequence[SweepRow], cost: Callable[[SweepRow], float] | None = None) -> list[SweepRow]:
-    """The comparable rows that no other one beats: with at least its top-1 and at most its `cost`, and one of them
+    """The comparable rows that no other one beats: no worse in their metric and of at most its `cost`, and one of them
     better. The cost is by default that of multiply-accumulates.
     """
     of = _macs if cost is None else cost
 
     def beats(other: SweepRow, row: SweepRow) -> bool:
-        a, b = (_top1(other), -of(other)), (_top1(row), -of(row))
+        a, b = (score_of(other), -of(other)), (score_of(row), -of(row))
         return a[0] >= b[0] and a[1] >= b[1] and a != b
 
     compared = comparable(rows)
@@ -133,7 +176,8 @@ def pareto_front(rows: Sequence[SweepRow], cost: Callable[[SweepRow], float] | N
 
 def sweep_table(rows: Sequence[SweepRow], best: str | None = None) -> str:
     """The rows as text; the best one is marked."""
-    head = ("", "target", "FLOPs", "MACs", "parameters", "ms", "top-1 before", "after", "seconds", "shared", "")
+    label = measure_of(rows).label
+    head = ("", "target", "FLOPs", "MACs", "parameters", "ms", f"{label} before", "after", "seconds", "shared", "")
     lines = [head, *(_cells(row, row.name == best) for row in rows)]
     return "\n".join(table_lines(lines, left=(0, 1, 10)))
 
@@ -152,8 +196,8 @@ def _cells(row: SweepRow, is_best: bool) -> tuple[str, ...]:
         _count(row.macs),
         _count(row.parameters),
         ms,
-        _percent(row.top1_before),
-        _percent(row.top1_after),
+        row.figure(row.score_before),
+        row.figure(row.score_after),
         format_duration(row.seconds - row.shared_seconds),
         format_duration(row.shared_seconds) if row.shared_seconds else "-",
         note,
@@ -177,11 +221,11 @@ def sweep_json(
 
 
 def pareto_png(rows: Sequence[SweepRow], best: str | None, title: str) -> bytes:
-    """A plot of top-1 against the share of FLOPs that is left, and beside it against the measured latency."""
+    """A plot of the metric against the share of FLOPs that is left, and beside it against the measured latency."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    compared = comparable(rows)
+    compared, measure = comparable(rows), measure_of(rows)
     front = {row.name for row in pareto_front(compared)}
     timed = [row for row in compared if row.latency_ms is not None]
     figure = Figure(figsize=(10 if timed else 5.5, 4.2), layout="constrained")
@@ -193,15 +237,19 @@ def pareto_png(rows: Sequence[SweepRow], best: str | None, title: str) -> bytes:
         axes = figure.add_subplot(1, len(panels), number)
         ordered = sorted((row for row in shown if row.name in front), key=place)
         chosen = [row for row in shown if row.name == best]
-        axes.plot([place(row) for row in ordered], list(map(_top1, ordered)), color="0.7", zorder=1)
-        axes.scatter([place(row) for row in shown], list(map(_top1, shown)), s=30, zorder=2, label="pruned")
-        axes.scatter([place(row) for row in chosen], list(map(_top1, chosen)), s=90, marker="*", zorder=3, label="best")
-        before = [row.top1_before for row in shown if row.top1_before is not None]
+        axes.plot([place(row) for row in ordered], list(map(value_of, ordered)), color="0.7", zorder=1)
+        axes.scatter([place(row) for row in shown], list(map(value_of, shown)), s=30, zorder=2, label="pruned")
+        axes.scatter(
+            [place(row) for row in chosen], list(map(value_of, chosen)), s=90, marker="*", zorder=3, label="best"
+        )
+        before = [row.measure.value(row.score_before) for row in shown if row.score_before is not None]
         if before:
             axes.axhline(before[0], color="0.6", linestyle=":", label="before the first prune")
         for row in shown:
-            axes.annotate(row.name, (place(row), _top1(row)), xytext=(4, 5), textcoords="offset points", size=7)
-        axes.set(xlabel=label, ylabel="top-1, %")
+            axes.annotate(row.name, (place(row), value_of(row)), xytext=(4, 5), textcoords="offset points", size=7)
+        axes.set(xlabel=label, ylabel=measure.axis)
+        if measure.better == "lower":
+            axes.invert_yaxis()  # up is better
         axes.legend(fontsize=7, loc="lower right")
     figure.suptitle(title, size=10)
     buffer = io.BytesIO()
@@ -222,9 +270,15 @@ def _macs(row: SweepRow) -> float:
     return row.macs or 0
 
 
-def _top1(row: SweepRow) -> float:
-    assert row.top1_after is not None, f"{row.name} has no top-1 and cannot be compared by it"
-    return row.top1_after
+def score_of(row: SweepRow) -> float:
+    """The score of a finished row."""
+    assert row.score_after is not None, f"{row.name} has no {row.measure.label} and cannot be compared by it"
+    return row.score_after
+
+
+def value_of(row: SweepRow) -> float:
+    """The value that is drawn of a finished row: top-1 in percent."""
+    return row.measure.value(score_of(row))
 
 
 def _milliseconds(row: SweepRow) -> float:
@@ -233,7 +287,3 @@ def _milliseconds(row: SweepRow) -> float:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}%"

@@ -14,7 +14,7 @@ from laasp_ray.models.libraries import OPTIONAL
 from laasp_ray.records import Metrics
 from laasp_ray.run.events import RunFinished
 from laasp_ray.run.finishing import Delivered
-from laasp_ray.run.metrics import form_of, label_of
+from laasp_ray.run.metrics import form_of, label_of, noun_of
 
 CARD = "model_card.md"
 _ONNX = f'''import numpy, onnxruntime
@@ -47,7 +47,7 @@ def model_card(config: RunConfig, summary: RunFinished, before: Metrics | None, 
 
 
 def _what(config: RunConfig) -> Iterator[str]:
-    data, noun = config.data, _noun(config)
+    data, noun = config.data, noun_of(config.data.factory)
     shape = f"({noun}, {', '.join(map(str, config.model.input_shape))})"
     facts = {"network": f"`{config.model.builder}`, arguments: {_arguments(config.model.arguments)}"}
     if data.factory:
@@ -99,8 +99,8 @@ def _numbers(config: RunConfig, summary: RunFinished, before: Metrics | None) ->
     ]
     yield _table(rows)
     yield (
-        f"Metrics and loss are on {after.images:,} test {_noun(config)}; the unpruned network's are of just before the "
-        f"first prune. {summary.flops_reduction:.2%} of FLOPs are gone ({summary.macs_convention})."
+        f"Metrics and loss are on {after.images:,} test {noun_of(config.data.factory)}; the unpruned network's are of "
+        f"just before the first prune. {summary.flops_reduction:.2%} of FLOPs are gone ({summary.macs_convention})."
     )
 
 
@@ -130,10 +130,6 @@ def _metrics(metrics: Metrics) -> str:
 def _own(path: str) -> str:
     """A part of the user's own as the config names it; empty if there is none."""
     return "a Python object that the run was given" if path == GIVEN else f"`{path}`" if path else ""
-
-
-def _noun(config: RunConfig) -> str:
-    return "examples" if config.data.factory else "images"
 
 
 def _arguments(arguments: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from laasp_ray.models.device import this_device
 from laasp_ray.records import Metrics, to_json
 from laasp_ray.run.beginning import differing_parts
 from laasp_ray.run.events import started
+from laasp_ray.run.metrics import noun_of
 from laasp_ray.run.preflight import stored_config
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.checkpoint import UNPRUNED, load_checkpoint
@@ -51,11 +52,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Both networks of a run, and their latency: a row for each engine and batch, measured by turns."""
+    """Both networks of a run, on the test `noun`; their latency: a row for each engine and batch, measured by turns."""
 
     unpruned: Measured
     pruned: Measured
     latency: tuple[EngineLatency, ...]
+    noun: str = "images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ def evaluate_run(
         _measured(name, network, config, device, figures)
         for name, network, figures in zip(("unpruned", "pruned"), (unpruned, pruned), metrics, strict=True)
     )
-    return Evaluation(first, second, tuple(rows))
+    return Evaluation(first, second, tuple(rows), noun_of(task.data))
 
 
 def _check_task(storage: Storage, task: Task, replaced: Mapping[str, str | None]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from laasp_ray import models
 from laasp_ray.config import PlsConfig, RunConfig
 from laasp_ray.config.compat import differences, with_current_names
+from laasp_ray.criteria import get as criterion_of
 from laasp_ray.criteria import looks_at_data
 from laasp_ray.data.examples.source import Examples, check_example_identity
 from laasp_ray.data.loaders.registry import check_available
@@ -222,17 +223,29 @@ def _opened(
 
 
 def _check_needs_no_labels(config: RunConfig, task: Task) -> None:
-    """Raises ConfigError if the method looks at class labels, which a data set of the user's own does not have."""
-    if task.data is None or not config.prunes:
+    """Raises ConfigError if the method looks at class labels, which a task of the user's own does not have, or at
+    responses that it gives wrongly.
+    """
+    if task.data is None or not config.prunes or isinstance(task, Classification):
         return
     wanting = [name for name in getattr(config.prune, "criteria", ()) if looks_at_data(name)]
     if isinstance(config.prune, PlsConfig):
-        wanting.append(f"method {config.prune.method}")
-    if wanting:
+        wanting.append(config.prune.method)
+    if not wanting:
+        return
+    if task.responses is None:
         raise ConfigError(
-            f"{wanting[0]} looks at the images' class labels, and a data set of your own has none that it knows: leave "
-            "it out of prune.criteria, or use another prune.method"
+            f"{wanting[0]} looks at the images' class labels, and a task of your own has none that it knows: give the "
+            "loss an attribute `responses`, a callable (targets) -> numbers (n, d), such as the targets themselves; or "
+            "leave it out of prune.criteria, or use another prune.method"
         )
+    only_labels = [name for name in wanting if not getattr(criterion_of(name), "takes_responses", False)]
+    if only_labels:
+        raise ConfigError(
+            f"the criterion {only_labels[0]} looks at class labels and does not say that it takes responses "
+            "(takes_responses, laasp_ray.criteria.DataCriterion): leave it out of prune.criteria"
+        )
+    task.responses(task.trial(config.model.input_shape)[1])
 
 
 def _output_of(model: nn.Module, example_input: torch.Tensor) -> Any:

@@ -74,8 +74,9 @@ def chunks_of(images: int, batch_size: int, most: int = CHUNKS) -> list[np.ndarr
 @full_precision()
 @torch.no_grad()
 def measure_first_batch(model: nn.Module, calibration: Calibration, wanted: ImportanceRequest) -> FirstBatch:
-    classes = int(calibration.class_labels().max()) + 1
-    images, _ = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
+    images, targets = calibration.at(np.arange(min(calibration.batch_size, len(calibration))))
+    has_responses = calibration.task.responses is not None
+    classes = calibration.labels_of(targets).shape[1] if has_responses else int(calibration.class_labels().max()) + 1
     features = _features_of_batch(model, images, wanted)
     shapes = _shapes(features)
     _check(wanted, shapes, calibration.device)
@@ -83,7 +84,8 @@ def measure_first_batch(model: nn.Module, calibration: Calibration, wanted: Impo
     means = torch.cat([part.flatten(1) for part in features.values()], dim=1).double().mean(dim=0)
     parted = means.split([filters * width for filters, width in shapes.values()])
     pairs = zip(shapes.items(), parted, strict=True)
-    return FirstBatch({layer: part.unflatten(0, shape).clone() for (layer, shape), part in pairs}, classes)
+    by_layer = {layer: part.unflatten(0, shape).clone() for (layer, shape), part in pairs}
+    return FirstBatch(by_layer, classes, has_responses)
 
 
 @full_precision()
@@ -94,8 +96,9 @@ def state_of(
     """The criterion's state after the images at `chunk` (n,), batch by batch, on the calibration set's device."""
     state = _start(wanted, first.to(calibration.device))
     for start in range(0, len(chunk), calibration.batch_size):
-        images, labels = calibration.at(chunk[start : start + calibration.batch_size])
+        images, targets = calibration.at(chunk[start : start + calibration.batch_size])
         features = _features_of_batch(model, images, wanted)
+        labels = calibration.labels_of(targets)
         with _called(wanted, "accumulate"):
             state = _given(wanted, "accumulate", wanted.criterion.accumulate(state, features, labels))
     return state

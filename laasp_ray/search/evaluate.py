@@ -21,10 +21,14 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.memory import retried
 from laasp_ray.search.precision import full_precision
-from laasp_ray.tasks import CLASSIFICATION, Task
+from laasp_ray.tasks import CLASSIFICATION, Classification, Task
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
 CPU = torch.device("cpu")
+NO_LABELS = (
+    "a criterion or method that looks at class labels (pls) is used with a task of your own, which has none: give the "
+    "loss an attribute `responses`, a callable (targets) -> (n, d), or use others (prune.criteria l1, l2, cosine, ...)"
+)
 NO_MASK = CannotMask("no mask is known")
 
 
@@ -57,6 +61,10 @@ class Calibration(ABC):
     @abstractmethod
     def class_labels(self) -> torch.Tensor:
         """The class indices (n,) of all examples. Raises ConfigError for a set without them."""
+
+    def labels_of(self, targets: Any) -> torch.Tensor:
+        """What criteria of data get of a batch: its labels (n,), or the responses (n, d) of a task that has some."""
+        return targets if self.task.responses is None else self.task.responses(targets)
 
     @abstractmethod
     def with_format(self, memory_format: torch.memory_format) -> Self:
@@ -105,6 +113,8 @@ class CalibrationSet(Calibration):
         return replace(self, images=images, labels=labels, task=self.task.to(device))
 
     def class_labels(self) -> torch.Tensor:
+        if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
+            raise ConfigError(NO_LABELS)
         return self.labels
 
     def with_format(self, memory_format: torch.memory_format) -> Self:
@@ -146,10 +156,9 @@ class ExampleSet(Calibration):
         return map_tensors(inputs, lambda tensor: in_format(tensor, self.memory_format)), targets
 
     def class_labels(self) -> torch.Tensor:
-        raise ConfigError(
-            "a criterion or method that looks at class labels (pls) is used with a data set of your own, which has "
-            "none: use others (prune.criteria l1, l2, cosine, ...)"
-        )
+        if isinstance(self.task, Classification):
+            return torch.cat([targets for _, targets in self.batches()])
+        raise ConfigError(NO_LABELS)
 
     def with_format(self, memory_format: torch.memory_format) -> Self:
         return replace(self, memory_format=memory_format)

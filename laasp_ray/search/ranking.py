@@ -5,15 +5,24 @@ cluster.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from laasp_ray.config import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, Compensate, LaaspConfig, SearchConfig, StepRule
+from laasp_ray.config import (
+    COMPENSATED_CRITERIA,
+    DEFAULT_CRITERIA,
+    Compensate,
+    DataConfig,
+    LaaspConfig,
+    SearchConfig,
+    StepRule,
+)
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import looks_at_data
 from laasp_ray.criteria.obs import NAME as OBS
+from laasp_ray.data.examples.source import OwnData
 from laasp_ray.errors import PruningError
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.models.suitable import check_suitable
@@ -25,15 +34,16 @@ from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import ImportanceRequest, importance
-from laasp_ray.search.arguments import checked_data, checked_search, taken_by
+from laasp_ray.search.arguments import EXAMPLES, calibration_of, checked_search, example_of, taken_by
 from laasp_ray.search.batchnorm import check_statistics
 from laasp_ray.search.candidates import counts_of, measure_baseline, not_made_up, propose, ranking_of, tasks_of
 from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
-from laasp_ray.search.evaluate import CalibrationSet, Prepare
+from laasp_ray.search.evaluate import Calibration, Prepare
 from laasp_ray.search.executor import SerialBackend, settings_of
 from laasp_ray.search.grams import grams
 from laasp_ray.search.schedule import measure
+from laasp_ray.tasks.registry import task_from
 
 __all__ = ["rank"]
 
@@ -41,9 +51,13 @@ __all__ = ["rank"]
 @random_state_kept()
 def rank(
     model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
     *,
+    data: OwnData | Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    examples: int = EXAMPLES,
+    input_shape: Sequence[int] | None = None,
     criteria: Sequence[str] | None = None,
     step: float = 0.01,
     step_rule: StepRule = "flops_share",
@@ -68,6 +82,11 @@ def rank(
     FLOPs reductions (default: `model` itself). An entry has `.layer`, `.criterion`, `.filters`, `.flops_reduction`
     after its prune, and `.loss`, the mean cross-entropy over all images. An entry that failed has an `.error` and comes
     last. `model` is not changed.
+
+    `loss` replaces the cross-entropy, and `data` images and labels, both as in `prune` (docs/own-task.md): `data` is a
+    function of the split, called with "train", or an `OwnData`, of which `examples` are drawn as a run of the same seed
+    draws them; `loss` gives a value for each example. With images `labels` may then be any tensor (n, ...) that the
+    loss takes as targets. `input_shape` (C, H, W) is needed if inputs are no tensor.
 
     With `racing`, candidates that are worse with confidence see few images. Their `.loss` is an estimate from `.images`
     images, and `.dropped_at` is the round that dropped them. `.dropped_at` is None for the choice and others that were
@@ -97,10 +116,19 @@ def rank(
     )
     for network in (model,) if reference is None else (model, reference):
         check_suitable(network)
-    calibration = CalibrationSet(*checked_data(images, labels), batch_size, prepare)
+    calibration = calibration_of(
+        model,
+        images,
+        labels,
+        task_from(DataConfig(), data=data, loss=loss),
+        examples=examples,
+        batch_size=batch_size,
+        prepare=prepare,
+        seed=seed,
+    )
     check_statistics(model)
     with random_state_kept():  # a network may draw from the global generators
-        return _rank(deep_copy(model), calibration, config, search, reference, seed)
+        return _rank(deep_copy(model), calibration, config, search, reference, seed, input_shape)
 
 
 def _pool(compensate: Compensate) -> tuple[str, ...]:
@@ -109,15 +137,16 @@ def _pool(compensate: Compensate) -> tuple[str, ...]:
 
 def _rank(
     model: nn.Module,
-    calibration: CalibrationSet,
+    calibration: Calibration,
     config: LaaspConfig,
     search: SearchConfig,
     reference: nn.Module | None,
     seed: int,
+    input_shape: Sequence[int] | None,
 ) -> Ranking:
     """As `rank`, for a copy of the model that may be changed."""
     model, calibration = taken_by(model, calibration)
-    example = calibration.at(np.arange(1))[0]
+    example = example_of(calibration, input_shape)
 
     def graph_of(network: nn.Module) -> PruningGraph:
         return PruningGraph(network, example, ignored=config.ignored, extra_layers=config.extra_layers)

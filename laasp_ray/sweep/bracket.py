@@ -78,12 +78,12 @@ def is_needless(iteration: int, results: Mapping[int, bool], iterations: int) ->
     return not known.met < iteration < known.missed
 
 
-def cannot_meet(top1: Sequence[float], bar: float, finished: Sequence[Sequence[float]], slack: float) -> bool:
+def cannot_meet(scores: Sequence[float], bar: float, finished: Sequence[Sequence[float]], slack: float) -> bool:
     """Whether a running trial cannot meet the bar any more, judged by what finished ones still gained.
 
-    `top1` has the trial's accuracy after each epoch so far, %, and `finished` those of trials that ran to their end.
+    `scores` has those of the trial after each epoch so far, and `finished` those of trials that ran to their end.
     The most that any of them gained from that epoch to its end, and `slack` for noise, are granted. Without a finished
     trial nothing is known, and the answer is False.
     """
-    gains = [other[-1] - other[len(top1) - 1] for other in finished if len(other) >= len(top1)]
-    return bool(top1) and bool(gains) and top1[-1] + max(gains) + slack < bar
+    gains = [other[-1] - other[len(scores) - 1] for other in finished if len(other) >= len(scores)]
+    return bool(scores) and bool(gains) and scores[-1] + max(gains) + slack < bar

@@ -17,18 +17,21 @@ from laasp_ray.records import Metrics
 from laasp_ray.report.summary import summarise
 from laasp_ray.run.events import IterationDone, RunStarted, read_events
 from laasp_ray.run.forking import decides_by_target, fork
+from laasp_ray.run.metrics import TOP1, Measure
 from laasp_ray.store.journal import Journal, event_file
 from laasp_ray.store.storage import Storage
 from laasp_ray.sweep import bracket, latency
 from laasp_ray.sweep.goals import MaxDrop, WithinLatency, filter_prune, inside
 from laasp_ray.sweep.targets import TargetRuns
-from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of, percent_of
+from laasp_ray.sweep.trials import Outcome, Trial, folder_of, has_begun, has_pruned, is_finished, outcome_of
 
 logger = logging.getLogger(__name__)
 
 TRAJECTORY = "trajectory"
-SLACK = 0.5
-"""Points of top-1 that a running trial may still gain beyond what any finished one did."""
+SLACK, SLACK_SHARE = 0.5, 0.5
+"""What a running trial may still gain beyond what any finished one did: points of top-1; of another metric a share of
+the drop that is allowed.
+"""
 Record = Callable[[str, Outcome], None]
 
 
@@ -60,7 +63,7 @@ class Director(ABC):
         self._ended(name, outcome)
 
     def stop_reason(self, name: str, curve: Sequence[float]) -> str:
-        """Why a running trial with this top-1 so far had better stop; empty if it goes on."""
+        """Why a running trial with these scores so far had better stop; empty if it goes on."""
         return ""
 
     @abstractmethod
@@ -132,7 +135,7 @@ class BracketDirector(Director):
         self._goal, self._slots, self._sweep = goal, slots, config
         self._handed = has_pruned(self.trajectory)
         self._iterations: list[float] = []
-        self.base_top1 = 0.0
+        self.measure, self.base = TOP1, 0.0
         self.results: dict[int, bool] = {}
         self._earlier = dict(earlier)
         self._unfinished: list[int] = []
@@ -141,9 +144,13 @@ class BracketDirector(Director):
             self._begin()
 
     @property
+    def _slack(self) -> float:
+        return SLACK if self.measure.is_top1 else SLACK_SHARE * self._goal.points
+
+    @property
     def bar(self) -> float:
-        """The least top-1, %, that is within the drop."""
-        return self.base_top1 - self._goal.points
+        """The least score that is within the drop."""
+        return self.base - self._goal.points
 
     @property
     def iterations(self) -> int:
@@ -157,15 +164,17 @@ class BracketDirector(Director):
     def _begin(self) -> None:
         """Reads the trajectory, and which of its iterations have been tried."""
         self._iterations = reductions_of(self.trajectory)
-        self.base_top1 = self._goal.base_top1 or percent_of(base_metrics(self.trajectory))
+        before = base_metrics(self.trajectory)
+        self.measure = Measure.of(before)
+        self.base = self._goal.base_top1 or self.measure.score(before)
         for number in range(1, self.iterations + 1):
             run = self.config_of(number)
             outcome = outcome_of(run) if has_begun(run) else None
-            if outcome is None or outcome.top1 is None:
+            if outcome is None or outcome.score is None:
                 outcome = self._earlier.get(run.name)
             if outcome is not None and not outcome.error:  # what failed is tried again
                 self._note(run.name, outcome)
-            if has_begun(run) and (outcome is None or (outcome.top1 is None and not outcome.stopped)):
+            if has_begun(run) and (outcome is None or (outcome.score is None and not outcome.stopped)):
                 self._unfinished.append(number)
 
     def _next(self) -> Trial | None:
@@ -202,8 +211,8 @@ class BracketDirector(Director):
         number = number_of(name)
         if outcome.error:
             raise SearchError(f"the trial {name} ended: {outcome.error}")
-        if outcome.top1 is not None:
-            self.results[number] = outcome.top1 >= self.bar
+        if outcome.score is not None:
+            self.results[number] = outcome.score >= self.bar
         elif outcome.stopped == BELOW:
             self.results[number] = False
         if self.config_of(number) not in self.trials:
@@ -214,8 +223,8 @@ class BracketDirector(Director):
             return ""
         if bracket.is_needless(number_of(name), self.results, self.iterations):
             return NEEDLESS
-        finished = [outcome.curve for outcome in self.outcomes.values() if outcome.top1 is not None]
-        return BELOW if bracket.cannot_meet(curve, self.bar, finished, SLACK) else ""
+        finished = [outcome.curve for outcome in self.outcomes.values() if outcome.score is not None]
+        return BELOW if bracket.cannot_meet(curve, self.bar, finished, self._slack) else ""
 
     @property
     def is_done(self) -> bool:

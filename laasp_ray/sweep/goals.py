@@ -10,6 +10,7 @@ from typing import Any
 
 from laasp_ray.config import FilterPruneConfig, LaaspConfig, RunConfig
 from laasp_ray.errors import ConfigError
+from laasp_ray.run.metrics import TOP1, Measure
 
 TARGETS, MAX_DROP, LATENCY, SPACE = "targets", "max-drop", "latency", "space"
 
@@ -28,7 +29,8 @@ class Targets:
 class MaxDrop:
     """The largest reduction of FLOPs whose top-1 after its final training is at most `points` below the base's.
 
-    `points` are of 100%. The base is `base_top1`, %; None: the network just before its first prune.
+    `points` are of 100%. The base is `base_top1`, %; None: the network just before its first prune. With a loss of the
+    user's own `points` are in the unit of its primary metric, or of the loss, and `base_top1` is None.
     """
 
     points: float
@@ -85,23 +87,24 @@ def checked_targets(flops_reductions: Sequence[float]) -> tuple[float, ...]:
     return tuple(targets)
 
 
-def check_goal(goal: Goal, config: RunConfig, test_images: int) -> None:
-    """Raises ConfigError for a goal that no sweep of `config` can have, naming the value and what would do."""
+def check_goal(goal: Goal, config: RunConfig, test_images: int, measure: Measure = TOP1) -> None:
+    """Raises ConfigError for a goal that no sweep of `config` can have, naming the value and what would do. `measure`
+    is what its networks are compared by.
+    """
     if isinstance(goal, MaxDrop):
         if list(config.prune.targets) != ["FLOPs"]:
             raise ConfigError(
                 "--max-drop looks along FLOPs: give --flops-reduction, the deepest to look at, and no other"
             )
-        points, step = goal.points, 100 / test_images
-        if not 0 < points < 100:
-            raise ConfigError(f"--max-drop {points:g} must be above 0 and below 100 points of top-1")
-        if points < step:
+        if measure.is_top1:
+            _check_points(goal.points, goal.base_top1, test_images)
+        elif goal.base_top1 is not None:
             raise ConfigError(
-                f"--max-drop {points:g} is less than one of the {test_images} test images ({step:.3g} points): no "
-                f"prune can be seen to keep to it; give at least {math.ceil(step * 1000) / 1000:g}"
+                f"--base-top1 is of top-1, and this task's networks are compared by {measure.label}: leave it out, and "
+                "the base is the network just before its first prune"
             )
-        if goal.base_top1 is not None and not points < goal.base_top1 <= 100:
-            raise ConfigError(f"--base-top1 {goal.base_top1:g} must be above --max-drop {points:g}, and 100 at most")
+        elif not (math.isfinite(goal.points) and goal.points > 0):
+            raise ConfigError(f"--max-drop {goal.points:g} must be above 0, in the unit of {measure.label}")
     if isinstance(goal, WithinLatency) and not goal.ms > 0:
         raise ConfigError(f"--latency-ms {goal.ms:g} must be above 0")
     if isinstance(goal, SpaceSearch) and goal.trials < 1:
@@ -111,6 +114,20 @@ def check_goal(goal: Goal, config: RunConfig, test_images: int) -> None:
             f"train.epochs is {config.train.epochs}, and pruning begins after the last: a sweep that looks for a "
             "network by its accuracy needs epochs of final training; raise train.epochs"
         )
+
+
+def _check_points(points: float, base_top1: float | None, test_images: int) -> None:
+    """The checks of a drop of top-1."""
+    step = 100 / test_images
+    if not 0 < points < 100:
+        raise ConfigError(f"--max-drop {points:g} must be above 0 and below 100 points of top-1")
+    if points < step:
+        raise ConfigError(
+            f"--max-drop {points:g} is less than one of the {test_images} test images ({step:.3g} points): no "
+            f"prune can be seen to keep to it; give at least {math.ceil(step * 1000) / 1000:g}"
+        )
+    if base_top1 is not None and not points < base_top1 <= 100:
+        raise ConfigError(f"--base-top1 {base_top1:g} must be above --max-drop {points:g}, and 100 at most")
 
 
 def filter_prune(config: RunConfig) -> FilterPruneConfig:

@@ -61,10 +61,10 @@ def carry_out(settings: Mapping[str, Any], report: Callable[[dict[str, Any]], No
     trial = Trial.from_json(settings["trial"])
 
     def on_event(curve: Sequence[float], line: str) -> None:
-        report({"top1": curve[-1] if curve else 0.0, "curve": list(curve), "line": line})
+        report({"score": curve[-1] if curve else 0.0, "curve": list(curve), "line": line})
 
     outcome = run_trial(trial, [Reports(trial.config, on_event)])
-    report({"top1": outcome.top1 or 0.0, "curve": list(outcome.curve), "line": "", "error": outcome.error})
+    report({"score": outcome.score or 0.0, "curve": list(outcome.curve), "line": "", "error": outcome.error})
 
 
 def _said(outcome: Outcome) -> str:
@@ -72,4 +72,4 @@ def _said(outcome: Outcome) -> str:
         return outcome.error
     if outcome.stopped:
         return f"stopped, {outcome.stopped}"
-    return "pruned" if outcome.top1 is None else f"top-1 {outcome.top1:.2f}%"
+    return "pruned" if outcome.score is None else "finished"

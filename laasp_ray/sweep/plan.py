@@ -15,6 +15,7 @@ from laasp_ray.planning.workload import Workload, workload_of
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.sweep import counted
 from laasp_ray.report.tables import table_lines
+from laasp_ray.run.metrics import Measure
 from laasp_ray.run.preflight import Prepared, prepare
 from laasp_ray.sweep.goals import Goal, MaxDrop, SpaceSearch, Targets, WithinLatency, check_goal, filter_prune, sharing
 from laasp_ray.sweep.latency import to_go
@@ -72,7 +73,7 @@ def dry_run(
         check_address(ray_address)
     config = deepest_of(config, goal)
     prepared = prepare(config)
-    check_goal(goal, config, len(prepared.test))
+    check_goal(goal, config, len(prepared.test), Measure(*prepared.task.primary))
     latency = to_go(config, goal.ms) if isinstance(goal, WithinLatency) else None
     shares = _shares(config, goal, distributed, ray_address, concurrent)
     prepared = replace(prepared, config=replace(config, cluster=shares.cluster))

@@ -11,8 +11,9 @@ from laasp_ray import models
 from laasp_ray.config import RunConfig
 from laasp_ray.methods.targets import measure_latency
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.report.sweep import SweepRow, row_from
+from laasp_ray.report.sweep import SweepRow, comparable, measure_of, row_from, score_of
 from laasp_ray.run.events import RunStarted, read_events
+from laasp_ray.run.metrics import TOP1, Measure
 from laasp_ray.store.artifact import load_pruned
 from laasp_ray.store.journal import Journal
 from laasp_ray.sweep.latency import REPEATS
@@ -43,17 +44,18 @@ def measured_latency(run: RunConfig, unpruned: nn.Module) -> Measured:
 
 
 def best_within(rows: Sequence[SweepRow], points: float) -> tuple[str | None, str]:
-    """The best of finished rows by name, and the rule: the largest reduction of FLOPs whose top-1 is at most `points`
-    below that from before the first prune, and if there is none, the highest top-1."""
+    """The best of finished rows by name, and the rule: the largest reduction of FLOPs whose metric is at most `points`
+    worse than before the first prune, and if there is none, the best metric."""
+    measure, finished = measure_of(rows), comparable(rows)
+    best_is = "highest" if measure.better == "higher" else "lowest"
     rule = (
-        f"the largest reduction of FLOPs whose top-1 is at most {points:g} points below that before the first prune; "
-        "if there is none, the highest top-1"
+        f"the largest reduction of FLOPs {measure.within(points, 'that before the first prune')}; if there is none, "
+        f"the {best_is} {measure.label}"
     )
-    finished = [row for row in rows if row.is_finished]
-    kept = [row for row in finished if (row.top1_after or 0.0) >= (row.top1_before or 0.0) - points]
+    kept = [row for row in finished if row.score_before is None or score_of(row) >= row.score_before - points]
     if kept:
         return max(kept, key=lambda row: row.flops_reduction or 0.0).name, rule
-    best = max(finished, key=lambda row: row.top1_after or 0.0, default=None)
+    best = max(finished, key=score_of, default=None)
     return None if best is None else best.name, rule
 
 
@@ -64,40 +66,52 @@ def standard_error(top1: float, images: int) -> float:
 
 
 def bracket_said(
-    rows: Mapping[int, SweepRow], met: int, iterations: int, *, bar: float, base: float, points: float, images: int
+    rows: Mapping[int, SweepRow],
+    met: int,
+    iterations: int,
+    *,
+    bar: float,
+    base: float,
+    points: float,
+    images: int,
+    measure: Measure = TOP1,
 ) -> str:
     """The result of a bracket, and how sure it is: the answer, the next deeper iteration, and how far both are from
     the bar beside the noise of their measurement.
     """
-    error = standard_error(bar, images)
-    noise = f"one standard error of top-1 on {images:,} test images is {error:.2f} points"
+    if measure.is_top1:
+        error = standard_error(bar, images)
+        noise = f"one standard error of top-1 on {images:,} test images is {error:.2f} points"
+    else:
+        error, noise = 0.0, f"how much {measure.label} varies with the {images:,} test examples is not known"
+    below, above = ("below", "above") if measure.better == "higher" else ("above", "below")
+    within = f"within {points:g} points of {measure.figure(base)}"
+    if not measure.is_top1:
+        within = f"with {measure.label} at most {points:g} worse than {measure.figure(base)}"
     if met == 0:
         first = rows.get(1)
-        if first is None or first.top1_after is None:
-            falls = f"was stopped, since it was predicted to end below {bar:.2f}%"
+        if first is None or first.score_after is None:
+            falls = f"was stopped, since it was predicted to end {below} {measure.figure(bar)}"
         else:
-            falls = f"already falls below {bar:.2f}% ({first.top1_after:.2f}%, {noise})"
-        return (
-            f"no reduction is within {points:g} points of {base:.2f}%: the first iteration {falls}; allow a larger "
-            "drop, or a smaller prune.step"
-        )
+            falls = f"already falls {below} {measure.figure(bar)} ({measure.figure(first.score_after)}, {noise})"
+        return f"no reduction is {within}: the first iteration {falls}; allow a larger drop, or a smaller prune.step"
     answer = rows[met]
-    reduction, top1 = answer.flops_reduction or 0.0, answer.top1_after or 0.0
+    reduction, score = answer.flops_reduction or 0.0, score_of(answer)
     said = (
-        f"the largest reduction within {points:g} points of {base:.2f}%: {reduction:.2%} of FLOPs (iteration {met} of "
-        f"{iterations}), top-1 {top1:.2f}%, {top1 - bar:.2f} above the bar"
+        f"the largest reduction {within}: {reduction:.2%} of FLOPs (iteration {met} of "
+        f"{iterations}), {measure.text(score)}, {measure.points(score - bar)} {above} the bar"
     )
     deeper = rows.get(met + 1)
     if met == iterations:
         return f"{said}; it is the trajectory's last: a deeper --flops-reduction may be within, too; {noise}"
-    if deeper is not None and deeper.top1_after is not None:
-        gap = bar - deeper.top1_after
-        said += f"; iteration {met + 1} is {gap:.2f} below it"
-        if min(top1 - bar, gap) < error:
+    if deeper is not None and deeper.score_after is not None:
+        gap = bar - deeper.score_after
+        said += f"; iteration {met + 1} is {measure.points(gap)} {below} it"
+        if min(score - bar, gap) < error:
             return f"{said}; {noise}, so that another seed may choose a neighbour"
         return f"{said}; {noise}"
     return (
-        f"{said}; iteration {met + 1} was stopped, since it was predicted to end below the bar, and its own end was "
+        f"{said}; iteration {met + 1} was stopped, since it was predicted to end {below} the bar, and its own end was "
         f"not measured; {noise}"
     )
 

@@ -20,9 +20,10 @@ from laasp_ray.config.compat import differences
 from laasp_ray.distributed.address import check_address
 from laasp_ray.errors import ConfigError
 from laasp_ray.models.untouched import random_state_kept
-from laasp_ray.report.sweep import SweepRow, counted, pareto_png, sweep_json
+from laasp_ray.report.sweep import SweepRow, counted, measure_of, pareto_png, sweep_json
 from laasp_ray.run.events import RunStarted
 from laasp_ray.run.forking import decides_by_target
+from laasp_ray.run.metrics import Measure
 from laasp_ray.run.preflight import prepare
 from laasp_ray.store.addresses import public_data
 from laasp_ray.store.journal import Journal
@@ -94,7 +95,7 @@ def run_sweep(
     distributed: bool = True,
     ray_address: str | None = None,
     concurrent: int | None = None,
-    best_within: float = BEST_WITHIN,
+    best_within: float | None = None,
     say: Say = _to_stderr,
 ) -> SweepResult:
     """Carries out a sweep, or goes on with the one of that name. What is finished is left as it is.
@@ -102,7 +103,8 @@ def run_sweep(
     `config` is that of a run; its name is the sweep's, and for `MaxDrop` its `prune.flops_reduction` is the deepest
     that is looked at. `concurrent` runs at most are under way at a time; None: as many as fit. With `distributed` False
     everything runs in this process, one trial after the other. `best_within` is for targets: the best one is the
-    deepest whose top-1 falls by at most so many points.
+    deepest whose top-1 falls by at most so many points (None: BEST_WITHIN); with a loss of the user's own the deepest
+    whose primary metric gets worse by at most so much (None: not at all).
 
     Raises ConfigError, DataError or StoreError before anything expensive, and SearchError if a trial that others need
     has failed; the same call then goes on. `failure` of the result says which other trials failed.
@@ -180,13 +182,8 @@ def _check_same(journal: Journal, config: RunConfig, goal: Goal) -> dict[str, An
 
 def _checked(config: RunConfig, goal: Goal) -> dict[str, Any]:
     """Checks what the trials will need. The data of the first event, without what depends on the cluster."""
-    if config.train.loss:
-        raise ConfigError(
-            f"train.loss is {config.train.loss!r}, and a sweep compares the top-1 of its networks, which a loss of "
-            "your own does not have: prune each target as a run of its own"
-        )
     prepared = prepare(deepest_of(config, goal))
-    check_goal(goal, config, len(prepared.test))
+    check_goal(goal, config, len(prepared.test), Measure(*prepared.task.primary))
     data: dict[str, Any] = {"config": public_data(config.to_dict()), "goal": goal.to_json()}
     if isinstance(goal, WithinLatency):
         data["latency_share"] = to_go(config, goal.ms)[1]
@@ -274,7 +271,7 @@ def _result(
     goal: Goal,
     director: Director,
     outcomes: Mapping[str, Outcome],
-    best_within: float,
+    best_within: float | None,
     say: Say,
 ) -> SweepResult:
     """The rows, with latencies measured now, and the files made of them."""
@@ -304,12 +301,14 @@ def target_of(goal: Goal, run: RunConfig) -> str:
     return f"{run.prune.targets['FLOPs']:.2%}"
 
 
-def _best(goal: Goal, director: Director, rows: Sequence[SweepRow], within: float) -> tuple[str | None, str, str]:
+def _best(
+    goal: Goal, director: Director, rows: Sequence[SweepRow], within: float | None
+) -> tuple[str | None, str, str]:
     """The best row's name, the rule that makes it so, and the result in a sentence."""
     match goal:
         case MaxDrop():
             assert isinstance(director, BracketDirector)
-            rule = f"the largest reduction of FLOPs whose top-1 is at most {goal.points:g} points below the base's"
+            rule = "the largest reduction of FLOPs " + director.measure.within(goal.points, "the base's")
             met, total = director.bounds.met, director.iterations
             by_number = {int(row.name.rpartition("-")[2]): row for row in rows}
             said = results.bracket_said(
@@ -317,9 +316,10 @@ def _best(goal: Goal, director: Director, rows: Sequence[SweepRow], within: floa
                 met,
                 total,
                 bar=director.bar,
-                base=director.base_top1,
+                base=director.base,
                 points=goal.points,
                 images=results.test_images(director.trajectory),
+                measure=director.measure,
             )
             return (by_number[met].name if met else None), rule, said
         case WithinLatency():
@@ -328,14 +328,20 @@ def _best(goal: Goal, director: Director, rows: Sequence[SweepRow], within: floa
             row = next((row for row in rows if row.name == best), None)
             if row is None or row.latency_ms is None:
                 return None, rule, "no network has a result"
-            took, top1 = row.latency_ms[1], f"top-1 {row.top1_after or 0:.2f}%"
+            took, reached = row.latency_ms[1], _reached(row)
             if took > goal.ms:
-                return None, rule, f"no network is within {goal.ms:g} ms: {best} takes {took:.2f} ms, {top1}"
-            return best, rule, f"{best}: {took:.2f} ms, {top1}"
+                return None, rule, f"no network is within {goal.ms:g} ms: {best} takes {took:.2f} ms, {reached}"
+            return best, rule, f"{best}: {took:.2f} ms, {reached}"
         case _:
+            if within is None:
+                within = BEST_WITHIN if measure_of(rows).is_top1 else 0.0
             best, rule = results.best_within(rows, within)
             row = next((row for row in rows if row.name == best), None)
             if row is None:
                 return None, rule, "no trial has a result"
-            said = f"{best}: {row.flops_reduction or 0:.2%} of FLOPs gone, top-1 {row.top1_after or 0:.2f}%"
+            said = f"{best}: {row.flops_reduction or 0:.2%} of FLOPs gone, {_reached(row)}"
             return best, rule, said
+
+
+def _reached(row: SweepRow) -> str:
+    return "not tested" if row.score_after is None else row.measure.text(row.score_after)

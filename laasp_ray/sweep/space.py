@@ -154,9 +154,9 @@ class SpaceDirector(Director):
             settings = {key: value_at(theirs, key) for key in goal.space}
             run = self._run(target, name, settings)
             if is_finished(run):
-                top1 = outcome_of(run).top1
-                assert top1 is not None
-                self._studies[target].add(settings, top1)
+                score = outcome_of(run).score
+                assert score is not None
+                self._studies[target].add(settings, score)
             else:
                 left.append((target, number))
         self._left = left
@@ -186,7 +186,7 @@ class SpaceDirector(Director):
 
     def _ended(self, name: str, outcome: Outcome) -> None:
         target, asked = self._of.pop(name)
-        self._studies[target].tell(asked, self._settings[name], outcome.top1)
+        self._studies[target].tell(asked, self._settings[name], outcome.score)
 
     @property
     def is_done(self) -> bool:
@@ -216,24 +216,24 @@ class Study:
         trial = self._study.ask(self._distributions)
         return {key: self._value(key, value) for key, value in trial.params.items()}, trial
 
-    def tell(self, asked: optuna.trial.Trial | None, settings: Mapping[str, Any], top1: float | None) -> None:
+    def tell(self, asked: optuna.trial.Trial | None, settings: Mapping[str, Any], score: float | None) -> None:
         """What came of a trial, %; None: nothing. `asked` is None for one that an earlier session asked for."""
         import optuna
 
         if asked is not None:
-            state = optuna.trial.TrialState.FAIL if top1 is None else None
-            self._study.tell(asked, top1, state=state)
-        elif top1 is not None:
-            self.add(settings, top1)
+            state = optuna.trial.TrialState.FAIL if score is None else None
+            self._study.tell(asked, score, state=state)
+        elif score is not None:
+            self.add(settings, score)
 
-    def add(self, settings: Mapping[str, Any], top1: float) -> None:
+    def add(self, settings: Mapping[str, Any], score: float) -> None:
         """A trial of an earlier session."""
         import optuna
 
         params = {
             key: _index(self._choices[key], value) if key in self._choices else value for key, value in settings.items()
         }
-        self._study.add_trial(optuna.trial.create_trial(params=params, distributions=self._distributions, value=top1))
+        self._study.add_trial(optuna.trial.create_trial(params=params, distributions=self._distributions, value=score))
 
     def _value(self, key: str, value: Any) -> Any:
         return self._choices[key][value] if key in self._choices else value

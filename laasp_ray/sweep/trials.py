@@ -23,6 +23,7 @@ from laasp_ray.run.events import (
     TrainingPhaseDone,
     read_events,
 )
+from laasp_ray.run.metrics import Measure
 from laasp_ray.run.preflight import folded
 from laasp_ray.store.journal import Journal, event_file
 from laasp_ray.store.storage import Storage
@@ -55,21 +56,22 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a trial ended: with the top-1 of its finished network, % (None for one that only prunes), stopped early for
-    the reason in `stopped`, or with an `error`. `curve` has the top-1 of its final training so far, %, epoch by epoch.
+    """How a trial ended: with the score of its finished network (run.metrics.Measure; None for one that only prunes),
+    stopped early for the reason in `stopped`, or with an `error`. `curve` has the scores of its final training so far,
+    epoch by epoch.
     """
 
-    top1: float | None = None
+    score: float | None = None
     stopped: str = ""
     error: str = ""
     curve: tuple[float, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        return {"top1": self.top1, "stopped": self.stopped, "error": self.error, "curve": list(self.curve)}
+        return {"top1": self.score, "stopped": self.stopped, "error": self.error, "curve": list(self.curve)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Outcome:
-        return Outcome(**{**data, "curve": tuple(data["curve"])})
+        return Outcome(score=data["top1"], stopped=data["stopped"], error=data["error"], curve=tuple(data["curve"]))
 
 
 def folder_of(config: RunConfig) -> Storage:
@@ -97,21 +99,21 @@ def outcome_of(config: RunConfig) -> Outcome:
     for event in events:
         curve.add(event)
     finish = next((event for event in events if isinstance(event, RunFinished)), None)
-    return Outcome(top1=None if finish is None else percent_of(finish.metrics), curve=tuple(curve.top1))
+    return Outcome(score=None if finish is None else score_of(finish.metrics), curve=tuple(curve.scores))
 
 
 class Curve:
-    """The top-1 of a run's final training, %: one value an epoch with an evaluation."""
+    """The scores of a run's final training: one an epoch with an evaluation."""
 
     def __init__(self) -> None:
-        self.top1: list[float] = []
+        self.scores: list[float] = []
 
     def add(self, event: Happening) -> bool:
         """Whether the event adds a value."""
         is_final = isinstance(event, EpochDone | TrainingPhaseDone) and event.phase == "final"
         if not is_final or event.metrics is None:  # type: ignore[union-attr]
             return False
-        self.top1.append(percent_of(event.metrics))  # type: ignore[union-attr, arg-type]
+        self.scores.append(score_of(event.metrics))  # type: ignore[union-attr, arg-type]
         return True
 
 
@@ -129,13 +131,13 @@ class Reports:
         self._curve.add(event)
         match event:
             case IterationDone() if event.decision is not None:
-                self._report(self._curve.top1, decision_line(event, state.reached, self._targets))
+                self._report(self._curve.scores, decision_line(event, state.reached, self._targets))
             case EpochDone():
-                self._report(self._curve.top1, epoch_line(event))
+                self._report(self._curve.scores, epoch_line(event))
             case RunResumed():
-                self._report(self._curve.top1, resumed_line(state, self._targets))
+                self._report(self._curve.scores, resumed_line(state, self._targets))
             case RunFinished():
-                self._report(self._curve.top1, event.text)
+                self._report(self._curve.scores, event.text)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -163,7 +165,6 @@ def run_trial(trial: Trial, observers: Sequence[Observer], **how: Any) -> Outcom
     return outcome_of(trial.config)
 
 
-def percent_of(metrics: Metrics) -> float:
-    """The top-1, %. A sweep has no run with a loss of the user's own (sweep/run.py)."""
-    assert metrics.top1 is not None
-    return 100 * metrics.top1
+def score_of(metrics: Metrics) -> float:
+    """The score by the primary metric, or by the loss without one."""
+    return Measure.of(metrics).score(metrics)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,9 +30,19 @@ class Task(ABC):
     data: OwnData | None = None
 
     @property
+    @abstractmethod
+    def primary(self) -> tuple[str, Literal["higher", "lower"]]:
+        """The name of what networks are compared by (of records.Metrics), and which values of it are better."""
+
+    @property
     def runs_model(self) -> bool:
         """Whether the loss runs the network itself, and so needs it instead of its outputs."""
         return False
+
+    @property
+    def responses(self) -> Callable[[Any], torch.Tensor] | None:
+        """Gives the responses (n, d), floats, of targets, for criteria that look at data; None: class labels only."""
+        return None
 
     def to(self, device: torch.device) -> Task:
         """The task with the modules among its loss and metrics on `device`: copies of those that are elsewhere."""

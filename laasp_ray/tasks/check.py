@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from laasp_ray.tasks.base import TRIAL_IMAGES, Task
 from laasp_ray.tasks.classification import Classification, check_labels_fit
 from laasp_ray.tasks.own import OwnLossTask
 
+BatchAt = Callable[[Sequence[int]], tuple[Any, Any]]
+"""Gives the inputs and targets of the examples at some places."""
 _TOLERANCE = 1e-3
 """The largest allowed difference of an example's loss alone and in a batch, relative to the largest loss."""
 
@@ -31,18 +33,32 @@ def check_task(task: Task, model: nn.Module, shape: Sequence[int]) -> None:
     if task.data is None and isinstance(task, Classification):
         return
     network = deep_copy(model).eval()  # a module may store its inputs
-    with torch.inference_mode():
-        _check_batch(task, network, shape)
-        if task.data is not None:
-            test = task.data.open("test")
-            inputs, targets = test.load([index % len(test) for index in range(TRIAL_IMAGES)], 0, 0)
-            _check_inputs(task, inputs, shape, "test")
+    _check_inputs(task, task.trial(shape)[0], shape, "training")
+    check_losses(task, network, _batch_at(task, shape))
+    if task.data is not None:
+        test = task.data.open("test")
+        inputs, targets = test.load([index % len(test) for index in range(TRIAL_IMAGES)], 0, 0)
+        _check_inputs(task, inputs, shape, "test")
+        with torch.inference_mode():
             _sums(task, network, inputs, targets)
 
 
-def _check_batch(task: Task, network: nn.Module, shape: Sequence[int]) -> None:
-    inputs, targets = task.trial(shape)
-    _check_inputs(task, inputs, shape, "training")
+def _batch_at(task: Task, shape: Sequence[int]) -> BatchAt:
+    """The first training examples, or noise of `shape`."""
+    if task.data is None:
+        inputs, targets = task.trial(shape)
+        return lambda places: (inputs[list(places)], targets[list(places)])
+    train = task.data.open("train")
+    return lambda places: train.load([place % len(train) for place in places], 0, 0)
+
+
+@torch.inference_mode()
+def check_losses(task: Task, network: nn.Module, batch_at: BatchAt) -> None:
+    """Raises ConfigError, naming the loss and the remedy, if the losses of the first examples cannot be compared.
+
+    `network` is in eval mode, and is a copy: the loss may change it. See `check_task`.
+    """
+    inputs, targets = batch_at(range(TRIAL_IMAGES))
     if isinstance(task, Classification):
         outputs = _tried(task, lambda: network(inputs))
         if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
@@ -68,17 +84,14 @@ def _check_batch(task: Task, network: nn.Module, shape: Sequence[int]) -> None:
             f"{_named(task)} gave {losses.tolist()} for the first {len(losses)} training examples, must be finite: "
             "look at the examples' targets, at logarithms and divisions in the loss, and at the network's weights"
         )
-    _check_alone(task, network, losses, shape)
+    _check_alone(task, network, losses, batch_at)
     _sums(task, network, inputs, targets)
 
 
-def _check_alone(task: Task, network: nn.Module, losses: torch.Tensor, shape: Sequence[int]) -> None:
+def _check_alone(task: Task, network: nn.Module, losses: torch.Tensor, batch_at: BatchAt) -> None:
     """Raises ConfigError if an example's loss depends on the others of its batch: decisions compare them."""
-    train = None if task.data is None else task.data.open("train")
-    noise = task.trial(shape)
-    for place in range(len(losses) if train is None else min(len(losses), len(train))):
-        single = [part[place : place + 1] for part in noise] if train is None else train.load([place], 0, 0)
-        inputs, targets = single
+    for place in range(len(losses)):
+        inputs, targets = batch_at([place])
         alone = float(_tried(task, lambda: task.losses(network, inputs, targets))[0])  # noqa: B023
         together = float(losses[place])
         if abs(alone - together) > _TOLERANCE * max(float(losses.abs().max()), 1e-6):

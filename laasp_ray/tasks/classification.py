@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from laasp_ray.tasks.base import Task
 @dataclass(frozen=True)
 class Classification(Task):
     """The cross-entropy of outputs (n, classes) and labels (n,) int64, with top-1 and top-5 (0 to 1) as metrics."""
+
+    @property
+    def primary(self) -> tuple[str, Literal["higher", "lower"]]:
+        return "top1", "higher"
 
     @property
     def width(self) -> int:

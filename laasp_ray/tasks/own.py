@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from laasp_ray.tasks.base import Task
 from laasp_ray.tasks.identity import identity_of
 from laasp_ray.tasks.metrics import Mean, Metric
 
-_TAKEN = ("loss", "top1", "top5")
-"""What runs, TensorBoard and pages call their own figures."""
+_TAKEN = ("loss", "top1", "top5", "flops_reduction")
+"""What runs, tables, TensorBoard and pages call their own figures."""
+_BEST = "best_"
+"""With it begins what `--repeats` calls the figure of the best epoch: best_ and the name of the primary metric."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,27 @@ class OwnLossTask(Task):
 
     def __post_init__(self) -> None:
         for name in self.metrics_by_name:
-            if name in _TAKEN:
+            if name in _TAKEN or name.startswith(_BEST):
                 raise ConfigError(
-                    f"the metric {name!r} has a name of the run's own figures ({', '.join(_TAKEN)}), whose places it "
-                    f"would take: give it another one, such as 'my_{name}'"
+                    f"the metric {name!r} has a name of the run's own figures ({', '.join(_TAKEN)}, and all that begin "
+                    f"with {_BEST}), whose places it would take: give it another one, such as 'my_{name}'"
                 )
 
     def to(self, device: torch.device) -> Self:
         metrics = {name: _on(metric, device) for name, metric in self.metrics_by_name.items()}
         return replace(self, loss=_on(self.loss, device), metrics_by_name=metrics)
+
+    @property
+    def primary(self) -> tuple[str, Literal["higher", "lower"]]:
+        for name, metric in self.metrics_by_name.items():
+            return name, "higher" if metric.higher_is_better else "lower"
+        return "loss", "lower"
+
+    @property
+    def responses(self) -> Callable[[Any], torch.Tensor] | None:
+        """By the loss's attribute `responses`. Raises ConfigError, when called, for anything but numbers (n, d)."""
+        function = getattr(self.loss, "responses", None)
+        return None if function is None else functools.partial(_responses, function, self.named)
 
     @property
     def width(self) -> int:
@@ -95,9 +110,7 @@ class OwnLossTask(Task):
                 raise ConfigError(
                     f"the metric {name!r} failed on the sums {part.tolist()}: {type(error).__name__}: {error}"
                 ) from error
-        first = next(iter(self.metrics_by_name.values()), None)
-        better = first is not None and first.higher_is_better
-        return Metrics(loss=sums[0] / images, images=images, values=values, better="higher" if better else "lower")
+        return Metrics(loss=sums[0] / images, images=images, values=values, better=self.primary[1])
 
     def own_parts(self) -> dict[str, Any]:
         metrics = {f"the metric {name!r}": metric for name, metric in self.metrics_by_name.items()}
@@ -212,6 +225,20 @@ class LossModule(nn.Module):
     def forward(self, inputs: Any, targets: Any) -> torch.Tensor:
         """The losses (n,) of a batch."""
         return self._task.losses(self.model, inputs, targets)
+
+
+def _responses(function: Callable[[Any], torch.Tensor], named: str, targets: Any) -> torch.Tensor:
+    try:
+        found = function(targets)
+    except Exception as error:  # a user's code can raise any error
+        raise ConfigError(f"`responses` of {named} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, torch.Tensor) or found.ndim not in (1, 2) or not found.numel():
+        given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError(f"`responses` of {named} gave {given}, must give numbers of shape (n, d), a row an example")
+    found = found.double().reshape(len(found), -1)
+    if not bool(found.isfinite().all()):
+        raise ConfigError(f"`responses` of {named} gave values that are not finite: give numbers for every example")
+    return found
 
 
 def _on(part: Any, device: torch.device) -> Any:

@@ -82,7 +82,7 @@ def _resolved(path: str, given: Any, key: str, argument: str) -> Any:
             raise ConfigError(f"{key} is {path!r}, and prune is given {argument}, too: leave one of the two out")
         if not callable(given):
             what = "a factory: a function of the split that returns a data set" if argument == "data" else "a function"
-            raise ConfigError(f"prune's {argument} is a {type(given).__name__}, must be {what}")
+            raise ConfigError(f"the argument {argument} is a {type(given).__name__}, must be {what}")
         return given
     if path == GIVEN:
         raise ConfigError(

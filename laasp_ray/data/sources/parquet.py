@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,13 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from psutil import virtual_memory
 
 from laasp_ray.data.sources.base import Split, check_labels, is_junk
+from laasp_ray.data.sources.row_groups import RowGroups
 from laasp_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-MAX_BYTES = 16 << 30
+HELD_BYTES = 16 << 30
+"""The most bytes of a split's files that are held in memory, if that is at most HELD_SHARE of the free memory."""
+HELD_SHARE = 0.25
+LARGE_GROUP_BYTES = 64 << 20
+"""Row groups above this make reads in random order slow, which is said."""
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 _SPLIT_FOLDERS: dict[Split, tuple[tuple[str, ...], ...]] = {
     "train": (("train",),),
@@ -46,8 +55,8 @@ class ParquetSource:
     `val` or `validation` is the test split if there is no `test` or if `test` has no labels. The files are in `root`,
     or in its only folder with such files, for example `data`. Images are a column `img` or `image` of struct<bytes,
     path>. Labels are a column of integers: `label`, or else the first of LABEL_COLUMNS. Class names come from the
-    schema's metadata; without them the labels are the names. The encoded images are held in memory, so files of more
-    than 16 GiB are refused.
+    schema's metadata; without them the labels are the names. The encoded images are held in memory; those of larger
+    files (HELD_BYTES) are read by row group.
     """
 
     def __init__(self, root: Path, split: Split, label: str | None = None) -> None:
@@ -58,16 +67,15 @@ class ParquetSource:
             raise DataError(f"no {split} images in {root}; looked for {looked} or {folders}")
         check_shards(files)
         _check_columns(files, label)
-        total = sum(file.stat().st_size for file in files)
-        if total > MAX_BYTES:
-            raise DataError(
-                f"the Parquet files of {split} in {root} have {total / 2**30:.1f} GiB: every worker holds "
-                f"them in memory, so at most {MAX_BYTES >> 30} GiB; unpack them into class folders"
+        self._images: pa.ChunkedArray | RowGroups
+        if sum(file.stat().st_size for file in files) <= min(HELD_BYTES, HELD_SHARE * virtual_memory().available):
+            shards = [_read(file, label) for file in files]
+            self._images = pa.chunked_array(
+                [chunk for shard in shards for chunk in shard.images.chunks], type=pa.large_binary()
             )
-        shards = [_read(file, label) for file in files]
-        self._images = pa.chunked_array(
-            [chunk for shard in shards for chunk in shard.images.chunks], type=pa.large_binary()
-        )
+        else:
+            shards = [_read(file, label, with_images=False) for file in files]
+            self._images = _row_groups(files, label)
         # The Hub's conversion has a 0000.parquet in the folder of each split, and names must tell splits apart.
         in_folder = split_folder_of(files) is not None
         self._files = [f"{file.parent.name}/{file.name}" if in_folder else file.name for file in files]
@@ -80,7 +88,7 @@ class ParquetSource:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        data = self._images[index].as_py()
+        data = self._images.read(index) if isinstance(self._images, RowGroups) else self._images[index].as_py()
         if data is None:
             raise OSError("the row has no image bytes")
         return data
@@ -219,13 +227,38 @@ def _check_columns(files: list[Path], wanted: str | None) -> None:
             )
 
 
-def _read(file: Path, wanted: str | None) -> _Shard:
+def _read(file: Path, wanted: str | None, *, with_images: bool = True) -> _Shard:
     with _readable(file):
         schema = pq.read_schema(file)
         image, label = _columns(schema, file, wanted)
-        table = pq.read_table(file, columns=[image, label])
-    _check_bytes(table[image], file)
-    return _Shard(_encoded(table, image), _labels(table, label, file), _stored_names(schema, label))
+        table = pq.read_table(file, columns=[image, label] if with_images else [label])
+    images = pa.chunked_array([], type=pa.large_binary())
+    if with_images:
+        _check_bytes(table[image], file)
+        images = _encoded(table, image)
+    return _Shard(images, _labels(table, label, file), _stored_names(schema, label))
+
+
+def _row_groups(files: list[Path], wanted: str | None) -> RowGroups:
+    """The images of the files, by row group, and said if that is slow. Raises DataError as `_check_bytes` does."""
+    columns = {}
+    for file in files:
+        with _readable(file):
+            columns[file] = _columns(pq.read_schema(file), file, wanted)[0]
+    found = RowGroups(columns)
+    for file, group in found.without_bytes():
+        with _readable(file), pq.ParquetFile(file) as opened:
+            rows = opened.read_row_group(group, columns=[columns[file]])
+        _check_bytes(rows[columns[file]], file)
+    if found.group_bytes > LARGE_GROUP_BYTES:
+        logger.warning(
+            "%s has row groups of up to %d MB, and each image in random order costs one: write it with smaller ones "
+            "(100 rows), or make shards of it, jobs/prepare_data.py %s --out SHARDS",
+            files[0].parent,
+            found.group_bytes / 1e6,
+            files[0].parent,
+        )
+    return found
 
 
 def _label_in(schema: pa.Schema, wanted: str | None) -> str | None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from laasp_ray.report.page.numbers import cut
 from laasp_ray.report.page.svg import COLOURS, SERIES, draw
-from laasp_ray.report.sweep import SweepRow, comparable, pareto_front
+from laasp_ray.report.sweep import SweepRow, comparable, measure_of, pareto_front, score_of, value_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,15 +62,11 @@ def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _top1(row: SweepRow) -> float:
-    assert row.top1_after is not None, f"{row.name} has no top-1 and cannot be drawn"
-    return row.top1_after
-
-
 def _plot(
     name: str, label: str, rows: Sequence[SweepRow], best: str | None, place: Callable[[SweepRow], float]
 ) -> Markup:
-    ordered = sorted(rows, key=lambda row: (place(row), -_top1(row)))
+    measure = measure_of(rows)
+    ordered = sorted(rows, key=lambda row: (place(row), -score_of(row)))
     front = {row.name for row in pareto_front(ordered, place)}
 
     def paint(figure: Figure) -> None:
@@ -78,7 +74,7 @@ def _plot(
         line = [row for row in ordered if row.name in front]
         axes.plot(
             [place(row) for row in line],
-            [_top1(row) for row in line],
+            [value_of(row) for row in line],
             color=COLOURS["muted"],
             linewidth=1.2,
             zorder=1,
@@ -88,16 +84,18 @@ def _plot(
             ("best", [row for row in ordered if row.name == best], SERIES[1], "*", 150),
         ):
             if chosen:
-                places = [place(row) for row in chosen], [_top1(row) for row in chosen]
+                places = [place(row) for row in chosen], [value_of(row) for row in chosen]
                 axes.scatter(*places, s=size, color=colour, marker=marker, zorder=3, label=text)
-        before = {round(row.top1_before, 6) for row in rows if row.top1_before is not None}
+        before = {round(measure.value(row.score_before), 6) for row in rows if row.score_before is not None}
         if len(before) == 1:
             axes.axhline(before.pop(), color=SERIES[2], linestyle=(0, (5, 3)), linewidth=1.2, label="before pruning")
         named = [row for row in ordered if len(ordered) <= _NAMED or row.name in front or row.name == best]
         axes.margins(x=0.16, y=0.22)
-        _name(axes, [(row.name, place(row), _top1(row)) for row in named])
+        if measure.better == "lower":
+            axes.invert_yaxis()  # up is better
+        _name(axes, [(row.name, place(row), value_of(row)) for row in named])
         axes.set_xlabel(label)
-        axes.set_ylabel("top-1, %")
+        axes.set_ylabel(measure.axis)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.4)
 
-    return draw(name, f"Top-1 against {label}, {len(rows)} runs", 330, paint)
+    return draw(name, f"{measure.title} against {label}, {len(rows)} runs", 330, paint)

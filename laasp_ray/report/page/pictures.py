@@ -16,6 +16,7 @@ from laasp_ray.report.page.facts import (
     wins_of,
 )
 from laasp_ray.report.page.reading import RunRecord
+from laasp_ray.report.summary import Summary
 from laasp_ray.run.metrics import label_of
 
 
@@ -27,15 +28,15 @@ class Pictures:
     layers: Sequence[Chart]
 
 
-def pictures_of(record: RunRecord, target: float | None) -> Pictures:
-    """`target` is the share of FLOPs that is to go, if there is one."""
+def pictures_of(record: RunRecord, summary: Summary) -> Pictures:
+    """Those of a run and its summary."""
     return Pictures(
-        [*_over_time(record), _flops(record, target), _seconds(record)],
+        [*_over_time(record, summary.noun), _flops(record, summary.targets.get("FLOPs")), _seconds(record)],
         [_winners(record), _widths(record), _heat(record)],
     )
 
 
-def _over_time(record: RunRecord) -> list[Chart]:
+def _over_time(record: RunRecord, noun: str) -> list[Chart]:
     curves = curves_of(record)
     if not curves.train and not curves.test:
         return [Chart(title="Loss and accuracy", text="Nothing has been trained or evaluated yet.")]
@@ -47,7 +48,7 @@ def _over_time(record: RunRecord) -> list[Chart]:
         title = label_of(curves.metric)
         text = "Of the test data."
         if any(point.metric is not None for point in curves.train):
-            text = "Of training with augmentation, and of the test images."
+            text = f"Of training with augmentation, and of the test {noun}."
         shown.append(Chart(title=title[0].upper() + title[1:], text=text, svg=charts.metric_over_time(curves)))
     return shown
 

@@ -43,7 +43,7 @@ def run_document(record: RunRecord) -> Document:
     summary = summarise(record.events)
     finished = summary.finished
     state = "finished" if finished else f"under way: {_where(record)}"
-    pictures = pictures_of(record, summary.targets.get("FLOPs"))
+    pictures = pictures_of(record, summary)
     parts = [
         Part(title="What happened", charts=pictures.happened),
         Part(title="Layers and criteria", charts=pictures.layers),
@@ -77,7 +77,7 @@ def _asked(record: RunRecord, summary: Summary) -> str:
     shape = f" {numbers.TIMES} ".join(map(str, model.get("input_shape", ())))
     network = f"{model.get('builder', 'a network')}" + (f" at {shape}" if shape else "")
     source = _own(data.get("factory")) or data.get("format", "unknown")
-    images = f"{source} ({start.train_images:,} training and {start.test_images:,} test {_noun(record)})"
+    images = f"{source} ({start.train_images:,} training and {start.test_images:,} test {summary.noun})"
     loss = f"; loss: {_own(train.get('loss'))}" if train.get("loss") else ""
     wanted = " and ".join(f"{share:.4g}% of {of}" for of, share in ((of, 100 * s) for of, s in summary.targets.items()))
     method = prune.get("method", "unknown")
@@ -93,11 +93,6 @@ def _asked(record: RunRecord, summary: Summary) -> str:
 def _own(path: str | None) -> str:
     """A part of the user's own as the config names it; empty if there is none."""
     return "a Python object" if path == GIVEN else path or ""
-
-
-def _noun(record: RunRecord) -> str:
-    """What the data consist of. A data set of the user's own need not have images."""
-    return "examples" if (record.start.config.get("data") or {}).get("factory") else "images"
 
 
 def _came_out(record: RunRecord, summary: Summary) -> str:
@@ -127,7 +122,7 @@ def _tiles(record: RunRecord, summary: Summary) -> list[Tile]:
         _amount("FLOPs", "multiply-accumulates at one input", summary.macs, macs),
         _amount("Parameters", "", summary.parameters, summary.parameters_after),
         latency_tile(record),
-        *(_accuracy(name_of, summary, _noun(record)) for name_of in list(known_metrics)[:_METRICS]),
+        *(_accuracy(name_of, summary) for name_of in list(known_metrics)[:_METRICS]),
         _time(record),
     ]
 
@@ -141,7 +136,7 @@ def _amount(what: str, unit: str, before: int, after: int | None) -> Tile:
     return Tile(what=what, value=share, before=text, note=f"{exact} {unit}".strip())
 
 
-def _accuracy(name_of: str, summary: Summary, noun: str) -> Tile:
+def _accuracy(name_of: str, summary: Summary) -> Tile:
     """The tile of a metric, before and after."""
     before, after = (_values(metrics).get(name_of) for metrics in (summary.before, summary.after))
     label = label_of(name_of)
@@ -151,7 +146,7 @@ def _accuracy(name_of: str, summary: Summary, noun: str) -> Tile:
         return Tile(
             what=what, value=value, before="" if before is None else "before pruning", note="after: at the run's end"
         )
-    images = f"{summary.after.images:,} test {noun}"
+    images = f"{summary.after.images:,} test {summary.noun}"
     best = summary.best
     if best is not None and best.metrics.score > summary.after.score and best.metrics.primary[0] == name_of:
         images += f"; best epoch {best.epoch + 1}: {form(best.metrics.primary[1])}"

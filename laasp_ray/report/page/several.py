@@ -24,7 +24,8 @@ from laasp_ray.report.page.document import (
     text,
 )
 from laasp_ray.report.page.settings import settings_of
-from laasp_ray.report.sweep import SweepRow, comparable, pareto_front
+from laasp_ray.report.sweep import SweepRow, comparable, measure_of, pareto_front
+from laasp_ray.run.metrics import Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ def sweep_page(record: SweepRecord, now: float | None = None) -> str:
     best = next((row for row in record.rows if row.name == record.best), None)
     done = sum(row.is_finished for row in record.rows)
     counted = f"{done} of {len(record.rows)} trial{'' if len(record.rows) == 1 else 's'} finished"
-    lead = [("Asked:", f"{_asked(record.goal)}; {_network(record.config)}.")]
+    lead = [("Asked:", f"{_asked(record.goal, measure_of(record.rows))}; {_network(record.config)}.")]
     if record.finished:
         lead.append(("Came out:", f"{record.said}."))
         lead.append(("The best is", f"{record.rule}."))
@@ -95,7 +96,7 @@ def comparison_page(runs: Sequence[Compared], now: float | None = None) -> str:
     front = [row.name for row in pareto_front(rows)]
     lead = [("Compared:", f"{len(rows)} runs, {done} of them finished.")]
     if front:
-        said = "no other run has at least the top-1 and at most the FLOPs of these"
+        said = f"no other run is as good in {measure_of(rows).label} and has at most the FLOPs of these"
         lead.append(("On the Pareto front:", f"{', '.join(front)} ({said})."))
     document = Document(
         heading=f"{len(rows)} runs side by side",
@@ -112,7 +113,7 @@ def comparison_page(runs: Sequence[Compared], now: float | None = None) -> str:
     return render(document, time.time() if now is None else now)
 
 
-def _asked(goal: Mapping[str, Any]) -> str:
+def _asked(goal: Mapping[str, Any], measure: Measure) -> str:
     shares = ", ".join(f"{100 * share:g}%" for share in goal.get("flops_reductions", ()))
     match goal.get("kind"):
         case "targets":
@@ -120,7 +121,7 @@ def _asked(goal: Mapping[str, Any]) -> str:
         case "max-drop":
             base = goal.get("base_top1")
             than = "before the first prune" if base is None else f"{base:g}%"
-            return f"the largest reduction of FLOPs whose top-1 is at most {goal['points']:g} points below {than}"
+            return f"the largest reduction of FLOPs {measure.within(goal['points'], than)}"
         case "latency":
             return f"the best network within {goal['ms']:g} ms"
         case "space":
@@ -132,14 +133,13 @@ def _asked(goal: Mapping[str, Any]) -> str:
 
 def _network(config: Mapping[str, Any]) -> str:
     model, data, prune = (config.get(key) or {} for key in ("model", "data", "prune"))
-    return (
-        f"{model.get('builder', 'a network')} on {data.get('format', 'unknown')}, by {prune.get('method', 'unknown')}"
-    )
+    source = data.get("factory") or data.get("format", "unknown")
+    return f"{model.get('builder', 'a network')} on {source}, by {prune.get('method', 'unknown')}"
 
 
 def _tiles(best: SweepRow) -> list[Tile]:
     ms = best.latency_ms
-    drop = None if best.top1_before is None or best.top1_after is None else best.top1_after - best.top1_before
+    measure, drop = best.measure, _difference(best)
     return [
         Tile(what="Best trial", value=best.name, before=f"target {best.target}"),
         Tile(
@@ -148,10 +148,10 @@ def _tiles(best: SweepRow) -> list[Tile]:
             before=f"{numbers.short(best.macs_unpruned)} {numbers.ARROW} {numbers.short(best.macs)}",
         ),
         Tile(
-            what="Top-1",
-            value=_top1(best.top1_after),
-            before=f"{_top1(best.top1_before)} before pruning"
-            + ("" if drop is None else f" ({numbers.signed(drop, ' points')})"),
+            what=measure.title,
+            value=_figure(best, best.score_after),
+            before=f"{_figure(best, best.score_before)} before pruning"
+            + ("" if drop is None else f" ({_signed(best, drop, ' points')})"),
         ),
         Tile(
             what="Parameters",
@@ -168,8 +168,9 @@ def _tiles(best: SweepRow) -> list[Tile]:
 
 
 def _accuracy(rows: Sequence[SweepRow], best: str | None) -> Part:
-    without = [row.name for row in rows if row.is_finished and row.top1_after is None]
-    lines = [f"Without a top-1, and so in no plot and on no front: {', '.join(without)}."] if without else []
+    compared, label = {row.name for row in comparable(rows)}, measure_of(rows).label
+    without = [row.name for row in rows if row.is_finished and row.name not in compared]
+    lines = [f"Not compared by {label}, and so in no plot and on no front: {', '.join(without)}."] if without else []
     return Part(title="Accuracy against cost", lines=lines, charts=_charts(rows, best))
 
 
@@ -177,14 +178,14 @@ def _charts(rows: Sequence[SweepRow], best: str | None) -> list[Chart]:
     if not any(row.is_finished for row in rows):
         return [Chart(title="Pareto plot", text="Nothing has finished yet.")]
     if not comparable(rows):
-        return [Chart(title="Pareto plot", text="No finished run has a top-1.")]
+        return [Chart(title="Pareto plot", text="No finished run was tested.")]
     line = "Up and to the left is better; the line joins those that none beats in both."
-    latency = pareto.against_latency(rows, best)
+    latency, title = pareto.against_latency(rows, best), measure_of(rows).title
     if latency is None:
-        second = Chart(title="Top-1 against latency", text="No latency was measured.")
+        second = Chart(title=f"{title} against latency", text="No latency was measured.")
     else:
-        second = Chart(title="Top-1 against latency", text=line, svg=latency)
-    return [Chart(title="Top-1 against FLOPs", text=line, svg=pareto.against_flops(rows, best)), second]
+        second = Chart(title=f"{title} against latency", text=line, svg=latency)
+    return [Chart(title=f"{title} against FLOPs", text=line, svg=pareto.against_flops(rows, best)), second]
 
 
 def _notes(rows: Sequence[SweepRow], machine: str) -> list[str]:
@@ -195,6 +196,7 @@ def _notes(rows: Sequence[SweepRow], machine: str) -> list[str]:
 
 
 def _table(rows: Sequence[SweepRow], best: str | None) -> Table:
+    label = measure_of(rows).label
     chosen, shared = any(row.settings for row in rows), any(row.shared_seconds for row in rows)
     head = heads(
         "run",
@@ -203,9 +205,9 @@ def _table(rows: Sequence[SweepRow], best: str | None) -> Table:
         "#FLOPs left",
         "#parameters",
         "#latency, ms",
-        "#top-1 before",
-        "#top-1 after",
-        "#points",
+        f"#{label} before",
+        f"#{label} after",
+        "#points" if measure_of(rows).is_top1 else "#difference",
         "#own time" if shared else "#time",
         *(["#shared time"] if shared else []),
         "state",
@@ -216,7 +218,7 @@ def _table(rows: Sequence[SweepRow], best: str | None) -> Table:
 
 def _row(row: SweepRow, is_best: bool, chosen: bool, shared: bool) -> Row:
     before, after = row.latency_ms or (None, None)
-    points = None if row.top1_before is None or row.top1_after is None else row.top1_after - row.top1_before
+    points = _difference(row)
     own = row.seconds - row.shared_seconds
     cells = [
         name(row.name),
@@ -225,9 +227,9 @@ def _row(row: SweepRow, is_best: bool, chosen: bool, shared: bool) -> Row:
         number(numbers.short(row.macs), row.macs),
         number(numbers.short(row.parameters), row.parameters),
         number(numbers.NONE if after is None else f"{after:.2f} of {before:.2f}", after),
-        number(_top1(row.top1_before), row.top1_before),
-        number(_top1(row.top1_after), row.top1_after),
-        number(numbers.NONE if points is None else numbers.signed(points), points),
+        number(_figure(row, row.score_before), row.score_before),
+        number(_figure(row, row.score_after), row.score_after),
+        number(numbers.NONE if points is None else _signed(row, points), points),
         number(format_duration(own), own),
     ]
     if shared:
@@ -270,5 +272,16 @@ def _change(before: int | None, after: int | None) -> str:
     return numbers.NONE if not before or after is None else numbers.change(1 - after / before)
 
 
-def _top1(value: float | None) -> str:
-    return numbers.NONE if value is None else f"{value:.2f}%"
+def _figure(row: SweepRow, score: float | None) -> str:
+    return numbers.NONE if score is None else row.measure.figure(score)
+
+
+def _difference(row: SweepRow) -> float | None:
+    """How much the value has changed, top-1 in points; None if that is not known."""
+    if row.score_before is None or row.score_after is None:
+        return None
+    return row.measure.value(row.score_after) - row.measure.value(row.score_before)
+
+
+def _signed(row: SweepRow, difference: float, unit: str = "") -> str:
+    return numbers.signed(difference, unit) if row.measure.is_top1 else numbers.signed(difference, digits=4)

@@ -1,5 +1,7 @@
 """Both networks in every engine, by turns; what an engine cannot do, and what a busy machine does, is in its row."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +105,38 @@ def test_both_networks_are_compiled_for_each_batch(timed, monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled)
     assert [row.batch_size for row in measured("compile")] == [1, 4]
     assert made == [16, 8, 16, 8]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "compiled", "figures", "said"),
+    [
+        (20.0, 80.0, 4, [True, True], ""),
+        (20.0, 79.0, 2, [True, False], "took 20 s, and 2 more would exceed the 79 s of export.compile_seconds"),
+        (20.0, 39.0, 1, [False, False], "took 20 s, and 1 more would exceed the 39 s of export.compile_seconds"),
+        (500.0, 300.0, 1, [False, False], "took 500 s, and 1 more would exceed the 300 s of export.compile_seconds"),
+    ],
+)
+def test_compiling_ends_at_its_limit(timed, monkeypatch, seconds, limit, compiled, figures, said):
+    """Each network takes so long for each batch. What is under way is finished, what would be too long not begun."""
+    clock, made = [0.0], []
+
+    def compile(model, dynamic):
+        def run(inputs):
+            if (model, len(inputs)) not in made:
+                made.append((model, len(inputs)))
+                clock[0] += seconds
+            return model(inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    config = ExportConfig(
+        latency=("compile", "eager"), latency_batches=(1, 4), latency_seconds=2.0, compile_seconds=limit
+    )
+    rows = measure_engines(network(16), network(8), SHAPE, config, CPU)
+    assert [row.pruned is not None for row in rows] == [*figures, True, True] and len(made) == compiled
+    assert said in next((row.note for row in rows if row.pruned is None), "")
 
 
 def test_nothing_is_compiled_for_figures_that_mean_nothing(timed, monkeypatch):

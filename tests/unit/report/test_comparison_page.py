@@ -42,14 +42,27 @@ def test_a_run_without_a_top1_is_neither_on_the_front_nor_in_a_plot():
     assert [one.name for one in pareto_front([*CLASSES, OWN])] == ["a", "b"]
     page, said = page_of([*CLASSES, OWN])
     assert "On the Pareto front: a, b (" in said
-    assert "Without a top-1, and so in no plot and on no front: own." in said
+    assert "Not compared by top-1, and so in no plot and on no front: own." in said
     assert page.count(", 2 runs") == 2  # of either plot
-    assert "Without a top-1" not in page_of(CLASSES)[1]
+    assert "Not compared" not in page_of(CLASSES)[1]
+
+
+def test_runs_with_a_metric_of_their_own_are_compared_by_it():
+    """Of an error lower is better: the axis is upside down, and d is on no front."""
+    own = {"metric": "error", "better": "lower", "value_before": 0.25}
+    rows = [row("c", 500, None, value_after=0.3, **own), row("d", 700, None, value_after=0.4, **own)]
+    page, said = page_of(rows)
+    assert "On the Pareto front: c (no other run is as good in error and has at most the FLOPs of these)" in said
+    for part in ("Error against FLOPs", "Error against latency", "error before", "0.2500 0.3000 +0.0500"):
+        assert part in said, part
+    assert page.count(", 2 runs") == 2 and "op-1" not in said
+    mixed = page_of([*CLASSES, *rows])[1]
+    assert "Not compared by top-1, and so in no plot and on no front: c, d." in mixed and "0.3000" in mixed
 
 
 def test_runs_that_all_lack_a_top1_are_said_to_have_no_plot():
     page, said = page_of([OWN])
-    assert "Pareto plot No finished run has a top-1." in said and "Pareto front" not in said
+    assert "Pareto plot No finished run was tested." in said and "Pareto front" not in said
     assert "<svg" not in page
 
 

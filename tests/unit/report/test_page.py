@@ -159,7 +159,9 @@ def test_data_and_loss_of_the_user_s_own_are_named(factory, loss, asked):
     config = started().config
     own = {"data": {**config["data"], "factory": factory}, "train": {**config["train"], "loss": loss}}
     said = words(page_of([started(config=own), *small_run()[1:]]))
-    assert asked in said and ("355 test images" in said) == (not factory)
+    assert asked in said and ("test images" in said) == (not factory)
+    noun = "examples" if factory else "images"
+    assert f"Of training with augmentation, and of the test {noun}." in said and f"355 test {noun}" in said
 
 
 def test_layers_come_to_the_multiply_accumulates_of_the_end(read):

@@ -45,8 +45,8 @@ def undisturbed(tmp_path_factory, digits):
     # Every training phase says it to the journal; who watches is told once.
     loaders = [event.data["loader"] for event in events_of(config) if event.name == "training_phase"]
     assert len(loaders) > 2 and set(loaders) == {"dali-cpu"}
-    noted = [line for line in lines.getvalue().splitlines() if "decoded" in line]
-    assert noted == ["note: the trainers' images are decoded by dali-cpu"]
+    noted = [line for line in lines.getvalue().splitlines() if "are read by" in line]
+    assert noted == ["note: the trainers' data are read by dali-cpu"]
     return config, result
 
 

@@ -11,14 +11,17 @@ import pytest
 import torch
 from fakes import Silent
 from own_examples import bce, config_of, data, network, right
+from torch.utils.data import TensorDataset
 from whole_runs import events_of, power_cut, read_events_of
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.cli import main as cli
 from laasp_ray.config import ExportConfig, PlsConfig
 from laasp_ray.errors import ConfigError, DataError
+from laasp_ray.planning.dry_run import dry_run
 from laasp_ray.records import Metrics
 from laasp_ray.report.evaluation import evaluation_table
+from laasp_ray.report.summary import format_summary, summarise
 from laasp_ray.run.evaluate import evaluate_run
 from laasp_ray.run.events import EpochDone, IterationDone, RunFinished, RunStarted, event_from, last_of
 from laasp_ray.tasks import OwnData, task_of
@@ -66,6 +69,23 @@ def test_a_run_by_import_paths(whole):
 
 def config_path(config):
     return Path(config.storage) / config.name
+
+
+def test_examples_are_not_called_images(whole, tmp_path):
+    config, _ = whole
+    events = read_events_of(config)
+    table = evaluation_table(evaluate_run(config_path(config), trust=True, latency=UNTIMED))
+    assert "10 test examples; MACs" in table and "images" not in table
+    assert re.search(r"^test examples +10 +10$", format_summary(summarise(events)), re.MULTILINE)
+    plan = dry_run(config_of(tmp_path), distributed=False)
+    assert re.search(r"^examples +24 to train on, 10 to test on$", plan, re.MULTILINE)
+    assert "on the test examples" in plan and "test images" not in plan
+
+
+def test_a_loss_that_runs_images_is_of_images(whole):
+    start = read_events_of(whole[0])[0]
+    data = {**start.config["data"], "factory": ""}
+    assert summarise([dataclasses.replace(start, config={**start.config, "data": data})]).noun == "images"
 
 
 def test_the_losses_of_decisions_are_those_of_the_loss(whole):
@@ -185,7 +205,7 @@ def test_a_resumed_run_refuses_other_examples(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"prune__criteria": ("l1", "pls")}, r"pls looks at the images' class labels"),
-        ({"prune": PlsConfig(flops_reduction=0.1)}, r"method pls looks at the images' class labels"),
+        ({"prune": PlsConfig(flops_reduction=0.1)}, r"pls looks at .* class labels.*attribute `responses`"),
         ({"train__loss": "own_examples:right", "train__distill": 0.1}, r"train\.distill is 0\.1, but the loss right"),
         ({"data__collate": "own_examples:nothing"}, r"data\.collate 'own_examples:nothing' cannot be imported"),
         ({"model__input_shape": (2, 8, 8)}, r"inputs of shape \(2, 2, 6, 8\)"),
@@ -199,6 +219,49 @@ def test_what_is_refused_before_anything_is_stored(tmp_path, changes, message):
         config = config_of(tmp_path, **changes)
     with pytest.raises((ConfigError, DataError), match=message):
         run(config)
+    assert not events_of(config)
+
+
+class WithResponses:
+    """The loss `bce`, whose responses are its targets."""
+
+    def __call__(self, outputs, targets):
+        return bce(outputs, targets)
+
+    def responses(self, targets):
+        return targets
+
+
+class WrongResponses(WithResponses):
+    def responses(self, targets):
+        return targets.tolist()
+
+
+def test_pls_scores_filters_by_the_responses_of_the_loss(tmp_path):
+    """As a criterion of the pool, and as a method, whose first choice is the same as VIP's by hand."""
+    config = config_of(tmp_path, prune__criteria=("l1", "pls"), train__loss="", train__metrics={})
+    result = run(config, model=network(), loss=WithResponses())
+    assert result.summary["flops_reduction"] >= 0.3
+    pls = PlsConfig(flops_reduction=0.2, percent=25.0, iterations=1)
+    config = dataclasses.replace(config, name="method", prune=pls)
+    run(config, model=network(), loss=WithResponses())
+    assert decisions_of(config)[0].criterion == "pls"
+
+
+def test_pls_takes_classes_of_own_data(tmp_path):
+    def classes(split):
+        return TensorDataset(torch.randn(12, *own_examples.SHAPE), torch.arange(12) % 3)
+
+    config = config_of(tmp_path, prune__criteria=("pls",), train__loss="", train__metrics={}, data__factory="")
+    torch.manual_seed(0)
+    data_of = {split: classes(split) for split in ("train", "test")}
+    assert run(config, model=network(), data=OwnData(data_of.__getitem__)).summary["flops_reduction"] >= 0.3
+
+
+def test_responses_that_are_no_numbers_are_refused(tmp_path):
+    config = config_of(tmp_path, prune__criteria=("pls",), train__loss="", train__metrics={})
+    with pytest.raises(ConfigError, match=r"`responses` of the loss WrongResponses gave list, must give numbers"):
+        run(config, model=network(), loss=WrongResponses())
     assert not events_of(config)
 
 

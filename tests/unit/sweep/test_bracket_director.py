@@ -55,7 +55,7 @@ def test_the_deepest_within_the_drop_is_found_with_few_trials(trajectory):
             for trial in running:
                 number = int(trial.name[-3:])
                 assert trial.config.prune.flops_reduction == 0.02 * number and not trial.config.train.keep_checkpoints
-                director.ended(trial.name, Outcome(top1=top1_of(number)))
+                director.ended(trial.name, Outcome(score=top1_of(number)))
         assert director.bounds.met == DEEPEST_WITHIN
         assert len(director.trials) <= most and len(recorded) == len(director.trials) + 1
         assert director.bar == pytest.approx(90.65)
@@ -69,8 +69,8 @@ def test_several_at_once_cut_what_is_unknown_evenly(trajectory):
     running = [director.next().name for _ in range(3)]
     assert running == ["iteration-005", "iteration-010", "iteration-016"] and director.next() is None
     # What is handed out after a result takes it into account: 10 to 16 is left, without what runs.
-    director.ended("iteration-016", Outcome(top1=top1_of(16)))
-    director.ended("iteration-010", Outcome(top1=top1_of(10)))
+    director.ended("iteration-016", Outcome(score=top1_of(16)))
+    director.ended("iteration-010", Outcome(score=top1_of(10)))
     assert [director.next().name for _ in range(2)] == ["iteration-012", "iteration-014"]
 
 
@@ -88,7 +88,7 @@ def test_a_trial_is_stopped_when_it_cannot_be_the_answer_any_more(trajectory):
     director.ended(TRAJECTORY, Outcome())
     shallow, deep = director.next(), director.next()
     assert director.stop_reason(deep.name, [10.0]) == ""  # nothing is known of what epochs gain
-    director.ended(shallow.name, Outcome(top1=top1_of(7), curve=(88.0, 91.3)))
+    director.ended(shallow.name, Outcome(score=top1_of(7), curve=(88.0, 91.3)))
     assert director.stop_reason(deep.name, [86.7]) == BELOW  # 86.7 + 3.3 + 0.5 is less than 90.65
     assert director.stop_reason(deep.name, [86.9]) == ""
     director.ended(deep.name, Outcome(stopped=BELOW, curve=(87.0,)))
@@ -96,7 +96,7 @@ def test_a_trial_is_stopped_when_it_cannot_be_the_answer_any_more(trajectory):
     following = director.next(), director.next()
     assert all(7 < int(trial.name[-3:]) < 14 for trial in following)
     deeper = max(following, key=lambda trial: trial.name)
-    director.ended(deeper.name, Outcome(top1=91.0))
+    director.ended(deeper.name, Outcome(score=91.0))
     other = min(following, key=lambda trial: trial.name)
     assert director.stop_reason(other.name, [91.0]) == NEEDLESS
     assert director.stop_reason(TRAJECTORY, [1.0]) == ""
@@ -104,7 +104,7 @@ def test_a_trial_is_stopped_when_it_cannot_be_the_answer_any_more(trajectory):
 
 def test_a_sweep_that_was_cut_off_begins_with_what_is_known(trajectory, monkeypatch):
     monkeypatch.setattr(directors, "has_pruned", lambda run: True)
-    known = {7: Outcome(top1=91.3), 14: Outcome(stopped=BELOW), 10: Outcome(stopped=NEEDLESS)}
+    known = {7: Outcome(score=91.3), 14: Outcome(stopped=BELOW), 10: Outcome(stopped=NEEDLESS)}
     monkeypatch.setattr(directors, "has_begun", lambda run: int(run.name[-3:]) in known)
     earlier = {f"iteration-{number:03d}": outcome for number, outcome in known.items()}
     director, _ = director_of(trajectory, slots=1, earlier=earlier)

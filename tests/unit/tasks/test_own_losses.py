@@ -274,7 +274,7 @@ def test_a_list_with_an_item_for_each_example_is_an_input():
     check_task(ModelLossTask(own, loss=lambda model, batch: model(torch.stack(batch[0])).sum(1)), network(), SHAPE)
 
 
-@pytest.mark.parametrize("name", ["loss", "top1", "top5"])
+@pytest.mark.parametrize("name", ["loss", "top1", "top5", "flops_reduction", "best_right", "best_"])
 def test_names_of_the_run_s_own_figures_are_refused(name, tmp_path):
     with pytest.raises(ConfigError, match=rf"the metric '{name}' has a name of the run's own .*such as 'my_{name}'"):
         task_of(config_of(tmp_path), metrics={"right": right, name: right})
@@ -353,8 +353,8 @@ def test_a_broken_example_is_named(tmp_path):
         ({"train__loss": "own_examples:none"}, {}, r"train\.loss 'own_examples:none' cannot be imported"),
         ({"train__loss": ""}, {}, r"metrics of your own \(right, wrong\) come with a loss of your own"),
         ({"train__loss": ""}, {"loss": lambda outputs: outputs}, r"cannot be called with two arguments"),
-        ({"train__loss": ""}, {"loss": 3}, r"prune's loss is a int, must be a function"),
-        ({"data__factory": "given"}, {"data": [1, 2]}, r"prune's data is a list, must be a factory"),
+        ({"train__loss": ""}, {"loss": 3}, r"the argument loss is a int, must be a function"),
+        ({"data__factory": "given"}, {"data": [1, 2]}, r"the argument data is a list, must be a factory"),
     ],
 )
 def test_what_is_given_twice_or_not_at_all(changes, given, message, tmp_path):
