@@ -150,9 +150,10 @@ def choice(options: argparse.Namespace, rows: Rows) -> None:
 
 def race(network: Prepared, device: torch.device, rows: Rows, proposals: Sequence[Any]) -> None:
     images, labels = network.images.to(device), network.labels.to(device)
-    off, on = (
-        search.iteration(copy.deepcopy(network.model), proposals, images, labels, racing=racing)
-        for racing in (False, True)
+    ways: list[tuple[bool, Precision]] = [(False, "float32"), (True, "float32"), (True, "bfloat16")]
+    off, on, fast = (
+        search.iteration(copy.deepcopy(network.model), proposals, images, labels, racing=racing, precision=precision)
+        for racing, precision in ways
     )
     first, second = sorted(off.losses)[:2]
     figures = {
@@ -161,10 +162,11 @@ def race(network: Prepared, device: torch.device, rows: Rows, proposals: Sequenc
         "two best losses": f"{first:.6f}, {second:.6f}",
         "exhaustive s": off.seconds,
         "racing s": on.seconds,
+        "racing in bfloat16 s": fast.seconds,
         "share of the passes": on.image_forwards / off.image_forwards,
     }
     tie = second - first <= TIE * first
-    rows.add(f"{network.name}, the race's choice", figures, None if tie else on.best == off.best)
+    rows.add(f"{network.name}, the race's choice", figures, None if tie else on.best == off.best == fast.best)
 
 
 def compared(what: str, found: np.ndarray, expected: np.ndarray, rows: Rows) -> None:
