@@ -27,7 +27,7 @@ import numpy as np
 from laasp_ray.search.rounding import RELATIVE, Rounding
 from laasp_ray.search.stratified import Sample
 
-LEADER_AFTER = 2
+LEADER_AFTER = 3
 """The number of rounds before the first candidate is measured on all images. Before, nothing is dropped."""
 
 
