@@ -252,7 +252,7 @@ def test_pls_takes_classes_of_own_data(tmp_path):
     def classes(split):
         return TensorDataset(torch.randn(12, *own_examples.SHAPE), torch.arange(12) % 3)
 
-    config = config_of(tmp_path, prune__criteria=("pls",), train__loss="", train__metrics={}, data__factory="")
+    config = config_of(tmp_path, prune__criteria=("pls",), train__loss="", train__metrics={}, data__factory="given")
     torch.manual_seed(0)
     data_of = {split: classes(split) for split in ("train", "test")}
     assert run(config, model=network(), data=OwnData(data_of.__getitem__)).summary["flops_reduction"] >= 0.3
