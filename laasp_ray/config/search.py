@@ -31,9 +31,8 @@ class SearchConfig:
     precision: Annotated[
         Precision,
         Doc(
-            "of the passes that measure losses: float32; tf32 on a GPU, which is faster and rounds to 10 bits, so that "
-            "close candidates may change places; or bfloat16: a race uses it where it is precise enough, and float32 "
-            "for those that are too near to each other for it"
+            "of the passes that measure losses: float32; tf32 on a GPU, which rounds to 10 bits; or bfloat16, which a "
+            "race uses where it is precise enough"
         ),
     ] = "float32"
     memory_mb: Annotated[int, Doc("memory that one batch's values may take, MB; 0: a share of what is free")] = 0
