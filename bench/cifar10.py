@@ -34,7 +34,7 @@ from typing import Any, TextIO
 
 import torch
 from machine import machine
-from methods import METHODS, Chain, Place, fork, missing, run_all, settings_of
+from methods import METHODS, Chain, Place, fork, integers, missing, names_of, run_all, settings_of
 from methods_table import Row, line_of, read_rows, row_of, table, write_rows
 from safetensors.torch import save_file
 
@@ -102,9 +102,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder of development data")
     parser.add_argument("--runs", type=Path, help="the runs' folder; they go on where they were cut off")
     parser.add_argument("--json", type=Path, help="the rows so far; those in it are not made again")
-    parser.add_argument("--when", type=partial(_of, WHEN), default=list(WHEN), help="end, middle or both (default)")
-    parser.add_argument("--methods", type=partial(_of, METHODS), default=list(COMPARED), help="of bench/methods.py")
-    parser.add_argument("--seeds", type=_integers, default=[0], help="comma-separated (default 0)")
+    parser.add_argument(
+        "--when", type=partial(names_of, WHEN), default=list(WHEN), help="end, middle or both (default)"
+    )
+    parser.add_argument(
+        "--methods", type=partial(names_of, METHODS), default=list(COMPARED), help="of bench/methods.py"
+    )
+    parser.add_argument("--seeds", type=integers, default=[0], help="comma-separated (default 0)")
     parser.add_argument("--epochs", type=int, default=36, help="before pruning at the end (default 36)")
     parser.add_argument("--fine-tune", type=int, default=6, help="epochs after it (default 6)")
     parser.add_argument("--target", type=float, default=0.5, help="FLOPs to remove (default 0.5)")
@@ -264,18 +268,6 @@ def say_speed(options: argparse.Namespace) -> int:
             )
     print(f"auto is {'bfloat16' if cpu_has_bfloat16() else 'float32'} on this machine")
     return 0
-
-
-def _of(known: Sequence[str], text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-    return names
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

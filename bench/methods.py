@@ -41,6 +41,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -161,8 +162,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of development data")
     parser.add_argument("--json", type=Path, help="the rows so far; those in it are not made again")
-    parser.add_argument("--methods", type=_names, default=list(COMPARED), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=_integers, default=[0, 1, 2], help="comma-separated (default 0,1,2)")
+    parser.add_argument(
+        "--methods", type=partial(names_of, METHODS), default=list(COMPARED), help=f"of {', '.join(METHODS)}"
+    )
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="comma-separated (default 0,1,2)")
     parser.add_argument("--targets", type=_shares, default=[0.3, 0.5], help="FLOPs to remove (default 0.3,0.5)")
     parser.add_argument("--runs", type=Path, help="keep the runs there, and go on with them (default: not kept)")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side (default 2)")
@@ -321,15 +324,16 @@ def settings_of(method: str, target: float, shared: Sequence[str], name: str = R
     return overridden(recipe(name), argparse.Namespace(flags={}, set=settings))
 
 
-def _names(text: str) -> list[str]:
+def names_of(known: Collection[str], text: str) -> list[str]:
+    """Comma-separated names of known ones, for argparse."""
     names = text.split(",")
-    unknown = [name for name in names if name not in METHODS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(METHODS)}")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     return names
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 

@@ -1,7 +1,7 @@
 """How often a race chooses what the exhaustive search chooses, on real losses, and what it needs for that.
 
     python bench/races.py --data DATA [--only resnet20_epoch130 ...] [--races 200] [--matrices FOLDER] [--threads 2]
-                          [--plain | --compensated]
+                          [--plain | --compensated] [--hard]
 
 For each checkpoint of DATA the loss of every candidate on every one of 4,000 images of `cifar10_mini` is measured once,
 in float32 and in bfloat16 (and kept in FOLDER, or read from there): the paper's four criteria, and those with obs, made
@@ -10,6 +10,10 @@ choice in float32, its regret where it differs (the exhaustive loss of its choic
 evaluations, and the cost in forward passes of the whole network in float32 and in bfloat16, the one on all images
 without a prune included. `steps` are rounds and others, which wait for each other. The gap from the best to the next is
 in standard errors of its mean over all images: what a sample of that many would have to tell apart.
+
+With `--hard` the races are of losses made to break one instead, on each checkpoint's unpruned losses, in float32: the
+first five candidates with equal means (the third is best by 1e-7), and twenty of noise alone, of which one looks better
+by 0.005 but jumps by 3 on one image of 300, at a noise of 0.1 and 0.02. The cells are the wrong choices.
 """
 
 from __future__ import annotations
@@ -81,10 +85,12 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--plain", action="store_true", help="the paper's criteria only")
     which.add_argument("--compensated", action="store_true", help="candidates that are made up for only")
+    parser.add_argument("--hard", action="store_true", help="losses made to break a race")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(machine())
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    columns = ("checkpoint", "five equal", "jumps, noise 0.1", "jumps, noise 0.02") if options.hard else COLUMNS
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     kinds = [False] if options.plain else [True] if options.compensated else [False, True]
     for compensated, name in itertools.product(kinds, options.only):
         title = f"{name}, compensated" if compensated else name
@@ -92,6 +98,9 @@ def main() -> int:
         matrix = read(kept) if kept is not None and kept.is_file() else measured(name, options.data, compensated)
         if kept is not None and not kept.is_file():
             np.savez(kept, **{field.name: getattr(matrix, field.name) for field in dataclasses.fields(matrix)})
+        if options.hard:
+            print(f"| {title} | " + " | ".join(hard_races(matrix, options.races)) + " |", flush=True)
+            continue
         for fast in (False, True):
             print(f"| {title} | " + " | ".join(races(matrix, options.races, fast)) + " |", flush=True)
     return 0
@@ -139,6 +148,33 @@ def races(matrix: Matrix, count: int, fast: bool) -> list[str]:
         f"{np.mean(steps):.0f}",
         f"{1 + matrix.cost[1:].sum():.2f}",
     ]
+
+
+def hard_races(matrix: Matrix, count: int) -> list[str]:
+    """The cells of a row of `--hard`."""
+    base, losses = matrix.losses[0].astype(float), matrix.losses[1:].astype(float)
+    losses[:5] += losses.mean(1).min() - losses[:5].mean(1, keepdims=True)
+    losses[2] -= 1e-7
+    wrong = [sum(choice_of(base, losses, seed) != 2 for seed in range(count))]
+    for noise in (0.1, 0.02):
+        found = 0
+        for seed in range(count):
+            draw = np.random.default_rng(seed)
+            noisy = noise * draw.standard_normal((20, len(base)))
+            noisy += base - noisy.mean(1, keepdims=True)
+            noisy[1] += 3 * (draw.random(len(base)) < 1 / 300) - 0.005
+            noisy[2:] += 0.02
+            found += choice_of(base, noisy, seed) != noisy.mean(1).argmin()
+        wrong.append(found)
+    return [f"{number} of {count}" for number in wrong]
+
+
+def choice_of(base: np.ndarray, losses: np.ndarray, seed: int) -> int | None:
+    race = Race(base, len(losses), seed=seed)
+    while requests := race.requests():
+        for request in requests:
+            race.finish(request, losses[np.ix_(request.candidates, request.images)])
+    return race.choice
 
 
 def measured(name: str, data: Path, compensated: bool) -> Matrix:

@@ -223,4 +223,4 @@ def _measured(name: str, network: nn.Module, config: RunSettings, device: torch.
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
     """The figures as JSON: each network's, and `latency` with a row for each engine and batch."""
-    return dict(to_json(evaluation))
+    return {key: value for key, value in to_json(evaluation).items() if key != "noun"}

@@ -18,7 +18,7 @@ import numpy as np
 
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.engine import Cost, Losses
-from laasp_ray.search.racing import Race
+from laasp_ray.search.racing import Race, Request
 
 OnResult = Callable[[int, MeasuredLoss], None]
 OnShare = Callable[[float], None]
@@ -229,22 +229,25 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
         rounded = work.losses(unchanged, first).astype(np.float64) - base[first]
         own += float(race.sample.means(rounded, 1)[0])
     work.finish(candidates, own, settings.images)
+
+    def in_fast(request: Request) -> bool:
+        return fast and request.kind != "full"
+
     while requests := race.requests():
         for request in requests:
-            work.ask(request.candidates, request.images, fast and request.kind != "full")
+            work.ask(request.candidates, request.images, in_fast(request))
         next_round = race.rounds + int(requests[0].kind == "round")
         is_next = next_round < len(race.sample.rounds)
         ahead = iter(_likeliest_first(race) if is_next else ())
         for request in requests:
-            precision = fast and request.kind != "full"
-            while not work.is_done(request.candidates, request.images, precision):
+            while not work.is_done(request.candidates, request.images, in_fast(request)):
                 # Idle workers begin with the next round, with the candidates that will most likely need it.
                 some = list(islice(ahead, max(0, work.slots - work.under_way)))
                 if some:
                     work.ask(some, race.sample.rounds[next_round], fast)
                 work.collect()
         for request in requests:
-            losses = work.losses(request.candidates, request.images, fast and request.kind != "full")
+            losses = work.losses(request.candidates, request.images, in_fast(request))
             for task in race.finish(request, losses):
                 work.finish(task, race.loss(task), int(race.images[task]), race.rounds)
     for task in race.survivors:

@@ -536,7 +536,7 @@ def test_evaluation_prints_a_table_and_writes_the_figures(finished, images, tmp_
     assert [line.split()[0] for line in printed[10:12]] == ["eager", "eager"]
     assert printed[12].startswith("Forward passes by turns on cpu, ")
     figures, recorded = json.loads(out.read_text()), json.loads((folder / "pruned" / "metrics.json").read_text())
-    assert figures.keys() == {"unpruned", "pruned", "latency", "noun"}
+    assert figures.keys() == {"unpruned", "pruned", "latency"}
     assert figures["pruned"]["macs"] == recorded["macs"]
     assert figures["unpruned"]["macs"] == recorded["macs_unpruned"]
     assert figures["pruned"]["parameters"] == recorded["parameters"] < figures["unpruned"]["parameters"]
