@@ -1,7 +1,7 @@
 """Racing: candidates are compared on a growing common sample, and those that are worse with confidence are dropped.
 
 Every candidate's loss is compared with the unpruned network's own on the same image (search/stratified.py). The
-candidate that looks best after LEADER_AFTER rounds is measured on all images. Its mean is then exact, and each other
+candidate that looks best after the first round is measured on all images. Its mean is then exact, and each other
 candidate is dropped as soon as the lower bound of its mean is above that. The sample of a candidate may miss images on
 which it is much worse. Those can only raise its mean, so that nothing is dropped by mistake because of them. They are
 found before a candidate is chosen, as the choice is measured on all images.
@@ -26,9 +26,6 @@ import numpy as np
 
 from laasp_ray.search.rounding import RELATIVE, Rounding
 from laasp_ray.search.stratified import Sample
-
-LEADER_AFTER = 3
-"""The number of rounds before the first candidate is measured on all images. Before, nothing is dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +149,7 @@ class Race:
         It is the one that looks best if none is measured so yet, if it is better than these with confidence, or if no
         other one is left that could be.
         """
-        if not self._sampled or self.rounds < min(LEADER_AFTER, len(self.sample.rounds)):
+        if not self._sampled or not self.rounds:
             return None
         best = min(self._sampled, key=lambda candidate: (self.estimates[candidate], candidate))
         doubt = 0.0 if len(self._sampled) == 1 else self._limit * self._errors[best]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 STRATA = 16
-FIRST_LOOK = 64
+FIRST_LOOK = 112
+"""The images of the first round, before which nothing is dropped. Of few images it takes all."""
 GROWTH = 1.3
 LEAST_WEIGHT = 0.0005
 """A stratum's share of the sample depends on its images' weights. A weight is 1 - exp(-loss), the probability that the

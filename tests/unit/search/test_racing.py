@@ -9,7 +9,7 @@ import pytest
 
 from laasp_ray.config import SearchConfig
 from laasp_ray.errors import ConfigError
-from laasp_ray.search import racing, stratified
+from laasp_ray.search import stratified
 from laasp_ray.search.racing import Race
 from laasp_ray.search.stratified import Sample, strata_of
 
@@ -128,7 +128,6 @@ def two_strata(monkeypatch):
     """10 easy images, of which the first round has 6, and 2 hard ones, of which it has both; then the rest."""
     monkeypatch.setattr(stratified, "STRATA", 2)
     monkeypatch.setattr(stratified, "LEAST_WEIGHT", 0.005)
-    monkeypatch.setattr(racing, "LEADER_AFTER", 1)
     monkeypatch.setattr(stratified, "FIRST_LOOK", 8)
     monkeypatch.setattr(stratified, "LEAST_IMAGES", 6)
     monkeypatch.setattr(stratified, "GROWTH", 9.0)
@@ -217,24 +216,22 @@ def test_nothing_is_dropped_before_the_leader_is_measured_on_all_images():
     base = hard_and_easy(np.random.default_rng(0), 2000)
     losses = np.stack([base, base + 5.0, base + 7.0])
     race = Race(base, 3)
-    for _ in range(racing.LEADER_AFTER):
-        request = next_of(race, "round")
-        assert race.finish(request, losses[:, request.images]) == []
+    request = next_of(race, "round")
+    assert race.finish(request, losses[:, request.images]) == []
     assert finish_leader(race, 0, losses[0]) == [1, 2]
     assert race.requests() == []
-    assert (race.survivors, race.fell) == ([0], {1: racing.LEADER_AFTER, 2: racing.LEADER_AFTER})
+    assert (race.survivors, race.fell) == ([0], {1: 1, 2: 1})
 
 
 def test_one_that_is_worse_only_where_no_sample_looked_is_not_chosen():
     """A looks better than B by 0.05, but loses 400 on the one image that no round has before the leader is known."""
     base = np.full(3000, 0.01)
     race = Race(base, 2, seed=1)
-    unseen = race.sample.rounds[racing.LEADER_AFTER + 3][0]
+    unseen = race.sample.rounds[4][0]
     losses = np.stack([base + 0.05, base + 0.1])
     losses[0, unseen] += 400  # 0.13 of the mean
-    for _ in range(racing.LEADER_AFTER):
-        request = next_of(race, "round")
-        race.finish(request, losses[:, request.images])
+    request = next_of(race, "round")
+    race.finish(request, losses[:, request.images])
     assert finish_leader(race, 0, losses[0]) == []
     assert finish_leader(race, 1, losses[1]) == []
     assert (race.requests(), race.choice) == ([], 1)

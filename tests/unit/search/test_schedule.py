@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from laasp_ray.search.engine import Cost, Losses
-from laasp_ray.search.racing import LEADER_AFTER, Race
+from laasp_ray.search.racing import Race
 from laasp_ray.search.schedule import UNITS_PER_SLOT, Settings, cut, measure
 from laasp_ray.search.stratified import Sample
 
@@ -96,7 +96,7 @@ def test_candidates_are_cut_apart_only_as_far_as_they_are_done_sooner():
     settings = Settings(100, 100)
     assert len(cut(COSTS, range(11), np.arange(100), settings, 2, 0.0)) == 2
     assert len(cut(COSTS, range(11), np.arange(100), Settings(100, 25), 2, 0.0)) == 4
-    # Three batches leave a slot idle for a third of 4 * 415 = 1,660 unless they are cut: 3 rounds of 450, 1,350.
+    # Three batches leave a slot idle for a second of 4 * 415 = 1,660 unless they are cut: 3 rounds of 450, 1,350.
     assert len(cut(COSTS, range(11), np.arange(100), Settings(100, 34), 2, 0.0)) == 6
 
 
@@ -186,12 +186,12 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
     """A loser fails in the round after the one that decides, which only several workers begin with."""
     losses = np.zeros((3, 400), np.float32)
     losses[1] = 5.0  # worse on every image: it falls when the leader is known
-    third = set(Sample(losses[-1], 0).rounds[LEADER_AFTER].tolist())
+    second = set(Sample(losses[-1], 0).rounds[1].tolist())
 
     class FailsLater(FakeBackend):
         def collect(self):
             unit, found = super().collect()
-            if unit.tasks == (1,) and third & set(unit.images.tolist()):
+            if unit.tasks == (1,) and second & set(unit.images.tolist()):
                 found.values[0] = np.nan
                 return unit, Losses(found.values, {0: "RuntimeError: late"}, found.seconds)
             return unit, found
@@ -204,10 +204,10 @@ def test_what_fails_where_only_other_workers_would_have_measured_does_not_count(
     backend = FailsLater(losses, slots=8)
     results = measure(backend, 3, Settings(400, 400, racing=True), ignore)
     assert any(
-        what == "collect" and unit.tasks == (1,) and third & set(unit.images.tolist()) for what, unit in backend.events
+        what == "collect" and unit.tasks == (1,) and second & set(unit.images.tolist()) for what, unit in backend.events
     )
     assert (results[0].loss, results[0].error, results[0].dropped_at) == (0.0, "", None)
-    assert (results[1].loss, results[1].error, results[1].dropped_at) == (pytest.approx(5.0), "", LEADER_AFTER)
+    assert (results[1].loss, results[1].error, results[1].dropped_at) == (pytest.approx(5.0), "", 1)
 
 
 @pytest.mark.parametrize("racing", [True, False])
