@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import os
@@ -49,11 +50,12 @@ from laasp_ray.search.engine import BranchPoints, Cost, Engine, Losses
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import SerialBackend
 from laasp_ray.search.schedule import HAND_OUT_SECONDS, Settings, Unit, measure
-from laasp_ray.search.stratified import Sample
 
 IMAGES, BATCH = 1000, 64
-RACED = 0.08
-"""The share of the evaluations that a race needs, as bench/search.py finds it for ResNet-20."""
+RACES = {1.6: (0.109, 8), 4.0: (0.159, 5)}
+"""The share of the evaluations that a race needs, and its rounds and others that wait for each other, by
+search.racing_growth: as `bench/races.py --only resnet56_epoch60 --compensated` finds them in float32.
+"""
 
 
 def main() -> int:
@@ -198,7 +200,6 @@ def model_of_an_iteration(options: argparse.Namespace, unit_s: float, driver: Me
     macs = branch_points.cost(tasks[-1]).own
     own = sum(branch_points.cost(task).own for task in tasks[:-1]) / macs
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    looks = len(Sample(np.linspace(0, 1, 5000), 0).rounds)
     count, speed = 5000, options.gpu_images_per_second
     transfer_s = weight_bytes * 8 / (options.network_gigabits * 1e9)
     worker_s = statistics.median(wall for wall, _ in driver.worker)
@@ -207,24 +208,25 @@ def model_of_an_iteration(options: argparse.Namespace, unit_s: float, driver: Me
         f"assumed: {speed:.0f} images/s a GPU, {options.network_gigabits:g} Gbit/s a node: {transfer_s:.2f} s to send; "
         f"a unit costs {unit_s * 1e3:.2f} ms"
     )
-    columns = ["GPUs", "forwards, all", "forwards, race", "rounds", "worker and network", "reference"]
+    columns = ["GPUs", "growth", "forwards, all", "forwards, race", "rounds", "worker and network", "reference"]
     columns += [f"{kind}, driver {way}" for kind in ("all", "race") for way in WAYS]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for gpus in (8, 64, 256):
+    for gpus, growth in itertools.product((8, 64, 256), RACES):
+        raced, steps = RACES[growth]
         nodes = math.ceil(gpus / 8)
         # Ray hands the network on from node to node, so that the time grows with the logarithm of their number.
         fixed = worker_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
         exhaustive = count * (own + 1) / speed / gpus
-        racing = count * (own * RACED + 1) / speed / gpus
+        racing = count * (own * raced + 1) / speed / gpus
         # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a round ends with its
-        # last unit. What a look takes beyond its share of the forward passes is told apart.
-        look_s = count * own * RACED / speed / looks
-        units = min(gpus, math.ceil(math.sqrt(look_s / unit_s)))
-        handling = looks * (look_s / units - look_s / gpus + units * unit_s + 0.05)
+        # last unit. What a round takes beyond its share of the forward passes is listed apart.
+        round_s = count * own * raced / speed / steps
+        units = min(gpus, math.ceil(math.sqrt(round_s / unit_s)))
+        handling = steps * (round_s / units - round_s / gpus + units * unit_s + 0.05)
         cells = [exhaustive, racing, handling, fixed, picks * count / speed]
         for work in (exhaustive, racing + handling):
             cells += [driver.total(way)[0] + fixed + work for way in WAYS]
-        print(f"| {gpus} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        print(f"| {gpus} | {growth} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
 
 
 if __name__ == "__main__":

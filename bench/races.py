@@ -1,7 +1,7 @@
 """How often a race chooses what the exhaustive search chooses, on real losses, and what it needs for that.
 
     python bench/races.py --data DATA [--only resnet20_epoch130 ...] [--races 200] [--matrices FOLDER] [--threads 2]
-                          [--plain | --compensated] [--hard]
+                          [--growth 1.6] [--plain | --compensated] [--hard]
 
 For each checkpoint of DATA the loss of every candidate on every one of 4,000 images of `cifar10_mini` is measured once,
 in float32 and in bfloat16 (and kept in FOLDER, or read from there): the paper's four criteria, and those with obs, made
@@ -46,6 +46,7 @@ from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.grams import grams
 from laasp_ray.search.racing import Race
+from laasp_ray.search.stratified import GROWTH
 
 COLUMNS = (
     "checkpoint",
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--races", type=int, default=200, help="per checkpoint (default 200)")
     parser.add_argument("--matrices", type=Path, help="keep the losses there, and read them from there")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
+    parser.add_argument("--growth", type=float, default=GROWTH, help=f"search.racing_growth (default {GROWTH})")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--plain", action="store_true", help="the paper's criteria only")
     which.add_argument("--compensated", action="store_true", help="candidates that are made up for only")
@@ -99,14 +101,14 @@ def main() -> int:
         if kept is not None and not kept.is_file():
             np.savez(kept, **{field.name: getattr(matrix, field.name) for field in dataclasses.fields(matrix)})
         if options.hard:
-            print(f"| {title} | " + " | ".join(hard_races(matrix, options.races)) + " |", flush=True)
+            print(f"| {title} | " + " | ".join(hard_races(matrix, options.races, options.growth)) + " |", flush=True)
             continue
         for fast in (False, True):
-            print(f"| {title} | " + " | ".join(races(matrix, options.races, fast)) + " |", flush=True)
+            print(f"| {title} | " + " | ".join(races(matrix, options.races, fast, options.growth)) + " |", flush=True)
     return 0
 
 
-def races(matrix: Matrix, count: int, fast: bool) -> list[str]:
+def races(matrix: Matrix, count: int, fast: bool, growth: float) -> list[str]:
     """The cells of a row."""
     losses = matrix.losses[1:].astype(float)
     base = (matrix.fast if fast else matrix.losses)[0]
@@ -117,7 +119,7 @@ def races(matrix: Matrix, count: int, fast: bool) -> list[str]:
     ]
     agreed, regrets, evaluations, forwards, steps = 0, [], [], [], []
     for seed in range(count):
-        race, seen, taken = Race(base, len(losses), seed=seed, fast=fast), 0, 0
+        race, seen, taken = Race(base, len(losses), growth=growth, seed=seed, fast=fast), 0, 0
         cost = np.array([len(race.sample.images(1)) if fast else len(base), len(base) if fast else 0], float)
         while requests := race.requests():
             taken += 1
@@ -150,12 +152,12 @@ def races(matrix: Matrix, count: int, fast: bool) -> list[str]:
     ]
 
 
-def hard_races(matrix: Matrix, count: int) -> list[str]:
+def hard_races(matrix: Matrix, count: int, growth: float) -> list[str]:
     """The cells of a row of `--hard`."""
     base, losses = matrix.losses[0].astype(float), matrix.losses[1:].astype(float)
     losses[:5] += losses.mean(1).min() - losses[:5].mean(1, keepdims=True)
     losses[2] -= 1e-7
-    wrong = [sum(choice_of(base, losses, seed) != 2 for seed in range(count))]
+    wrong = [sum(choice_of(base, losses, seed, growth) != 2 for seed in range(count))]
     for noise in (0.1, 0.02):
         found = 0
         for seed in range(count):
@@ -164,13 +166,13 @@ def hard_races(matrix: Matrix, count: int) -> list[str]:
             noisy += base - noisy.mean(1, keepdims=True)
             noisy[1] += 3 * (draw.random(len(base)) < 1 / 300) - 0.005
             noisy[2:] += 0.02
-            found += choice_of(base, noisy, seed) != noisy.mean(1).argmin()
+            found += choice_of(base, noisy, seed, growth) != noisy.mean(1).argmin()
         wrong.append(found)
     return [f"{number} of {count}" for number in wrong]
 
 
-def choice_of(base: np.ndarray, losses: np.ndarray, seed: int) -> int | None:
-    race = Race(base, len(losses), seed=seed)
+def choice_of(base: np.ndarray, losses: np.ndarray, seed: int, growth: float) -> int | None:
+    race = Race(base, len(losses), growth=growth, seed=seed)
     while requests := race.requests():
         for request in requests:
             race.finish(request, losses[np.ix_(request.candidates, request.images)])

@@ -1,16 +1,19 @@
 """One iteration of the search, ours against the reference procedure (bench/reference.py), on the same cores in one run.
 
     python bench/search.py [--data DATA] [--json FILE] [--only resnet20 ...] [--threads 2] [--scale 1.0]
-                           [--precision bfloat16]
+                           [--precision float32 bfloat16] [--images 500] [--races-only] [--prunes 2]
 
 DATA is the folder of development data (`checkpoints/`, `cifar10_mini`, `imagenet_sample`); without it images are noise
 and weights and BatchNorms random. The reference is timed on a part of its candidates, named in the table, and scaled to
 all. Both sides see the same prepared images. `agree` with racing off: the reference's losses of the candidates it was
 timed on, our two best among them, are ours to 1e-5, and so is their order; with racing on: the choice is the exhaustive
-one. It is null where the two best lie within 1e-5. `efficiency` is in forward passes of the whole network a second, of
-those of the plain network at the reference's batch size and memory format, timed in between. `same_filters`,
-`shared_prefix` (masked layers and the base run included), `no_copies`, `efficiency` and `racing_factor` multiply to the
-ratio with what graph and proposals take. Batched branches are a GPU's; spreading is in bench/fanout.py.
+one. It is null where the two best lie within 1e-5, and with `--races-only`, where the exhaustive search of ours, which
+takes ten times as long as a race, is left out. With `--prunes 2` our choice is pruned and all is done again, as the
+next iteration of a run would without training in between (search.racing_memory). `efficiency` is in forward passes of
+the whole network a second, of those of the plain network at the reference's batch size and memory format, timed in
+between. `same_filters`, `shared_prefix` (masked layers and the base run included), `no_copies`, `efficiency` and
+`racing_factor` multiply to the ratio with what graph and proposals take. Batched branches are a GPU's; spreading is in
+bench/fanout.py.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +45,13 @@ from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.models import build, load_weights
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.recipes import recipe
 from laasp_ray.search.candidates import Proposal, measure_baseline, propose, tasks_of
 from laasp_ray.search.engine import Engine, Losses
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import SerialBackend
+from laasp_ray.search.race_memory import RaceMemory
 from laasp_ray.search.schedule import Settings, Unit, measure
 
 TIE = 1e-5
@@ -74,6 +79,7 @@ NETWORKS = {
 }
 COLUMNS = (
     "network",
+    "prune",
     "racing",
     "precision",
     "images",
@@ -129,16 +135,23 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="these networks only")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default 2)")
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the race (default float32)"
+        "--precision",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32"],
+        help="of the races, one for each (default float32)",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the images to use (default all)")
+    parser.add_argument("--images", type=int, help="this number of images instead")
+    parser.add_argument("--prunes", type=int, default=1, help="iterations, one after the other (default 1)")
+    parser.add_argument("--races-only", action="store_true", help="leave the exhaustive search out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ran_on = machine("torch-pruning")
     print(ran_on)
     rows: list[dict[str, Any]] = []
     for name in options.only:
-        for row in compare(name, options.data, options.scale, options.precision):
+        for row in compare(name, options):
             rows.append(row)
             print("; ".join(f"{key} {_shown(row[key])}" for key in COLUMNS), flush=True)
     print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
@@ -149,52 +162,77 @@ def main() -> int:
     return 0
 
 
-def compare(name: str, data: Path | None, scale: float, precision: Precision) -> list[dict[str, Any]]:
-    """The rows of a network: racing off and on."""
+def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of a network: every image, and a race in each precision."""
     network = NETWORKS[name]
+    if options.images:
+        network = dataclasses.replace(network, images=options.images, gpu_images=options.images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, images, labels = load(network, data, scale, device)
+    model, images, labels = load(network, options.data, 1.0 if options.images else options.scale, device)
     batch_size, memory_format = reference.fastest(model, images, network.batch_sizes)
+    memories = {precision: RaceMemory() for precision in options.precision}
+    rows: list[dict[str, Any]] = []
+    for prune in range(1, options.prunes + 1):
+        some, step = iteration_rows(model, network, options, images, labels, batch_size, memory_format, memories)
+        rows += [{"network": name, "prune": prune, **row} for row in some]
+        apply_plan(model, step)
+    return rows
+
+
+def iteration_rows(
+    model: nn.Module,
+    network: Network,
+    options: argparse.Namespace,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int,
+    memory_format: torch.memory_format,
+    memories: Mapping[Precision, RaceMemory],
+) -> tuple[list[dict[str, Any]], Plan]:
+    """The rows of one iteration, and the chosen prune."""
     proposals, all_picks, prepare_s = proposals_of(model, network)
-    off = iteration(model, proposals, images, labels, racing=False)
-    on = iteration(model, proposals, images, labels, racing=True, precision=precision)
-    order = sorted(range(len(proposals)), key=lambda position: off.losses[position])
+    off = None if options.races_only else iteration(model, proposals, images, labels, racing=False)
+    runs = [("float32", off)] if off is not None else []
+    for precision in options.precision:
+        ours = iteration(model, proposals, images, labels, racing=True, precision=precision, memory=memories[precision])
+        runs.append((precision, ours))
+    measured = runs[0][1].losses
+    order = sorted(range(len(proposals)), key=lambda position: (position != runs[0][1].best, measured[position]))
     timed_on = reference_sample(order, network.reference_candidates)
     timed, plain = time_reference(model, [proposals[p] for p in timed_on], images, labels, batch_size, memory_format)
     forward_s = statistics.mean(entry.forward_s for entry in timed)
     reference_s = all_picks * (forward_s + statistics.mean(entry.pruning_s for entry in timed))
-    differences = [abs(entry.loss - off.losses[p]) / abs(entry.loss) for p, entry in zip(timed_on, timed, strict=True)]
-    tie = off.losses[order[1]] - off.losses[order[0]] <= TIE
+    differences = [abs(entry.loss - measured[p]) / abs(entry.loss) for p, entry in zip(timed_on, timed, strict=True)]
+    tie = measured[order[1]] - measured[order[0]] <= TIE
     same_order = min(timed, key=lambda entry: entry.loss).loss == timed[timed_on.index(order[0])].loss
     rows = []
-    for racing, ours in ((False, off), (True, on)):
-        seconds = ours.seconds + prepare_s
+    for precision, ours in runs:
+        racing, seconds = ours is not off, ours.seconds + prepare_s
         agrees = ours.best == order[0] if racing else same_order and max(differences) <= TIE
         rows.append(
             {
-                "network": name,
                 "racing": racing,
-                "precision": precision if racing else "float32",
+                "precision": precision,
                 "images": len(images),
                 "proposals": all_picks,
                 "candidates": len(proposals),
                 "reference_s": reference_s,
                 "ours_s": seconds,
                 "ratio": reference_s / seconds,
-                "agree": None if tie else agrees,
-                "max_relative_difference": max(differences),
+                "agree": None if tie or off is None else agrees,
+                "max_relative_difference": None if off is None else max(differences),
                 "image_forwards": ours.image_forwards / (all_picks * len(images)),
                 "efficiency": ours.image_forwards / ours.seconds / plain,
                 "same_filters": all_picks / len(proposals),
-                "shared_prefix": len(proposals) * len(images) / off.image_forwards,
+                "shared_prefix": None if off is None else len(proposals) * len(images) / off.image_forwards,
                 "no_copies": reference_s / (all_picks * forward_s),
-                "racing_factor": off.seconds / ours.seconds,
+                "racing_factor": None if off is None else off.seconds / ours.seconds,
                 "reference_timed_on": len(timed),
                 "reference_of_plain": len(images) / forward_s / plain,
                 "batch_size": batch_size,
             }
         )
-    return rows
+    return rows, proposals[runs[0][1].best].step
 
 
 def time_reference(
@@ -229,6 +267,7 @@ def iteration(
     *,
     racing: bool,
     precision: Precision = "float32",
+    memory: RaceMemory | None = None,
 ) -> IterationResult:
     """Ours, in this process and at the recipes' batch size; the time includes tracing the network."""
     batch_size = SearchConfig().batch_size
@@ -238,7 +277,7 @@ def iteration(
     started = time.perf_counter()
     backend = CountingHand(Engine(network, CalibrationSet(images, labels, batch_size), precision=precision), tasks)
     settings = Settings(len(images), batch_size, racing=racing, fast=precision == "bfloat16")
-    results = measure(backend, len(tasks), settings, lambda position, result: None)
+    results = measure(backend, len(tasks), settings, lambda position, result: None, memory=memory)
     seconds = time.perf_counter() - started
     left = [p for p in range(len(proposals)) if results[p].dropped_at is None]
     losses = [result.loss for result in results[:-1]]

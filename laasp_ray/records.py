@@ -227,12 +227,12 @@ class RunState:
     `plan` is the JSON form of the composed plan (pruning/plan.py), relative to the unpruned network. `checkpoint` names
     the weights in the store, and `checkpoint_plan` is the plan of the network that they belong to. `steps` are the
     prunes made since then, which are replayed on these weights; each has a file of `weights` that are new after it, or
-    an empty name. `phase_epochs_done` counts the finished epochs of the
-    current training phase. `epochs_trained` counts all epochs since the start; it seeds the order and augmentation of
-    the next epoch. `excluded` names the images that are left out, and `places` says where they are, because they may be
-    deleted later. `digests` (file -> sha256) are those of the checkpoints and masks in use, as far as events tell them.
-    The reductions of parameters and latency are 0 unless they are targets. `batch_parts` is the number of parts of a
-    global batch.
+    an empty name. `race` is the file of what the last race left to the next one, if nothing was trained since.
+    `phase_epochs_done` counts the finished epochs of the current training phase. `epochs_trained` counts all epochs
+    since the start; it seeds the order and augmentation of the next epoch. `excluded` names the images that are left
+    out, and `places` says where they are, because they may be deleted later. `digests` (file -> sha256) are those of
+    the checkpoints and masks in use, as far as events tell them. The reductions of parameters and latency are 0 unless
+    they are targets. `batch_parts` is the number of parts of a global batch.
     """
 
     phase: Phase = "train"
@@ -249,6 +249,7 @@ class RunState:
     checkpoint_plan: Mapping[str, Any] | None = None
     steps: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[str, ...] = ()
+    race: str = ""
     excluded: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from laasp_ray.search.activations import ImportanceRequest
 from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import Executor
 from laasp_ray.search.grams import Grams
+from laasp_ray.search.race_memory import RaceMemory
 from laasp_ray.search.schedule import OnResult, OnShare
 
 
@@ -55,6 +56,7 @@ class FakeExecutor(Executor):
         on_result: OnResult,
         on_share: OnShare,
         images: int | None = None,
+        memory: RaceMemory | None = None,
     ) -> list[MeasuredLoss]:
         raise AssertionError(f"no losses should be asked for, {len(tasks)} are")
 

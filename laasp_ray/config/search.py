@@ -28,6 +28,13 @@ class SearchConfig:
     racing_margin: Annotated[
         float, Doc("loss difference that does not matter in a race, as a share of the network's own loss; 0: none")
     ] = 0.0
+    racing_growth: Annotated[
+        float, Doc("factor by which a race's images grow from round to round, above 1, at most 10; large for many GPUs")
+    ] = 1.6
+    racing_memory: Annotated[
+        Literal["on", "off"],
+        Doc("on: after a prune without training, its losses stand for the pass without a prune, which is not measured"),
+    ] = "on"
     precision: Annotated[
         Precision,
         Doc(
@@ -51,6 +58,7 @@ class SearchConfig:
         check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
         check(0 <= self.racing_margin < 1, "search.racing_margin", self.racing_margin, "a share from 0 to below 1")
+        check(1 < self.racing_growth <= 10, "search.racing_growth", self.racing_growth, "above 1 and at most 10")
         known = self.precision in typing.get_args(Precision)
         check(known, "search.precision", self.precision, "'float32', 'tf32' or 'bfloat16'")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")

@@ -32,6 +32,7 @@ from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.executor import settings_of
 from laasp_ray.search.grams import Grams, gram_chunks, parts
 from laasp_ray.search.memory import REMEDY, retried
+from laasp_ray.search.race_memory import RaceMemory
 from laasp_ray.search.remembering import BranchPointMemory
 from laasp_ray.search.schedule import OnResult, OnShare, Unit, measure
 from laasp_ray.tasks import CLASSIFICATION, Task
@@ -84,6 +85,7 @@ class RayExecutor:
         on_result: OnResult,
         on_share: OnShare,
         images: int | None = None,
+        memory: RaceMemory | None = None,
     ) -> list[MeasuredLoss]:
         branch_points = self._branch_points.of(network, rebuild(self._unpruned, network).eval())
         costs = [branch_points.cost(task) for task in tasks]
@@ -97,7 +99,7 @@ class RayExecutor:
         backend = WorkersBackend(self._workers, inputs_with(light), lambda: inputs_with(tasks), costs)
         settings = settings_of(self._search, min(images or self._images, self._images), self._seed)
         try:
-            return measure(backend, len(tasks), settings, on_result, on_share)
+            return measure(backend, len(tasks), settings, on_result, on_share, memory)
         finally:
             self._workers.drop()
             self._workers.rest()

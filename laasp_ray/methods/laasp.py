@@ -107,7 +107,9 @@ class Laasp(PruningMethod[LaaspConfig]):
                 reported = so_far
                 context.on_candidate(so_far, len(proposals), None)
 
-        results = context.executor.measure(network, tasks_of(proposals), on_result, on_share)
+        results = context.executor.measure(
+            network, tasks_of(proposals), on_result, on_share, memory=context.memory.race
+        )
         ranking = ranking_of(proposals, results)
         _say_copied(ranking)
         decision, removal = with_next_best(
@@ -116,6 +118,8 @@ class Laasp(PruningMethod[LaaspConfig]):
             ranking,
             scores=lambda name, layer: _scores(context, given, name, layer),
         )
+        if decision.further:  # the network changes by more than the race's choice
+            context.memory.race.forget()
         made_up, loss, details = context.if_it_helps(removal, decision.loss)
         decision = replace(decision, loss=loss)
         context.clock.lap("evaluate")

@@ -50,16 +50,18 @@ from laasp_ray.search.compensating import Measured
 from laasp_ray.search.executor import NO_EXECUTOR, Executor
 from laasp_ray.store.artifact import save_pruned
 from laasp_ray.store.checkpoint import (
+    RACES,
     UNPRUNED,
+    WEIGHTS,
     delete_checkpoints,
-    delete_weights,
+    delete_tensors,
     digest_of_file,
     has_checkpoint,
     load_checkpoint,
-    load_weights,
+    load_tensors,
     numbered_name,
     save_checkpoint,
-    save_weights,
+    save_tensors,
     unpruned_file,
 )
 from laasp_ray.store.journal import Journal, write_candidates
@@ -133,7 +135,8 @@ class Controller:
         optimizer_state = checkpoint.optimizer_state if state.phase_epochs_done else {}
         self._measured = Measured(network)
         for step, file in zip(state.steps, state.weights, strict=True):
-            network = self._pruned(network, Plan.from_json(step), load_weights(storage, file, state.digests))
+            network = self._pruned(network, Plan.from_json(step), load_tensors(storage, file, state.digests))
+        self._memory.race.restore(load_tensors(storage, state.race, state.digests))
         has = masks_file_of(state.digests) is not None or has_masks(storage, state.iteration)
         masks = load_masks(storage, state.iteration, state.digests) if has else {}
         # A run cut off between an iteration and its first epoch has the weights from before the masks.
@@ -244,8 +247,8 @@ class Controller:
         self._optimizer_state = {}
         if result.step is not None:
             self._network = self._pruned(self._network, result.step, result.weights)
-        if result.weights:
-            digests |= save_weights(storage, number, result.weights, self._parts.attempt)
+        for folder, tensors in ((WEIGHTS, result.weights), (RACES, self._memory.race.tensors())):
+            digests |= save_tensors(storage, folder, number, tensors, self._parts.attempt)
         if result.masks is not None:
             digests |= save_masks(storage, number, result.masks, self._parts.attempt)
             self._masks = result.masks
@@ -295,6 +298,7 @@ class Controller:
         before = state.checkpoint
         self._network = NetworkState(self._network.plan, done.tensors)
         self._measured, self._optimizer_state = Measured(self._network), done.optimizer_state
+        self._memory.race.forget()
         name = numbered_name(state.epochs_trained, parts.attempt)
         digests = save_checkpoint(parts.storage, name, model=done.tensors, optimizer_state=done.optimizer_state)
         self._exclude(done.unreadable)
@@ -322,7 +326,7 @@ class Controller:
         began = state.epochs_trained - state.phase_epochs_done if self._config.train.keep_checkpoints else None
         delete_checkpoints(parts.storage, keep=keep, attempt=parts.attempt, since=began)
         if not self._config.train.keep_checkpoints:
-            delete_weights(parts.storage, keep=state.weights, attempt=parts.attempt)
+            delete_tensors(parts.storage, keep=[*state.weights, state.race], attempt=parts.attempt)
 
     def _exclude(self, names: tuple[str, ...]) -> None:
         new = [name for name in dict.fromkeys(names) if name not in self.state.excluded]

@@ -24,7 +24,7 @@ from laasp_ray.run.preflight import open_run, write_config
 from laasp_ray.run.state import advance, initial_state
 from laasp_ray.run.totals import seconds_spent
 from laasp_ray.store.addresses import public_data
-from laasp_ray.store.checkpoint import WEIGHTS, checkpoint_file, unpruned_file
+from laasp_ray.store.checkpoint import RACES, WEIGHTS, checkpoint_file, unpruned_file
 from laasp_ray.store.journal import Event, Journal, event_file, started_config
 from laasp_ray.store.ownership import take
 from laasp_ray.store.storage import Storage
@@ -142,12 +142,12 @@ def _files(source: Storage, events: list[Event], state: RunState) -> list[str]:
             f"{needed} in {source.uri} is not stored any more: the run went on; begin this run where it was there"
         )
     named = {file for event in events for file in event.data.get("digests", {})} | {needed}
-    weights = {needed, unpruned_file(), *state.weights}
-    gone = [file for file in state.weights if file and not source.exists(file)]
+    weights = {needed, unpruned_file(), *state.weights, state.race}
+    gone = [file for file in (*state.weights, state.race) if file and not source.exists(file)]
     if gone:
         raise StoreError(f"{gone[0]} in {source.uri} is not stored any more: begin this run where it was there")
     return [
         file
         for file in sorted(named)
-        if (file in weights or not file.startswith(("checkpoints/", WEIGHTS))) and source.exists(file)
+        if (file in weights or not file.startswith(("checkpoints/", WEIGHTS, RACES))) and source.exists(file)
     ]

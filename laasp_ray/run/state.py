@@ -17,7 +17,7 @@ from laasp_ray.run.events import (
     RunStarted,
     TrainingPhaseDone,
 )
-from laasp_ray.store.checkpoint import WEIGHTS, unpruned_file
+from laasp_ray.store.checkpoint import RACES, WEIGHTS, unpruned_file
 from laasp_ray.train.loop import EpochPlan, TrainingPhase
 
 
@@ -46,6 +46,7 @@ def advance(state: RunState, event: Happening, config: RunConfig) -> RunState:
                 checkpoint_plan=state.plan,
                 steps=(),
                 weights=(),
+                race="",
                 phase_epochs_done=state.phase_epochs_done + 1,
                 epochs_trained=state.epochs_trained + 1,
                 digests=_replaced(_without_weights(state.digests), event.digests, "checkpoints/"),
@@ -83,7 +84,7 @@ def _replaced(known: Mapping[str, str], new: Mapping[str, str], folder: str) -> 
 
 
 def _without_weights(digests: Mapping[str, str]) -> dict[str, str]:
-    return {file: digest for file, digest in digests.items() if not file.startswith(WEIGHTS)}
+    return {file: digest for file, digest in digests.items() if not file.startswith((WEIGHTS, RACES))}
 
 
 def _place_of(event: ImageExcluded) -> tuple[Place, ...]:
@@ -97,8 +98,10 @@ def _after_training(state: RunState, config: RunConfig) -> Phase:
 
 
 def _after_iteration(state: RunState, event: IterationDone, config: RunConfig) -> RunState:
-    digests = _replaced(state.digests, event.digests, "masks/")
-    state = replace(state, iteration=state.iteration + 1, digests=digests)
+    digests = {file: digest for file, digest in state.digests.items() if not file.startswith(RACES)}
+    digests = _replaced(digests, event.digests, "masks/")
+    race = next((file for file in event.digests if file.startswith(RACES)), "")
+    state = replace(state, iteration=state.iteration + 1, digests=digests, race=race)
     if event.step is not None:
         before = Plan.empty() if state.plan is None else Plan.from_json(state.plan)
         plan = before.then(Plan.from_json(event.step))

@@ -19,6 +19,7 @@ from laasp_ray.search.batchnorm import reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
 from laasp_ray.search.evaluate import Calibration, LossTask, ready_with
 from laasp_ray.search.grams import Grams, grams
+from laasp_ray.search.race_memory import RaceMemory
 from laasp_ray.search.schedule import OnResult, OnShare, Settings, Unit, measure
 
 
@@ -37,12 +38,14 @@ class Executor(Protocol):
         on_result: OnResult,
         on_share: OnShare,
         images: int | None = None,
+        memory: RaceMemory | None = None,
     ) -> list[MeasuredLoss]:
         """The losses of `tasks` on `network`, in their order. The last task is the current network, if they race.
 
-        With `images` only so many images are used, the first of the calibration set, which is shuffled.
-        `on_result` is called with each loss when it is final, in any order. `on_share` is called with the share of the
-        work that is done, if it is known. A task that fails has an `error` and does not stop the others.
+        A race uses `memory` and leaves its choice there. With `images` only so many images are used, the first of the
+        calibration set, which is shuffled. `on_result` is called with each loss when it is final, in any order.
+        `on_share` is called with the share of the work that is done, if it is known. A task that fails has an `error`
+        and does not stop the others.
         """
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
@@ -74,6 +77,7 @@ class _NoExecutor:
         on_result: OnResult,
         on_share: OnShare,
         images: int | None = None,
+        memory: RaceMemory | None = None,
     ) -> list[MeasuredLoss]:
         raise _no_executor()
 
@@ -115,10 +119,11 @@ class InProcessExecutor:
         on_result: OnResult,
         on_share: OnShare,
         images: int | None = None,
+        memory: RaceMemory | None = None,
     ) -> list[MeasuredLoss]:
         backend = SerialBackend(self._engine(network), tasks)
         settings = settings_of(self._search, min(images or len(self._calibration), len(self._calibration)), self._seed)
-        return measure(backend, len(tasks), settings, on_result, on_share)
+        return measure(backend, len(tasks), settings, on_result, on_share, memory)
 
     def importance(self, network: NetworkState, wanted: ImportanceRequest) -> Mapping[str, torch.Tensor]:
         return importance(*self._ready(network), wanted)
@@ -177,5 +182,7 @@ def settings_of(search: SearchConfig, images: int, seed: int) -> Settings:
         fast=search.precision == "bfloat16",
         racing_error=search.racing_error,
         racing_margin=search.racing_margin,
+        racing_growth=search.racing_growth,
+        racing_memory=search.racing_memory == "on",
         seed=seed,
     )

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from laasp_ray.search.rounding import RELATIVE, Rounding
-from laasp_ray.search.stratified import Sample
+from laasp_ray.search.stratified import GROWTH, Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,8 @@ class Race:
     order of the measurements does not matter. The candidates of `survivors` are still in the race, those of `whole` are
     measured on all images: their means. `error` is the probability that the best candidate on all images is dropped.
     `margin` is the difference of losses that does not matter: the bound is then on dropping a candidate that is better
-    than the choice by more. With `fast`, losses are of a fast precision, as `base` is, unless a request is for `full`.
+    than the choice by more. `growth` is the factor by which the images grow in number from round to round. With `fast`,
+    losses are of a fast precision, as `base` is, unless a request is for `full`.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Race:
         *,
         error: float = 0.01,
         margin: float = 0.0,
+        growth: float = GROWTH,
         seed: int = 0,
         fast: bool = False,
     ) -> None:
-        self.sample = Sample(base, seed)
+        self.sample = Sample(base, seed, growth)
         self._base = np.where(np.isfinite(base), base, 0.0).astype(np.float64)
         self._nonnegative = bool((self._base >= 0).all())
         self._margin = margin

@@ -18,7 +18,9 @@ import numpy as np
 
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.engine import Cost, Losses
+from laasp_ray.search.race_memory import RaceMemory
 from laasp_ray.search.racing import Race, Request
+from laasp_ray.search.stratified import GROWTH
 
 OnResult = Callable[[int, MeasuredLoss], None]
 OnShare = Callable[[float], None]
@@ -70,20 +72,27 @@ class Settings:
     fast: bool = False
     racing_error: float = 0.01
     racing_margin: float = 0.0
+    racing_growth: float = GROWTH
+    racing_memory: bool = True
     seed: int = 0
 
 
 def measure(
-    backend: WorkBackend, tasks: int, settings: Settings, on_result: OnResult, on_share: OnShare = lambda share: None
+    backend: WorkBackend,
+    tasks: int,
+    settings: Settings,
+    on_result: OnResult,
+    on_share: OnShare = lambda share: None,
+    memory: RaceMemory | None = None,
 ) -> list[MeasuredLoss]:
     """The losses of the candidates (tasks 0..tasks-2) and of the current network (the last task).
 
     `on_result` is called with each loss when it is final. `on_share` is called with the share that is done, if there is
-    no race. A candidate that failed has loss NaN and an error.
+    no race. A candidate that failed has loss NaN and an error. A race uses `memory`, and leaves its choice there.
     """
     work = _Work(backend, tasks, settings, on_result)
     if settings.racing and tasks > 2:
-        _race(work, tasks - 1, settings)
+        _race(work, tasks - 1, settings, memory if memory is not None and settings.racing_memory else RaceMemory())
     else:
         _exhaust(work, tasks, settings, on_share)
     return work.results
@@ -211,24 +220,33 @@ def _exhaust(work: _Work, tasks: int, settings: Settings, on_share: OnShare) -> 
                 work.finish(task, float(work.values[task].mean(dtype=np.float64)), settings.images)
 
 
-def _race(work: _Work, candidates: int, settings: Settings) -> None:
+def _race(work: _Work, candidates: int, settings: Settings, memory: RaceMemory) -> None:
     unchanged, everything = [candidates], np.arange(settings.images)
     fast = settings.fast and not any(cost.copied for cost in work.costs)
-    work.ask(unchanged, everything, fast)
-    while work.under_way:
-        work.collect()
-    base = work.losses(unchanged, everything, fast)[0]
+    base = remembered = memory.of(settings.images, fast)
+    if base is None:
+        work.ask(unchanged, everything, fast)
+        while work.under_way:
+            work.collect()
+        base = work.losses(unchanged, everything, fast)[0]
     own = float(base.mean(dtype=np.float64))
     margin = settings.racing_margin * own if settings.racing_margin else 0.0
-    race = Race(base, candidates, error=settings.racing_error, margin=margin, seed=settings.seed, fast=fast)
-    if fast:
+    race = Race(
+        base,
+        candidates,
+        error=settings.racing_error,
+        margin=margin,
+        growth=settings.racing_growth,
+        seed=settings.seed,
+        fast=fast,
+    )
+    if fast or remembered is not None:
         first = race.sample.images(1)
         work.ask(unchanged, first)
         while not work.is_done(unchanged, first):
             work.collect()
-        rounded = work.losses(unchanged, first).astype(np.float64) - base[first]
-        own += float(race.sample.means(rounded, 1)[0])
-    work.finish(candidates, own, settings.images)
+        own += float(race.sample.means(work.losses(unchanged, first).astype(np.float64) - base[first], 1)[0])
+    work.finish(candidates, own, settings.images if remembered is None else len(first))
 
     def in_fast(request: Request) -> bool:
         return fast and request.kind != "full"
@@ -252,6 +270,9 @@ def _race(work: _Work, candidates: int, settings: Settings) -> None:
                 work.finish(task, race.loss(task), int(race.images[task]), race.rounds)
     for task in race.survivors:
         work.finish(task, race.loss(task), int(race.images[task]))
+    memory.losses, memory.fast = None, fast
+    if race.choice is not None:
+        memory.losses = work.losses([race.choice], everything, fast)[0]
     while work.under_way:  # units of a round that is no longer needed
         work.collect()
 

@@ -26,6 +26,8 @@ comparisons.
 _FOLDER = "checkpoints"
 WEIGHTS = "weights/"
 """The folder of the tensors that iterations changed."""
+RACES = "races/"
+"""The folder of what races leave to the next ones (search/race_memory.py)."""
 _SUFFIX = ".safetensors"
 _MODEL, _OPTIMIZER_STATE = "model/", "optimizer_state/"
 _ATTEMPT = re.compile(r"(?:^|/)\d{6,}-a(\d+)$")
@@ -104,26 +106,28 @@ def delete_checkpoints(
     storage.delete_leftovers(_FOLDER)
 
 
-def save_weights(
-    storage: Storage, iteration: int, weights: Mapping[str, torch.Tensor], attempt: int = 1
+def save_tensors(
+    storage: Storage, folder: str, iteration: int, tensors: Mapping[str, torch.Tensor], attempt: int = 1
 ) -> dict[str, str]:
-    """Writes the tensors that an iteration changed as `weights/NNNNNN.safetensors`; gives the file with its digest."""
-    packed = pack_tensors(weights, {})
-    file = f"{WEIGHTS}{numbered_name(iteration, attempt)}{_SUFFIX}"
+    """Writes an iteration's tensors as `FOLDER/NNNNNN.safetensors`; gives the file with its digest. None: no file."""
+    if not tensors:
+        return {}
+    packed = pack_tensors(tensors, {})
+    file = f"{folder}{numbered_name(iteration, attempt)}{_SUFFIX}"
     storage.write(file, packed)
     return {file: digest_of(packed)}
 
 
-def load_weights(storage: Storage, file: str, digests: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def load_tensors(storage: Storage, file: str, digests: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """The tensors of such a file; none if `file` is empty. Raises StoreError if it is gone or damaged."""
     if not file:
         return {}
     return unpack_tensors(checked_digest(storage, file, digests), f"{file} in {storage.uri}")[0]
 
 
-def delete_weights(storage: Storage, keep: Collection[str], attempt: int) -> None:
-    """Removes such files that are not in `keep`, but for those of later attempts."""
-    for file in storage.list(WEIGHTS):
+def delete_tensors(storage: Storage, keep: Collection[str], attempt: int) -> None:
+    """Removes such files of WEIGHTS and RACES that are not in `keep`, but for those of later attempts."""
+    for file in [*storage.list(WEIGHTS), *storage.list(RACES)]:
         if file.endswith(_SUFFIX) and file not in keep and attempt_of(file.removesuffix(_SUFFIX)) <= attempt:
             storage.delete(file)
 

@@ -28,7 +28,7 @@ class TellingExecutor(FakeExecutor):
     def __init__(self, script):
         self._script = script
 
-    def measure(self, network, tasks, on_result, on_share, images=None):
+    def measure(self, network, tasks, on_result, on_share, images=None, memory=None):
         results = [MeasuredLoss(1.0, 10, 0.0)] * len(tasks)
         for item in self._script(len(tasks)):
             if isinstance(item, float):
@@ -77,7 +77,7 @@ def test_iterations_that_remember_propose_what_those_that_begin_anew_propose(net
     """Three prunes: graph, multiply-accumulates and scores follow from the iteration before, or are all made anew."""
 
     class Rising(FakeExecutor):
-        def measure(self, network, tasks, on_result, on_share, images=None):
+        def measure(self, network, tasks, on_result, on_share, images=None, memory=None):
             return [MeasuredLoss(1.0 + position, 10, 0.0) for position in range(len(tasks))]
 
     first = first_standing(network, torch.zeros(1, 1, 8, 8), CONFIG, Rising())

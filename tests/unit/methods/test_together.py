@@ -34,7 +34,7 @@ class Scripted(FakeExecutor):
         self._losses, self._together = losses, joint
         self.asked = []
 
-    def measure(self, network, tasks, on_result, on_share, images=None):
+    def measure(self, network, tasks, on_result, on_share, images=None, memory=None):
         self.asked.append(tasks)
         if len(tasks) == 2 and len(self.asked) == 2:
             return [MeasuredLoss(self._together, 10, 0.0), MeasuredLoss(0.25, 10, 0.0)]

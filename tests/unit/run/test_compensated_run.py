@@ -13,6 +13,8 @@ from whole_runs import events_of, on_pictures, power_cut
 
 from laasp_ray import load_pruned, prune
 from laasp_ray.pruning.plan import Plan
+from laasp_ray.run.events import read_event
+from laasp_ray.run.state import advance, initial_state
 
 
 class WithoutBias(nn.Module):
@@ -81,6 +83,24 @@ def test_iterations_say_what_compensation_gained_and_keep_their_weights(referenc
     assert any(data["details"]["compensated"] for data in iterations(config))
     # Training made those of before it needless.
     assert len(list((Path(config.storage) / config.name / "weights").glob("*"))) <= len(iterations(config))
+
+
+def test_what_a_race_leaves_is_stored_until_something_is_trained(reference):
+    config, _, _ = reference
+    state = initial_state(config)
+    files = []
+    for event in events_of(config):
+        state = advance(state, read_event(event, ""), config)
+        if event.name == "iteration":
+            assert state.race == f"races/{event.data['iteration']:06d}.safetensors"
+            assert [file for file in state.digests if file.startswith("races/")] == [state.race]
+            files.append(state.race)
+        elif event.name == "epoch":
+            assert state.race == ""
+            assert not any(file.startswith("races/") for file in state.digests)
+    assert len(files) > 1
+    there = (Path(config.storage) / config.name / "races").glob("*")
+    assert {f"races/{path.name}" for path in there} <= {files[-1]}
 
 
 def test_the_target_is_met_with_no_filter_more_than_it_needs(reference):

@@ -130,7 +130,6 @@ def two_strata(monkeypatch):
     monkeypatch.setattr(stratified, "LEAST_WEIGHT", 0.005)
     monkeypatch.setattr(stratified, "FIRST_LOOK", 8)
     monkeypatch.setattr(stratified, "LEAST_IMAGES", 6)
-    monkeypatch.setattr(stratified, "GROWTH", 9.0)
     base = np.zeros(12)
     base[[10, 11]] = 0.0251  # each weighs five easy ones: 10 * 0.005 = 0.05 = 2 * 0.0248 and a little
     assert [stratum.tolist() for stratum in strata_of(base)] == [list(range(10)), [10, 11]]
