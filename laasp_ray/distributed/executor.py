@@ -25,7 +25,7 @@ from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, chunks_of
-from laasp_ray.search.batchnorm import reestimate, with_statistics
+from laasp_ray.search.batchnorm import ENOUGH, reestimate, with_statistics
 from laasp_ray.search.calibration import Drawn, calibration_set
 from laasp_ray.search.engine import Cost, Losses, untraced_by
 from laasp_ray.search.evaluate import LossTask
@@ -115,7 +115,7 @@ class RayExecutor:
 
     def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
         remedy = "leave out prune.reestimate_batchnorm"
-        arguments = [self._inputs(network), tuple(behind)]
+        arguments = [self._inputs(network), tuple(behind), ENOUGH]
         try:
             job = Job(statistics_task, arguments, "the measurement of BatchNorm statistics", remedy)
             return unpack(self._workers.call(job), copy=True)
@@ -193,6 +193,8 @@ def measure_losses(inputs: list[Any], positions: Sequence[int], images: np.ndarr
     return engine.losses([tasks[position] for position in positions], images, fast)
 
 
-def statistics_task(inputs: list[Any], behind: Collection[str] = ()) -> dict[str, np.ndarray]:
+def statistics_task(
+    inputs: list[Any], behind: Collection[str] = (), images: int | None = None
+) -> dict[str, np.ndarray]:
     """The iteration's BatchNorm statistics; references inside `inputs` are kept by the process."""
-    return pack(reestimate(*PROCESS.network(*inputs), behind))
+    return pack(reestimate(*PROCESS.network(*inputs), behind, images))

@@ -25,11 +25,17 @@ BATCH = 128
 """The number of images in a batch. Statistics depend on which images share a batch, so it does not depend on the
 process or on the memory.
 """
+ENOUGH = 1000
+"""The calibration images for statistics that stay in a network after a prune. Each has many positions, and each
+iteration measures them again.
+"""
 
 
 @full_precision()
 @torch.no_grad()
-def reestimate(model: nn.Module, calibration: Calibration, behind: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def reestimate(
+    model: nn.Module, calibration: Calibration, behind: Collection[str] = (), images: int | None = None
+) -> dict[str, torch.Tensor]:
     """`running_mean` and `running_var` of every BatchNorm of `model`, by their names in its state dict, on the CPU.
 
     `model` is in eval mode on the calibration set's device, and is not changed. All images go through it once, in their
@@ -38,11 +44,13 @@ def reestimate(model: nn.Module, calibration: Calibration, behind: Collection[st
     mean of the batches' means over positions and images. `running_var` is the mean of their unbiased variances. Each
     batch is weighted by its number of images; for equal batches this equals torch's `momentum=None`. A BatchNorm that
     runs several times averages over all its calls. One that keeps no statistics is left out. With layers `behind` only
-    those are measured that run after one of these layers, and the others normalise as they are.
+    those are measured that run after one of these layers, and the others normalise as they are. With `images` only so
+    many are used, the first, as the set is shuffled.
 
     Raises MemoryShortError if a batch needs more memory than there is: `search.memory_mb` does not limit this.
     """
-    batches = np.array_split(np.arange(len(calibration)), math.ceil(len(calibration) / BATCH))
+    count = min(images or len(calibration), len(calibration))
+    batches = np.array_split(np.arange(count), math.ceil(count / BATCH))
     what = f"one of the batches of {len(batches[0])} images, which BatchNorm statistics are measured on,"
     remedy = "leave out search.reestimate_batchnorm and prune.reestimate_batchnorm"
     return retried(lambda: _reestimate(model, calibration, batches, behind), what, remedy)

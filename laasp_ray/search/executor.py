@@ -15,7 +15,7 @@ from laasp_ray.pruning.network import NetworkState, rebuild
 from laasp_ray.pruning.readers import Reader
 from laasp_ray.records import MeasuredLoss
 from laasp_ray.search.activations import ImportanceRequest, importance
-from laasp_ray.search.batchnorm import reestimate, with_statistics
+from laasp_ray.search.batchnorm import ENOUGH, reestimate, with_statistics
 from laasp_ray.search.engine import Cost, Engine, Losses
 from laasp_ray.search.evaluate import Calibration, LossTask, ready_with
 from laasp_ray.search.grams import Grams, grams
@@ -55,7 +55,8 @@ class Executor(Protocol):
         """The sums of products of these layers' inputs (search/grams.py)."""
 
     def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
-        """The statistics of the BatchNorms that run after one of the layers `behind`, measured again."""
+        """The statistics of the BatchNorms that run after one of the layers `behind`, measured again on some of the
+        images (search/batchnorm.py)."""
 
     def close(self) -> None: ...
 
@@ -132,7 +133,7 @@ class InProcessExecutor:
         return grams(*self._ready(network), readers, self._search.memory_bytes)
 
     def statistics(self, network: NetworkState, behind: Collection[str]) -> Mapping[str, torch.Tensor]:
-        return reestimate(*self._ready(network), behind)
+        return reestimate(*self._ready(network), behind, ENOUGH)
 
     def close(self) -> None:
         return None

@@ -240,13 +240,11 @@ def _race(work: _Work, candidates: int, settings: Settings, memory: RaceMemory) 
         seed=settings.seed,
         fast=fast,
     )
-    if fast or remembered is not None:
-        first = race.sample.images(1)
-        work.ask(unchanged, first)
-        while not work.is_done(unchanged, first):
-            work.collect()
-        own += float(race.sample.means(work.losses(unchanged, first).astype(np.float64) - base[first], 1)[0])
-    work.finish(candidates, own, settings.images if remembered is None else len(first))
+    is_estimate, first = fast or remembered is not None, race.sample.images(1)
+    if is_estimate:
+        work.ask(unchanged, first)  # the race need not wait for it
+    else:
+        work.finish(candidates, own, settings.images)
 
     def in_fast(request: Request) -> bool:
         return fast and request.kind != "full"
@@ -273,8 +271,12 @@ def _race(work: _Work, candidates: int, settings: Settings, memory: RaceMemory) 
     memory.losses, memory.fast = None, fast
     if race.choice is not None:
         memory.losses = work.losses([race.choice], everything, fast)[0]
-    while work.under_way:  # units of a round that is no longer needed
+    while work.under_way:  # also units of a round that is no longer needed
         work.collect()
+    if is_estimate:
+        changes = work.losses(unchanged, first).astype(np.float64) - base[first]
+        own += float(race.sample.means(changes, 1)[0])
+        work.finish(candidates, own, settings.images if remembered is None else len(first))
 
 
 def _likeliest_first(race: Race) -> list[int]:

@@ -14,6 +14,7 @@ from laasp_ray.errors import SearchError
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.search import batchnorm
+from laasp_ray.search import executor as in_process
 from laasp_ray.search.batchnorm import norms_of, reestimate
 from laasp_ray.search.evaluate import CalibrationSet, LossTask, ready
 from laasp_ray.search.executor import InProcessExecutor
@@ -142,6 +143,21 @@ def test_the_task_of_a_cluster_measures_the_same_to_the_last_bit(network, monkey
     arrays, serial = on_ray.statistics_task(["unpruned", "iteration", "calibration"]), reestimate(network, calibration)
     assert arrays.keys() == serial.keys()
     assert all(torch.equal(torch.from_numpy(arrays[name]), tensor) for name, tensor in serial.items())
+
+
+def test_statistics_that_stay_are_those_of_the_first_images(network, monkeypatch):
+    calibration, state = pictures(), capture(network, Plan.empty())
+    executor = InProcessExecutor(network, calibration, torch.device("cpu"), SearchConfig(), 0)
+    alone = ready(copy.deepcopy(network), torch.device("cpu"))
+    first = next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    whole = executor.statistics(state, [first])
+    assert all(torch.equal(tensor, reestimate(alone, calibration, [first])[name]) for name, tensor in whole.items())
+    monkeypatch.setattr(in_process, "ENOUGH", 5)
+    some = executor.statistics(state, [first])
+    few = subset_of([[float(n)] for n in (1, 2, 6)])
+    assert reestimate(nn.Sequential(nn.BatchNorm2d(1)), few, images=2)["0.running_mean"].tolist() == [1.5]
+    assert all(torch.equal(tensor, reestimate(alone, calibration, [first], 5)[name]) for name, tensor in some.items())
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in some.items())
 
 
 def test_a_batch_that_does_not_fit_is_named():
