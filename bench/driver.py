@@ -43,7 +43,8 @@ from laasp_ray.search.evaluate import ready
 from laasp_ray.search.remembering import BranchPointMemory
 from laasp_ray.search.tracing import trace
 
-WAYS = ("anew", "after a prune", "after training")
+AFTER_A_PRUNE = "after a prune"
+WAYS = ("anew", AFTER_A_PRUNE, "after training")
 PARTS = ("graph", "MACs", "proposals", "trace and costs", "network rebuilt, cut, packed")
 CONFIG = LaaspConfig(flops_reduction=0.5)
 

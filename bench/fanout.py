@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from driver import WAYS, Measured, measure_driver, show
+from driver import AFTER_A_PRUNE, WAYS, Measured, measure_driver, show
 from machine import machine
 from search import NETWORKS, load, proposals_of
 
@@ -217,15 +217,17 @@ def model_of_an_iteration(options: argparse.Namespace, unit_s: float, driver: Me
         # Ray hands the network on from node to node, so that the time grows with the logarithm of their number.
         fixed = worker_s + transfer_s * max(1, math.ceil(math.log2(nodes + 1)))
         exhaustive = count * (own + 1) / speed / gpus
-        racing = count * (own * raced + 1) / speed / gpus
+        racing, unpruned = count * own * raced / speed / gpus, count / speed / gpus
         # The driver hands out one by one, to as many as that is worth for (search/schedule.py); a round ends with its
         # last unit. What a round takes beyond its share of the forward passes is listed apart.
         round_s = count * own * raced / speed / steps
         units = min(gpus, math.ceil(math.sqrt(round_s / unit_s)))
         handling = steps * (round_s / units - round_s / gpus + units * unit_s + 0.05)
         cells = [exhaustive, racing, handling, fixed, picks * count / speed]
-        for work in (exhaustive, racing + handling):
-            cells += [driver.total(way)[0] + fixed + work for way in WAYS]
+        # After a prune a race needs no pass without a prune (search.racing_memory).
+        raced_s = [racing + handling + (0.0 if way == AFTER_A_PRUNE else unpruned) for way in WAYS]
+        for work in ([exhaustive] * len(WAYS), raced_s):
+            cells += [driver.total(way)[0] + fixed + seconds for way, seconds in zip(WAYS, work, strict=True)]
         print(f"| {gpus} | {growth} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
 
 

@@ -13,7 +13,7 @@ STRATA = 16
 FIRST_LOOK = 112
 """The images of the first round, before which nothing is dropped. Of few images it takes all."""
 GROWTH = 1.6
-"""The factor by which the number of images grows. With 1.3 there are 50% more rounds, for 3 to 6% less work."""
+"""The factor by which the number of images grows. With 1.3 there are 50% more rounds, for 2 to 6% less work."""
 LEAST_WEIGHT = 0.0005
 """A stratum's share of the sample depends on its images' weights. A weight is 1 - exp(-loss), the probability that the
 network gives to wrong classes, but at least this value.
