@@ -1,5 +1,6 @@
 """Whole runs whose folder is on S3 and on Google Cloud Storage, as servers on this machine speak them."""
 
+import html
 import itertools
 import time
 
@@ -55,13 +56,17 @@ def check(config, on_disk):
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
 
 
-def test_a_run_cut_off_there_goes_on_and_ends_as_on_a_local_folder(object_store, anew, pictures, on_disk, monkeypatch):
+def test_a_run_cut_off_there_ends_as_on_a_local_folder(object_store, anew, pages, pictures, on_disk, monkeypatch):
     config = on(object_store, "cut", pictures)
     for events in (1, 3):
         with power_cut(monkeypatch, events):
             run(config)
     run(config)
     check(config, on_disk)
+    folder = Storage.open(str(config.storage)).child(config.name)
+    page = html.unescape(folder.read("report.html").decode())
+    assert f"laasp_ray run in {folder.uri}" in page
+    assert ">finished<" in page
 
 
 def test_a_store_that_fails_now_and_then_and_is_gone_for_seconds_changes_nothing(object_store, anew, pictures, on_disk):
