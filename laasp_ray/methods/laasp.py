@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,10 +28,11 @@ from laasp_ray.methods.joint import with_next_best
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.plan import parameters_after
 from laasp_ray.records import CandidateLoss, MeasuredLoss, Ranking
 from laasp_ray.search.activations import ImportanceRequest, check_request
-from laasp_ray.search.candidates import counts_of, propose, ranking_of, tasks_of
+from laasp_ray.search.candidates import Proposal, counts_of, propose, ranking_of, tasks_of
 from laasp_ray.search.engine import BranchPoints, untraced_by
 from laasp_ray.search.policy import decide
 
@@ -90,26 +91,7 @@ class Laasp(PruningMethod[LaaspConfig]):
             context.model, graph, macs, context.baseline, config, given, context.memory.scores, context.made_up
         )
         context.clock.lap("propose")
-        done = reported = 0
-
-        def on_result(position: int, result: MeasuredLoss) -> None:
-            nonlocal done
-            if position < len(proposals):
-                done += 1
-                entry = CandidateLoss(candidate=proposals[position].candidate, measured=result)
-                context.on_candidate(max(done, reported), len(proposals), entry)
-                if result.error:
-                    logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
-
-        def on_share(share: float) -> None:
-            nonlocal reported
-            if max(done, reported) < (so_far := int(share * len(proposals))) < len(proposals):
-                reported = so_far
-                context.on_candidate(so_far, len(proposals), None)
-
-        results = context.executor.measure(
-            network, tasks_of(proposals), on_result, on_share, memory=context.memory.race
-        )
+        results = _measure(context, network, proposals)
         ranking = ranking_of(proposals, results)
         _say_copied(ranking)
         decision, removal = with_next_best(
@@ -183,6 +165,30 @@ class Laasp(PruningMethod[LaaspConfig]):
             candidates=len(proposals),
             removes=removes,
         )
+
+
+def _measure(
+    context: IterationContext[LaaspConfig], network: NetworkState, proposals: Sequence[Proposal]
+) -> list[MeasuredLoss]:
+    """The losses of the proposals, and of the network, last. `context.on_candidate` gets each, and the number done."""
+    done = reported = 0
+
+    def on_result(position: int, result: MeasuredLoss) -> None:
+        nonlocal done
+        if position < len(proposals):
+            done += 1
+            entry = CandidateLoss(candidate=proposals[position].candidate, measured=result)
+            context.on_candidate(max(done, reported), len(proposals), entry)
+            if result.error:
+                logger.warning("%s is left out: %s", proposals[position].candidate.name, result.error)
+
+    def on_share(share: float) -> None:
+        nonlocal reported
+        if max(done, reported) < (so_far := int(share * len(proposals))) < len(proposals):
+            reported = so_far
+            context.on_candidate(so_far, len(proposals), None)
+
+    return context.executor.measure(network, tasks_of(proposals), on_result, on_share, memory=context.memory.race)
 
 
 def _of_data(config: LaaspConfig) -> list[str]:

@@ -95,6 +95,8 @@ def measure(
         _race(work, tasks - 1, settings, memory if memory is not None and settings.racing_memory else RaceMemory())
     else:
         _exhaust(work, tasks, settings, on_share)
+        if memory is not None:
+            memory.forget()
     return work.results
 
 

@@ -96,6 +96,13 @@ def test_a_race_without_a_choice_leaves_nothing():
     assert memory.losses is None
 
 
+def test_a_search_without_a_race_leaves_nothing():
+    losses = matrix(1, IMAGES)  # one candidate has nobody to race with
+    memory = RaceMemory(np.ones(IMAGES, np.float32))
+    race(losses, memory)
+    assert memory.losses is None
+
+
 def test_it_is_stored_and_restored_to_the_last_bit():
     for fast in (False, True):
         before, after = RaceMemory(np.random.default_rng(0).random(50).astype(np.float32), fast), RaceMemory()
