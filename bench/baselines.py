@@ -10,13 +10,18 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 import torch_pruning
 
 from laasp_ray import criteria
+from laasp_ray.config import RunConfig
+from laasp_ray.data.calibration import draw_calibration_images
+from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.ordering import derive_seed
+from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError
 from laasp_ray.methods import IterationContext, IterationResult, PruningMethod, pls
 from laasp_ray.models.copying import deep_copy
@@ -24,6 +29,9 @@ from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, filters_to_remove
 from laasp_ray.pruning.joint import independent_layers, joint_removal
 from laasp_ray.search.activations import ImportanceRequest
+
+GRADIENTS_AT_ONCE = 250
+"""Images of one backward pass."""
 
 Option = TypeVar("Option")
 Picks = Mapping[str, tuple[int, ...]]
@@ -106,22 +114,37 @@ class TorchPruning(PruningMethod):
     """torch-pruning's own base pruner, global over all layers, by its importance of this name.
 
     The share of channels is raised by thousandths until an iteration is worth `prune.step`. A layer that would get
-    below its limit keeps what it has.
+    below its limit keeps what it has. An importance of gradients needs the run's config: gradients are those of the
+    summed loss of its calibration images, with BatchNorm in eval mode.
     """
 
-    def __init__(self, importance: str) -> None:
-        self._importance = importance
+    def __init__(self, importance: str, config: RunConfig | None = None) -> None:
+        self._importance, self._config = importance, config
 
     def iterate(self, context: IterationContext) -> IterationResult:
         rooms = rooms_of(context, context.graph.layers)
         context.clock.lap("graph")
-        options = (picks for ratio in range(2, 500, 2) if (picks := self._picks(context, rooms, ratio / 1000)))
+        gradients = gradients_of(context.model, *self._images) if self._config is not None else {}
+        context.clock.lap("score")
+        ratios = (ratio / 1000 for ratio in range(2, 500, 2))
+        options = (picks for ratio in ratios if (picks := self._picks(context, rooms, ratio, gradients)))
         chosen = worth_about(options, lambda picks: worth(context, picks), context.config.step)
         context.clock.lap("propose")
         return context.prune(chosen, self._importance)
 
-    def _picks(self, now: IterationContext, rooms: Mapping[str, Room], ratio: float) -> Picks:
+    @cached_property
+    def _images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._config is not None
+        data, count = self._config.data, self._config.search.images
+        drawn = draw_calibration_images(open_source(data, "train"), data, images=count, seed=self._config.seed)
+        return normalise(drawn.images, data), drawn.labels
+
+    def _picks(
+        self, now: IterationContext, rooms: Mapping[str, Room], ratio: float, gradients: Mapping[str, torch.Tensor]
+    ) -> Picks:
         model = deep_copy(now.model)
+        for name, gradient in gradients.items():
+            model.get_parameter(name).grad = gradient
         names = {module: name for name, module in model.named_modules()}
         layers = torch.nn.modules.conv._ConvNd | torch.nn.Linear
         kept = [module for module, name in names.items() if isinstance(module, layers) and name not in rooms]
@@ -139,6 +162,14 @@ class TorchPruning(PruningMethod):
             if layer in rooms and 0 < len(filters) <= rooms[layer].allowed:
                 chosen[layer] = filters
         return chosen
+
+
+def gradients_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter: of the summed cross-entropy of images (B, C, H, W), the model in eval mode."""
+    copy = deep_copy(model).eval().requires_grad_()
+    for some, wanted in zip(images.split(GRADIENTS_AT_ONCE), labels.split(GRADIENTS_AT_ONCE), strict=True):
+        torch.nn.functional.cross_entropy(copy(some), wanted, reduction="sum").backward()
+    return {name: parameter.grad for name, parameter in copy.named_parameters() if parameter.grad is not None}
 
 
 def rooms_of(now: IterationContext, layers: Iterable[str]) -> dict[str, Room]:

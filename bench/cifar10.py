@@ -92,7 +92,7 @@ class Spreading(LineProgress):
         super().on_event(event, state)
         if isinstance(event, PhaseStarted) and event.phase == "prune" and state.iteration == 0:
             for label, config in self._following.items():
-                method = method_of(label, config.seed)
+                method = method_of(label, config)
                 name = None if method is None else f"{type(method).__module__}.{type(method).__qualname__}"
                 fork(self._config, config, {"method": name})
 
@@ -194,16 +194,16 @@ def run(chain: Chain, place: Place, budget: Budget, others: Sequence[str] = ()) 
             config,
             distributed=False,
             progress=Spreading(config, following, log),
-            method=method_of(chain.method, chain.seed),
+            method=method_of(chain.method, config),
         )
     events = Journal(Storage.open(config.storage).child(config.name)).events()
     return row_of(chain.method, target, chain.seed, events)
 
 
-def method_of(label: str, seed: int) -> PruningMethod[Any] | None:
-    """What chooses the prunes of `WHEN METHOD`, where it is not the library's own."""
-    of_seed = METHODS[label.split(" ")[1]].of_seed
-    return None if of_seed is None else of_seed(seed)
+def method_of(label: str, config: RunConfig) -> PruningMethod[Any] | None:
+    """What chooses the prunes of the run `WHEN METHOD`, where it is not the library's own."""
+    of_run = METHODS[label.split(" ")[1]].of_run
+    return None if of_run is None else of_run(config)
 
 
 def config_of(label: str, seed: int, target: float, place: Place, budget: Budget) -> RunConfig:

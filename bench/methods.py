@@ -79,22 +79,23 @@ BUDGET = (
 
 @dataclass(frozen=True)
 class Method:
-    """`settings` and those of `target` (which is a share) are what `--set` of the jobs takes. `of_seed` gives what
-    chooses the prunes, where it is not the library's own."""
+    """`settings` and those of `target` (which is a share) are what `--set` of the jobs takes. `of_run` gives what
+    chooses a run's prunes, where it is not the library's own."""
 
     settings: tuple[str, ...] = ()
     target: Callable[[float], tuple[str, ...]] = lambda share: (f"prune.flops_reduction={share}",)
-    of_seed: Callable[[int], PruningMethod] | None = None
+    of_run: Callable[[RunConfig], PruningMethod] | None = None
 
 
 COMPARED = {
     "laasp": Method(),
     **{name: Method((f'prune.criteria=["{name}"]',)) for name in ("l1", "l2", "euclidean", "cosine")},
-    "pls": Method((), of_seed=lambda seed: PlsByFlops()),
-    "uniform": Method(of_seed=lambda seed: UniformPruning()),
-    "random": Method(of_seed=RandomPruning),
-    "torch_pruning-group_norm": Method(of_seed=lambda seed: TorchPruning("GroupMagnitudeImportance")),
-    "torch_pruning-lamp": Method(of_seed=lambda seed: TorchPruning("LAMPImportance")),
+    "pls": Method((), of_run=lambda config: PlsByFlops()),
+    "uniform": Method(of_run=lambda config: UniformPruning()),
+    "random": Method(of_run=lambda config: RandomPruning(config.seed)),
+    "torch_pruning-group_norm": Method(of_run=lambda config: TorchPruning("GroupMagnitudeImportance")),
+    "torch_pruning-lamp": Method(of_run=lambda config: TorchPruning("LAMPImportance")),
+    "torch_pruning-taylor": Method(of_run=lambda config: TorchPruning("GroupTaylorImportance", config)),
 }
 MADE_UP = ("prune.compensate=full", "prune.reestimate_batchnorm=true")
 POOL = 'prune.criteria=["l1", "l2", "euclidean", "cosine", "obs"]'
@@ -262,14 +263,14 @@ def begin(threads: int) -> None:
 def run(chain: Chain, place: Place) -> Row:
     """The first run of the chain, or what is left of it; ready for the second to go on from."""
     config, *following = [config_of(chain.method, chain.seed, target, place) for target in chain.targets[:2]]
-    of_seed = METHODS[chain.method].of_seed
+    of_run = METHODS[chain.method].of_run
     place.runs.mkdir(parents=True, exist_ok=True)
     with (place.runs / f"{config.name}.log").open("a") as log:
         prune(
             config,
             distributed=False,
             progress=Forking(config, following[0] if following else None, log),
-            method=of_seed(chain.seed) if of_seed is not None else None,
+            method=of_run(config) if of_run is not None else None,
         )
     events = Journal(Storage.open(config.storage).child(config.name)).events()
     return row_of(chain.method, chain.targets[0], chain.seed, events)

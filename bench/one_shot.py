@@ -126,9 +126,9 @@ class Loop:
 def one(options: argparse.Namespace, method: str, seed: int, targets: list[float]) -> Iterator[dict[str, Any]]:
     """The rows of a method: one before the first prune, one for each target."""
     config = config_of(options, method, seed, targets[-1])
-    chooser = METHODS[method].of_seed
+    chooser = METHODS[method].of_run
     weights = options.data / "checkpoints" / f"{CHECKPOINTS[options.network]}.safetensors"
-    loop = Loop(config, weights, options.images, seed, Laasp() if chooser is None else chooser(seed))
+    loop = Loop(config, weights, options.images, seed, Laasp() if chooser is None else chooser(config))
     test = EvaluationData(open_source(config.data, "test"), config.data, batch_size=250, seed=0, device=CPU)
     increase, began = 0.0, time.process_time()
 
@@ -161,6 +161,7 @@ def config_of(options: argparse.Namespace, method: str, seed: int, target: float
         f"data.path={json.dumps(str(options.data / 'cifar10_mini'))}",
         "data.threads=1",
         f"search.images={options.images}",
+        f"seed={seed}",
         "prune.step=0.02",
         *options.set,
     )
