@@ -5,7 +5,8 @@
                             [--target 0.5] [--precision auto] [--processes 2] [--threads 1] [--set KEY=VALUE ...]
     python bench/cifar10.py --data DATA --speed
 
-DATA is the folder of development data; the images are those of its `cifar10_jpeg`. Methods are those of
+DATA is the folder of development data; the images are those of its `cifar10_jpeg`: all of CIFAR-10, compressed once
+more (JPEG, quality 75), so that top-1 is some points below what is usual for the original images. Methods are those of
 bench/methods.py, `laasp_obs-made_up` being the default of runs that begin with trained weights. All have iterations
 worth 2% of FLOPs, an epoch of fine-tuning whenever 10% are gone, 1,000 calibration images and a cosine schedule.
 
