@@ -148,26 +148,26 @@ def _with_spread(spread: Spread, form: str) -> str:
     return f"{spread.mean:{form}}" + ("" if spread.std is None else f" ± {spread.std:{form}}")
 
 
-def verdict(rows: Sequence[Row], target: float, figure: str, compared: Collection[str]) -> str:
-    """Whether LAASP is best of the `compared` methods at `target`, by `figure`: top1 or loss.
+def verdict(rows: Sequence[Row], target: float, figure: str, ours: str, compared: Collection[str]) -> str:
+    """Whether the method `ours` is best of the `compared` methods at `target`, by `figure`: top1 or loss.
 
-    Tied: its mean is behind the best one's by no more than the larger of the two sample standard deviations.
+    It is compared with the best of the others. Tied: the means are no further apart than the larger of the two sample
+    standard deviations.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.target == target and row.method in compared:
             values.setdefault(row.method, []).append(getattr(row, figure))
-    if "laasp" not in values or len(values) < 2:
-        return f"{figure} at {target:.0%}: nothing to compare LAASP with"
+    if ours not in values or len(values) < 2:
+        return f"{figure} at {target:.0%}: nothing to compare {ours} with"
     spreads = {method: spread_of(found) for method, found in values.items()}
     sign = 1 if figure == "top1" else -1
-    best = max(spreads, key=lambda method: (sign * spreads[method].mean, method == "laasp"))
-    said = f"{figure} at {target:.0%}: laasp {spreads['laasp'].mean:.4f}"
-    if best == "laasp":
-        return f"{said} is best of {len(values)}"
-    behind = abs(spreads[best].mean - spreads["laasp"].mean)
-    spread = max(spreads[method].std or 0.0 for method in ("laasp", best))
+    rival = max((method for method in spreads if method != ours), key=lambda method: sign * spreads[method].mean)
+    ahead = sign * (spreads[ours].mean - spreads[rival].mean)
+    spread = max(spreads[method].std or 0.0 for method in (ours, rival))
+    tied = abs(ahead) <= spread
+    place = "tied with the" if tied else "ahead of the" if ahead > 0 else "behind the"
     return (
-        f"{said} is {'tied with' if behind <= spread else 'behind'} {best} {spreads[best].mean:.4f}: "
-        f"{behind:.4f} apart, spread {spread:.4f}"
+        f"{figure} at {target:.0%}: {ours} {spreads[ours].mean:.4f} is {place} best of {len(values) - 1} others, {rival} "
+        f"{spreads[rival].mean:.4f}: {abs(ahead):.4f} apart, spread {spread:.4f}"
     )

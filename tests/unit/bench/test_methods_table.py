@@ -99,26 +99,37 @@ def many(method, *values, figure="top1"):
 
 
 def test_the_verdict():
-    def say(rows, figure="top1"):
-        return methods_table.verdict(rows, 0.3, figure, {"laasp", "l1", "uniform"})
+    def say(rows, figure="top1", ours="laasp"):
+        return methods_table.verdict(rows, 0.3, figure, ours, {"laasp", "l1", "uniform"})
 
     laasp = many("laasp", 0.90, 0.92)  # mean 0.91, spread 0.0141
-    assert say([*laasp, *many("l1", 0.91, 0.91)]) == "top1 at 30%: laasp 0.9100 is best of 2"
-    assert say([*laasp, *many("l1", 0.90, 0.90), *many("uniform", 0.92, 0.92)]) == (
-        "top1 at 30%: laasp 0.9100 is tied with uniform 0.9200: 0.0100 apart, spread 0.0141"
+    assert say([*laasp, *many("l1", 0.89, 0.89)]) == (
+        "top1 at 30%: laasp 0.9100 is ahead of the best of 1 others, l1 0.8900: 0.0200 apart, spread 0.0141"
     )
-    assert say([*laasp, *many("l1", 0.93, 0.93)]) == (
-        "top1 at 30%: laasp 0.9100 is behind l1 0.9300: 0.0200 apart, spread 0.0141"
+    assert say([*laasp, *many("l1", 0.90, 0.90), *many("uniform", 0.92, 0.92)]) == (
+        "top1 at 30%: laasp 0.9100 is tied with the best of 2 others, uniform 0.9200: 0.0100 apart, spread 0.0141"
+    )
+    assert say([*laasp, *many("l1", 0.90, 0.90)]) == (
+        "top1 at 30%: laasp 0.9100 is tied with the best of 1 others, l1 0.9000: 0.0100 apart, spread 0.0141"
+    )
+    behind = [*laasp, *many("l1", 0.93, 0.93)]
+    assert say(behind) == (
+        "top1 at 30%: laasp 0.9100 is behind the best of 1 others, l1 0.9300: 0.0200 apart, spread 0.0141"
+    )
+    assert say(behind, ours="l1") == (
+        "top1 at 30%: l1 0.9300 is ahead of the best of 1 others, laasp 0.9100: 0.0200 apart, spread 0.0141"
     )
     # Rows of other targets and of methods that are not compared do not count.
     others = [dataclasses.replace(found, target=0.5) for found in many("l1", 0.99, 0.99)]
-    assert say([*laasp, *others, *many("laasp-ema", 0.99)]) == "top1 at 30%: nothing to compare LAASP with"
+    assert say([*laasp, *others, *many("laasp-ema", 0.99)]) == "top1 at 30%: nothing to compare laasp with"
 
 
 def test_of_losses_the_least_is_best():
     rows = [*many("laasp", 0.40, 0.42, figure="loss"), *many("l1", 0.44, 0.44, figure="loss")]
-    assert methods_table.verdict(rows, 0.3, "loss", {"laasp", "l1"}) == "loss at 30%: laasp 0.4100 is best of 2"
+    assert methods_table.verdict(rows, 0.3, "loss", "laasp", {"laasp", "l1"}) == (
+        "loss at 30%: laasp 0.4100 is ahead of the best of 1 others, l1 0.4400: 0.0300 apart, spread 0.0141"
+    )
     rows += many("uniform", 0.3, 0.3, figure="loss")
-    assert methods_table.verdict(rows, 0.3, "loss", {"laasp", "uniform"}) == (
-        "loss at 30%: laasp 0.4100 is behind uniform 0.3000: 0.1100 apart, spread 0.0141"
+    assert methods_table.verdict(rows, 0.3, "loss", "laasp", {"laasp", "uniform"}) == (
+        "loss at 30%: laasp 0.4100 is behind the best of 1 others, uniform 0.3000: 0.1100 apart, spread 0.0141"
     )
