@@ -168,6 +168,6 @@ def verdict(rows: Sequence[Row], target: float, figure: str, ours: str, compared
     tied = abs(ahead) <= spread
     place = "tied with the" if tied else "ahead of the" if ahead > 0 else "behind the"
     return (
-        f"{figure} at {target:.0%}: {ours} {spreads[ours].mean:.4f} is {place} best of {len(values) - 1} others, {rival} "
-        f"{spreads[rival].mean:.4f}: {abs(ahead):.4f} apart, spread {spread:.4f}"
+        f"{figure} at {target:.0%}: {ours} {spreads[ours].mean:.4f} is {place} best of {len(values) - 1} others, "
+        f"{rival} {spreads[rival].mean:.4f}: {abs(ahead):.4f} apart, spread {spread:.4f}"
     )
