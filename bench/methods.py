@@ -15,10 +15,10 @@ training, and random prunes. The run to one target is the run to the next one up
 - `torch_pruning-...`: that library's own pruner, over all layers at once.
 - `...-made_up`: with compensation (prune.compensate=full, prune.reestimate_batchnorm). `obs`: that criterion alone.
   `laasp_obs`: LAASP with obs in its pool.
-- `laasp-...`: LAASP with one option, or without one criterion of its pool. The cosine schedule begins its final epochs
-  at the others' learning rate. Where parameters or latency are the target, it is a third or two thirds of that for
-  FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency. Three prunes an iteration are taken
-  from all candidates on all images: racing would drop most of them.
+- `laasp-...`: LAASP with one option, or without one criterion of its pool; `laasp_obs-made_up-...` likewise. The
+  cosine schedule begins its final epochs at the others' learning rate. Where parameters or latency are the target, it
+  is a third or two thirds of that for FLOPs: a run to 31% fewer FLOPs had 11% fewer parameters and 21% less latency.
+  Three prunes an iteration are taken from all candidates on all images: racing would drop most of them.
 
 A row is a method, target and seed: test top-1 and loss after the last epoch, what is gone, and seconds of iterations,
 epochs and evaluations (of `--processes` runs side by side). FILE has the rows so far; with the same FILE those are not
@@ -111,22 +111,26 @@ COMPENSATED = {
 }
 DEFAULT = "laasp_obs-made_up"
 """What runs that begin with trained weights do by default."""
-OPTIONS = {
-    "laasp-distillation": Method(("train.distill=0.5",)),
-    "laasp-label_smoothing": Method(("train.label_smoothing=0.1",)),
-    "laasp-ema": Method(("train.ema=0.99",)),
-    "laasp-cosine_schedule": Method(("train.schedule=cosine",)),
-    "laasp-batchnorm": Method(("search.reestimate_batchnorm=true",)),
-    "laasp-round_to_8": Method(("prune.round_to=8",)),
-    "laasp-parameters": Method(
+CHANGES = {
+    "distillation": Method(("train.distill=0.5",)),
+    "label_smoothing": Method(("train.label_smoothing=0.1",)),
+    "ema": Method(("train.ema=0.99",)),
+    "cosine_schedule": Method(("train.schedule=cosine",)),
+    "batchnorm": Method(("search.reestimate_batchnorm=true",)),
+    "round_to_8": Method(("prune.round_to=8",)),
+    "parameters": Method(
         target=lambda share: ("prune.flops_reduction=0", f"prune.parameters_reduction={share / 3:.3f}")
     ),
-    "laasp-latency": Method(
-        target=lambda share: ("prune.flops_reduction=0", f"prune.latency_reduction={share * 2 / 3:.3f}")
-    ),
-    "laasp-without_cosine": Method(('prune.criteria=["l1", "l2", "euclidean"]',)),
-    "laasp-three_prunes": Method(("prune.prunes_per_iteration=3", "search.racing=off")),
+    "latency": Method(target=lambda share: ("prune.flops_reduction=0", f"prune.latency_reduction={share * 2 / 3:.3f}")),
+    "three_prunes": Method(("prune.prunes_per_iteration=3", "search.racing=off")),
 }
+OPTIONS = {
+    f"{name}-{change}": replace(option, settings=(*COMPENSATED.get(name, Method()).settings, *option.settings))
+    for name in ("laasp", DEFAULT)
+    for change, option in CHANGES.items()
+}
+OPTIONS["laasp-without_cosine"] = Method(('prune.criteria=["l1", "l2", "euclidean"]',))
+OPTIONS[f"{DEFAULT}-without_cosine"] = Method(('prune.criteria=["l1", "l2", "euclidean", "obs"]', *MADE_UP))
 METHODS = COMPARED | COMPENSATED | OPTIONS
 
 

@@ -45,30 +45,30 @@ def test_all_that_are_compared_have_one_budget(tmp_path):
     assert configs["laasp"].train.learning_rate == 0.1
 
 
-@pytest.mark.parametrize(
-    ("name", "keys"),
-    [
-        ("laasp-distillation", {"train.distill"}),
-        ("laasp-label_smoothing", {"train.label_smoothing"}),
-        ("laasp-ema", {"train.ema"}),
-        ("laasp-cosine_schedule", {"train.schedule", "train.learning_rate"}),
-        ("laasp-batchnorm", {"search.reestimate_batchnorm"}),
-        ("laasp-round_to_8", {"prune.round_to"}),
-        ("laasp-parameters", {"prune.flops_reduction", "prune.parameters_reduction"}),
-        ("laasp-latency", {"prune.flops_reduction", "prune.latency_reduction"}),
-        ("laasp-without_cosine", {"prune.criteria"}),
-        ("laasp-three_prunes", {"prune.prunes_per_iteration", "search.racing"}),
-    ],
-)
-def test_a_row_of_an_option_differs_from_laasps_in_that_alone(tmp_path, name, keys):
-    laasp, option = (methods.config_of(method, 1, 0.3, place(tmp_path)) for method in ("laasp", name))
-    assert set(differing_keys(laasp.to_dict(), option.to_dict())) == {"name", *keys}
+CHANGED = {
+    "distillation": {"train.distill"},
+    "label_smoothing": {"train.label_smoothing"},
+    "ema": {"train.ema"},
+    "cosine_schedule": {"train.schedule", "train.learning_rate"},
+    "batchnorm": {"search.reestimate_batchnorm"},
+    "round_to_8": {"prune.round_to"},
+    "parameters": {"prune.flops_reduction", "prune.parameters_reduction"},
+    "latency": {"prune.flops_reduction", "prune.latency_reduction"},
+    "without_cosine": {"prune.criteria"},
+    "three_prunes": {"prune.prunes_per_iteration", "search.racing"},
+}
+
+
+@pytest.mark.parametrize("base", ["laasp", "laasp_obs-made_up"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_row_of_an_option_differs_from_the_one_without_in_that_alone(tmp_path, base, change):
+    plain, option = (methods.config_of(name, 1, 0.3, place(tmp_path)) for name in (base, f"{base}-{change}"))
+    assert set(differing_keys(plain.to_dict(), option.to_dict())) == {"name", *CHANGED[change]}
     assert option.train.learning_rate_at(option.train.prune_epoch) == pytest.approx(0.0008)
 
 
 def test_every_option_has_such_a_row():
-    tested = test_a_row_of_an_option_differs_from_laasps_in_that_alone.pytestmark[0].args[1]
-    assert {name for name, _ in tested} == set(methods.OPTIONS)
+    assert {f"{base}-{change}" for base in ("laasp", methods.DEFAULT) for change in CHANGED} == set(methods.OPTIONS)
 
 
 def test_an_option_that_changes_the_schedule_begins_at_the_same_rate(tmp_path, monkeypatch):
