@@ -1,6 +1,6 @@
 """How much a network still knows after pruning without any training, by each way to choose and with compensation.
 
-    python bench/one_shot.py --data DATA [--network resnet20] [--methods laasp,laasp+c,...] [--seeds 0]
+    python bench/one_shot.py --data DATA [--network resnet20] [--methods laasp,laasp-made_up,...] [--seeds 0]
                              [--targets 0.1,0.2,0.3,0.4,0.5] [--images 1000] [--threads 2] [--json FILE]
 
 DATA is the folder of development data. The network begins with the authors' checkpoint (ResNet-20 of epoch 130,
@@ -16,12 +16,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
-from methods import METHODS, settings_of
+from methods import METHODS, integers, names_of, settings_of
 
 from laasp_ray.config import LaaspConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
@@ -44,14 +45,17 @@ from laasp_ray.train.loop import evaluate
 
 CHECKPOINTS = {"resnet20": "resnet20_epoch130", "resnet56": "resnet56_epoch60"}
 CPU = torch.device("cpu")
+COMPARED = ("laasp_obs-made_up", "laasp", "l1", "l1-made_up", "uniform", "torch_pruning-group_norm")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--network", choices=CHECKPOINTS, default="resnet20")
-    parser.add_argument("--methods", default="laasp,l1,laasp+c,l1+c,pool+obs+c,obs+c")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument(
+        "--methods", type=partial(names_of, METHODS), default=list(COMPARED), help="of bench/methods.py"
+    )
+    parser.add_argument("--seeds", type=integers, default=[0], help="comma-separated (default 0)")
     parser.add_argument("--targets", default="0.1,0.2,0.3,0.4,0.5")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
@@ -63,8 +67,8 @@ def main() -> int:
     targets = sorted(float(share) for share in options.targets.split(","))
     lines = options.json.read_text().splitlines() if options.json is not None and options.json.exists() else []
     there = {(row["network"], row["method"], row["seed"]) for row in map(json.loads, lines)}
-    for seed in map(int, options.seeds.split(",")):
-        for method in options.methods.split(","):
+    for seed in options.seeds:
+        for method in options.methods:
             if (options.network, method, seed) in there:
                 continue
             rows = list(one(options, method, seed, targets))
