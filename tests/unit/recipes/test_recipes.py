@@ -188,7 +188,7 @@ MADE_UP = (("l1", "l2", "euclidean", "cosine", "obs"), "full", True)
 @pytest.mark.parametrize(
     ("name", "default"),
     [
-        ("resnet50_digits", PLAIN),
+        ("resnet50_digits", MADE_UP),
         ("resnet56_cifar10", PLAIN),
         ("resnet50_imagenet", PLAIN),
         ("resnet56_cifar10_finetune", MADE_UP),
@@ -202,6 +202,10 @@ def test_the_paper_s_procedure_and_compensation_are_variants_of_every_recipe_of_
     assert (procedure(whole), procedure(paper), procedure(compensated)) == (default, PLAIN, MADE_UP)
     assert (paper.name, compensated.name) == (f"{name}-paper", f"{name}-compensated")
     assert paper.train == compensated.train == whole.train
+
+
+def test_a_trained_network_also_learns_its_own_outputs_and_no_other_recipe_does():
+    assert {name for name in RECIPES if getattr(recipe(name).train, "distill", 0)} == FINE_TUNED
 
 
 def test_the_three_starts():
