@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from laasp_ray.config import DataConfig, ExportConfig, LaaspConfig, ModelConfig, RunConfig, SearchConfig, TrainConfig
-from laasp_ray.recipes.variants import compensated
 
 
 def resnet50_digits() -> RunConfig:
@@ -31,7 +30,7 @@ def resnet50_digits() -> RunConfig:
             std=(0.5, 0.5, 0.5),
             threads=1,
         ),
-        prune=compensated(LaaspConfig(flops_reduction=0.25, step=0.05, fine_tune_every=0.05, fine_tune_epochs=1)),
+        prune=LaaspConfig(flops_reduction=0.25, step=0.05, fine_tune_every=0.05, fine_tune_epochs=1),
         search=SearchConfig(images=100, batch_size=100),
         train=TrainConfig(
             epochs=10,
