@@ -125,7 +125,7 @@ CHANGES = {
     "three_prunes": Method(("prune.prunes_per_iteration=3", "search.racing=off")),
 }
 OPTIONS = {
-    f"{name}-{change}": replace(option, settings=(*COMPENSATED.get(name, Method()).settings, *option.settings))
+    f"{name}-{change}": replace(option, settings=(*(COMPARED | COMPENSATED)[name].settings, *option.settings))
     for name in ("laasp", DEFAULT)
     for change, option in CHANGES.items()
 }
