@@ -87,7 +87,7 @@ class RandomPruning(PruningMethod):
 
 
 class PlsByFlops(PruningMethod):
-    """The library's PLS, at the percentage that makes this iteration worth most nearly `prune.step`.
+    """The library's PLS, at the number of filters that makes this iteration worth most nearly `prune.step`.
 
     A layer at `prune.max_pruned` keeps what it has: its other filters' scores are infinite.
     """
@@ -99,10 +99,9 @@ class PlsByFlops(PruningMethod):
             context.executor.importance(context.scored, ImportanceRequest.of(rooms, "pls", context.config)), rooms
         )
         blocks = {layer: room.blocks for layer, room in rooms.items()}
-        filters = sum(room.filters for room in rooms.values())
-        percentages = (100 * count / filters for count in range(1, 1 + sum(room.allowed for room in rooms.values())))
+        counts = range(1, 1 + sum(room.allowed for room in rooms.values()))
         chosen = worth_about(
-            (pls.choose(scores, blocks, percent) for percent in percentages),
+            (pls.choose(scores, blocks, count) for count in counts),
             lambda picks: worth(context, picks),
             context.config.step,
         )

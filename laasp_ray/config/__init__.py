@@ -10,7 +10,7 @@ from laasp_ray.config.laasp import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, Laasp
 from laasp_ray.config.methods import SECTIONS
 from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.pls import POOLING, PlsConfig
-from laasp_ray.config.prune import TARGETS, Compensate, FilterPruneConfig, PruneConfig
+from laasp_ray.config.prune import TARGET_ROUNDING, TARGETS, Compensate, FilterPruneConfig, PruneConfig
 from laasp_ray.config.run import RunConfig
 from laasp_ray.config.search import Precision, SearchConfig
 from laasp_ray.config.train import TrainConfig
@@ -40,5 +40,6 @@ __all__ = [
     "SearchConfig",
     "StepRule",
     "TARGETS",
+    "TARGET_ROUNDING",
     "TrainConfig",
 ]

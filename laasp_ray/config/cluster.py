@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class ClusterConfig:
     worker_failures: Annotated[int, Doc("times that the trainers may be lost without an epoch finished in between")] = 3
 
     def __post_init__(self) -> None:
+        check_types(self, "cluster.")
         check(self.workers >= 0, "cluster.workers", self.workers, "at least 0 (0: as many as fit)")
         check(self.gpus >= 0, "cluster.gpus", self.gpus, "at least 0 (0: those that are there)")
         check(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 from laasp_ray.config.names import is_import_path
 
 DATA_FORMATS = ("auto", "digits", "folder", "parquet", "cifar_batches", "tar", "webdataset")
@@ -91,6 +91,7 @@ class DataConfig:
     ] = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         known = self.format in DATA_FORMATS or is_import_path(self.format)
         check(known, "data.format", self.format, f"one of {', '.join(map(repr, DATA_FORMATS))}, or an import path")
         check(self.label is None or bool(self.label.strip()), "data.label", self.label, "the name of a column")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 
 ExportFormat = Literal["auto", "none", "onnx", "torch"]
 Engine = Literal["eager", "compile", "onnxruntime"]
@@ -42,6 +42,7 @@ class ExportConfig:
     ] = 300.0
 
     def __post_init__(self) -> None:
+        check_types(self, "export.")
         check(len(set(self.latency)) == len(self.latency), "export.latency", self.latency, "different engines")
         check(
             bool(self.latency_batches) and min(self.latency_batches, default=0) >= 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -24,6 +25,23 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Raises ConfigError unless `holds`. The message names the key, its value and what is wanted."""
     if not holds:
         raise ConfigError(f"{key} is {value!r}, must be {wanted}")
+
+
+def check_types(config: Any, where: str) -> None:
+    """Raises ConfigError unless every field of the dataclass `config` has a value of its type, also where it was built
+    in Python. `where` is the dotted prefix of its keys.
+
+    As from a file, a list becomes a tuple and an int a float where these are wanted.
+    """
+    hints = _hints_of(type(config))  # type: ignore[arg-type]  # a class is hashable
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        object.__setattr__(config, field.name, _convert(hints[field.name], value, where + field.name))
+
+
+@functools.cache
+def _hints_of(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def to_plain(value: Any) -> Any:
@@ -69,7 +87,7 @@ def build(cls: Any, data: Any, where: str) -> Any:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     for key in data:
         if key not in hints:
             hint = did_you_mean(str(key), hints, prefix=where) or f"known: {', '.join(sorted(hints))}"

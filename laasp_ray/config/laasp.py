@@ -36,9 +36,6 @@ class LaaspConfig(FitConfig, FilterPruneConfig):
     criteria: Annotated[tuple[str, ...], Doc("pool of criteria, each once: names or package.module:function")] = (
         DEFAULT_CRITERIA
     )
-    exact_target: Annotated[
-        bool, Doc("the last prune takes no more filters than the target needs, though its step is larger")
-    ] = True
     prunes_per_iteration: Annotated[
         int, Doc("most candidates of an iteration that are carried out together, at least 1")
     ] = 1

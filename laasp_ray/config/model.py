@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,9 @@ class ModelConfig:
     input_shape: Annotated[tuple[int, int, int], Doc("one input: channels, height, width")] = (3, 224, 224)
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         check(
-            len(self.input_shape) == 3 and min(self.input_shape) >= 1,
+            min(self.input_shape) >= 1,
             "model.input_shape",
             self.input_shape,
             "three positive numbers: channels, height, width",

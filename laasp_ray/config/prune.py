@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 from laasp_ray.config.names import is_import_path
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Compensate = Literal["off", "channels", "full"]
 TARGETS = {"FLOPs": "flops_reduction", "parameters": "parameters_reduction", "latency": "latency_reduction"}
 """Quantity that a target can have -> its key in `prune`."""
+TARGET_ROUNDING = 1e-9
+"""A reduction that is short of its target by so little has reached it: less than any filter, more than rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class PruneConfig:
     fine_tune_epochs: Annotated[int, Doc("epochs of a fine-tune, at least 0")] = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "prune.")
         # A dataclass keeps plain defaults as class attributes, so this is the name of the built-in method of this
         # section, if there is one.
         own = getattr(type(self), "method", None)
@@ -101,6 +104,9 @@ class FilterPruneConfig(PruneConfig):
     reestimate_batchnorm: Annotated[
         bool, Doc("after a prune, BatchNorms behind it get their statistics from the calibration images")
     ] = False
+    exact_target: Annotated[
+        bool, Doc("the last prune takes no more filters than the target needs, though its step is larger")
+    ] = True
     round_to: Annotated[int, Doc("a prune leaves a layer with a multiple of so many filters; 1: any number")] = 1
     fine_tune_every: Annotated[
         float, Doc("share of FLOPs removed between two fine-tunes, 0 to 1; 0: after every prune")
@@ -124,7 +130,11 @@ class FilterPruneConfig(PruneConfig):
         return {of: getattr(self, key) for of, key in TARGETS.items() if getattr(self, key) > 0}
 
     def is_reached(self, gone: Mapping[str, float], iterations: int) -> bool:
-        return all(gone[of] >= share for of, share in self.targets.items()) or 0 < self.iterations <= iterations
+        return self.reaches_targets(gone) or 0 < self.iterations <= iterations
+
+    def reaches_targets(self, gone: Mapping[str, float]) -> bool:
+        """Whether these reductions by quantity reach all targets. A quantity that is not there has not reached its."""
+        return all(of in gone and gone[of] >= share - TARGET_ROUNDING for of, share in self.targets.items())
 
     def fine_tunes_after(self, gone: float) -> bool:
         return self.fine_tune_epochs > 0 and gone >= self.fine_tune_every

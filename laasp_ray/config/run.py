@@ -13,7 +13,7 @@ from laasp_ray.config.cluster import ClusterConfig
 from laasp_ray.config.compat import with_current_names
 from laasp_ray.config.data import DataConfig
 from laasp_ray.config.export import ExportConfig
-from laasp_ray.config.fields import Doc, build, check, doc_of, docs, to_plain
+from laasp_ray.config.fields import Doc, build, check, check_types, doc_of, docs, to_plain
 from laasp_ray.config.methods import SECTIONS, build_section, known_to
 from laasp_ray.config.model import ModelConfig
 from laasp_ray.config.prune import PruneConfig
@@ -41,6 +41,7 @@ class RunConfig:
     seed: Annotated[int, Doc("the one source of randomness")] = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         plain = self.name.replace("-", "").replace("_", "").replace(".", "")
         check(plain.isalnum() and self.name[0].isalnum(), "name", self.name, "letters, digits, '-', '_' and '.'")
         check(

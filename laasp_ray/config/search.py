@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -54,13 +53,12 @@ class SearchConfig:
         return self.memory_mb * 1_000_000
 
     def __post_init__(self) -> None:
+        check_types(self, "search.")
         check(self.images >= 1, "search.images", self.images, "at least 1")
         check(self.batch_size >= 1, "search.batch_size", self.batch_size, "at least 1")
         check(0 < self.racing_error < 0.5, "search.racing_error", self.racing_error, "a probability below one half")
         check(0 <= self.racing_margin < 1, "search.racing_margin", self.racing_margin, "a share from 0 to below 1")
         check(1 < self.racing_growth <= 10, "search.racing_growth", self.racing_growth, "above 1 and at most 10")
-        known = self.precision in typing.get_args(Precision)
-        check(known, "search.precision", self.precision, "'float32', 'tf32' or 'bfloat16'")
         check(self.memory_mb >= 0, "search.memory_mb", self.memory_mb, "at least 0")
         check(self.candidates_per_task >= 0, "search.candidates_per_task", self.candidates_per_task, "at least 0")
         enough = self.images >= 2 or not self.reestimate_batchnorm

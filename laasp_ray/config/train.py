@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from laasp_ray.config.data import GIVEN
-from laasp_ray.config.fields import Doc, check
+from laasp_ray.config.fields import Doc, check, check_types
 from laasp_ray.config.names import is_import_path
 
 Schedule = Literal["steps", "cosine"]
@@ -95,6 +94,7 @@ class TrainConfig:
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self, "train.")
         named = self.loss in ("", GIVEN) or is_import_path(self.loss)
         check(named, "train.loss", self.loss, "an import path, package.module:name")
         for name, path in self.metrics.items():
@@ -122,9 +122,6 @@ class TrainConfig:
         check(0 <= self.momentum < 1, "train.momentum", self.momentum, "from 0 to below 1")
         check(not self.nesterov or self.momentum > 0, "train.nesterov", self.nesterov, "momentum above 0 with it")
         check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
-        check(self.schedule in typing.get_args(Schedule), "train.schedule", self.schedule, "'steps' or 'cosine'")
-        known = self.precision in typing.get_args(TrainPrecision)
-        check(known, "train.precision", self.precision, "'gpu', 'auto', 'float32' or 'bfloat16'")
         for key in ("label_smoothing", "ema", "distill"):
             check(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "from 0 to below 1")
         check(self.distill_temperature > 0, "train.distill_temperature", self.distill_temperature, "positive")

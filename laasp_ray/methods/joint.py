@@ -17,7 +17,7 @@ from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
 from laasp_ray.search.candidates import fewer_filters, reaches_targets
 
 ScoresOf = Callable[[str, str], torch.Tensor]
-"""(criterion, layer) -> the scores (N,) that the criterion chose the layer's filters by."""
+"""(criterion, layer) -> the scores of the layer's rows that the criterion chose the layer's filters by."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ def _as_small_as_possible(
     now: IterationContext[LaaspConfig], entry: CandidateLoss, total: Mapping[ChannelAxis, set[int]], scores: ScoresOf
 ) -> CandidateLoss:
     """`entry` with as few filters as the targets need beside `total`."""
-    group, by_score = now.graph.layers[entry.layer], scores(entry.criterion, entry.layer)
+    group = now.graph.layers[entry.layer]
+    by_score = group.of_filters(scores(entry.criterion, entry.layer))
     for count in fewer_filters(group, len(entry.filters), now.config):
         candidate = replace(entry.candidate, filters=lowest(by_score, count, group.blocks))
         smaller = replace(entry, candidate=candidate)

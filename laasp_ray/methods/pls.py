@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,9 +22,11 @@ from laasp_ray.methods.base import IterationContext, IterationResult, PruningMet
 from laasp_ray.methods.estimate import Estimate, assumed, described
 from laasp_ray.methods.preparation import Preparation, UnprunedNetwork, prepare_filters, section_of
 from laasp_ray.models.copying import deep_copy
+from laasp_ray.pruning.channels import plan_of
 from laasp_ray.pruning.graph import PruningGraph, reachable, reachable_parameters
-from laasp_ray.pruning.joint import independent_layers
+from laasp_ray.pruning.joint import independent_layers, joint_removal
 from laasp_ray.search.activations import ImportanceRequest, check_request
+from laasp_ray.search.candidates import reaches_targets
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The shares of every layer's filters at which an estimate counts the reductions. Other shares are interpolated
@@ -69,7 +72,18 @@ class PlsPruning(PruningMethod[PlsConfig]):
         scores = {layer: context.graph.layers[layer].of_filters(of_rows) for layer, of_rows in scores.items()}
         context.clock.lap("score")
         blocks = {layer: context.graph.layers[layer].blocks for layer in layers}
-        return context.prune(choose(scores, blocks, context.config.percent, context.config.round_to), "pls")
+        wanted = removed_by(context.config.percent, sum(len(values) for values in scores.values()))
+
+        def lowest(count: int) -> dict[str, tuple[int, ...]]:
+            return choose(scores, blocks, count, context.config.round_to)
+
+        def reaches(count: int) -> bool:
+            step = plan_of(joint_removal(context.graph, lowest(count)))
+            return reaches_targets(context.graph, context.macs, context.baseline, context.config, step)
+
+        if context.config.exact_target and context.config.targets and reaches(wanted):
+            wanted = 1 + bisect_left(range(1, wanted), True, key=reaches)
+        return context.prune(lowest(wanted), "pls")
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> PlsEstimate:
         config, prune = network.config, section_of(network.config, PlsConfig)
@@ -82,7 +96,7 @@ class PlsPruning(PruningMethod[PlsConfig]):
         removes, fine_tunes = gone[-1] / len(gone), _fine_tunes(gone, prune)
         # One pass computes the scores, two measure the losses after and before the prune.
         passes = 3 + config.search.reestimate_batchnorm
-        first = _removed(filters, prune.percent)
+        first = removed_by(prune.percent, filters)
         rows = [
             (
                 "filters",
@@ -114,9 +128,9 @@ class PlsPruning(PruningMethod[PlsConfig]):
 
 
 def choose(
-    scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], percent: float, round_to: int = 1
+    scores: Mapping[str, torch.Tensor], blocks: Mapping[str, int], wanted: int, round_to: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """The `percent` (of 100) of all filters with the lowest scores, by layer. The number is rounded, and is at least 1.
+    """The `wanted` filters with the lowest scores, by layer.
 
     `scores` has (N,) for each layer. `blocks` is the number of equal blocks of a layer's filters; each block must lose
     the same number. A layer loses fewer filters if its number does not divide into blocks or does not leave a multiple
@@ -124,7 +138,7 @@ def choose(
     earlier layer and then the lower index goes first. A layer that would lose all filters keeps them, and the next
     lowest filters of other layers go instead. Raises ExhaustedError if nothing can be removed.
     """
-    asked = wanted = _removed(sum(len(values) for values in scores.values()), percent)
+    asked = wanted
     open_layers = list(scores)
     while open_layers:
         counts = _lowest_counts({layer: scores[layer] for layer in open_layers}, wanted)
@@ -162,8 +176,10 @@ def _lowest_counts(scores: Mapping[str, torch.Tensor], wanted: int) -> dict[str,
     return dict(zip(scores, counts, strict=True))
 
 
-def _removed(filters: int, percent: float) -> int:
-    """The number of filters that an iteration removes when `filters` are left."""
+def removed_by(percent: float, filters: int) -> int:
+    """The number of filters that an iteration removes when `filters` are left: `percent` (of 100) of them, rounded, at
+    least 1.
+    """
     return max(1, math.floor(percent / 100 * filters + 0.5))
 
 
@@ -188,10 +204,10 @@ def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], conf
     left = filters
     after: list[float] = []
     while left and not 0 < config.iterations <= len(after):
-        left -= _removed(left, config.percent)
+        left -= removed_by(config.percent, left)
         shares = gone(1 - left / filters)
         after.append(shares["FLOPs"])
-        if all(shares[of] >= share for of, share in config.targets.items()):
+        if config.reaches_targets(shares):
             break
     return after
 

@@ -34,7 +34,7 @@ _SAVE = (
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a file. Raises ConfigError, naming the file, if it cannot be read as one."""
     if not path.is_file():
-        raise ConfigError(f"no file of weights at {path}")
+        raise ConfigError(f"no file of weights at {path}: give its path with --pretrained (train.pretrained)")
     content = _read(path)
     for _ in range(_DEPTH):
         wrapped = content if isinstance(content, Mapping) else {}

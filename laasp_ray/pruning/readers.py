@@ -93,19 +93,23 @@ def readers_of(
     `widths` (layer -> columns) are those of the network that the moments are measured on. They decide what is mixed.
     """
     blocks: dict[ChannelAxis, set[int]] = {}
+    reasons: dict[str, str] = {}
     for coupling in graph.couplings.values():
         for side, channels in coupling.sides.items():
             if side.role == "inputs":
                 blocks.setdefault(side, set()).add(_block(channels.values()))
+            elif side.role == "filters" and "groups" in side.attributes:
+                reasons[side.module] = "it is depthwise: it has no other channel to make up from"
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     whole: dict[str, Reader] = {}
-    reasons: dict[str, str] = {}
     for side, sizes in blocks.items():
         module = model.get_submodule(side.module)
         if not is_plain(module):
             reasons[side.module] = f"it is a {type(module).__name__}: not one of torch's plain layers, or with hooks"
         elif names[id(module.get_parameter("weight"))] > 1:
             reasons[side.module] = "its weight is shared with another layer"
+        elif module.bias is not None and names[id(module.bias)] > 1:
+            reasons[side.module] = "its bias is shared with another layer"
         else:
             block = min(sizes) if len(sizes) == 1 else 1  # maps of several sizes may be concatenated
             reader = _reader(side.module, module, block, mode, widths[side.module])

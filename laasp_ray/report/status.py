@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from laasp_ray.config import TARGETS
+from laasp_ray.config import TARGET_ROUNDING, TARGETS
 from laasp_ray.records import Metrics, to_json
 from laasp_ray.report.durations import format_duration
 from laasp_ray.report.tables import table_lines
@@ -154,7 +154,7 @@ def _driver(events: Sequence[Happening], before: OwnerSeen | None, now: OwnerSee
 
 
 def _phase(events: Sequence[Happening], settings: _Settings, reached: Mapping[str, float]) -> str:
-    done = all(reached.get(of, 0.0) >= share - 1e-12 for of, share in settings.targets.items())
+    done = all(reached.get(of, 0.0) >= share - TARGET_ROUNDING for of, share in settings.targets.items())
     for event in reversed(events):
         match event:
             case RunFinished():

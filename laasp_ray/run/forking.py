@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from laasp_ray.config import TARGETS, LaaspConfig, PruneConfig, RunConfig
+from laasp_ray.config import TARGETS, FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.config.compat import differing_keys, value_at, with_current_names
 from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ConfigError, StoreError
@@ -62,7 +62,7 @@ def fork(source: Storage, config: RunConfig) -> Storage:
 
 
 def _check(config: RunConfig, theirs: Mapping[str, Any], source: Storage) -> None:
-    if isinstance(config.prune, LaaspConfig) and config.prune.exact_target:
+    if isinstance(config.prune, FilterPruneConfig) and config.prune.exact_target:
         raise ConfigError(
             f"{config.name} cannot begin with what the run in {source.uri} did: with prune.exact_target a run to "
             "another target has other candidates; set it to false for both"

@@ -38,6 +38,13 @@ def checked_search(batch_size: int, memory_mb: int, *, racing: bool, racing_erro
     )
 
 
+def listed(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """The values of an argument that takes several names. Raises ConfigError for a single one that is in no list."""
+    if isinstance(values, str):
+        raise ConfigError(f"{name} is {values!r}, must be a list: [{values!r}]")
+    return tuple(values)
+
+
 def calibration_of(
     model: nn.Module,
     images: torch.Tensor | None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from laasp_ray.errors import ConfigError
+from laasp_ray.errors import ConfigError, is_out_of_memory
 from laasp_ray.pruning.network import NetworkState
 from laasp_ray.pruning.verify import clone_sharing_parameters
 from laasp_ray.search.evaluate import Calibration
@@ -44,7 +45,7 @@ def reestimate(
     mean of the batches' means over positions and images. `running_var` is the mean of their unbiased variances. Each
     batch is weighted by its number of images; for equal batches this equals torch's `momentum=None`. A BatchNorm that
     runs several times averages over all its calls. One that keeps no statistics is left out. With layers `behind` only
-    those are measured that run after one of these layers, and the others normalise as they are. With `images` only so
+    those are measured that these layers' outputs go into, and the others normalise as they are. With `images` only so
     many are used, the first, as the set is shuffled.
 
     Raises MemoryShortError if a batch needs more memory than there is: `search.memory_mb` does not limit this.
@@ -62,7 +63,7 @@ def _reestimate(
     network = clone_sharing_parameters(model).eval()
     norms = norms_of(network)
     if behind:
-        later = _running_after(network, calibration, behind)
+        later = _reached_by(network, calibration, behind, list(norms.values()))
         norms = {name: norm for name, norm in norms.items() if norm in later}
     seen = dict.fromkeys(norms.values(), 0)
 
@@ -82,20 +83,39 @@ def _reestimate(
     }
 
 
-def _running_after(model: nn.Module, calibration: Calibration, layers: Collection[str]) -> set[nn.Module]:
-    """The modules that run after the first of `layers`."""
-    first = {model.get_submodule(name) for name in layers}
-    calls: list[nn.Module] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: calls.append(module)) for module in model.modules()
-    ]
+def _reached_by(
+    model: nn.Module, calibration: Calibration, layers: Collection[str], norms: Sequence[_BatchNorm]
+) -> set[_BatchNorm]:
+    """Those of `norms` that the outputs of `layers` go into, as a run with NaN in their place shows.
+
+    All of them, where the network cannot be run so or does not call one of the layers.
+    """
+    called: set[str] = set()
+    reached: set[_BatchNorm] = set()
+
+    def replaced(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            called.add(name)
+            return torch.full_like(output, torch.nan)
+
+        return hook
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if bool(inputs[0].isnan().any()):
+            reached.add(module)  # type: ignore[arg-type]
+
+    hooks = [model.get_submodule(name).register_forward_hook(replaced(name)) for name in layers]
+    hooks += [norm.register_forward_pre_hook(look) for norm in norms]
     try:
         calibration.run(model, np.arange(1))
+    except Exception as error:  # the network's own code may look at its values
+        if is_out_of_memory(error):
+            raise
+        return set(norms)
     finally:
         for hook in hooks:
             hook.remove()
-    start = next((place for place, module in enumerate(calls) if module in first), len(calls))
-    return set(calls[start:])
+    return reached if called == set(layers) else set(norms)
 
 
 def check_statistics(model: nn.Module) -> None:

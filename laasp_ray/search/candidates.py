@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from laasp_ray import criteria
-from laasp_ray.config import FilterPruneConfig, LaaspConfig
+from laasp_ray.config import TARGET_ROUNDING, FilterPruneConfig, LaaspConfig
 from laasp_ray.cost.macs import Macs
 from laasp_ray.errors import ExhaustedError, PruningError
 from laasp_ray.pruning.channels import Removal, plan_of
@@ -98,11 +98,13 @@ def propose(
     memory = ScoreMemory() if memory is None else memory
     of_weights = [name for name in config.criteria if name not in given]
     proposals: dict[Hashable, Proposal] = {}
-    for layer, count in counts_of(graph, macs, baseline, config).items():
+    counts, scored = counts_of(graph, macs, baseline, config), 0
+    for layer, count in counts.items():
         group = graph.layers[layer]
         known = memory.scores(of_weights, layer, model.get_submodule(layer))
         scores = {name: given[name].get(layer) if name in given else known[name] for name in config.criteria}
         there = {name: group.of_filters(of_rows) for name, of_rows in scores.items() if of_rows is not None}
+        scored += bool(there)
         for filters, proposers in _picks(there, count, group.blocks).items():
             removal = graph.removal(layer, filters)
             try:
@@ -122,6 +124,11 @@ def propose(
                 also=tuple((layer, name) for name in proposers[1:]),
             )
             proposals[key] = Proposal(candidate, step, mask_of(removal), made_up(removal))
+    if counts and not scored:
+        raise ExhaustedError(
+            f"{', '.join(config.criteria)} scores none of the {len(counts)} layers that have filters to give: obs "
+            "cannot where a layer reads them that cannot be compensated (the log names those); add l1 to prune.criteria"
+        )
     if not proposals:
         rounded = f" and prune.round_to={config.round_to}" if config.round_to > 1 else ""
         raise ExhaustedError(
@@ -149,7 +156,7 @@ def counts_of(graph: PruningGraph, macs: Macs, baseline: Baseline, config: Laasp
     return counts
 
 
-def reaches_targets(graph: PruningGraph, macs: Macs, baseline: Baseline, config: LaaspConfig, step: Plan) -> bool:
+def reaches_targets(graph: PruningGraph, macs: Macs, baseline: Baseline, config: FilterPruneConfig, step: Plan) -> bool:
     """Whether the network of `graph` and `macs` has reached all targets after `step`. A target of latency is not known
     before it is measured, and counts as not reached.
     """
@@ -157,7 +164,7 @@ def reaches_targets(graph: PruningGraph, macs: Macs, baseline: Baseline, config:
         "FLOPs": 1 - macs_after(macs, step) / baseline.macs.total,
         "parameters": 1 - parameters_after(graph.shapes, step) / baseline.parameters,
     }
-    return all(of in gone and gone[of] >= share for of, share in config.targets.items())
+    return config.reaches_targets(gone)
 
 
 def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: Baseline, config: LaaspConfig) -> int:
@@ -175,7 +182,7 @@ def _enough(graph: PruningGraph, layer: str, count: int, macs: Macs, baseline: B
 
     # A prune takes no more than all of the modules that it changes, which costs no plan to know.
     most = sum(macs.per_layer.get(name, 0) for name in group.coupled)
-    is_far = 1 - (macs.total - most) / baseline.macs.total < config.flops_reduction
+    is_far = 1 - (macs.total - most) / baseline.macs.total < config.flops_reduction - TARGET_ROUNDING
     if not config.exact_target or not config.targets or is_far or not reaches(count):
         return count
     return next(filter(reaches, fewer_filters(group, count, config)), count)

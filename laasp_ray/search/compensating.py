@@ -75,9 +75,7 @@ class CompensationMemory:
             if name.endswith(".weight") and tensor.ndim > 1
         }
         readers, reasons = readers_of(graph, model, mode, widths)
-        for layer in reasons.keys() - self._reasons.keys():
-            logger.info("%s is not compensated: %s", layer, reasons[layer])
-        self._reasons |= reasons
+        self._say_not_compensated(reasons)
         for reader in readers.values():
             if reader.mixed and mode != "channels" and reader.layer not in self._moments:
                 logger.info("%s has too many inputs: one mix of channels serves all taps of its kernel", reader.layer)
@@ -104,20 +102,32 @@ class CompensationMemory:
         missing = [reader.with_columns(widths[reader.layer]) for reader in new]
         if missing:
             grams, few = dict(measure(measured.network, missing)), []
+            unread: dict[str, str] = {}
             for reader in missing:
                 gram = grams.pop(reader.layer)  # as large as its inverse: let go of when that is there
                 if has_few_patches(gram):
                     few.append(reader.layer)
                 if not gram.patches:
-                    logger.info("%s is not compensated: it is not called as a module of its own", reader.layer)
-                    self._unread.add(reader.layer)
+                    unread[reader.layer] = "it is not called as a module of its own"
                     continue
                 pair = reader, inverted(gram, reader.layer)
                 for step in measured.steps:
                     pair = _after(*pair, step)
                 self._moments[reader.layer] = pair
             self._say_few(few, len(missing))
+            self._say_not_compensated(unread)
+            self._unread |= unread.keys()
         self._measured = measured
+
+    def _say_not_compensated(self, reasons: Mapping[str, str]) -> None:
+        """One line for each reason, with the layers that it is new for."""
+        new: dict[str, list[str]] = {}
+        for layer, reason in reasons.items():
+            if layer not in self._reasons:
+                new.setdefault(reason, []).append(layer)
+        for reason, layers in new.items():
+            logger.info("not compensated because %s: %s", reason, ", ".join(layers))
+        self._reasons |= reasons
 
     def _say_few(self, layers: Sequence[str], of: int) -> None:
         """One line for all layers, and again only where there are others."""
@@ -167,7 +177,8 @@ class Compensator:
 
     def obs_scores(self, model: nn.Module, graph: PruningGraph, counts: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Layer -> scores of its filters by obs, of which the `counts` lowest are meant. Of layers with one choice (a
-        residual stream's) the first has it. Layers that obs cannot score have none.
+        residual stream's) the first has it. Layers that obs cannot score have none: those that a layer reads which
+        cannot be compensated.
         """
         for layer in self.orders.keys() - {layer for layer, count in counts.items() if count}:
             del self.orders[layer]
@@ -192,8 +203,10 @@ class Compensator:
     def _reads(self, model: nn.Module, coupling: Coupling) -> list[ReadFilters]:
         found: list[ReadFilters] = []
         for side, channels in coupling.sides.items():
-            if side.role != "inputs" or side.module not in self.readers:
+            if side.role != "inputs":
                 continue
+            if side.module not in self.readers:
+                return []  # what this layer would miss is not known
             of_groups = self._inputs(side, channels)
             if of_groups is None:
                 return []

@@ -95,6 +95,8 @@ def grams_of(
             "lower search.batch_size",
         )
         for layer, values in found:
+            # Half precision would round the products more than the ridge, and float16 overflows.
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
             with_constant = torch.cat([values, values.new_ones(*values.shape[:2], 1)], 2)
             sums[layer] += torch.matmul(with_constant.transpose(1, 2), with_constant)
     return {layer: Gram(total.cpu()) for layer, total in sums.items()}
@@ -140,10 +142,10 @@ def patches(module: nn.Module, inputs: torch.Tensor, reader: Reader, each: int, 
         sizes, kernel, stride, dilation = tuple(inputs.shape[2:]), (1,) * dims, (1,) * dims, (1,) * dims
         values = inputs
     else:
-        padding = module._reversed_padding_repeated_twice
+        kernel, stride, dilation = module.kernel_size, _each(module.stride, dims), _each(module.dilation, dims)
+        padding = _padding(module, dilation)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         values = functional.pad(inputs, padding, mode=mode) if any(padding) else inputs
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation  # type: ignore[assignment]
         sizes = tuple(
             (size - rate * (width - 1) - 1) // step + 1
             for size, width, step, rate in zip(values.shape[2:], kernel, stride, dilation, strict=True)
@@ -159,6 +161,28 @@ def patches(module: nn.Module, inputs: torch.Tensor, reader: Reader, each: int, 
     found = values.movedim(1, -1)[(image, *spatial)]  # (B, p, kernel..., channels)
     found = found.movedim(-1, 2).flatten(0, 1)  # (n, channels, kernel...)
     return found.reshape(len(found), reader.groups, -1).transpose(0, 1)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, dilation: tuple[int, ...]) -> list[int]:
+    """What the layer's forward pass adds before and after each dimension, the last one first.
+
+    For zeros that is what its attributes say now; other modes take what they said when the layer was made.
+    """
+    if module.padding_mode != "zeros":
+        return list(module._reversed_padding_repeated_twice)
+    if module.padding == "same":
+        around = [rate * (width - 1) for rate, width in zip(dilation, module.kernel_size, strict=True)]
+        sides = [(each // 2, each - each // 2) for each in around]
+    elif module.padding == "valid":
+        sides = [(0, 0)] * len(dilation)
+    else:
+        sides = [(each, each) for each in _each(module.padding, len(dilation))]
+    return [side for pair in reversed(sides) for side in pair]
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """A number for each dimension, as torch takes one for all."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _of_linear(inputs: torch.Tensor, reader: Reader, each: int, positions: np.ndarray) -> torch.Tensor:

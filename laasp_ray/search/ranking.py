@@ -34,7 +34,7 @@ from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.records import Ranking
 from laasp_ray.search.activations import ImportanceRequest, importance
-from laasp_ray.search.arguments import EXAMPLES, calibration_of, checked_search, example_of, taken_by
+from laasp_ray.search.arguments import EXAMPLES, calibration_of, checked_search, example_of, listed, taken_by
 from laasp_ray.search.batchnorm import check_statistics
 from laasp_ray.search.candidates import counts_of, measure_baseline, not_made_up, propose, ranking_of, tasks_of
 from laasp_ray.search.compensating import CompensationMemory, Measured
@@ -107,9 +107,9 @@ def rank(
         step=step,
         step_rule=step_rule,
         max_pruned=max_pruned,
-        ignored=tuple(ignored),
-        extra_layers=tuple(extra_layers),
-        criteria=_pool(compensate) if criteria is None else tuple(criteria),
+        ignored=listed("ignored", ignored),
+        extra_layers=listed("extra_layers", extra_layers),
+        criteria=_pool(compensate) if criteria is None else listed("criteria", criteria),
         components=components,
         pooling=pooling,
         compensate=compensate,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from laasp_ray.config import FilterPruneConfig, LaaspConfig, RunConfig
+from laasp_ray.config import FilterPruneConfig, RunConfig
 from laasp_ray.errors import ConfigError
 from laasp_ray.run.metrics import TOP1, Measure
 
@@ -141,8 +141,7 @@ def sharing(config: RunConfig) -> RunConfig:
     """The config with which runs to several targets make the same prunes: without exact targets. Raises ConfigError as
     `filter_prune` does.
     """
-    prune = filter_prune(config)
-    return replace(config, prune=replace(prune, exact_target=False)) if isinstance(prune, LaaspConfig) else config
+    return replace(config, prune=replace(filter_prune(config), exact_target=False))
 
 
 def inside(config: RunConfig, name: str, **prune: Any) -> RunConfig:

@@ -11,6 +11,7 @@ from laasp_ray.config import (
     ModelConfig,
     PlsConfig,
     RunConfig,
+    SearchConfig,
     TrainConfig,
 )
 from laasp_ray.config.compat import differing_keys, value_at, with_current_names
@@ -199,8 +200,32 @@ def test_the_learning_rate_is_scaled_with_the_batch_and_rises_to_it():
 
 
 def test_a_schedule_is_checked_without_a_dictionary_too():
-    with pytest.raises(ConfigError, match=r"train\.schedule is 'linear', must be 'steps' or 'cosine'"):
+    with pytest.raises(ConfigError, match=r"train\.schedule is 'linear', must be one of 'steps', 'cosine'"):
         TrainConfig(epochs=4, prune_epoch=0, schedule="linear")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LaaspConfig(flops_reduction=0.5, compensate=False), r"prune\.compensate is False, must be one of"),
+        (lambda: LaaspConfig(flops_reduction=0.5, compensate="ful"), r"prune\.compensate is 'ful', must be one of"),
+        (lambda: LaaspConfig(flops_reduction="0.5"), r"prune\.flops_reduction is '0.5', must be a finite number"),
+        (lambda: LaaspConfig(flops_reduction=0.5, criteria="l1"), r"prune\.criteria is 'l1', must be a list"),
+        (lambda: LaaspConfig(flops_reduction=0.5, step_rule="flops"), r"prune\.step_rule is 'flops', must be one of"),
+        (lambda: SearchConfig(images=100.5), r"search\.images is 100\.5, must be of type int"),
+        (lambda: SearchConfig(racing=True), r"search\.racing is True, must be one of 'on', 'off'"),
+        (lambda: TrainConfig(epochs=4, prune_epoch=0, ema=None), r"train\.ema is None, must be a finite number"),
+        (lambda: ModelConfig(builder="m", input_shape=32), r"model\.input_shape is 32, must be a list"),
+        (lambda: dataclasses.replace(recipe("resnet20_cifar10"), seed="1"), r"seed is '1', must be of type int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_where_a_config_is_built_in_python(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_list_is_taken_where_a_config_is_built_in_python():
+    assert LaaspConfig(flops_reduction=0.5, criteria=["l1", "l2"]).criteria == ("l1", "l2")
 
 
 def test_differing_keys_leave_out_what_may_change():

@@ -18,7 +18,7 @@ from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.decoding import normalise
 from laasp_ray.data.sources.registry import open_source
 from laasp_ray.errors import ExhaustedError, SearchError
-from laasp_ray.methods.pls import PlsPruning, choose
+from laasp_ray.methods.pls import PlsPruning, choose, removed_by
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.joint import independent_layers
 from laasp_ray.recipes import recipe
@@ -51,6 +51,10 @@ def iterations(model, executor, count, example=EXAMPLE):
         iterations_of(PlsPruning(), first_standing(model, example, CONFIG, executor)), count
     ):
         yield iteration, after
+
+
+def chosen(scores, blocks, percent, round_to=1):
+    return choose(scores, blocks, removed_by(percent, sum(map(len, scores.values()))), round_to)
 
 
 def removed(iteration):
@@ -140,34 +144,62 @@ def test_resnet56_on_real_images_loses_as_many_filters_as_published(resnet56):
 def test_scores_choose_over_all_layers_at_once():
     scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([0.0, 6.0]), "c": torch.tensor([7.0, 8.0, 2.0])}
     ones = dict.fromkeys(scores, 1)
-    assert choose(scores, ones, 37.5) == {"a": (1,), "b": (0,), "c": (2,)}
-    assert choose(scores, ones, 50) == {"a": (1, 2), "b": (0,), "c": (2,)}
-    assert choose(scores, ones, 1) == {"b": (0,)}  # one at least
-    assert choose(scores, ones, 31.2) == {"a": (1,), "b": (0,)}  # 2.496 is nearest to 2
-    assert choose(scores, ones, 31.25) == {"a": (1,), "b": (0,), "c": (2,)}  # 2.5 is 3
+    assert chosen(scores, ones, 37.5) == {"a": (1,), "b": (0,), "c": (2,)}
+    assert chosen(scores, ones, 50) == {"a": (1, 2), "b": (0,), "c": (2,)}
+    assert chosen(scores, ones, 1) == {"b": (0,)}  # one at least
+    assert chosen(scores, ones, 31.2) == {"a": (1,), "b": (0,)}  # 2.496 is nearest to 2
+    assert chosen(scores, ones, 31.25) == {"a": (1,), "b": (0,), "c": (2,)}  # 2.5 is 3
+
+
+@pytest.mark.parametrize(
+    ("target", "exact", "gone"),
+    [
+        # Layers of 2 x 10, 10 x 10 and 10 x 1 multiply-accumulates a place, 130: the lowest scores are those
+        # of "0", then of "1", in order. A filter of "0" takes 2 + 10, one of "1" then 10 - 4 + 1 of what is left.
+        (12 / 130, True, {"0": 1}),
+        (13 / 130, True, {"0": 2}),
+        (48 / 130, True, {"0": 4}),
+        (55 / 130, True, {"0": 4, "1": 1}),
+        (56 / 130, True, {"0": 4, "1": 2}),
+        (12 / 130, False, {"0": 4, "1": 4}),  # 40% of 20
+        (0.9, True, {"0": 4, "1": 4}),  # not reached in this iteration
+    ],
+)
+def test_the_last_prune_takes_no_more_filters_than_the_target_needs(target, exact, gone):
+    class Rising(RandomScores):
+        def importance(self, network, wanted):
+            scores = torch.arange(10.0)
+            return {"0": torch.cat([scores[:4], scores[4:] + 100]), "1": scores + 4}
+
+    model = nn.Sequential(nn.Conv2d(2, 10, 1), nn.Conv2d(10, 10, 1), nn.Conv2d(10, 1, 1)).eval()
+    config = PlsConfig(flops_reduction=target, percent=40, exact_target=exact)
+    context = first_standing(model, torch.zeros(1, 2, 4, 4), config, Rising())
+    iteration = PlsPruning().iterate(context)
+    assert {layer: len(filters) for layer, filters in removed(iteration).items()} == gone
+    assert iteration.decision.flops_reduction >= target or target == 0.9
 
 
 def test_equal_scores_go_by_layer_and_index():
-    assert choose({"a": torch.ones(3), "b": torch.ones(3)}, {"a": 1, "b": 1}, 33) == {"a": (0, 1)}
+    assert chosen({"a": torch.ones(3), "b": torch.ones(3)}, {"a": 1, "b": 1}, 33) == {"a": (0, 1)}
 
 
 def test_a_layer_that_would_vanish_keeps_its_filters_and_others_give_more():
     scores = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([5.0, 2.0, 3.0, 4.0])}
-    assert choose(scores, {"a": 1, "b": 1}, 34) == {"b": (1, 2)}
-    assert choose(scores, {"a": 1, "b": 1}, 17) == {"a": (0,)}
+    assert chosen(scores, {"a": 1, "b": 1}, 34) == {"b": (1, 2)}
+    assert chosen(scores, {"a": 1, "b": 1}, 17) == {"a": (0,)}
 
 
 def test_blocks_lose_the_same_count_each():
     scores = {"grouped": torch.tensor([0.0, 1.0, 2.0, 9.0, 8.0, 7.0]), "plain": torch.full((4,), 5.0)}
     # The three lowest are all of the first block: one from each goes, and what does not divide stays.
-    assert choose(scores, {"grouped": 2, "plain": 1}, 30) == {"grouped": (0, 5)}
+    assert chosen(scores, {"grouped": 2, "plain": 1}, 30) == {"grouped": (0, 5)}
 
 
 def test_when_nothing_can_go_it_is_said():
     with pytest.raises(SearchError, match=r"of 2 layers none can give filters when 4 are to go"):
-        choose({"a": torch.zeros(2), "b": torch.ones(2)}, {"a": 1, "b": 1}, 99)
+        chosen({"a": torch.zeros(2), "b": torch.ones(2)}, {"a": 1, "b": 1}, 99)
     with pytest.raises(SearchError, match="one filter of each of its blocks"):
-        choose({"a": torch.arange(4.0)}, {"a": 4}, 25)
+        chosen({"a": torch.arange(4.0)}, {"a": 4}, 25)
 
 
 def test_the_filter_that_tells_nothing_goes_first_and_the_prune_is_measured():
@@ -220,17 +252,17 @@ def test_what_is_left_of_a_layer_is_a_multiple():
     scores = {"a": torch.arange(16.0), "b": torch.arange(100.0, 112.0)}
     ones = dict.fromkeys(scores, 1)
     # Of 28 filters 12, all of them of `a`: 8 may go, 8 stay.
-    assert choose(scores, ones, 43, 8) == {"a": tuple(range(8))}
+    assert chosen(scores, ones, 43, 8) == {"a": tuple(range(8))}
     # 6 are too few: more are taken until `a` can give 8.
-    assert choose(scores, ones, 21, 8) == {"a": tuple(range(8))}
+    assert chosen(scores, ones, 21, 8) == {"a": tuple(range(8))}
     # 15 of `a`: 12 may go.
-    assert choose(scores, ones, 54, 4) == {"a": tuple(range(12))}
+    assert chosen(scores, ones, 54, 4) == {"a": tuple(range(12))}
     # Two blocks and multiples of 3: `c` keeps 6 of 12, three of each block.
     blocks = {"c": 2, "d": 1}
     grouped = {"c": torch.arange(12.0), "d": torch.arange(50.0, 62.0)}
-    assert choose(grouped, blocks, 25, 3) == {"c": (0, 1, 2, 6, 7, 8)}
+    assert chosen(grouped, blocks, 25, 3) == {"c": (0, 1, 2, 6, 7, 8)}
 
 
 def test_a_multiple_that_no_layer_can_keep_is_named():
     with pytest.raises(ExhaustedError, match=r"of 1 layers none .* a multiple of 8 \(prune\.round_to\)"):
-        choose({"a": torch.arange(8.0)}, {"a": 1}, 25, 8)
+        chosen({"a": torch.arange(8.0)}, {"a": 1}, 25, 8)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fakes import FakeExecutor
+from fakes import Scripted
 from helpers import first_standing
 from plain_losses import mean_loss
 from torch import nn
@@ -25,25 +25,6 @@ LAST = f"{__name__}:last"
 def last(weights):
     """A criterion that ranks the last filters last."""
     return -torch.arange(len(weights), dtype=torch.float32)
-
-
-class Scripted(FakeExecutor):
-    """An executor that tells the losses it was given, by (layer, criterion), and `joint` for all at once."""
-
-    def __init__(self, losses, joint=0.75):
-        self._losses, self._together = losses, joint
-        self.asked = []
-
-    def measure(self, network, tasks, on_result, on_share, images=None, memory=None):
-        self.asked.append(tasks)
-        if len(tasks) == 2 and len(self.asked) == 2:
-            return [MeasuredLoss(self._together, 10, 0.0), MeasuredLoss(0.25, 10, 0.0)]
-        results = []
-        for task in tasks[:-1]:
-            layer, _, rest = task.name.partition(" by ")
-            given = self._losses.get((layer, rest.partition(" (")[0]), 9.0)
-            results.append(given if isinstance(given, MeasuredLoss) else MeasuredLoss(given, 10, 0.0))
-        return [*results, MeasuredLoss(0.25, 10, 0.0)]
 
 
 @pytest.fixture

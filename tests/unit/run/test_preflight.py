@@ -156,7 +156,7 @@ def test_layers_that_are_left_alone_are_told_once(tmp_path, caplog):
 
 def test_the_file_of_weights_is_needed_once_only(tmp_path):
     config = small_run(tmp_path, train__pretrained=str(tmp_path / "gone.pt"))
-    with pytest.raises(ConfigError, match=r"no file of weights at .*gone\.pt"):
+    with pytest.raises(ConfigError, match=r"no file of weights at .*gone\.pt: give its path with --pretrained"):
         prepare(config)
     prepare(config, started=True)
 

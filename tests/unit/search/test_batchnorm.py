@@ -160,6 +160,52 @@ def test_statistics_that_stay_are_those_of_the_first_images(network, monkeypatch
     assert any(not torch.equal(tensor, whole[name]) for name, tensor in some.items())
 
 
+class Branches(nn.Module):
+    """Two branches side by side, the first of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.of_b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.other, self.of_other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.last, self.of_last = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
+
+    def read(self, x):
+        return self.b(x)
+
+    def forward(self, x):
+        x = self.of_b(self.read(self.a(x)).relu()) + self.of_other(self.other(x))
+        return self.of_last(self.last(nn.functional.max_pool2d(x, 2).clamp(0, 6))).mean((2, 3))
+
+
+class Functional(Branches):
+    def read(self, x):
+        return nn.functional.conv2d(x, self.b.weight, self.b.bias)
+
+
+class Careful(Branches):
+    def read(self, x):
+        found = super().read(x)
+        assert found.isfinite().all()
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "expected"),
+    [
+        (Branches, ["b"], {"of_b", "of_last"}),  # `of_other` runs later, and has nothing to do with it
+        (Branches, ["last"], {"of_last"}),
+        (Branches, ["a", "other"], {"of_b", "of_other", "of_last"}),
+        (Functional, ["b"], {"of_b", "of_other", "of_last"}),  # where it goes is not seen
+        (Careful, ["b"], {"of_b", "of_other", "of_last"}),
+    ],
+)
+def test_statistics_that_stay_are_those_of_norms_that_the_layers_go_into(make, layers, expected):
+    found = reestimate(make().eval(), pictures(8), layers)
+    assert {name.partition(".")[0] for name in found} == expected
+    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+
+
 def test_a_batch_that_does_not_fit_is_named():
     class Large(nn.Module):
         def forward(self, x):

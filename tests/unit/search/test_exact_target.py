@@ -9,6 +9,7 @@ from torch import nn
 from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.plan import macs_after
 from laasp_ray.search.candidates import counts_of, measure_baseline
 
 EXAMPLE = torch.zeros(1, 2, 4, 4)
@@ -46,6 +47,18 @@ def test_all_targets_must_be_reached_and_latency_is_not_known():
     # 30 + 110 + 11 = 151 parameters: a filter of "0" has 3 + 10, one of "1" 11 + 1.
     assert counts(12 / 130, parameters_reduction=26 / 151) == {"0": 2, "1": 3}
     assert counts(12 / 130, latency_reduction=0.1) == {"0": 4, "1": 5}
+
+
+def test_a_target_of_whole_filters_is_reached_by_them_although_shares_are_rounded():
+    # A filter is a tenth of all: 1 - 90 / 100 is 0.09999999999999998.
+    model = nn.Sequential(nn.Conv2d(1, 10, 1), nn.Conv2d(10, 9, 1)).eval()
+    example = torch.zeros(1, 1, 4, 4)
+    graph, macs = PruningGraph(model, example), count_macs(model, example)
+    for target, filters in ((0.1, 1), (0.2, 2), (0.3, 3), (0.35, 4)):
+        config = LaaspConfig(flops_reduction=target, step=0.6)
+        assert counts_of(graph, macs, measure_baseline(graph, macs, config), config)["0"] == filters
+        gone = {"FLOPs": 1 - macs_after(macs, graph.step("0", range(filters))) / macs.total}
+        assert config.is_reached(gone, 1) and not config.is_reached({"FLOPs": gone["FLOPs"] - 0.1}, 1)
 
 
 def test_it_is_on_by_default():

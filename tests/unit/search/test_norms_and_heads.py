@@ -1,9 +1,13 @@
 """ConvNeXts and vision transformers: norms over channels are masked by an exact rule, hidden layers, heads and the
 embedding are pruned, and every candidate's loss is that of the physically pruned copy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from fakes import Scripted
+from helpers import first_standing
 from plain_losses import loss_of_copy
 from torch import nn
 from torchvision.models import ConvNeXt, VisionTransformer
@@ -11,6 +15,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
+from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
@@ -81,6 +86,22 @@ def test_all_candidates_are_masked_and_exact(name):
     model, graph = prepared(make)
     assert len(graph.layers) == prunable
     check_all(model, graph)
+
+
+def test_the_last_of_several_prunes_may_be_of_heads_and_takes_those_of_the_lowest_mean():
+    model, _ = prepared(vit)
+    settings = {"extra_layers": ("blocks.*",), "ignored": ("patch_embed",)}
+    config = LaaspConfig(flops_reduction=0.055, step=0.05, criteria=("l1",), prunes_per_iteration=2, **settings)
+    heads, first = "blocks.1.attn.qkv", "blocks.0.mlp.fc1"
+    executor = Scripted({(first, "l1"): 0.5, (heads, "l1"): 0.6})
+    graph = PruningGraph(model, IMAGES, extra_layers=config.extra_layers, ignored=config.ignored)
+    baseline = measure_baseline(graph, count_macs(model, IMAGES[:1]), config)
+    context = dataclasses.replace(first_standing(model, IMAGES[:1], config, executor), baseline=baseline)
+    mlp, attention = Laasp().iterate(context).decision.prunes
+    assert (mlp.layer, attention.layer) == (first, heads)
+    norms = model.get_submodule(heads).weight.detach().flatten(1).abs().sum(1)
+    means = [float(norms[list(rows)].mean()) for rows in graph.layers[heads].heads]
+    assert attention.filters == (means.index(min(means)),)
 
 
 def test_the_layers_of_a_vision_transformer():

@@ -72,6 +72,11 @@ def test_as_many_labels_as_images(count):
         ({"memory_mb": -1}, r"memory_mb.*-1.*at least 0"),
         ({"memory_mb": None}, r"memory_mb is None, must be a whole number"),
         ({"racing_error": 0.7}, r"racing_error.*0\.7"),
+        ({"compensate": False}, r"compensate is False, must be one of 'off', 'channels', 'full'"),
+        ({"compensate": "ful"}, r"compensate is 'ful', must be one of"),
+        ({"step": "0.1"}, r"step is '0\.1', must be a finite number"),
+        ({"criteria": "l1"}, r"criteria is 'l1', must be a list: \['l1'\]"),
+        ({"ignored": "first"}, r"ignored is 'first', must be a list"),
     ],
 )
 def test_settings_out_of_range(options, message):
