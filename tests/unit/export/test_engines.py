@@ -159,6 +159,6 @@ def test_settings_that_are_none():
         ExportConfig(latency=("eager", "eager"))
     with pytest.raises(ConfigError, match=r"export\.latency_batches is \(\), must be numbers of at least 1"):
         ExportConfig(latency_batches=())
-    with pytest.raises(ConfigError, match=r"export\.latency_seconds is 0, must be above 0"):
+    with pytest.raises(ConfigError, match=r"export\.latency_seconds is 0\.0, must be above 0"):
         ExportConfig(latency_seconds=0)
     assert EngineLatency(engine="eager", batch_size=1).note == ""

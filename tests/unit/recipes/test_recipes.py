@@ -233,7 +233,7 @@ def pictures(tmp_path_factory):
 
 def by_pls(name):
     config = recipe(name)
-    prune = build_section(with_method(to_plain(config.prune), "pls"))
+    prune = build_section({**with_method(to_plain(config.prune), "pls"), "exact_target": False})
     return dataclasses.replace(config, name=f"{name}-pls", prune=prune)
 
 

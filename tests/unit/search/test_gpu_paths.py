@@ -135,7 +135,7 @@ def stop():
 
 
 def test_another_precision_is_refused():
-    with pytest.raises(ConfigError, match=r"search\.precision is 'bf16', must be 'float32', 'tf32' or 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"search\.precision is 'bf16', must be one of 'float32', 'tf32', 'bfloat16'"):
         SearchConfig(precision="bf16")
 
 

@@ -9,7 +9,7 @@ import torch
 from plain_losses import loss_of_copy
 from torch.nn import functional
 
-from laasp_ray.config import DEFAULT_CRITERIA, LaaspConfig, ModelConfig
+from laasp_ray.config import COMPENSATED_CRITERIA, DEFAULT_CRITERIA, LaaspConfig, ModelConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.models import build
 from laasp_ray.pruning.compensation import apply_compensated
@@ -17,7 +17,7 @@ from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan
 from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
-from laasp_ray.search.candidates import measure_baseline, not_made_up, propose, tasks_of
+from laasp_ray.search.candidates import counts_of, measure_baseline, not_made_up, propose, tasks_of
 from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, ready
@@ -57,7 +57,7 @@ def prepared(builder, criteria, compensate="off"):
     graph, macs = PruningGraph(model, IMAGES), count_macs(model, IMAGES)
     config = LaaspConfig(flops_reduction=0.5, criteria=criteria, compensate=compensate)
     calibration = CalibrationSet(IMAGES, torch.arange(len(IMAGES)) % 10, 4)
-    baseline, made_up, norms = measure_baseline(graph, macs, config), not_made_up, None
+    baseline, made_up, norms, given = measure_baseline(graph, macs, config), not_made_up, None, {}
     if compensate != "off":
         compensator = CompensationMemory().at(
             model,
@@ -67,7 +67,9 @@ def prepared(builder, criteria, compensate="off"):
             lambda network, readers: grams(model, calibration, readers),
         )
         made_up, norms = compensator.made_up, compensator.norms
-    tasks = tasks_of(propose(model, graph, macs, baseline, config, made_up=made_up))
+        if "obs" in criteria:
+            given = {"obs": compensator.obs_scores(model, graph, counts_of(graph, macs, baseline, config))}
+    tasks = tasks_of(propose(model, graph, macs, baseline, config, given, made_up=made_up))
     return ready(model, torch.device("cpu")), calibration, tasks, norms
 
 
@@ -117,4 +119,5 @@ def test_a_spread_of_candidates(builder, compensate):
 @pytest.mark.parametrize("compensate", ["off", "channels", "full"])
 @pytest.mark.parametrize("builder", NETWORKS)
 def test_every_candidate(builder, compensate):
-    check(builder, *prepared(builder, DEFAULT_CRITERIA, compensate))
+    criteria = DEFAULT_CRITERIA if compensate == "off" else COMPENSATED_CRITERIA
+    check(builder, *prepared(builder, criteria, compensate))

@@ -17,11 +17,14 @@ from laasp_ray.config import LaaspConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.methods.laasp import Laasp
 from laasp_ray.pruning.graph import PruningGraph
+from laasp_ray.pruning.network import capture
 from laasp_ray.pruning.plan import Plan, apply_plan
 from laasp_ray.pruning.verify import clone_sharing_parameters, scramble
-from laasp_ray.search.candidates import measure_baseline, propose, tasks_of
+from laasp_ray.search.candidates import counts_of, measure_baseline, not_made_up, propose, tasks_of
+from laasp_ray.search.compensating import CompensationMemory, Measured
 from laasp_ray.search.engine import Engine
 from laasp_ray.search.evaluate import CalibrationSet, ready
+from laasp_ray.search.grams import grams
 from laasp_ray.search.ranking import rank
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -63,12 +66,19 @@ def prepared(make):
     return model, PruningGraph(model, IMAGES, extra_layers=more)
 
 
-def check_all(model, graph, criteria=("l1", "cosine")):
+def check_all(model, graph, criteria=("l1", "cosine"), compensate="off"):
     """All candidates of all layers: masked, and their losses are those of copies."""
-    config = LaaspConfig(flops_reduction=0.5, criteria=criteria, step=0.05)
-    macs = count_macs(model, IMAGES)
-    tasks = tasks_of(propose(model, graph, macs, measure_baseline(graph, macs, config), config))
-    calibration = CalibrationSet(IMAGES, LABELS, 4)
+    config = LaaspConfig(flops_reduction=0.5, criteria=criteria, step=0.05, compensate=compensate)
+    macs, calibration = count_macs(model, IMAGES), CalibrationSet(IMAGES, LABELS, 4)
+    baseline, made_up, given = measure_baseline(graph, macs, config), not_made_up, {}
+    if compensate != "off":
+        measured = Measured(capture(model, Plan.empty()))
+        compensator = CompensationMemory().at(
+            model, graph, compensate, measured, lambda network, readers: grams(model, calibration, readers)
+        )
+        made_up = compensator.made_up
+        given = {"obs": compensator.obs_scores(model, graph, counts_of(graph, macs, baseline, config))}
+    tasks = tasks_of(propose(model, graph, macs, baseline, config, given, made_up=made_up))
     model = ready(model, torch.device("cpu"))
     engine = Engine(model, calibration)
     assert [engine.branch_points.cost(task).copied for task in tasks] == [""] * len(tasks)
@@ -81,11 +91,16 @@ def check_all(model, graph, criteria=("l1", "cosine")):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_all_candidates_are_masked_and_exact(name):
+@pytest.mark.parametrize("compensate", ["off", "full"])
+def test_all_candidates_are_masked_and_exact(name, compensate):
     make, prunable = NETWORKS[name]
     model, graph = prepared(make)
     assert len(graph.layers) == prunable
-    check_all(model, graph)
+    if compensate == "off":
+        check_all(model, graph)
+    else:
+        tasks = check_all(model, graph, ("l1", "obs"), compensate)
+        assert any(task.made_up for task in tasks)
 
 
 def test_the_last_of_several_prunes_may_be_of_heads_and_takes_those_of_the_lowest_mean():

@@ -59,6 +59,6 @@ def test_a_step_computes_in_it_and_weights_stay_in_float32(named, dtype):
 
 def test_other_names_are_refused():
     with pytest.raises(
-        ConfigError, match=r"train\.precision is 'half', must be 'gpu', 'auto', 'float32' or 'bfloat16'"
+        ConfigError, match=r"train\.precision is 'half', must be one of 'gpu', 'auto', 'float32', 'bfloat16'"
     ):
         TrainConfig(epochs=1, prune_epoch=0, precision="half")
