@@ -3,7 +3,7 @@
     python bench/compensation.py --data DATA [--network resnet20] [--images 4000] [--iterations 3] [--threads 2]
 
 DATA is the folder of development data. Each way prunes its own copy of the network, iteration by iteration: LAASP's
-pool plain and made up for, and both with obs. The first iteration measures the moments, which later ones follow.
+pool plain, made up for, and made up for with obs. The first iteration measures the moments, which later ones follow.
 Seconds are of the parts of an iteration; ratios are to the plain pool's, of all iterations.
 """
 

@@ -24,7 +24,7 @@ import torch
 from machine import machine
 from methods import METHODS, integers, names_of, settings_of
 
-from laasp_ray.config import LaaspConfig, RunConfig
+from laasp_ray.config import TARGET_ROUNDING, LaaspConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.data.calibration import draw_calibration_images
 from laasp_ray.data.loaders.decoding import normalise
@@ -152,7 +152,7 @@ def one(options: argparse.Namespace, method: str, seed: int, targets: list[float
 
     yield row()
     for target in targets:
-        while loop.gone < target:
+        while loop.gone < target - TARGET_ROUNDING:
             decision = loop.step().decision
             assert decision is not None
             increase += decision.loss - decision.loss_before

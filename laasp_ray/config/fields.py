@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -28,20 +29,28 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
 
 
 def check_types(config: Any, where: str) -> None:
-    """Raises ConfigError unless every field of the dataclass `config` has a value of its type, also where it was built
-    in Python. `where` is the dotted prefix of its keys.
+    """Raises ConfigError unless every key of the section `config` has a value of its type, also where it was built in
+    Python. `where` is the dotted prefix of its keys. Keys that a user's own subclass adds are left as they are.
 
     As from a file, a list becomes a tuple and an int a float where these are wanted.
     """
-    hints = _hints_of(type(config))  # type: ignore[arg-type]  # a class is hashable
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        object.__setattr__(config, field.name, _convert(hints[field.name], value, where + field.name))
+    for key, hint in _hints_of(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
+        object.__setattr__(config, key, _convert(hint, _plain(getattr(config, key)), where + key))
 
 
 @functools.cache
 def _hints_of(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    """The types of the keys of the package's own class that `cls` is, or is derived from."""
+    own = next(base for base in cls.__mro__ if base.__module__.startswith(f"{__package__}."))
+    hints = typing.get_type_hints(own)
+    return {field.name: hints[field.name] for field in dataclasses.fields(own)}
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy and a path as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 
 def to_plain(value: Any) -> Any:
@@ -87,7 +96,7 @@ def build(cls: Any, data: Any, where: str) -> Any:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where.rstrip('.') or 'the config'} is {data!r}, must be a mapping")
-    hints = _hints_of(cls)
+    hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
             hint = did_you_mean(str(key), hints, prefix=where) or f"known: {', '.join(sorted(hints))}"

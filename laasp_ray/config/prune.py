@@ -21,7 +21,7 @@ Compensate = Literal["off", "channels", "full"]
 TARGETS = {"FLOPs": "flops_reduction", "parameters": "parameters_reduction", "latency": "latency_reduction"}
 """Quantity that a target can have -> its key in `prune`."""
 TARGET_ROUNDING = 1e-9
-"""A reduction that is short of its target by so little has reached it: less than any filter, more than rounding."""
+"""A reduction that is short of its target by so little has reached it: far less than a filter, more than rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class FilterPruneConfig(PruneConfig):
         bool, Doc("after a prune, BatchNorms behind it get their statistics from the calibration images")
     ] = False
     exact_target: Annotated[
-        bool, Doc("the last prune takes no more filters than the target needs, though its step is larger")
+        bool, Doc("laasp, pls: the last prune takes no more filters than the target needs, though its step is larger")
     ] = True
     round_to: Annotated[int, Doc("a prune leaves a layer with a multiple of so many filters; 1: any number")] = 1
     fine_tune_every: Annotated[

@@ -80,6 +80,7 @@ def scores(name: str, weight: torch.Tensor | nn.Module) -> torch.Tensor:
     that fails or does not return one score per filter. Raises SearchError, naming the criterion, if a score is NaN.
     """
     rows = filters_of(weight) if isinstance(weight, nn.Module) else weight.detach().flatten(1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # in half precision most scores would be equal
     criterion = get(name)
     if _of_data.is_data_criterion(criterion):
         raise ConfigError(f"criterion {name!r} scores activations, not weights: it needs the network and images")

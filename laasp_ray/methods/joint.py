@@ -17,7 +17,7 @@ from laasp_ray.records import CandidateLoss, Decision, LayerPrune, Ranking
 from laasp_ray.search.candidates import fewer_filters, reaches_targets
 
 ScoresOf = Callable[[str, str], torch.Tensor]
-"""(criterion, layer) -> the scores of the layer's rows that the criterion chose the layer's filters by."""
+"""(criterion, layer) -> the scores, of the layer's filters or of their rows, that it chose by."""
 
 logger = logging.getLogger(__name__)
 

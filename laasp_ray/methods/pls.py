@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -82,7 +81,8 @@ class PlsPruning(PruningMethod[PlsConfig]):
             return reaches_targets(context.graph, context.macs, context.baseline, context.config, step)
 
         if context.config.exact_target and context.config.targets and reaches(wanted):
-            wanted = 1 + bisect_left(range(1, wanted), True, key=reaches)
+            # Not by bisection: a layer that would vanish keeps its filters, so that more may reach less.
+            wanted = next(filter(reaches, range(1, wanted)), wanted)
         return context.prune(lowest(wanted), "pls")
 
     def estimate(self, network: UnprunedNetwork, prepared: Preparation, calibration_images: int) -> PlsEstimate:
@@ -97,11 +97,12 @@ class PlsPruning(PruningMethod[PlsConfig]):
         # One pass computes the scores, two measure the losses after and before the prune.
         passes = 3 + config.search.reestimate_batchnorm
         first = removed_by(prune.percent, filters)
+        most = "at most " if len(gone) == 1 and prune.exact_target else ""
         rows = [
             (
                 "filters",
-                f"{filters:,} in {len(layers)} layers that no others are coupled to; {first:,} go in the first "
-                f"iteration, {prune.percent:g}% of those left in each",
+                f"{filters:,} in {len(layers)} layers that no others are coupled to; {most}{first:,} go in the "
+                f"first iteration, {prune.percent:g}% of those left in each",
             ),
             (
                 "evaluated",
@@ -208,6 +209,8 @@ def _gone_after(filters: int, gone: Callable[[float], Mapping[str, float]], conf
         shares = gone(1 - left / filters)
         after.append(shares["FLOPs"])
         if config.reaches_targets(shares):
+            if config.exact_target and config.targets.keys() == {"FLOPs"}:
+                after[-1] = min(after[-1], config.flops_reduction)
             break
     return after
 

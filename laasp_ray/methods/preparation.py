@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from laasp_ray.config import FilterPruneConfig, PruneConfig, RunConfig
+from laasp_ray.config import TARGET_ROUNDING, FilterPruneConfig, PruneConfig, RunConfig
 from laasp_ray.cost.macs import count_macs
 from laasp_ray.errors import ConfigError
 from laasp_ray.methods.targets import check_latency_batch
@@ -138,7 +138,7 @@ def _check_target(
     }
     for key, share in most.items():  # the reduction of latency is not known before it is measured
         target = getattr(prune, key)
-        if target > share and prune.iterations == 0:
+        if share < target - TARGET_ROUNDING and prune.iterations == 0:
             raise ConfigError(
                 f"prune.{key} is {target:g}, but with prune.{named} and {len(layers)} prunable layers at most "
                 f"{share:.4f} can be reached: {remedy}"

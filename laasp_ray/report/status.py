@@ -242,7 +242,7 @@ def _iterations_left(settings: _Settings, done: int, reached: Mapping[str, float
     left = 0
     for of, share in settings.targets.items():
         gone = reached.get(of, 0.0)
-        if gone >= share:
+        if gone >= share - TARGET_ROUNDING:
             continue
         if not done or gone <= 0:
             return None

@@ -4,8 +4,8 @@ A run to a deep target passes through all shallower ones: it makes the decisions
 until that target is reached. A fork is a run of its own from there on. It needs nothing of the other run any more.
 
 Where a decision may depend on the target (several prunes an iteration, which end when it is reached; a method that is
-not built in), the fork begins one iteration earlier and makes the last decision itself. With an exact target candidates
-of several iterations depend on it, so that nothing can be shared.
+not built in), the fork begins one iteration earlier and makes the last decision itself. With an exact target the
+prunes of laasp and pls depend on it (of laasp already the candidates before the last), so that nothing can be shared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from laasp_ray.config import TARGETS, FilterPruneConfig, PruneConfig, RunConfig
+from laasp_ray.config import TARGETS, LaaspConfig, PlsConfig, PruneConfig, RunConfig
 from laasp_ray.config.compat import differing_keys, value_at, with_current_names
 from laasp_ray.config.names import is_import_path
 from laasp_ray.errors import ConfigError, StoreError
@@ -62,10 +62,10 @@ def fork(source: Storage, config: RunConfig) -> Storage:
 
 
 def _check(config: RunConfig, theirs: Mapping[str, Any], source: Storage) -> None:
-    if isinstance(config.prune, FilterPruneConfig) and config.prune.exact_target:
+    if isinstance(config.prune, LaaspConfig | PlsConfig) and config.prune.exact_target:
         raise ConfigError(
             f"{config.name} cannot begin with what the run in {source.uri} did: with prune.exact_target a run to "
-            "another target has other candidates; set it to false for both"
+            "another target has other prunes; set it to false for both"
         )
     keys = [key for key in differing_keys(public_data(config.to_dict()), theirs) if key not in _MAY_DIFFER]
     if keys:

@@ -7,7 +7,7 @@ BatchNorms belong to the earlier network, and they affect every measured loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,17 +63,20 @@ def _reestimate(
     network = clone_sharing_parameters(model).eval()
     norms = norms_of(network)
     if behind:
-        later = _reached_by(network, calibration, behind, list(norms.values()))
-        norms = {name: norm for name, norm in norms.items() if norm in later}
+        reached = _reached_by(network, calibration, behind, set(norms.values()))
+        norms = {name: norm for name, norm in norms.items() if norm in reached}
+    if not norms:
+        return {}
     seen = dict.fromkeys(norms.values(), 0)
 
-    def weigh(module: _BatchNorm, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen[module] += len(inputs[0])
-        module.momentum = len(inputs[0]) / seen[module]  # makes the running average the mean over all images so far
+    def weigh(module: _BatchNorm, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        images = len(_input_of(given, named))
+        seen[module] += images
+        module.momentum = images / seen[module]  # makes the running average the mean over all images so far
 
     for module in seen:
         module.reset_running_stats()
-        module.train().register_forward_pre_hook(weigh)
+        module.train().register_forward_pre_hook(weigh, with_kwargs=True)
     for positions in batches:
         calibration.run(network, positions)
     return {
@@ -84,38 +87,59 @@ def _reestimate(
 
 
 def _reached_by(
-    model: nn.Module, calibration: Calibration, layers: Collection[str], norms: Sequence[_BatchNorm]
+    model: nn.Module, calibration: Calibration, layers: Collection[str], norms: Collection[_BatchNorm]
 ) -> set[_BatchNorm]:
-    """Those of `norms` that the outputs of `layers` go into, as a run with NaN in their place shows.
+    """Those of `norms` that the outputs of `layers` may go into.
 
-    All of them, where the network cannot be run so or does not call one of the layers.
+    The others have the same inputs, to the last bit, with two other outputs of the layers in place. Where the network
+    cannot be run so, or does not call one of the layers, all of `norms` are meant.
     """
     called: set[str] = set()
+
+    def inputs_with(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[_BatchNorm, list[torch.Tensor]]:
+        inputs: dict[_BatchNorm, list[torch.Tensor]] = {norm: [] for norm in norms}
+
+        def replaced(name: str) -> Any:
+            def hook(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+                called.add(name)
+                return change(output)
+
+            return hook
+
+        def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs[module].append(_input_of(given, named).clone())  # type: ignore[index]
+
+        hooks = [model.get_submodule(name).register_forward_hook(replaced(name)) for name in layers]
+        hooks += [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in inputs]
+        try:
+            calibration.run(model, np.arange(1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+    plain = inputs_with(lambda output: output)
     reached: set[_BatchNorm] = set()
-
-    def replaced(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            called.add(name)
-            return torch.full_like(output, torch.nan)
-
-        return hook
-
-    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if bool(inputs[0].isnan().any()):
-            reached.add(module)  # type: ignore[arg-type]
-
-    hooks = [model.get_submodule(name).register_forward_hook(replaced(name)) for name in layers]
-    hooks += [norm.register_forward_pre_hook(look) for norm in norms]
     try:
-        calibration.run(model, np.arange(1))
+        for change in (lambda output: -output - 1, lambda output: 3 * output + 1):
+            changed = inputs_with(change)
+            reached |= {norm for norm in plain if not _equal(plain[norm], changed[norm])}
     except Exception as error:  # the network's own code may look at its values
         if is_out_of_memory(error):
             raise
         return set(norms)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return reached if called == set(layers) else set(norms)
+
+
+def _equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _input_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """What a BatchNorm is called with."""
+    found = given[0] if given else named["input"]
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def check_statistics(model: nn.Module) -> None:

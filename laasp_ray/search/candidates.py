@@ -24,7 +24,7 @@ from laasp_ray.search.evaluate import LossTask
 from laasp_ray.search.scoring import ScoreMemory
 
 Scores = Mapping[str, Mapping[str, torch.Tensor]]
-"""Criterion -> layer -> a score for each of its filters (N,)."""
+"""Criterion -> layer -> a score for each of its filters, or of its rows where its filters are heads."""
 NO_SCORES: Scores = {}
 NETWORK_BEFORE = LossTask("the network before this iteration's prune", Plan.empty(), {})
 """The task of the current network. Its loss is what a candidate's loss is compared with."""
@@ -127,7 +127,7 @@ def propose(
     if counts and not scored:
         raise ExhaustedError(
             f"{', '.join(config.criteria)} scores none of the {len(counts)} layers that have filters to give: obs "
-            "cannot where a layer reads them that cannot be compensated (the log names those); add l1 to prune.criteria"
+            "needs layers to read them that can all be compensated (the log names others); add l1 to prune.criteria"
         )
     if not proposals:
         rounded = f" and prune.round_to={config.round_to}" if config.round_to > 1 else ""

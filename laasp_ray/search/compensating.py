@@ -105,7 +105,7 @@ class CompensationMemory:
             unread: dict[str, str] = {}
             for reader in missing:
                 gram = grams.pop(reader.layer)  # as large as its inverse: let go of when that is there
-                if has_few_patches(gram):
+                if gram.patches and has_few_patches(gram):
                     few.append(reader.layer)
                 if not gram.patches:
                     unread[reader.layer] = "it is not called as a module of its own"
@@ -177,8 +177,8 @@ class Compensator:
 
     def obs_scores(self, model: nn.Module, graph: PruningGraph, counts: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Layer -> scores of its filters by obs, of which the `counts` lowest are meant. Of layers with one choice (a
-        residual stream's) the first has it. Layers that obs cannot score have none: those that a layer reads which
-        cannot be compensated.
+        residual stream's) the first has it. Layers that obs cannot score have none: those that nothing reads,
+        or a layer that cannot be compensated, or one that has more inputs of one filter than of another.
         """
         for layer in self.orders.keys() - {layer for layer, count in counts.items() if count}:
             del self.orders[layer]

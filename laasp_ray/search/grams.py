@@ -181,8 +181,9 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, dilation: tuple[int, ...
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """A number for each dimension, as torch takes one for all."""
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+    """A number for each dimension. Torch takes one for all, alone or in a tuple."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
 
 
 def _of_linear(inputs: torch.Tensor, reader: Reader, each: int, positions: np.ndarray) -> torch.Tensor:

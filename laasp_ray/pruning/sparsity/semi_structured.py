@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import _pair
 
 from laasp_ray.errors import PruningError
 from laasp_ray.pruning.sparsity.groups import GroupRule, satisfies
@@ -31,7 +32,7 @@ class SparsePointwise(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        self.stride = (convolution.stride[0], convolution.stride[1])
+        self.stride = _pair(convolution.stride)
         self.weight = nn.Parameter(convolution.weight.detach().flatten(1).contiguous(), requires_grad=False)
         self.bias = convolution.bias
 
@@ -75,7 +76,7 @@ def to_semi_structured(model: nn.Module) -> Conversion:
 def why_not(module: nn.Conv2d | nn.Linear) -> str:
     """The reason why a layer cannot run with the 2:4 kernels; empty if it can."""
     if isinstance(module, nn.Conv2d):
-        if module.kernel_size != (1, 1) or module.padding not in ((0, 0), "valid"):
+        if module.kernel_size != (1, 1) or (module.padding != "valid" and any(_pair(module.padding))):
             return "no 1x1 convolution without padding"
         if module.groups != 1:
             return "grouped convolution"

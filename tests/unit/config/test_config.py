@@ -1,11 +1,16 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from laasp_ray.config import (
     SECTIONS,
+    DataConfig,
+    FilterPruneConfig,
     GroupSparsityConfig,
     LaaspConfig,
     ModelConfig,
@@ -222,6 +227,35 @@ def test_a_schedule_is_checked_without_a_dictionary_too():
 def test_a_value_of_the_wrong_type_is_refused_where_a_config_is_built_in_python(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnSection(FilterPruneConfig):
+    """The section of a user's own method, with fields of any kind."""
+
+    extra: Any = None
+    layers: list[str] = dataclasses.field(default_factory=list)
+    size: "int | str" = "auto"
+    limit: float = math.inf
+    unknown: "NotThere" = 3  # type: ignore[name-defined]  # noqa: F821
+    made: dict[str, int] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "made", {"a": 1})
+
+
+def test_keys_that_an_own_section_adds_are_its_own_business():
+    section = OwnSection(method="own:Method", flops_reduction=0.5, layers=["a"])
+    assert (section.layers, section.size, section.limit, section.made) == (["a"], "auto", math.inf, {"a": 1})
+    with pytest.raises(ConfigError, match=r"prune\.compensate is True"):
+        OwnSection(method="own:Method", flops_reduction=0.5, compensate=True)
+
+
+def test_numbers_of_numpy_and_paths_are_taken():
+    assert type(SearchConfig(images=np.int64(5)).images) is int
+    assert SearchConfig(racing_error=np.float32(0.25)).racing_error == 0.25
+    assert DataConfig(path=Path("a") / "b", image_size=8).path == "a/b"
 
 
 def test_a_list_is_taken_where_a_config_is_built_in_python():

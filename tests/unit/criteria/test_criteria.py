@@ -167,3 +167,13 @@ def test_registered_function_is_found():
         assert criteria.get("row_sum") is sums_to_one
     finally:
         criteria.CRITERIA.pop("row_sum")
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_have_scores_that_are_not(name, dtype):
+    # Hundreds of sums of thousands of weights are few different numbers in half precision.
+    weights = torch.randn(512, 4608, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = criteria.scores(name, weights)
+    assert found.dtype == torch.float32 and torch.equal(found, criteria.scores(name, weights.float()))
+    assert len(found.unique()) > 400

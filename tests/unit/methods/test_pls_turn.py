@@ -179,6 +179,19 @@ def test_the_last_prune_takes_no_more_filters_than_the_target_needs(target, exac
     assert iteration.decision.flops_reduction >= target or target == 0.9
 
 
+def test_more_filters_may_reach_less_where_a_layer_would_vanish_and_the_fewest_that_reach_it_go():
+    class Rising(RandomScores):
+        def importance(self, network, wanted):
+            return {"0": torch.tensor([0.0, 2.0]), "1": torch.arange(3.0, 23.0)}
+
+    # 9 x 2, 2 x 20 and 20 x 1 multiply-accumulates a place: 78. One filter of "0" takes 9 + 20. Two would be all of it,
+    # so that "1" gives them, for 2 + 1 each: 10 and more of these reach it, too, and so do 13.
+    model = nn.Sequential(nn.Conv2d(9, 2, 1), nn.Conv2d(2, 20, 1), nn.Conv2d(20, 1, 1)).eval()
+    config = PlsConfig(flops_reduction=0.35, percent=60)  # 13 of 22
+    context = first_standing(model, torch.zeros(1, 9, 4, 4), config, Rising())
+    assert {layer: len(filters) for layer, filters in removed(PlsPruning().iterate(context)).items()} == {"0": 1}
+
+
 def test_equal_scores_go_by_layer_and_index():
     assert chosen({"a": torch.ones(3), "b": torch.ones(3)}, {"a": 1, "b": 1}, 33) == {"a": (0, 1)}
 

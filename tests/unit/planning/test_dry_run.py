@@ -101,6 +101,15 @@ def test_what_it_says_of_pls(tmp_path):
     assert "candidate" not in text and "racing" not in text
 
 
+def test_an_iteration_of_pls_that_reaches_the_target_takes_what_it_needs(tmp_path):
+    settings = {"prune__method": "pls", "prune__flops_reduction": 0.05}
+    text, work = said(small_run(tmp_path, **settings))
+    assert "; at most 34 go in the first iteration" in text
+    assert (work.pruning.iterations, work.pruning.removes) == (1, 0.05)
+    _, work = said(small_run(tmp_path, **settings, prune__exact_target=False))
+    assert work.pruning.removes > 0.05
+
+
 def test_what_it_says_of_stages(tmp_path):
     prepared = prepare(small_run(tmp_path, prune__method="group_sparsity", prune__stages=[4, 6]))
     work = workload_of(prepared)

@@ -183,7 +183,7 @@ def test_what_pls_takes_by_hand(tmp_path):
     assert gone == pytest.approx([0.3571, 0.6428, 0.7500], abs=1e-4)
     # 0.7 is reached by the third; of 0.3 each the second, 0.2857 after the first, does not ask for a fine-tuning.
     assert (found.pruning.iterations, found.pruning.fine_tunes) == (3, 2)
-    assert found.pruning.removes == pytest.approx(gone[-1] / 3)
+    assert found.pruning.removes == pytest.approx(0.7 / 3)  # the third takes no more than is needed
     assert found.epochs == {"train": 2, "fine-tune": 6, "final": 7}
     assert found.evaluations == 4 + 1 + 6
     assert found.pruning.passes == 3  # the scores, and the losses without what goes and with it

@@ -9,11 +9,15 @@ from helpers import small_run
 from torch import nn
 
 from laasp_ray import models
+from laasp_ray.config import LaaspConfig
+from laasp_ray.cost.macs import count_macs
 from laasp_ray.criteria import pls as pls_module
 from laasp_ray.data.loaders import registry as loader_module
 from laasp_ray.errors import ConfigError, StoreError
-from laasp_ray.methods import targets
+from laasp_ray.methods import preparation, targets
+from laasp_ray.pruning.graph import PruningGraph
 from laasp_ray.run.preflight import check_workers, open_run, prepare
+from laasp_ray.search.candidates import measure_baseline
 
 
 def config_for(tmp_path, batch_size):
@@ -179,6 +183,17 @@ def test_the_reachable_maximum_is_what_is_named(tmp_path):
     ):
         prepare(small_run(tmp_path, prune__flops_reduction=0.8), network())
     prepare(small_run(tmp_path, prune__flops_reduction=0.75), network())
+
+
+def test_a_target_of_just_what_can_be_reached_is_taken_although_shares_are_rounded():
+    # 9 of 10 filters stay: 1 - 45 / 50 is less than 0.1.
+    model, example = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 2, 1)).eval(), torch.zeros(1, 3, 4, 4)
+    graph, config = PruningGraph(model, example), LaaspConfig(flops_reduction=0.1, max_pruned=0.1)
+    baseline = measure_baseline(graph, count_macs(model, example), config)
+    preparation._check_target(config, graph, baseline, list(graph.layers), 0.1)
+    with pytest.raises(ConfigError, match=r"flops_reduction is 0\.101, .* at most 0\.1000 can be reached"):
+        deeper = LaaspConfig(flops_reduction=0.101, max_pruned=0.1)
+        preparation._check_target(deeper, graph, baseline, list(graph.layers), 0.1)
 
 
 def test_a_target_for_parameters_is_checked_like_that_for_flops(tmp_path):

@@ -183,10 +183,25 @@ class Functional(Branches):
         return nn.functional.conv2d(x, self.b.weight, self.b.bias)
 
 
+class Switched(Branches):
+    """Values pass a comparison only."""
+
+    def read(self, x):
+        return torch.where(super().read(x) > 0, 1.0, 0.0)
+
+
+class Chosen(Branches):
+    """Which way is taken depends on values, and a BatchNorm is called by the name of its argument."""
+
+    def read(self, x):
+        found = super().read(x)
+        return found if found.mean() > 0 else self.of_last(input=found[:, :2]).repeat(1, 2, 1, 1)[:, :3]
+
+
 class Careful(Branches):
     def read(self, x):
         found = super().read(x)
-        assert found.isfinite().all()
+        assert found.abs().max() < 2
         return found
 
 
@@ -196,6 +211,8 @@ class Careful(Branches):
         (Branches, ["b"], {"of_b", "of_last"}),  # `of_other` runs later, and has nothing to do with it
         (Branches, ["last"], {"of_last"}),
         (Branches, ["a", "other"], {"of_b", "of_other", "of_last"}),
+        (Switched, ["b"], {"of_b", "of_last"}),
+        (Chosen, ["b"], {"of_b", "of_last"}),
         (Functional, ["b"], {"of_b", "of_other", "of_last"}),  # where it goes is not seen
         (Careful, ["b"], {"of_b", "of_other", "of_last"}),
     ],

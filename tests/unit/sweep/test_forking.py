@@ -82,7 +82,7 @@ def test_what_cannot_be_forked_is_told(tmp_path, trajectory, digits):
     with pytest.raises(ConfigError, match=r"other cannot begin with .*: seed differ"):
         fork(folder(config), other)
     exact = dataclasses.replace(config.prune, exact_target=True)
-    with pytest.raises(ConfigError, match=r"with prune\.exact_target a run to another target has other candidates"):
+    with pytest.raises(ConfigError, match=r"with prune\.exact_target a run to another target has other prunes"):
         fork(folder(config), dataclasses.replace(config, name="exact", prune=exact))
     parameters = dataclasses.replace(config.prune, flops_reduction=0.0, parameters_reduction=0.01)
     with pytest.raises(
