@@ -177,8 +177,8 @@ class Compensator:
 
     def obs_scores(self, model: nn.Module, graph: PruningGraph, counts: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Layer -> scores of its filters by obs, of which the `counts` lowest are meant. Of layers with one choice (a
-        residual stream's) the first has it. Layers that obs cannot score have none: those that nothing reads,
-        or a layer that cannot be compensated, or one that has more inputs of one filter than of another.
+        residual stream's) the first has it. Layers that obs cannot score have none: nothing reads
+        them, or a layer does that cannot be compensated, or that has more inputs of one filter than of another.
         """
         for layer in self.orders.keys() - {layer for layer, count in counts.items() if count}:
             del self.orders[layer]
